@@ -1,0 +1,1 @@
+"""Preference data: sources, preparation into a cache, and reading the cache."""
