@@ -1,0 +1,422 @@
+"""Typed configuration: one frozen model per stage, read from YAML, changed by `--set a.b=c`.
+
+Unknown or ill-typed keys are refused with the key's full name and the nearest valid one. The
+resolved configuration is saved into the run folder and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastpo.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Name = Annotated[str, Field(min_length=1)]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and every key must be known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The diffusers pipeline to align: a local folder or a hub id, SD1.5 or SDXL."""
+
+    path: Name
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None  # another VAE folder or hub id, e.g. an fp16-safe one
+
+
+class DataConfig(Section):
+    """The preference data and its labels."""
+
+    source: Literal["pickapic", "hpdv2", "pickstyle", "picksafety", "folder"]
+    path: Name  # local folder or hub id
+    split: Name = "train"
+    limit: PositiveInt | None = None
+    flip_rate: Rate = 0.0
+    flip_seed: Count = 0
+
+
+class PrepareConfig(Section):
+    """How images and prompts become the cache."""
+
+    cache_dir: Path
+    resolution: Annotated[int, Field(ge=8)] = 1024
+    buckets: bool = True  # aspect-ratio buckets of about resolution² pixels; else one square
+    batch_size: PositiveInt = 8
+    vae_precision: Precision = "fp32"
+    text_precision: Precision = "fp32"
+    store_precision: Precision = "fp16"
+    shard_size: PositiveInt = 1024  # pairs per shard
+    workers: Count = 2
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the UNet's attention."""
+
+    rank: PositiveInt = 8
+    alpha: Positive = 8.0
+    dropout: Rate = 0.0
+    target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+class DpoObjective(Section):
+    """`fastpo.loss.dpo`."""
+
+    name: Literal["dpo"]
+    beta: Positive = 2500.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+
+
+class RobustDpoObjective(Section):
+    """`fastpo.loss.robust_dpo`."""
+
+    name: Literal["robust_dpo"]
+    beta: Positive = 2500.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
+
+
+class IpoObjective(Section):
+    """`fastpo.loss.ipo`."""
+
+    name: Literal["ipo"]
+    tau: Positive = 100.0
+
+
+class HingeObjective(Section):
+    """`fastpo.loss.hinge`."""
+
+    name: Literal["hinge"]
+    beta: Positive = 2500.0
+
+
+class KtoObjective(Section):
+    """`fastpo.loss.kto`."""
+
+    name: Literal["kto"]
+    beta: Positive = 1000.0
+
+
+class DmpoObjective(Section):
+    """`fastpo.loss.dmpo`."""
+
+    name: Literal["dmpo"]
+    beta: Positive = 1000.0
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+
+
+class LinearDpoObjective(Section):
+    """`fastpo.loss.linear_dpo`."""
+
+    name: Literal["linear_dpo"]
+    beta: Positive = 100.0
+    eta: Annotated[float, Field(ge=0.0, lt=0.5)] = 1e-3
+
+
+class SdpoObjective(Section):
+    """`fastpo.loss.sdpo`."""
+
+    name: Literal["sdpo"]
+    beta: Positive = 2500.0
+    mu: Rate = 0.9
+
+
+class SftObjective(Section):
+    """`fastpo.loss.sft`: fine-tuning on the winners alone."""
+
+    name: Literal["sft"]
+
+
+class MapoObjective(Section):
+    """`fastpo.loss.mapo`: no reference model."""
+
+    name: Literal["mapo"]
+    beta: Positive = 0.1
+    snr: Positive = 0.5
+    num_timesteps: PositiveInt = 1000
+
+
+class AdaptiveOptions(Section):
+    """What both Adaptive objectives share (arXiv 2503.16921)."""
+
+    beta: Positive = 1000.0
+    normalize: Literal["rms", "l2"] = "rms"
+    rho: Positive = 3.75
+    weight_kind: Literal["linear", "quadratic", "sqrt", "exponential", "gate"] = "linear"
+    weight_scale: Annotated[float, Field(ge=0.0)] = 10.0
+    weight_intercept: Positive = 1.0
+    margin_kind: Literal["quadratic", "linear"] = "quadratic"
+    margin_scale: Annotated[float, Field(ge=0.0)] = 1.0
+
+
+class AdaptiveDpoObjective(AdaptiveOptions):
+    """`fastpo.loss.adaptive_dpo`."""
+
+    name: Literal["adaptive_dpo"]
+
+
+class AdaptiveIpoObjective(AdaptiveOptions):
+    """`fastpo.loss.adaptive_ipo`."""
+
+    name: Literal["adaptive_ipo"]
+    tau: Positive = 100.0
+
+
+ObjectiveConfig = Annotated[
+    DpoObjective
+    | RobustDpoObjective
+    | IpoObjective
+    | HingeObjective
+    | KtoObjective
+    | DmpoObjective
+    | LinearDpoObjective
+    | SdpoObjective
+    | SftObjective
+    | MapoObjective
+    | AdaptiveDpoObjective
+    | AdaptiveIpoObjective,
+    Field(discriminator="name"),
+]
+
+
+class EmaAnnotators(Section):
+    """Moving averages of the trainable weights judge the same noisy pair (as released)."""
+
+    kind: Literal["ema"]
+    decays: Annotated[tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], Field(min_length=1)] = (
+        0.9999,
+        0.5,
+    )
+    warmup_steps: Count = 2  # optimiser steps in which nothing is judged
+
+
+class LedgerAnnotators(Section):
+    """The pair's own past margins judge it; costs no forward pass."""
+
+    kind: Literal["ledger"]
+    min_visits: PositiveInt = 1  # earlier visits a pair needs before it is judged
+
+
+AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminator="kind")]
+
+
+class OptimConfig(Section):
+    """Optimiser, schedule and clipping."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    lr: Positive = 1e-5
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
+    warmup_steps: Count = 0
+    max_grad_norm: Positive = 1.0
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    output_dir: Path
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    objective: ObjectiveConfig
+    annotators: AnnotatorsConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    epochs: Positive | None = None
+    max_steps: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 1  # pairs per process and forward pass
+    accumulation_steps: PositiveInt = 1
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    sample_latents: bool = True  # draw from the VAE's posterior; else its mean
+    empty_prompt_rate: Rate = 0.0  # of the visits, the same for both sides of a pair
+    min_timestep: Count = 0
+    max_timestep: PositiveInt | None = None  # exclusive; default: the schedule's length
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # exported moving average
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    loss_impl: Literal["triton", "reference"] | None = None
+    loader_workers: Count = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of train.epochs and train.max_steps")
+        if self.annotators is not None and not isinstance(self.objective, AdaptiveOptions):
+            raise ValueError(
+                f"train.annotators is used by adaptive_dpo and adaptive_ipo only, "
+                f"not by {self.objective.name}"
+            )
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError("train.max_timestep must be greater than train.min_timestep")
+        return self
+
+
+class EvaluateConfig(Section):
+    """What is sampled from the base and from the aligned model, and who judges it."""
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None  # one prompt per line, after those above
+    seeds_per_prompt: PositiveInt = 4
+    first_seed: Count = 0
+    num_inference_steps: PositiveInt = 30
+    guidance_scale: Annotated[float, Field(ge=0.0)] = 5.0
+    height: PositiveInt | None = None  # default: prepare.resolution
+    width: PositiveInt | None = None
+    batch_size: PositiveInt = 4
+    precision: Precision = "fp32"
+    scorers: tuple[str, ...] = ()  # names from `fastpo.scorers`
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    seed: Count = 0
+    model: ModelConfig
+    data: DataConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `key.path=value` overrides (values are parsed as YAML).
+
+    Raises:
+        ConfigError: The file is missing or not a mapping, an override has no `=`, or a key is
+            unknown, ill-typed or out of range; the text names the key and the nearest valid one.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"expected a YAML file, got a folder: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(raw).__name__}")
+    for text in overrides:
+        _override(raw, text)
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
+    """Validates a nested mapping; `where` stands in front of every complaint."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key.path=value, got {text!r}")
+    *parents, leaf = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = _number(yaml.safe_load(value)) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """Reads `1e-5`, which YAML 1.1 takes for text, as the number everybody means."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: Any) -> str:
+    """Turns one pydantic error into `key: complaint`, with the nearest valid key if unknown."""
+    location = [part for part in error["loc"] if isinstance(part, str | int)]
+    names = _strip_tags(location)
+    key = ".".join(map(str, names)) or "config"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(names[-1]), valid_keys(location[:-1]), n=1, cutoff=0.4)
+        hint = f"; did you mean {'.'.join(map(str, [*names[:-1], near[0]]))}?" if near else ""
+        return f"unknown key {key}{hint}"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    got = error.get("input")
+    return f"{key}: {message}" + (f", got {got!r}" if not isinstance(got, dict) else "")
+
+
+def _strip_tags(location: Sequence[str | int]) -> list[str | int]:
+    """Drops the union tags that pydantic puts into a location (`objective.dpo.beta`)."""
+    names: list[str | int] = []
+    node: Any = Config
+    for part in location:
+        if isinstance(node, dict):
+            node = node.get(part)
+            continue
+        names.append(part)
+        node = _child(node, part)
+    return names
+
+
+def valid_keys(location: Sequence[str | int]) -> list[str]:
+    """Returns the keys that are allowed at a pydantic location."""
+    node: Any = Config
+    for part in location:
+        node = node.get(part) if isinstance(node, dict) else _child(node, part)
+    return list(node.model_fields) if isinstance(node, type) else []
+
+
+def _child(node: Any, part: str | int) -> Any:
+    """The section, or the sections by tag, that stand under one key; None for a plain value."""
+    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+        return None
+    field = node.model_fields.get(str(part))
+    if field is None:
+        return None
+    parts = [field.annotation, *field.metadata, field, *_flatten(field.annotation)]
+    sections = [p for p in parts if isinstance(p, type) and issubclass(p, Section)]
+    tag = next((t for p in parts if isinstance(t := getattr(p, "discriminator", None), str)), None)
+    if tag:
+        return {get_args(s.model_fields[tag].annotation)[0]: s for s in sections}
+    return sections[0] if sections else None
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """Everything that stands inside a (nested) union or `Annotated`."""
+    inner = list(get_args(annotation))
+    return inner + [deep for part in inner for deep in _flatten(part)]

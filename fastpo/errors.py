@@ -1,0 +1,29 @@
+"""The errors a user can cause or meet; the command line shows their text without a traceback."""
+
+
+class FastPOError(Exception):
+    """Base of all errors that name what was wrong, what was expected and where."""
+
+
+class ConfigError(FastPOError):
+    """A configuration key is unknown, ill-typed or out of range."""
+
+
+class DataError(FastPOError):
+    """A data set, a file or a column is missing or does not hold what its schema says."""
+
+
+class CacheError(FastPOError):
+    """A prepared cache is missing, damaged, or was made from something else."""
+
+
+class ModelError(FastPOError):
+    """A model folder is missing a part or is of a kind that FastPO does not train."""
+
+
+class CheckpointError(FastPOError):
+    """A checkpoint is damaged or belongs to another configuration."""
+
+
+class NonFiniteLossError(FastPOError):
+    """The loss became NaN or infinite; the last good checkpoint was kept."""

@@ -1,0 +1,117 @@
+"""The objects that cross the stages, in the order in which the data passes them.
+
+`PreferencePair` (sources) -> `PairBatch` (cache) -> `NoisedPair` (noise) -> `PairPredictions`
+(models) -> `fastpo.loss.PairLoss`. Wherever a tensor holds both sides of B pairs, the winners are
+rows `0..B-1` and the losers rows `B..2B-1`, in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One labelled comparison of two images made for the same prompt.
+
+    Attributes:
+        pair_id: Stable text name of the pair within its data set; never its position.
+        prompt: The caption both images were made for.
+        winner: Returns the encoded bytes (JPEG, PNG, WebP) of the preferred image when called.
+        loser: The same for the other image.
+        flipped: Whether the label was exchanged on purpose (synthetic minority label).
+    """
+
+    pair_id: str
+    prompt: str
+    winner: Callable[[], bytes]
+    loser: Callable[[], bytes]
+    flipped: bool = False
+
+
+def pair_key(pair_id: str) -> int:
+    """Returns the 63-bit integer that stands for `pair_id` in counters and on disk.
+
+    It is the first eight bytes of BLAKE2b over the UTF-8 name, big-endian, without the sign bit.
+    """
+    digest = hashlib.blake2b(pair_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """B pairs of one latent shape, as the cache gives them.
+
+    Attributes:
+        index: `(B,)` int64, position of the pair in the cache; the ledger's slot.
+        pair_key: `(B,)` int64, `pair_key(pair_id)`; keys the noise.
+        visit: `(B,)` int64, how often each pair was drawn before (its epoch).
+        flipped: `(B,)` bool, synthetic minority labels.
+        latent_mean: `(2B, C, h, w)` mean of the VAE's posterior, unscaled, winners first.
+        latent_logvar: `(2B, C, h, w)` its log-variance.
+        prompt_embeds: `(B, L, D)` text states for the cross attention.
+        pooled_prompt_embeds: `(B, P)` pooled text state (SDXL), else None.
+        add_time_ids: `(B, 6)` float32 (SDXL: original height, width, crop top, left, target height,
+            width, in pixels), else None.
+    """
+
+    index: Tensor
+    pair_key: Tensor
+    visit: Tensor
+    flipped: Tensor
+    latent_mean: Tensor
+    latent_logvar: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None
+    add_time_ids: Tensor | None
+
+    def __len__(self) -> int:
+        """Returns B."""
+        return self.index.shape[0]
+
+    def to(self, device: torch.device) -> PairBatch:
+        """Returns the batch on `device`; pinned memory is copied without waiting."""
+        moved = {
+            f.name: None
+            if (v := getattr(self, f.name)) is None
+            else v.to(device, non_blocking=True)
+            for f in fields(self)
+        }
+        return PairBatch(**moved)
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedPair:
+    """What the denoiser sees and what it should answer.
+
+    Attributes:
+        noisy_latents: `(2B, C, h, w)` both sides at the same timestep with the same noise.
+        timesteps: `(B,)` int64, shared by the two sides.
+        target: `(B, C, h, w)` where the pair shares it (epsilon prediction), else `(2B, C, h, w)`.
+    """
+
+    noisy_latents: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairPredictions:
+    """The denoisers' answers to one `NoisedPair`.
+
+    Attributes:
+        policy: `(2B, C, h, w)`, carries the gradient.
+        reference: `(2B, C, h, w)`, or None for objectives without a reference.
+        annotators: Further models' predictions, each `(2B, C, h, w)`.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    annotators: tuple[Tensor, ...] = ()
