@@ -78,12 +78,8 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """Returns the batch on `device`; pinned memory is copied without waiting."""
-        moved = {
-            f.name: None
-            if (v := getattr(self, f.name)) is None
-            else v.to(device, non_blocking=True)
-            for f in fields(self)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()}
         return PairBatch(**moved)
 
 
