@@ -1,7 +1,7 @@
 """Counter-based noise in plain PyTorch: any element is computable alone, on any device.
 
-Every number is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-of a counter and a key made from what the number is *for*, never from what was drawn before:
+Every number is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011) of a counter and a key made from what the number is *for*, never from what was drawn before:
 
     key     = (seed, stream)
     counter = (element // 4, visit, pair_key mod 2^32, pair_key div 2^32)
@@ -117,8 +117,9 @@ def pair_normal(
 ) -> Tensor:
     """Standard normals for each pair, by Box and Muller's transform.
 
-    Words `(a, b)` of a block give `r cos(2 pi v)` and `r sin(2 pi v)` with `u = (a div 2^8 + 1) 2^-24`,
-    `v = (b div 2^8) 2^-24`, `r = sqrt(-2 ln u)`; so no value exceeds sqrt(48 ln 2) = 5.77.
+    Words `(a, b)` of a block give `r cos(2 pi v)` and `r sin(2 pi v)` where
+    `u = (a div 2^8 + 1) 2^-24`, `v = (b div 2^8) 2^-24` and `r = sqrt(-2 ln u)`; so no value
+    exceeds sqrt(48 ln 2) = 5.77.
 
     Args:
         pair_key: `(B,)` int64.

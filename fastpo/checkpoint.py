@@ -1,0 +1,202 @@
+"""Save and resume: weights, optimiser, averages, ledger, counters, configuration.
+
+A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed when
+complete: a killed run never leaves a half-written one. Since noise, timesteps and the data's order
+come from counters, the step's number is all there is to say about the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastpo.config import Config
+from fastpo.errors import CheckpointError
+from fastpo.ledger import PairLedger
+from fastpo.models import MovingAverages
+
+# Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
+# results are kept, not what is computed.
+FREE_KEYS = (
+    "train.output_dir",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+    "train.loader_workers",
+    "prepare.cache_dir",
+    "prepare.batch_size",
+    "prepare.workers",
+    "evaluate",
+)
+# Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that changes while training, besides the step's number.
+
+    Attributes:
+        trainable: The policy's trainable parameters by name.
+        optimizer: Their optimiser.
+        schedule: The learning-rate schedule.
+        ledger: Every pair's votes.
+        metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
+        averages: Moving averages by role (`annotators`, `export`).
+        scaler: The gradient scaler (fp16), or None.
+    """
+
+    trainable: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ledger: PairLedger
+    metric: Tensor
+    averages: dict[str, MovingAverages]
+    scaler: Any = None
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives a temporary folder that takes `target`'s place when the block ends without an error."""
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def save_checkpoint(
+    run: Path, step: int, state: TrainingState, config: Config, cache: str, *, keep: int
+) -> Path:
+    """Writes a checkpoint after optimiser step `step` and removes the oldest beyond `keep`.
+
+    Args:
+        run: The run's folder.
+        step: Number of finished optimiser steps.
+        state: What is saved.
+        config: The resolved configuration, saved beside it.
+        cache: The prepared cache's fingerprint.
+        keep: How many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    target = run / "checkpoints" / f"step-{step:08d}"
+    with written_whole(target) as folder:
+        save_file(
+            {n: p.detach() for n, p in state.trainable.items()}, folder / "trainable.safetensors"
+        )
+        save_file(
+            {**state.ledger.state_dict(), "metric": state.metric}, folder / "ledger.safetensors"
+        )
+        for role, averages in state.averages.items():
+            save_file(averages.state_dict(), folder / f"average-{role}.safetensors")
+        rest = {
+            "optimizer": state.optimizer.state_dict(),
+            "schedule": state.schedule.state_dict(),
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(rest, folder / "optimizer.pt")
+        about = {"step": step, "cache": cache, "config": config.model_dump(mode="json")}
+        (folder / "state.json").write_text(json.dumps(about, indent=1))
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(folder: Path, state: TrainingState, config: Config, cache: str) -> int:
+    """Restores `state` in place.
+
+    Returns:
+        The number of finished optimiser steps.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the checkpoint belongs to another
+            configuration or cache; the text names every key that differs.
+    """
+    about = _read(folder / "state.json", lambda path: json.loads(path.read_text()))
+    differing = differing_keys(about["config"], config)
+    if differing:
+        raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
+    if about["cache"] != cache:
+        raise CheckpointError(
+            f"{folder} was trained on another prepared cache "
+            f"(fingerprint {about['cache'][:12]}, this one is {cache[:12]})"
+        )
+    weights = _read(folder / "trainable.safetensors", load_file)
+    if weights.keys() != state.trainable.keys():
+        raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
+    with torch.no_grad():
+        for name, parameter in state.trainable.items():
+            parameter.copy_(weights[name])
+    ledger = _read(folder / "ledger.safetensors", load_file)
+    state.metric.copy_(ledger.pop("metric"))
+    state.ledger.load_state_dict(ledger)
+    for role, averages in state.averages.items():
+        averages.load_state_dict(_read(folder / f"average-{role}.safetensors", load_file))
+    rest = _read(folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True))
+    state.optimizer.load_state_dict(rest["optimizer"])
+    state.schedule.load_state_dict(rest["schedule"])
+    if state.scaler is not None and rest["scaler"] is not None:
+        state.scaler.load_state_dict(rest["scaler"])
+    torch.set_rng_state(rest["rng"])
+    return about["step"]
+
+
+def differing_keys(saved: dict, config: Config) -> list[str]:
+    """Returns `key: saved -> current` for every key on which results depend."""
+    free = list(FREE_KEYS)
+    if config.train.optim.schedule in CONSTANT_SCHEDULES:
+        free += ["train.epochs", "train.max_steps"]
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a whole checkpoint: {path.name} is missing"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

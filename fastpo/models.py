@@ -1,0 +1,220 @@
+"""The denoisers: the policy, its frozen reference, and moving averages of its trainable weights.
+
+With LoRA the reference is the policy with its adapters off, so one copy of the base serves both.
+With full fine-tuning it is a frozen copy. Trainable weights are float32 whatever the precision (the
+gradient scaler refuses anything else, and small updates would round away); frozen ones are kept in
+the precision of the run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from torch import Tensor, nn
+
+from fastpo.config import LoraConfig, TrainConfig
+from fastpo.errors import ConfigError, ModelError
+from fastpo.types import NoisedPair, PairBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:
+    """Loads the UNet of a diffusers pipeline folder, in float32.
+
+    Raises:
+        ModelError: The folder has no UNet, or one that diffusers cannot load.
+    """
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'unet'} holds no UNet that diffusers loads: {error}") from None
+    return unet.float()
+
+
+def predict(unet: nn.Module, noised: NoisedPair, batch: PairBatch) -> Tensor:
+    """Runs a denoiser on both sides of every pair; `(2B, C, h, w)`, winners first.
+
+    SDXL's `add_time_ids` stay float32: its sinusoidal embedding of sizes in the hundreds is not
+    representable in half precision.
+    """
+    added = None
+    if batch.pooled_prompt_embeds is not None and batch.add_time_ids is not None:
+        added = {
+            "text_embeds": batch.pooled_prompt_embeds.repeat(2, 1),
+            "time_ids": batch.add_time_ids.repeat(2, 1),
+        }
+    return unet(
+        noised.noisy_latents,
+        noised.timesteps.repeat(2),
+        batch.prompt_embeds.repeat(2, 1, 1),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+def drop_captions(
+    batch: PairBatch, dropped: Tensor, empty: tuple[Tensor, Tensor | None]
+) -> PairBatch:
+    """Replaces the captions of some pairs by the empty one, for both sides alike.
+
+    Args:
+        batch: The pairs.
+        dropped: `(B,)` bool.
+        empty: The empty prompt's `(1, L, D)` states and `(1, P)` pooled state.
+    """
+    embeds, pooled = empty
+    prompt_embeds = torch.where(
+        dropped[:, None, None], embeds.to(batch.prompt_embeds), batch.prompt_embeds
+    )
+    if batch.pooled_prompt_embeds is None or pooled is None:
+        return replace(batch, prompt_embeds=prompt_embeds)
+    pooled = torch.where(
+        dropped[:, None], pooled.to(batch.pooled_prompt_embeds), batch.pooled_prompt_embeds
+    )
+    return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
+
+
+@dataclass(frozen=True)
+class Denoisers:
+    """The policy and where its reference comes from.
+
+    Attributes:
+        policy: The UNet in training.
+        frozen: The frozen copy (full fine-tuning), or None where the reference is the policy
+            without its adapters, or where no reference is needed.
+    """
+
+    policy: UNet2DConditionModel
+    frozen: UNet2DConditionModel | None
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The policy's trainable parameters by name."""
+        return {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference(self) -> Iterator[UNet2DConditionModel]:
+        """Gives the reference model; the policy's adapters are off inside the block."""
+        if self.frozen is not None:
+            yield self.frozen
+            return
+        self.policy.disable_adapters()
+        try:
+            yield self.policy
+        finally:
+            self.policy.enable_adapters()
+
+
+def setup_denoisers(
+    unet: UNet2DConditionModel, config: TrainConfig, *, needs_reference: bool
+) -> Denoisers:
+    """Makes a loaded UNet ready for LoRA or full fine-tuning, with its reference.
+
+    Raises:
+        ConfigError: The attention asked for is not to be had, or nothing matches the LoRA targets.
+    """
+    frozen = None
+    dtype = DTYPES[config.precision]
+    if config.method == "lora":
+        unet.requires_grad_(False)
+        unet.to(dtype)  # pyright: ignore[reportArgumentType]
+        _add_lora(unet, config.lora)
+        cast_training_params(unet, dtype=torch.float32)
+    else:
+        unet.requires_grad_(True)
+        if needs_reference:
+            frozen = copy.deepcopy(unet).requires_grad_(False).eval()
+            frozen.to(dtype)
+    if config.attention == "xformers":
+        _use_xformers(unet)
+        if frozen is not None:
+            _use_xformers(frozen)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    return Denoisers(policy=unet, frozen=frozen)
+
+
+def _add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+    try:
+        unet.add_adapter(
+            PeftLoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+                lora_dropout=config.dropout,
+                init_lora_weights="gaussian",
+                target_modules=list(config.target_modules),
+            )
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.lora.target_modules: {error}") from None
+
+
+def _use_xformers(unet: UNet2DConditionModel) -> None:
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"train.attention: xformers does not work here ({error}); it needs a CUDA device and "
+            "`pip install fastpo[xformers]`, or use train.attention: sdpa"
+        ) from None
+
+
+class MovingAverages:
+    """Exponential moving averages of trainable weights, one per decay, in float32.
+
+    After optimiser step s (from 1) each average moves by `1 - min(decay, (1 + s) / (10 + s))`, the
+    usual ramp, under which 0.9999 is 0.997 at step 3000. Averages are swapped in by exchanging
+    storage pointers: nothing is copied, and nothing passes through host memory.
+
+    Args:
+        parameters: The trainable parameters by name; float32.
+        decays: One decay per average.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decays: Sequence[float]) -> None:
+        self.parameters = parameters
+        self.decays = tuple(decays)
+        self.shadows = [[p.detach().clone() for p in parameters.values()] for _ in self.decays]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves every average towards the current weights, after optimiser step `step` (from 1)."""
+        current = [p.detach() for p in self.parameters.values()]
+        for decay, shadow in zip(self.decays, self.shadows, strict=True):
+            torch._foreach_lerp_(shadow, current, 1.0 - min(decay, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def applied(self, which: int) -> Iterator[None]:
+        """Runs the block with average number `which` in the model's place."""
+        self._swap(self.shadows[which])
+        try:
+            yield
+        finally:
+            self._swap(self.shadows[which])
+
+    def _swap(self, shadow: list[Tensor]) -> None:
+        for i, parameter in enumerate(self.parameters.values()):
+            parameter.data, shadow[i] = shadow[i], parameter.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the averages, named `<number>.<parameter>`."""
+        return {
+            f"{i}.{name}": tensor
+            for i, shadow in enumerate(self.shadows)
+            for name, tensor in zip(self.parameters, shadow, strict=True)
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the averages in place."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
