@@ -1,8 +1,8 @@
 """Save and resume: weights, optimiser, averages, ledger, counters, configuration.
 
-A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed when
-complete: a killed run never leaves a half-written one. Since noise, timesteps and the data's order
-come from counters, the step's number is all there is to say about the data.
+A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed
+when complete: a killed run never leaves a half-written one. Noise, timesteps, dropout and the order
+of the data come from counters, so the step's number is all there is to say about them.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ def save_checkpoint(
             "optimizer": state.optimizer.state_dict(),
             "schedule": state.schedule.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
         }
         torch.save(rest, folder / "optimizer.pt")
         about = {"step": step, "cache": cache, "config": config.model_dump(mode="json")}
@@ -163,7 +162,6 @@ def load_checkpoint(folder: Path, state: TrainingState, config: Config, cache: s
     state.schedule.load_state_dict(rest["schedule"])
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])
-    torch.set_rng_state(rest["rng"])
     return about["step"]
 
 

@@ -1,0 +1,5 @@
+"""`python -m fastpo`."""
+
+from fastpo.cli import main
+
+main()

@@ -1,0 +1,257 @@
+"""The run's folder, its metrics, its banner and its progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from fastpo.config import Config, dump_config
+from fastpo.errors import CheckpointError
+from fastpo.ledger import PairLedger
+from fastpo.objectives import describe_slope, initial_loss
+from fastpo.optim import optimizer_bytes
+
+if TYPE_CHECKING:
+    from fastpo.data.cache import PairCache
+    from fastpo.train import Trainer
+
+COLUMNS = ("index", "loss", "margin", "error_winner", "error_loser", "minority", "weight")
+RESULTS = ("metrics.jsonl", "config.yaml", "minority.csv")
+FOLDERS = ("checkpoints", "final", "ema", "evaluation")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """One row per pair of an optimiser step, on the host.
+
+    Attributes:
+        rows: `(N, K)` float64 by `COLUMNS`, without padding.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: The rate this step used.
+    """
+
+    rows: Tensor
+    grad_norm: float
+    learning_rate: float
+
+    @classmethod
+    def read(cls, rows: Tensor, grad_norm: Tensor | float, learning_rate: float) -> StepTable:
+        """Brings the step's rows and its gradient norm to the host: the step's one wait."""
+        norm = torch.as_tensor(grad_norm, dtype=rows.dtype, device=rows.device)
+        host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
+        rows, norm = host[:-1], host[-1, 0]
+        return cls(rows[rows[:, 0] >= 0], norm.item(), learning_rate)
+
+    def __getitem__(self, column: str) -> Tensor:
+        """Returns one column, `(N,)` float64."""
+        return self.rows[:, COLUMNS.index(column)]
+
+    @property
+    def index(self) -> Tensor:
+        """The pairs' positions in the cache, `(N,)` int64."""
+        return self["index"].long()
+
+    def non_finite(self) -> list[int]:
+        """Returns the positions of the pairs in micro-batches whose loss is NaN or infinite."""
+        return self.index[~torch.isfinite(self["loss"])].tolist()
+
+    def metrics(self, *, step: int, epoch: float, seconds: float) -> dict[str, float]:
+        """Returns the line of `metrics.jsonl`; keys whose column was not computed are left out."""
+        margin = self["margin"]
+        metrics = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "loss": self["loss"].mean().item(),
+            "rewards/margins": margin.mean().item(),
+            "rewards/accuracies": (margin > 0).double().mean().item(),
+            "error/winner": self["error_winner"].mean().item(),
+            "error/loser": self["error_loser"].mean().item(),
+            "lr": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "pairs_per_second": len(margin) / seconds,
+        }
+        minority, weight = self["minority"], self["weight"]
+        if not minority.isnan().any():
+            for q in (0.1, 0.5, 0.9):
+                metrics[f"minority/q{round(100 * q)}"] = minority.quantile(q).item()
+        if not weight.isnan().any():
+            metrics["weight/mean"] = weight.mean().item()
+        return metrics
+
+
+class RunFolder:
+    """Where a run keeps its results; only the main process writes.
+
+    Args:
+        path: The folder.
+        main: Whether this is the main process.
+    """
+
+    def __init__(self, path: Path, *, main: bool) -> None:
+        self.path = path
+        self.main = main
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuses to mix two runs.
+
+        Raises:
+            CheckpointError: The folder holds a run and neither flag was given.
+        """
+        if resume or overwrite or not any((self.path / name).exists() for name in RESULTS):
+            return
+        raise CheckpointError(
+            f"{self.path} already holds a run: go on with --resume, replace it with --overwrite, "
+            "or set another train.output_dir"
+        )
+
+    def clear(self) -> None:
+        """Removes an earlier run's results, and nothing else that lies in the folder."""
+        if not self.main:
+            return
+        for name in (*FOLDERS, "tensorboard", "fastpo"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+
+    def begin(self, config: Config, start: int) -> None:
+        """Saves the resolved configuration and drops metrics of steps that will be done again."""
+        if not self.main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "config.yaml", dump_config(config))
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        _replace(path, "".join(f"{line}\n" for line in lines[:start]))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        if self.main:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
+        """Writes what the run found out about every pair, for the report and for curation."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = ("visits", "ledger_mean", "ledger_minority", "metric_minority")
+        writer.writerow(("pair_id", "flipped", *names))
+        columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
+        for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
+            writer.writerow([pair_id, *("" if v != v else v for v in values)])
+        _replace(self.path / "minority.csv", text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def show_banner(trainer: Trainer, start: int) -> None:
+    """States what is about to run, before it runs."""
+    Console(stderr=True).print(Panel(_banner(trainer, start), title="FastPO", expand=False))
+
+
+def _banner(trainer: Trainer, start: int) -> Table:
+    config, accelerator = trainer.config.train, trainer.accelerator
+    annotators = config.annotators
+    judged = "" if annotators is None else f", annotators: {annotators.kind}"
+    pairs = config.micro_batch_size * trainer.group
+    first = initial_loss(config.objective)
+    flipped = int(trainer.cache.flipped.sum())
+    rows = {
+        "objective": config.objective.name + judged,
+        "slope": describe_slope(config.objective),
+        "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
+        "pairs": f"{len(trainer.cache):,}" + (f", {flipped:,} labels flipped" if flipped else ""),
+        "batch": f"{pairs} pairs = {config.micro_batch_size} x {config.accumulation_steps} "
+        f"accumulation x {accelerator.num_processes} process(es)",
+        "steps": f"{trainer.total_steps:,}" + (f", going on after {start:,}" if start else ""),
+        "precision": config.precision,
+        "device": _device_name(accelerator.device),
+        "memory": _memory(trainer),
+        "folder": str(config.output_dir),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    return table
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _memory(trainer: Trainer) -> str:
+    """Weights, gradients, optimiser, reference and averages; activations depend on the kernel."""
+    trainable = list(trainer.state.trainable.values())
+    weights = sum(p.numel() * p.element_size() for p in trainer.denoisers.policy.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in trainable)
+    frozen = trainer.denoisers.frozen
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimiser": optimizer_bytes(trainable, trainer.config.train.optim),
+        "reference": 0
+        if frozen is None
+        else sum(p.numel() * p.element_size() for p in frozen.parameters()),
+        "averages": gradients * sum(len(a.decays) for a in trainer.state.averages.values()),
+    }
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    return f"{_size(sum(parts.values()))} + activations ({listed})"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+@contextmanager
+def progress_bar(
+    total: int, start: int, *, enabled: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Shows steps, loss, accuracy, rate and time left; gives a function to call after each step."""
+    progress = Progress(
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+    with progress:
+        task = progress.add_task("train", total=total, completed=start, text="")
+        recent: list[float] = []
+
+        def advance(metrics: dict[str, Any]) -> None:
+            recent.append(metrics["pairs_per_second"])
+            del recent[:-20]
+            text = (
+                f"loss {metrics['loss']:.4f} · accuracy {metrics['rewards/accuracies']:.2f} · "
+                f"{np.median(recent):.1f} pairs/s"
+            )
+            progress.update(task, advance=1, text=text)
+
+        yield advance

@@ -1,0 +1,382 @@
+"""Preference alignment of SD1.5 and SDXL UNets, read from top to bottom.
+
+    fastpo train CONFIG [--set a.b=c] [--resume]
+    python -m fastpo.train CONFIG
+    torchrun --nproc_per_node 2 -m fastpo.train CONFIG
+    accelerate launch -m fastpo.train CONFIG
+
+An optimiser step s takes micro-batches `[s W A, (s + 1) W A)` of one endless stream (W processes,
+A accumulation steps); process r takes those whose number is r modulo W. The host reads the device
+once a step: one table with a row per pair, from which every metric and the ledger are made. (fp16
+adds the gradient scaler's own check.)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
+from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
+from fastpo.data.cache import PairCache
+from fastpo.data.sampler import PairSampler, make_loader
+from fastpo.distributed import gather, setup_accelerator
+from fastpo.errors import NonFiniteLossError
+from fastpo.export import export_policy
+from fastpo.hub import resolve_model_folder
+from fastpo.ledger import PairLedger
+from fastpo.models import (
+    Denoisers,
+    MovingAverages,
+    drop_captions,
+    load_unet,
+    predict,
+    setup_denoisers,
+)
+from fastpo.noise import PairNoise, make_noise
+from fastpo.objectives import LossFunction, build_loss, needs_reference
+from fastpo.optim import setup_optimizer, setup_schedule
+from fastpo.run import COLUMNS, RunFolder, StepTable, progress_bar, show_banner
+from fastpo.types import PairBatch, PairPredictions
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a training step uses.
+
+    Attributes:
+        config: The resolved configuration.
+        accelerator: Processes, device and precision.
+        cache: The prepared pairs.
+        sampler: The endless stream of micro-batches.
+        noise: Shared timesteps and noise.
+        denoisers: Policy and reference.
+        policy: The policy as the launcher wrapped it.
+        state: Everything a checkpoint holds.
+        loss: The objective.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    cache: PairCache
+    sampler: PairSampler
+    noise: PairNoise
+    denoisers: Denoisers
+    policy: nn.Module
+    state: TrainingState
+    loss: LossFunction
+
+    @property
+    def group(self) -> int:
+        """Micro-batches of one optimiser step, over all processes."""
+        return self.accelerator.num_processes * self.config.train.accumulation_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return count_steps(self.config, self.sampler, self.group)
+
+    def training_step(self, batch: PairBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Noise, policy, reference, annotators, loss.
+
+        Args:
+            batch: B pairs in host memory.
+            step: Finished optimiser steps.
+
+        Returns:
+            The loss to differentiate, and `(micro_batch_size, K)` float64 rows of `COLUMNS`; rows
+            that a short micro-batch leaves over hold the index -1.
+        """
+        minority = self._minority(batch, step)
+        batch = batch.to(self.accelerator.device)
+        noised = self.noise.noised_pair(batch)
+        batch = self._drop_captions(batch)
+        with torch.no_grad():
+            reference, annotators = self._judges(noised, batch, step)
+        with self.accelerator.autocast():
+            policy = predict(self.policy, noised, batch)
+        predictions = PairPredictions(policy, reference, annotators)
+        out = self.loss(predictions, noised.target, minority)
+        rows = table_rows(batch, out, self.config.train.micro_batch_size)
+        # A short micro-batch weighs by its pairs, so that every pair weighs the same.
+        return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
+
+    def _minority(self, batch: PairBatch, step: int) -> Tensor | None:
+        """The metric that stands in for annotators: the ledger's, or zero while they warm up."""
+        annotators = self.config.train.annotators
+        if isinstance(annotators, LedgerAnnotators):
+            return self.state.ledger.minority(batch.index).to(
+                self.accelerator.device, non_blocking=True
+            )
+        if isinstance(annotators, EmaAnnotators) and step < annotators.warmup_steps:
+            return torch.zeros(len(batch), device=self.accelerator.device)
+        return None
+
+    def _judges(self, noised, batch: PairBatch, step: int) -> tuple[Tensor | None, tuple]:
+        """The reference's and the moving averages' predictions; call under `no_grad`."""
+        config, reference, annotators = self.config.train, None, []
+        if needs_reference(config):
+            with self.denoisers.reference() as model, self.accelerator.autocast():
+                reference = predict(model, noised, batch)
+        ema = config.annotators
+        if isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps:
+            averages = self.state.averages["annotators"]
+            for which in range(len(averages.decays)):
+                with averages.applied(which), self.accelerator.autocast():
+                    annotators.append(predict(self.denoisers.policy, noised, batch))
+        return reference, tuple(annotators)
+
+    def _drop_captions(self, batch: PairBatch) -> PairBatch:
+        rate = self.config.train.empty_prompt_rate
+        if rate == 0.0:
+            return batch
+        dropped = self.noise.empty_prompts(batch, rate)
+        return drop_captions(batch, dropped, self.cache.empty_prompt())
+
+
+def table_rows(batch: PairBatch, out, size: int) -> Tensor:
+    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
+    pairs = len(batch)
+    error = out.policy_error.double()
+    if out.reference_error is not None:
+        error = error - out.reference_error
+    nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
+    columns = {
+        "index": batch.index,
+        "loss": out.loss.detach().expand(pairs),
+        "margin": out.margin,
+        "error_winner": error[:pairs],
+        "error_loser": error[pairs:],
+        "minority": nothing if out.minority is None else out.minority,
+        "weight": nothing if out.weight is None else out.weight,
+    }
+    rows = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
+    return nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)
+
+
+def count_steps(config: Config, sampler: PairSampler, group: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or enough to reach the end of the last epoch."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.epochs is not None
+    return math.ceil(config.train.epochs * sampler.micro_batches_per_epoch / group)
+
+
+def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """Loads the cache and the models and puts everything together, in the order data flows."""
+    train = config.train
+    cache = PairCache.open(config)
+    sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
+    folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
+    noise = make_noise(
+        DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        cache.vae_config,
+        seed=config.seed,
+        min_timestep=train.min_timestep,
+        max_timestep=train.max_timestep,
+        sample_latents=train.sample_latents,
+    )
+    torch.manual_seed(config.seed)  # the adapters' first values
+    denoisers = setup_denoisers(
+        load_unet(folder, config.model.variant), train, needs_reference=needs_reference(train)
+    )
+    if denoisers.frozen is not None:
+        denoisers.frozen.to(accelerator.device)
+    trainable = denoisers.trainable
+    optimizer = setup_optimizer(trainable.values(), train.optim)
+    steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
+    schedule = setup_schedule(optimizer, train.optim, steps)
+    policy, prepared = accelerator.prepare(denoisers.policy, optimizer)
+    averages = {}
+    if isinstance(train.annotators, EmaAnnotators):
+        averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
+    if train.ema_decay is not None:
+        averages["export"] = MovingAverages(trainable, [train.ema_decay])
+    judged_after = getattr(train.annotators, "min_visits", 1)
+    state = TrainingState(
+        trainable=trainable,
+        optimizer=prepared,
+        schedule=schedule,
+        ledger=PairLedger(len(cache), min_visits=judged_after),
+        metric=torch.full((len(cache),), math.nan),
+        averages=averages,
+        scaler=accelerator.scaler,
+    )
+    return Trainer(
+        config, accelerator, cache, sampler, noise, denoisers, policy, state, build_loss(train)
+    )
+
+
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> Path:
+    """Trains, and writes `final/` (and `ema/`), `metrics.jsonl`, `minority.csv` and checkpoints.
+
+    Args:
+        config: The experiment.
+        resume: Go on from the newest checkpoint of the run's folder, if it has one.
+        overwrite: Replace an earlier run in the same folder.
+        progress: Show the banner and a progress bar.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        FastPOError: Anything the user can mend: the configuration, the cache, the model, a
+            checkpoint of another run, a run already in the folder, or a non-finite loss.
+    """
+    accelerator = setup_accelerator(config.train)
+    main = accelerator.is_main_process
+    run = RunFolder(config.train.output_dir, main=main)
+    run.check_free(resume=resume, overwrite=overwrite)
+    trainer = setup_trainer(config, accelerator)
+    if overwrite and not resume:
+        run.clear()
+    checkpoints = list_checkpoints(run.path) if resume else []
+    start = 0
+    if checkpoints:
+        start = load_checkpoint(checkpoints[-1], trainer.state, config, trainer.cache.fingerprint)
+    accelerator.wait_for_everyone()
+    run.begin(config, start)
+    if main:
+        trainer.cache.write_flip_mask(config.data)
+    if main and progress:
+        show_banner(trainer, start)
+    accelerator.init_trackers("fastpo")
+    try:
+        run_steps(trainer, run, start, progress=progress and main)
+    finally:
+        accelerator.end_training()
+    if main:
+        finish(trainer, run)
+    accelerator.wait_for_everyone()
+    return run.path
+
+
+def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -> None:
+    """The loop over optimiser steps `start..total_steps-1`."""
+    config = trainer.config.train
+    total = trainer.total_steps
+    batches = iter(
+        make_loader(
+            trainer.cache,
+            trainer.sampler,
+            rank=trainer.accelerator.process_index,
+            world_size=trainer.accelerator.num_processes,
+            accumulation_steps=config.accumulation_steps,
+            start_step=start,
+            total_steps=total,
+            workers=config.loader_workers,
+            pin_memory=trainer.accelerator.device.type == "cuda",
+        )
+    )
+    with progress_bar(total, start, enabled=progress) as advance:
+        for step in range(start, total):
+            began = time.perf_counter()
+            table = optimizer_step(trainer, batches, step)
+            check_finite(trainer, run, table, step)
+            record(trainer, table)
+            metrics = table.metrics(
+                step=step + 1,
+                epoch=(step + 1) * trainer.group / trainer.sampler.micro_batches_per_epoch,
+                seconds=time.perf_counter() - began,
+            )
+            run.log(metrics)
+            trainer.accelerator.log(metrics, step=step + 1)
+            advance(metrics)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+                checkpoint(trainer, run, step + 1)
+
+
+def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) -> StepTable:
+    """Forward and backward over the step's micro-batches, then one update of the weights."""
+    accelerator, config, state = trainer.accelerator, trainer.config.train, trainer.state
+    rows: list[Tensor] = []
+    norm: Tensor | float = 0.0
+    for micro in range(config.accumulation_steps):
+        with accelerator.accumulate(trainer.policy):
+            if config.lora.dropout > 0.0:
+                seed_dropout(trainer, step * config.accumulation_steps + micro)
+            loss, table = trainer.training_step(next(batches), step)
+            accelerator.backward(loss)
+            rows.append(table)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(
+                    state.trainable.values(), config.optim.max_grad_norm
+                )
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+    rate = state.schedule.get_last_lr()[0]
+    state.schedule.step()
+    for averages in state.averages.values():
+        averages.update(step + 1)
+    return StepTable.read(gather(accelerator, torch.cat(rows)), norm, rate)
+
+
+def seed_dropout(trainer: Trainer, local: int) -> None:
+    """Keys dropout by the micro-batch's number in the stream, so that a resumed run repeats it."""
+    number = local * trainer.accelerator.num_processes + trainer.accelerator.process_index
+    torch.manual_seed(trainer.config.seed << 32 | number)
+
+
+def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
+    """Stops at a NaN or infinite loss, before anything of this step is kept."""
+    bad = table.non_finite()
+    if not len(bad):
+        return
+    names = [trainer.cache.pair_ids[i] for i in bad[:8]]
+    more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+    kept = list_checkpoints(run.path)
+    raise NonFiniteLossError(
+        f"the loss of step {step + 1} is not finite, in micro-batches with the pairs "
+        f"{', '.join(names)}{more}; "
+        + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
+        + ". A lower train.optim.lr or slope usually helps."
+    )
+
+
+def record(trainer: Trainer, table: StepTable) -> None:
+    """Enters the step's margins into the ledger, on every process alike."""
+    trainer.state.ledger.update(table.index, table["margin"])
+    if isinstance(trainer.config.train.annotators, EmaAnnotators):
+        trainer.state.metric[table.index] = table["minority"].float()
+
+
+def checkpoint(trainer: Trainer, run: RunFolder, step: int) -> None:
+    """Saves after `step` finished steps; called by all processes."""
+    if trainer.accelerator.is_main_process:
+        save_checkpoint(
+            run.path,
+            step,
+            trainer.state,
+            trainer.config,
+            trainer.cache.fingerprint,
+            keep=trainer.config.train.keep_checkpoints,
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
+def finish(trainer: Trainer, run: RunFolder) -> None:
+    """Writes what other programs load: the policy, its moving average, the minority table."""
+    unet = trainer.denoisers.policy
+    export_policy(unet, run.path / "final", trainer.config.train.method)
+    averages = trainer.state.averages.get("export")
+    if averages is not None:
+        with averages.applied(0):
+            export_policy(unet, run.path / "ema", trainer.config.train.method)
+    run.write_minority(trainer.cache, trainer.state.ledger, trainer.state.metric)
+
+
+if __name__ == "__main__":
+    from fastpo.cli import main
+
+    main(["train", *sys.argv[1:]])
