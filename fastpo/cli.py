@@ -16,7 +16,7 @@ try:
     from rich.console import Console
 except ImportError as error:
     raise SystemExit(
-        f"fastpo: {error.name} is not installed; the command line needs `pip install 'fastpo[eval]'`"
+        f"fastpo: {error.name} is not installed; the commands need `pip install 'fastpo[eval]'`"
     ) from None
 
 from fastpo._version import __version__

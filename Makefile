@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up everything they need in $(VENV).
+VENV ?= .venv
+PYTHON ?= python3
+# On a machine with a GPU this is the CUDA build; name another build here if you need one.
+TORCH ?= torch==2.13.0
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(BIN)/fastpo demo $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+install: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
