@@ -1,0 +1,121 @@
+"""The configuration: reading, overriding, and complaints that name the key."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from fastpo.config import dump_config, load_config, parse_config
+from fastpo.errors import ConfigError
+from hypothesis import given
+from hypothesis import strategies as st
+
+MINIMAL = {
+    "model": {"path": "m"},
+    "data": {"source": "pickapic", "path": "d"},
+    "prepare": {"cache_dir": "c"},
+    "train": {
+        "output_dir": "o",
+        "epochs": 1,
+        "objective": {"name": "adaptive_dpo"},
+        "annotators": {"kind": "ledger"},
+    },
+}
+
+
+def changed(key, value):
+    raw = copy.deepcopy(MINIMAL)
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = value
+    return raw
+
+
+def write(tmp_path, raw=MINIMAL):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_dump_and_load_give_the_same_configuration(tmp_path):
+    config = parse_config(MINIMAL)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+COMPLAINTS = [
+    ("train.objective.betta", 1.0, r"unknown key train\.objective\.betta; did you mean .*\.beta\?"),
+    ("train.annotators.min_visit", 2, r"did you mean train\.annotators\.min_visits\?"),
+    ("trian", {}, r"unknown key trian; did you mean train\?"),
+    ("train.optim.lrr", 1.0, r"did you mean train\.optim\.lr\?"),
+    ("data.flip_rate", 1.5, r"data\.flip_rate: .*less than or equal to 1, got 1\.5"),
+    ("train.objective.beta", "much", r"train\.objective\.beta: .*number.*got 'much'"),
+    ("train.objective.name", "dpoo", r"train\.objective: .*'dpoo'.*'dpo'"),
+    ("data.source", "pick", r"data\.source: .*'pickapic'"),
+    ("train.max_steps", 3, r"exactly one of train\.epochs and train\.max_steps"),
+    ("train.objective", {"name": "dpo"}, r"annotators is used by adaptive_dpo .* not by dpo"),
+    ("train.max_timestep", 0, r"max_timestep"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "complaint"), COMPLAINTS)
+def test_a_wrong_key_is_named(key, value, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(changed(key, value))
+
+
+def test_a_missing_section_is_named():
+    raw = {k: v for k, v in MINIMAL.items() if k != "data"}
+    with pytest.raises(ConfigError, match="missing key data"):
+        parse_config(raw)
+
+
+def test_overrides_are_typed_and_may_make_sections(tmp_path):
+    config = load_config(
+        write(tmp_path),
+        ["train.optim.lr=1e-6", "train.lora.rank=4", "evaluate.prompts=[a, b]", "model.vae=x"],
+    )
+    assert config.train.optim.lr == 1e-6
+    assert config.train.lora.rank == 4
+    assert config.evaluate.prompts == ("a", "b")
+    assert config.model.vae == "x"
+
+
+@pytest.mark.parametrize("text", ["train.optim.lr", "=3", "seed.x=3"])
+def test_a_malformed_override_is_refused(tmp_path, text):
+    raw = {**MINIMAL, "seed": 0}
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(write(tmp_path, raw), [text])
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="not found"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="folder"):
+        load_config(tmp_path)
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+@given(
+    st.floats(1e-12, 1e3), st.integers(0, 2**31), st.floats(0, 1), st.sampled_from(["fp32", "bf16"])
+)
+def test_any_valid_value_survives_the_round_trip(lr, seed, rate, precision):
+    raw = changed("train.optim", {"lr": lr})
+    raw["seed"], raw["data"]["flip_rate"], raw["train"]["precision"] = seed, rate, precision
+    config = parse_config(raw)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "fastpo" / "configs").glob("*.yaml")), ids=str
+)
+def test_every_shipped_configuration_loads(path):
+    load_config(path)
