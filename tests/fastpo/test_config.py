@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fastpo.config import dump_config, load_config, parse_config
-from fastpo.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastpo.config import dump_config, load_config, parse_config
+from fastpo.errors import ConfigError
 
 MINIMAL = {
     "model": {"path": "m"},

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.export import export_policy
 from fastpo.models import MovingAverages, drop_captions, load_unet, predict, setup_denoisers
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.types import NoisedPair, PairBatch
-from torch import nn
 
 FAMILIES = {"sdxl": (tiny_sdxl_folder, 40, 20), "sd15": (tiny_sd15_folder, 16, None)}
 

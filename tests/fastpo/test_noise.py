@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from fastpo.errors import ConfigError, ModelError
 from fastpo.noise import make_noise
 from fastpo.types import PairBatch
@@ -89,7 +90,7 @@ def test_captions_are_dropped_at_their_rate():
 
 
 def test_bad_schedules_are_named():
-    with pytest.raises(ModelError, match="prediction_type.*'sample'"):
+    with pytest.raises(ModelError, match=r"prediction_type.*'sample'"):
         noise("sample")
-    with pytest.raises(ConfigError, match="schedule's length.*got 0 and 101"):
+    with pytest.raises(ConfigError, match=r"schedule's length.*got 0 and 101"):
         noise(max_timestep=101)

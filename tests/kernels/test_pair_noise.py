@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastpo_kernels.pair_noise import Stream, pair_bits, pair_integers, pair_normal, philox
 
 # The known-answer vectors that Random123 publishes for philox4x32-10.
