@@ -1,0 +1,290 @@
+"""The pair losses: validation, choice of implementation, named result. Imports no Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.pair_loss import reference as eager
+from fastpo_kernels.pair_loss.reference import Adaptive, MarginKind, Normalize, WeightKind
+
+Impl = Literal["triton", "reference"]
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_MAX_PAIRS = 4096
+
+
+class PairLoss(NamedTuple):
+    """Result of a pair loss. Only `loss` carries a gradient; the rest is detached.
+
+    Attributes:
+        loss: scalar, float32 (float64 for float64 predictions).
+        margin: `[B]`, `(r_w - r_l) - (e_w - e_l)`; without a reference r is 0.
+        policy_error: `[2B]`, mean squared error of every row, winners first.
+        reference_error: `[2B]`, or None without a reference.
+        minority: `[B]`, the minority metric u, or None where the objective has none.
+        weight: `[B]`, what every pair's loss was multiplied by, or None if by nothing.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    policy_error: Tensor
+    reference_error: Tensor | None
+    minority: Tensor | None
+    weight: Tensor | None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _gpu_supported(index: int | None) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
+    """The implementation to run: `impl`, or by the rule of `None`."""
+    if impl is None:
+        device = tensors[0].device
+        fits = _TRITON_INSTALLED and device.type == "cuda"
+        fits = fits and all(t.dtype in _TRITON_DTYPES for t in tensors)
+        fits = fits and tensors[0].shape[0] <= 2 * _TRITON_MAX_PAIRS
+        return "triton" if fits and _gpu_supported(device.index) else "reference"
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}")
+    if impl == "triton":
+        _require_triton(tensors)
+    return impl
+
+
+def _require_triton(tensors: Sequence[Tensor]) -> None:
+    if not _TRITON_INSTALLED:
+        raise ValueError("impl='triton' needs the package triton, which is not installed")
+    for t in tensors:
+        if t.dtype not in _TRITON_DTYPES:
+            raise TypeError(f"impl='triton' takes float32, bfloat16 or float16, got {t.dtype}")
+    device = tensors[0].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl='triton' needs tensors on a GPU, got {device}")
+    if device.type == "cuda" and not _gpu_supported(device.index):
+        raise ValueError("impl='triton' needs a GPU of compute capability 8.0 or newer")
+    if tensors[0].shape[0] > 2 * _TRITON_MAX_PAIRS:
+        raise ValueError(
+            f"impl='triton' takes at most {_TRITON_MAX_PAIRS} pairs a call, "
+            f"got {tensors[0].shape[0] // 2}"
+        )
+
+
+def _check_predictions(policy: Tensor, target: Tensor) -> None:
+    """The rules on policy and target."""
+    for name, t in (("policy", policy), ("target", target)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if policy.ndim < 2 or policy.shape[0] % 2 or policy.numel() == 0:
+        raise ValueError(
+            "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
+            f"got {tuple(policy.shape)}"
+        )
+    rows, shape = policy.shape[0], tuple(policy.shape)
+    if target.shape[1:] != policy.shape[1:] or target.shape[0] not in (rows, rows // 2):
+        raise ValueError(
+            f"target must be {shape}, or {(rows // 2, *shape[1:])} shared by the pair; "
+            f"got {tuple(target.shape)}"
+        )
+    if target.device != policy.device:
+        raise ValueError(f"target must be on policy's {policy.device}, got {target.device}")
+
+
+def _check_source(name: str, source: Tensor, policy: Tensor) -> None:
+    """Reference and annotators: predictions like the policy's, or errors `[2B]`."""
+    if not isinstance(source, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(source).__name__}")
+    if source.ndim == 1:
+        if source.shape[0] != policy.shape[0]:
+            raise ValueError(
+                f"{name}'s errors must be [{policy.shape[0]}], got {tuple(source.shape)}"
+            )
+        if source.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}'s errors must be float32, got {source.dtype}")
+    elif source.shape != policy.shape:
+        raise ValueError(
+            f"{name} must have policy's shape {tuple(policy.shape)}, or be its errors "
+            f"[{policy.shape[0]}]; got {tuple(source.shape)}"
+        )
+    elif not source.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {source.dtype}")
+    if source.device != policy.device:
+        raise ValueError(f"{name} must be on policy's {policy.device}, got {source.device}")
+
+
+def _check_vector(name: str, vector: Tensor, size: int, policy: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
+    if vector.shape != (size,):
+        raise ValueError(f"{name} must be [{size}], got {tuple(vector.shape)}")
+    if not vector.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {vector.dtype}")
+    if vector.device != policy.device:
+        raise ValueError(f"{name} must be on policy's {policy.device}, got {vector.device}")
+
+
+def _check_adaptive(adaptive: Adaptive, minority: Tensor | None, annotators) -> None:
+    kinds = (
+        ("normalize", adaptive.normalize, Normalize),
+        ("weight_kind", adaptive.weight_kind, WeightKind),
+        ("margin_kind", adaptive.margin_kind, MarginKind),
+    )
+    for name, value, allowed in kinds:
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")
+    if minority is not None and len(annotators):
+        raise ValueError("give the minority metric or annotators to form it from, got both")
+
+
+def pair_loss(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    *,
+    objective: str,
+    options: Sequence[float] = (),
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    adaptive: Adaptive | None = None,
+    safeguard: float | None = None,
+    impl: Impl | None = None,
+) -> PairLoss:
+    """Mean over pairs of `weight * objective(e_w, e_l, r_w, r_l)`, in one launch each way on a GPU.
+
+    `e` and `r` are the policy's and the reference's mean squared errors; the scalar functions and their
+    options are those of `reference.py`. `fastpo.loss` names every combination; call that.
+
+    Args:
+        policy: `[2B, *dims]` float32, bfloat16 or float16, winners first; it alone gets a gradient.
+        reference: `[2B, *dims]` predictions, or `[2B]` float32 errors; None where none is needed.
+        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it.
+        objective: a name in `reference.OBJECTIVES`.
+        options: up to three numbers, in the order of the scalar function.
+        annotators: other judges of the same pairs, each like `reference`; needs `adaptive`.
+        minority: `[B]`, the minority metric from outside; needs `adaptive`, excludes `annotators`.
+        statistics: batch statistics from outside, float32: `[1]`, KTO's mean gain, or `[1 + M]`, the
+            mean margin and then the M annotators' scales, the policy first.
+        pair_weight: `[B]`, multiplies every pair's loss; the mean still divides by B.
+        adaptive: weights and margins from the minority metric.
+        safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still gains.
+        impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD) in a
+            dtype it takes, with triton installed, at most 4096 pairs; else reference. Never falls back.
+
+    Returns:
+        `PairLoss`.
+
+    Raises:
+        TypeError: not a tensor, or of a dtype that is not taken.
+        ValueError: a shape, device, option or `impl` that breaks the rules above.
+    """
+    _check_predictions(policy, target)
+    if objective not in eager.OBJECTIVES:
+        raise ValueError(f"objective must be one of {list(eager.OBJECTIVES)}, got {objective!r}")
+    if reference is None and eager.OBJECTIVES[objective].needs_reference:
+        raise ValueError(f"{objective} needs a reference, got None")
+    n_pairs = policy.shape[0] // 2
+    named = [("reference", reference)] if reference is not None else []
+    named += [(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
+    for name, source in named:
+        _check_source(name, source, policy)
+    if adaptive is not None:
+        _check_adaptive(adaptive, minority, annotators)
+    elif minority is not None or len(annotators):
+        raise ValueError(f"{objective} without adaptive takes neither minority nor annotators")
+    n_statistics = 1 if adaptive is None else 2 + len(annotators)
+    vectors = (("minority", minority, n_pairs), ("pair_weight", pair_weight, n_pairs))
+    given = []
+    for name, vector, size in (*vectors, ("statistics", statistics, n_statistics)):
+        if vector is not None:
+            _check_vector(name, vector, size, policy)
+            given.append(vector)
+    tensors = [policy, target, *(s for _, s in named)]
+    options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
+    if _chosen(impl, [*tensors, *given]) == "reference":
+        return PairLoss(
+            *eager.pair_loss(
+                policy,
+                reference,
+                target,
+                objective=objective,
+                options=options,
+                annotators=annotators,
+                minority=minority,
+                statistics=statistics,
+                pair_weight=pair_weight,
+                adaptive=adaptive,
+                safeguard=safeguard,
+            )
+        )
+    for name, vector in (*named, *(v[:2] for v in vectors), ("statistics", statistics)):
+        _check_kernel_vector(name, vector)
+    loss, stats = ops.pair_loss_fwd(
+        policy,
+        reference,
+        target,
+        list(annotators),
+        minority,
+        statistics,
+        pair_weight,
+        objective,
+        options,
+        "" if adaptive is None else adaptive.kinds,
+        [] if adaptive is None else adaptive.scalars,
+        safeguard,
+    )
+    return _unpack(loss, stats, n_pairs, len(named) + 1, reference, adaptive, pair_weight)
+
+
+def _check_kernel_vector(name: str, vector: Tensor | None) -> None:
+    if vector is not None and vector.ndim == 1 and not vector.is_contiguous():
+        raise ValueError(f"impl='triton' needs {name} contiguous, got stride {vector.stride(0)}")
+
+
+def _unpack(loss, stats, n_pairs, n_sources, reference, adaptive, pair_weight) -> PairLoss:
+    """Views of `stats`, in the layout of `ops.py`."""
+    tail = (1 + 2 * n_sources) * n_pairs
+    weighted = adaptive is not None or pair_weight is not None
+    return PairLoss(
+        loss,
+        stats.narrow(0, 0, n_pairs),
+        stats.narrow(0, n_pairs, 2 * n_pairs),
+        None if reference is None else stats.narrow(0, 3 * n_pairs, 2 * n_pairs),
+        None if adaptive is None else stats.narrow(0, tail, n_pairs),
+        stats.narrow(0, tail + n_pairs, n_pairs) if weighted else None,
+    )
+
+
+def pair_errors(policy: Tensor, target: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """Mean squared error of every row, the fused reduction alone; differentiable in `policy`.
+
+    Args:
+        policy: `[2B, *dims]` float32, bfloat16 or float16, winners first.
+        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it.
+        impl: as in `pair_loss`.
+
+    Returns:
+        `[2B]` float32 (float64 for float64 predictions).
+
+    Raises:
+        TypeError: not a tensor, or of a dtype that is not taken.
+        ValueError: a shape, device or `impl` that breaks the rules above.
+    """
+    _check_predictions(policy, target)
+    if _chosen(impl, [policy, target]) == "reference":
+        return eager.pair_errors(policy, target.detach())
+    return ops.pair_errors_fwd(policy, target)

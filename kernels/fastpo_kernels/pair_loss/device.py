@@ -1,0 +1,112 @@
+"""The scalar functions of `reference.py` as device code, each with its two partial derivatives.
+
+`name(e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32. A new objective
+is one function here, one in `reference.py`, one line in each table, one row in the tests' table.
+"""
+
+import triton
+import triton.language as tl
+
+from fastpo_kernels._triton import log_sigmoid, sigmoid
+
+
+@triton.jit
+def _logit(e_w, e_l, r_w, r_l, shift, beta):
+    return beta * ((r_w - r_l) - (e_w - e_l)) - shift
+
+
+@triton.jit
+def dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    loss = -(1.0 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z)
+    slope = beta * ((1.0 - smoothing) * sigmoid(-z) - smoothing * sigmoid(z))
+    return loss, slope, -slope
+
+
+@triton.jit
+def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    scale = 1.0 / (1.0 - 2.0 * smoothing)
+    loss = scale * (smoothing * log_sigmoid(-z) - (1.0 - smoothing) * log_sigmoid(z))
+    slope = scale * beta * ((1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z))
+    return loss, slope, -slope
+
+
+@triton.jit
+def ipo(e_w, e_l, r_w, r_l, shift, tau, _, __):
+    gap = ((r_w - r_l) - (e_w - e_l)) - shift - 0.5 / tau
+    return gap * gap, -2.0 * gap, 2.0 * gap
+
+
+@triton.jit
+def hinge(e_w, e_l, r_w, r_l, shift, beta, _, __):
+    slack = 1.0 - _logit(e_w, e_l, r_w, r_l, shift, beta)
+    slope = tl.where(slack > 0.0, beta, 0.0)
+    return tl.maximum(slack, 0.0), slope, -slope
+
+
+@triton.jit
+def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
+    v_w = beta * (r_w - e_w - shift)
+    v_l = beta * (r_l - e_l - shift)
+    loss = 0.5 * (sigmoid(-v_w) + sigmoid(v_l))
+    slope_w = 0.5 * beta * sigmoid(v_w) * sigmoid(-v_w)
+    slope_l = 0.5 * beta * sigmoid(v_l) * sigmoid(-v_l)
+    return loss, slope_w, -slope_l
+
+
+@triton.jit
+def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    p, not_p = sigmoid(z), sigmoid(-z)
+    loss = p * (log_sigmoid(z) - log_q) + not_p * (log_sigmoid(-z) - log_not_q)
+    slope = -beta * p * not_p * (z - (log_q - log_not_q))
+    return loss, slope, -slope
+
+
+@triton.jit
+def linear_dpo(e_w, e_l, r_w, r_l, shift, beta, eta, _):
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    c = tl.minimum(tl.maximum(0.5 - 0.2 * z, eta), 1.0 - eta)
+    return c * (e_w - e_l), c, -c
+
+
+@triton.jit
+def sft(e_w, e_l, r_w, r_l, shift, _, __, ___):
+    return e_w, tl.full(e_w.shape, 1.0, tl.float32), tl.zeros(e_w.shape, tl.float32)
+
+
+@triton.jit
+def _decay_minus_one(x):
+    """`h = x / expm1(x) - 1` and `dh/dx` for x >= 0: the Bernoulli series below 1/2, else closed form."""
+    small = x < 0.5
+    n = tl.where(small, x, 0.0)
+    t = n * n
+    series = t * (1.0 / 12 + t * (-1.0 / 720 + t * (1.0 / 30240 - t * (1.0 / 1209600)))) - 0.5 * n
+    slope = n * (1.0 / 6 + t * (-1.0 / 180 + t * (1.0 / 5040 - t * (1.0 / 151200)))) - 0.5
+    far = tl.where(small, 1.0, x)
+    decayed = tl.exp(-far)
+    f = far * decayed / (1.0 - decayed)
+    return tl.where(small, series, f - 1.0), tl.where(small, slope, f * (1.0 - f) / far - f)
+
+
+@triton.jit
+def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+    h_w, slope_w = _decay_minus_one(snr * e_w)
+    h_l, slope_l = _decay_minus_one(snr * e_l)
+    v = num_timesteps * (h_w - h_l)
+    pull = weight * num_timesteps * snr * sigmoid(-v)
+    return e_w - weight * log_sigmoid(v), 1.0 - pull * slope_w, pull * slope_l
+
+
+OBJECTIVES = {
+    "dpo": dpo,
+    "robust_dpo": robust_dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "kto": kto,
+    "dmpo": dmpo,
+    "linear_dpo": linear_dpo,
+    "sft": sft,
+    "mapo": mapo,
+}

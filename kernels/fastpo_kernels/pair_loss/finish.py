@@ -1,0 +1,199 @@
+"""The last program's work: from the partial sums to loss, statistics and gradient coefficients."""
+
+import triton
+import triton.language as tl
+
+from fastpo_kernels._triton import sigmoid
+
+
+@triton.jit
+def _column_sums(partials_ptr, n_pairs, n_chunks, BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Sums over the chunks of one stream's side: `[n_chunks, 2 n_pairs]` to `[BLOCK_B]`, order fixed."""
+    p = tl.arange(0, BLOCK_P)[:, None]
+    b = tl.arange(0, BLOCK_B)[None, :]
+    mask = (p < n_chunks) & (b < n_pairs)
+    # Past L1: the other programs wrote these.
+    tile = tl.load(partials_ptr + p * (2 * n_pairs) + b, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(tile, axis=0)
+
+
+@triton.jit
+def source_errors(
+    source_ptr,
+    partials_ptr,
+    errors_ptr,
+    b,
+    valid,
+    n_pairs,
+    n_chunks,
+    n_elements,
+    IS_READY: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Mean squared errors of winners and losers of one stream, also written to `errors_ptr`."""
+    if IS_READY:
+        e_w = tl.load(source_ptr + b, mask=valid, other=0.0).to(tl.float32)
+        e_l = tl.load(source_ptr + n_pairs + b, mask=valid, other=0.0).to(tl.float32)
+    else:
+        n = tl.cast(n_elements, tl.float32)
+        e_w = tl.div_rn(_column_sums(partials_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
+        loser_ptr = partials_ptr + n_pairs
+        e_l = tl.div_rn(_column_sums(loser_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
+    tl.store(errors_ptr + b, e_w, mask=valid)
+    tl.store(errors_ptr + n_pairs + b, e_l, mask=valid)
+    return e_w, e_l
+
+
+@triton.jit
+def _scaled_margin(d, rho, scale_ptr, n_pairs, NORMALIZE: tl.constexpr):
+    """`x = rho d / scale`; d is 0 outside the batch."""
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    else:
+        power = tl.sum(d * d)
+        scale = tl.sqrt(power / n_pairs if NORMALIZE == "rms" else power)
+    return rho * (d / tl.where(scale > 0, scale, 1.0))
+
+
+@triton.jit
+def _minority_metric(margins, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr):
+    """`u = mean_m sigmoid(-x_m) * min(std_m(x_m), 1)`; the first factor alone for one annotator."""
+    xs = ()
+    for m in tl.static_range(len(margins)):
+        scale_ptr = None if statistics_ptr is None else statistics_ptr + 1 + m
+        xs = xs + (_scaled_margin(margins[m], rho, scale_ptr, n_pairs, NORMALIZE),)
+    doubt = tl.zeros_like(margins[0])
+    mean = tl.zeros_like(margins[0])
+    for m in tl.static_range(len(margins)):
+        doubt += sigmoid(-xs[m]) / len(margins)
+        mean += xs[m] / len(margins)
+    if len(margins) > 1:
+        spread = tl.zeros_like(mean)
+        for m in tl.static_range(len(margins)):
+            spread += (xs[m] - mean) * (xs[m] - mean)
+        doubt *= tl.minimum(tl.sqrt(spread / (len(margins) - 1)), 1.0)
+    return doubt
+
+
+@triton.jit
+def _pair_weight(u, scale, intercept, WEIGHT_KIND: tl.constexpr):
+    """The weight of a pair with minority metric u."""
+    if WEIGHT_KIND == "gate":
+        weight = tl.where(u < 0.5, 1.0, 0.0)
+    elif WEIGHT_KIND == "linear":
+        weight = 1.0 / (intercept + scale * u)
+    elif WEIGHT_KIND == "quadratic":
+        weight = 1.0 / (intercept + scale * u * u)
+    elif WEIGHT_KIND == "sqrt":
+        weight = 1.0 / (intercept + tl.exp(scale * tl.sqrt(u)))
+    else:
+        weight = 1.0 / (intercept + tl.exp(scale * u))
+    return weight
+
+
+@triton.jit
+def _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND: tl.constexpr):
+    """`shift_scale * (mean(d) - u**k / beta)`."""
+    if statistics_ptr is not None:
+        mean = tl.load(statistics_ptr).to(tl.float32)
+    else:
+        mean = tl.sum(d) / n_pairs
+    power = u * u if MARGIN_KIND == "quadratic" else u
+    return adaptive_options[3] * (mean - power / adaptive_options[4])
+
+
+@triton.jit
+def _baseline(gains, statistics_ptr, n_pairs):
+    """KTO's `z0`: the mean gain of the batch's 2B rows, or the one given, not below 0."""
+    if statistics_ptr is not None:
+        mean = tl.load(statistics_ptr).to(tl.float32)
+    else:
+        mean = tl.sum(gains) / (2 * n_pairs)
+    return tl.maximum(mean, 0.0)
+
+
+@triton.jit
+def _safeguard(e_w, dot, mu):
+    """`lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where the products agree, else 1."""
+    agree = dot > 0.0
+    ratio = (1.0 - mu) * tl.sum(e_w) / tl.where(agree, dot, 1.0)
+    return tl.where(agree, tl.minimum(tl.maximum(ratio, 0.0), 1.0), 1.0)
+
+
+@triton.jit
+def finish(
+    sources,
+    minority_ptr,
+    statistics_ptr,
+    pair_weight_ptr,
+    partials_ptr,
+    loss_ptr,
+    stats_ptr,
+    n_pairs,
+    n_chunks,
+    n_elements,
+    options,
+    adaptive_options,
+    mu,
+    READY: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WEIGHT_KIND: tl.constexpr,
+    MARGIN_KIND: tl.constexpr,
+    BATCH_BASELINE: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """From the partials to the loss, the statistics and `dloss/de` of every row (its layout: `ops.py`)."""
+    b = tl.arange(0, BLOCK_B)
+    valid = b < n_pairs
+    plane = 2 * n_pairs * n_chunks
+    errors_ptr = stats_ptr + n_pairs
+    e_w, e_l = source_errors(
+        sources[0], partials_ptr, errors_ptr, b, valid, n_pairs, n_chunks, n_elements,
+        READY & 1, BLOCK_P, BLOCK_B,
+    )  # fmt: skip
+    r_w, r_l = tl.zeros_like(e_w), tl.zeros_like(e_l)
+    if HAS_REFERENCE:
+        r_w, r_l = source_errors(
+            sources[1], partials_ptr + plane, errors_ptr + 2 * n_pairs, b, valid, n_pairs,
+            n_chunks, n_elements, (READY >> 1) & 1, BLOCK_P, BLOCK_B,
+        )  # fmt: skip
+    d = (r_w - r_l) - (e_w - e_l)
+    tl.store(stats_ptr + b, d, mask=valid)
+    tail_ptr = errors_ptr + len(sources) * 2 * n_pairs
+    weight = tl.where(valid, 1.0, 0.0)
+    shift = 0.0
+    if NORMALIZE is not None:
+        if minority_ptr is not None:
+            u = tl.load(minority_ptr + b, mask=valid, other=0.0).to(tl.float32)
+        else:
+            margins = (d,)
+            for s in tl.static_range(2, len(sources)):
+                a_w, a_l = source_errors(
+                    sources[s], partials_ptr + s * plane, errors_ptr + s * 2 * n_pairs, b, valid,
+                    n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
+                )  # fmt: skip
+                margins = margins + ((r_w - r_l) - (a_w - a_l),)
+            u = _minority_metric(margins, adaptive_options[0], statistics_ptr, n_pairs, NORMALIZE)
+        tl.store(tail_ptr + b, u, mask=valid)
+        weight *= _pair_weight(u, adaptive_options[1], adaptive_options[2], WEIGHT_KIND)
+        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND)
+    elif BATCH_BASELINE:
+        shift = _baseline(r_w + r_l - e_w - e_l, statistics_ptr, n_pairs)
+    if pair_weight_ptr is not None:
+        weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
+    tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
+    loss, slope_w, slope_l = OBJECTIVE(
+        e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
+    )
+    if SAFEGUARD:
+        dot_ptr = partials_ptr + len(sources) * plane
+        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
+        slope_l *= _safeguard(e_w, dot, mu)
+    tl.store(loss_ptr, tl.sum(tl.where(valid, weight * loss, 0.0)) / n_pairs)
+    tl.store(tail_ptr + 2 * n_pairs + b, weight * slope_w / n_pairs, mask=valid)
+    tl.store(tail_ptr + 3 * n_pairs + b, weight * slope_l / n_pairs, mask=valid)

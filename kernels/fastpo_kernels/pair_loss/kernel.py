@@ -1,0 +1,318 @@
+"""The two kernels of the pair losses and their launchers: one launch forward, one backward.
+
+A forward program sums squared errors over some tiles of one pair, winner and loser side by side, so a
+target that the pair shares is read once. It writes one partial per stream; the program that draws the
+last ticket reduces them in a fixed order and finishes: statistics, weights, losses, coefficients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpo_kernels._triton import strided_offsets
+from fastpo_kernels.pair_loss import device
+from fastpo_kernels.pair_loss.finish import finish, source_errors
+
+MAX_PAIRS = 4096
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Elements per tile, tiles' programs per pair, warps per program."""
+
+    block_size: int
+    programs_per_pair: int
+    num_warps: int
+
+
+def launch_config(n_pairs: int, n_elements: int) -> LaunchConfig:
+    """Small tiles while the batch is too small to fill a GPU, and about a thousand programs at most.
+
+    Chosen by reasoning and from compiled register counts; not yet tuned on a GPU.
+    """
+    block_size, num_warps = (1024, 4) if n_pairs * n_elements < 1 << 20 else (4096, 8)
+    tiles = triton.cdiv(n_elements, block_size)
+    return LaunchConfig(block_size, max(1, min(tiles, 1024 // max(n_pairs, 1))), num_warps)
+
+
+@triton.jit
+def _squared_errors(
+    sources,
+    target_ptr,
+    pair,
+    chunk,
+    n_pairs,
+    n_chunks,
+    n_elements,
+    sizes,
+    strides,
+    target_strides,
+    READY: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Per stream, this chunk's sums of `(pred - target)**2` of winner and loser; last, of their product."""
+    zeros = tl.zeros((BLOCK_SIZE,), tl.float32)
+    sums = ()
+    for _ in tl.static_range(2 * len(sources) + 1):
+        sums = sums + (zeros,)
+    for tile in range(chunk, tl.cdiv(n_elements, BLOCK_SIZE), n_chunks):
+        index = tile * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        mask = index < n_elements
+        at = strided_offsets(index, sizes, target_strides[1:]) + pair * target_strides[0]
+        target_w = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        target_l = target_w
+        if not SHARED_TARGET:
+            at += n_pairs * target_strides[0]
+            target_l = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        new = ()
+        dot = sums[2 * len(sources)]
+        for s in tl.static_range(len(sources)):
+            if (READY >> s) & 1:
+                new = new + (sums[2 * s], sums[2 * s + 1])
+            else:
+                at = strided_offsets(index, sizes, strides[s][1:]) + pair * strides[s][0]
+                winner = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_w
+                at += n_pairs * strides[s][0]
+                loser = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_l
+                new = new + (sums[2 * s] + winner * winner, sums[2 * s + 1] + loser * loser)
+                if SAFEGUARD and s == 0:
+                    dot += winner * loser
+        sums = new + (dot,)
+    return sums
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
+def _pair_loss_fwd_kernel(
+    sources,  # policy, then reference and annotators: each [2B, N], or errors [2B] where READY
+    target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
+    minority_ptr,  # [B] or None
+    statistics_ptr,  # [1] or [1 + M] or None
+    pair_weight_ptr,  # [B] or None
+    partials_ptr,  # [S + 1, P, 2B]
+    ticket_ptr,  # [1], zero before and after
+    loss_ptr,  # [] or None: errors only
+    stats_ptr,  # the layout of ops.py, or [2B] errors
+    n_pairs,
+    n_chunks,
+    n_elements,
+    sizes,
+    strides,
+    target_strides,
+    options,
+    adaptive_options,
+    mu,
+    READY: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    SHARED_TARGET: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WEIGHT_KIND: tl.constexpr,
+    MARGIN_KIND: tl.constexpr,
+    BATCH_BASELINE: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """e = mean (pred - target)**2 of both sides; loss = mean w objective(e_w, e_l, r_w, r_l)."""
+    program = tl.program_id(0).to(tl.int64)
+    pair, chunk = program // n_chunks, (program % n_chunks).to(tl.int32)
+    sums = _squared_errors(
+        sources, target_ptr, pair, chunk, n_pairs, n_chunks, n_elements, sizes, strides,
+        target_strides, READY, SHARED_TARGET, SAFEGUARD, BLOCK_SIZE,
+    )  # fmt: skip
+    for s in tl.static_range(len(sources)):
+        if (READY >> s) & 1 == 0:
+            out_ptr = partials_ptr + (s * n_chunks + chunk) * 2 * n_pairs + pair
+            tl.store(out_ptr, tl.sum(sums[2 * s]))
+            tl.store(out_ptr + n_pairs, tl.sum(sums[2 * s + 1]))
+    if SAFEGUARD:
+        out_ptr = partials_ptr + (len(sources) * n_chunks + chunk) * 2 * n_pairs + pair
+        tl.store(out_ptr, tl.sum(sums[2 * len(sources)]))
+    # Every store of this program is done before its ticket is drawn (release), and the last drawer
+    # reads only after it (acquire).
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if ticket == n_pairs * n_chunks - 1:
+        tl.store(ticket_ptr, 0)
+        if OBJECTIVE is None:
+            b = tl.arange(0, BLOCK_B)
+            source_errors(
+                sources[0], partials_ptr, stats_ptr, b, b < n_pairs, n_pairs, n_chunks, n_elements,
+                False, BLOCK_P, BLOCK_B,
+            )  # fmt: skip
+        else:
+            finish(
+                sources, minority_ptr, statistics_ptr, pair_weight_ptr, partials_ptr, loss_ptr,
+                stats_ptr, n_pairs, n_chunks, n_elements, options, adaptive_options, mu, READY,
+                OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND, MARGIN_KIND, BATCH_BASELINE,
+                SAFEGUARD, BLOCK_P, BLOCK_B,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
+def _pair_loss_bwd_kernel(
+    policy_ptr,  # [2B, N]
+    target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
+    coefficient_ptr,  # [2B]: dloss/de
+    grad_loss_ptr,  # [] or None
+    grad_policy_ptr,  # [2B, N]
+    n_pairs,
+    n_chunks,
+    n_elements,
+    sizes,
+    policy_strides,
+    target_strides,
+    grad_strides,
+    SHARED_TARGET: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """dloss/dpred = grad_loss * dloss/de * 2/N * (pred - target)."""
+    program = tl.program_id(0).to(tl.int64)
+    pair = program // n_chunks
+    index = (program % n_chunks).to(tl.int32) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = index < n_elements
+    scale = tl.div_rn(2.0, tl.cast(n_elements, tl.float32))
+    if grad_loss_ptr is not None:
+        scale *= tl.load(grad_loss_ptr).to(tl.float32)
+    target_at = strided_offsets(index, sizes, target_strides[1:]) + pair * target_strides[0]
+    target = tl.load(target_ptr + target_at, mask=mask, other=0.0).to(tl.float32)
+    for side in tl.static_range(2):
+        row = pair + side * n_pairs
+        if side == 1 and not SHARED_TARGET:
+            target_at += n_pairs * target_strides[0]
+            target = tl.load(target_ptr + target_at, mask=mask, other=0.0).to(tl.float32)
+        at = strided_offsets(index, sizes, policy_strides[1:]) + row * policy_strides[0]
+        diff = tl.load(policy_ptr + at, mask=mask, other=0.0).to(tl.float32) - target
+        grad = (scale * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
+        at = strided_offsets(index, sizes, grad_strides[1:]) + row * grad_strides[0]
+        tl.store(grad_policy_ptr + at, grad.to(grad_policy_ptr.dtype.element_ty), mask=mask)
+
+
+def _joint_layout(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Sizes of one sample and, per tensor, (row stride, inner strides), with as few dimensions as
+    describe all of them: one for contiguous or for equally permuted dense tensors."""
+    if all(t.is_contiguous() for t in tensors):
+        n_elements = tensors[0][0].numel()
+        return (n_elements,), [(t.stride(0) if t.shape[0] > 1 else n_elements, 1) for t in tensors]
+    shape, first = tensors[0].shape, tensors[0]
+    dims = sorted((k for k in range(1, first.ndim) if shape[k] > 1), key=lambda k: -first.stride(k))
+    sizes: list[int] = []
+    inner: list[list[int]] = [[] for _ in tensors]
+    for k in dims:
+        strides = [t.stride(k) for t in tensors]
+        if sizes and all(s[-1] == shape[k] * t for s, t in zip(inner, strides, strict=True)):
+            sizes[-1] *= shape[k]
+            for s, t in zip(inner, strides, strict=True):
+                s[-1] = t
+        else:
+            sizes.append(shape[k])
+            for s, t in zip(inner, strides, strict=True):
+                s.append(t)
+    if not sizes:
+        sizes, inner = [1], [[1] for _ in tensors]
+    rows = [(t.stride(0), *s) for t, s in zip(tensors, inner, strict=True)]
+    return tuple(sizes), rows
+
+
+def _device_guard(tensor: Tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def _ticket(device: torch.device) -> Tensor:
+    """A zeroed int32: each stream's own, left at zero by every launch; fresh while a graph is captured,
+    whose replays may meet those of another graph."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def launch_forward(
+    sources: Sequence[Tensor],
+    target: Tensor,
+    minority: Tensor | None,
+    statistics: Tensor | None,
+    pair_weight: Tensor | None,
+    loss: Tensor | None,
+    stats: Tensor,
+    objective: str | None,
+    options: Sequence[float],
+    adaptive_kinds: Sequence[str],
+    adaptive_scalars: Sequence[float],
+    has_reference: bool,
+    safeguard: float | None,
+) -> None:
+    """Fills `loss` and `stats` (or, without an objective, `stats` with the policy's errors)."""
+    policy = sources[0]
+    n_pairs = policy.shape[0] // 2
+    full = [s for s in sources if s.ndim > 1]
+    sizes, rows = _joint_layout([*full, target])
+    by_id = {id(s): r for s, r in zip(full, rows, strict=False)}
+    n_elements = math.prod(sizes)
+    config = launch_config(n_pairs, n_elements)
+    n_chunks = config.programs_per_pair
+    normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
+    with _device_guard(policy):
+        partials = torch.empty(
+            (len(sources) + 1) * n_chunks * 2 * n_pairs, dtype=torch.float32, device=policy.device
+        )
+        _pair_loss_fwd_kernel[(n_pairs * n_chunks,)](
+            tuple(sources), target, minority, statistics, pair_weight,
+            partials, _ticket(policy.device), loss, stats,
+            n_pairs, n_chunks, n_elements, sizes,
+            tuple(by_id.get(id(s), rows[0]) for s in sources), rows[-1],
+            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,
+            READY=sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
+            OBJECTIVE=device.OBJECTIVES[objective] if objective else None,
+            HAS_REFERENCE=has_reference,
+            SHARED_TARGET=target.shape[0] == n_pairs,
+            NORMALIZE=normalize,
+            WEIGHT_KIND=weight_kind,
+            MARGIN_KIND=margin_kind,
+            BATCH_BASELINE=objective == "kto",
+            SAFEGUARD=safeguard is not None,
+            BLOCK_SIZE=config.block_size,
+            BLOCK_P=triton.next_power_of_2(n_chunks),
+            BLOCK_B=triton.next_power_of_2(n_pairs),
+            num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def launch_backward(
+    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+) -> Tensor:
+    """The policy's gradient, in its dtype and, where it is dense, its layout."""
+    n_pairs = policy.shape[0] // 2
+    with _device_guard(policy):
+        grad_policy = torch.empty_like(policy)
+        sizes, rows = _joint_layout([policy, grad_policy, target])
+        n_elements = math.prod(sizes)
+        config = launch_config(n_pairs, n_elements)
+        n_chunks = triton.cdiv(n_elements, config.block_size)
+        _pair_loss_bwd_kernel[(n_pairs * n_chunks,)](
+            policy, target, coefficients, grad_loss,
+            grad_policy,
+            n_pairs, n_chunks, n_elements, sizes,
+            rows[0], rows[2], rows[1],
+            SHARED_TARGET=target.shape[0] == n_pairs,
+            BLOCK_SIZE=config.block_size,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    return grad_policy

@@ -1,0 +1,260 @@
+"""Eager oracle of the pair losses: torch only, any device, float64-capable, differentiated by autograd.
+
+Each objective is one scalar function of the errors of a pair; `kernel.py` holds its twin. Nothing here
+is a matrix product and every input is lifted to float32 or better first, so autocast changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WeightKind = Literal["linear", "quadratic", "sqrt", "exponential", "gate"]
+MarginKind = Literal["quadratic", "linear"]
+Normalize = Literal["rms", "l2"]
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Adaptive-DPO's options (arXiv 2503.16921): how a pair's minority metric becomes weight and margin.
+
+    `shift_scale` multiplies `mean(d) - u**k / beta`: the margin scale, divided by beta in the IPO form.
+    """
+
+    beta: float
+    normalize: Normalize = "rms"
+    rho: float = 3.75
+    weight_kind: WeightKind = "linear"
+    weight_scale: float = 10.0
+    weight_intercept: float = 1.0
+    margin_kind: MarginKind = "quadratic"
+    shift_scale: float = 1.0
+
+    @property
+    def kinds(self) -> str:
+        """The names the kernel is compiled for, in its order, as one word list."""
+        return f"{self.normalize} {self.weight_kind} {self.margin_kind}"
+
+    @property
+    def scalars(self) -> list[float]:
+        """The numbers the kernel reads, in its order."""
+        return [self.rho, self.weight_scale, self.weight_intercept, self.shift_scale, self.beta]
+
+
+def _margin(e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor) -> Tensor:
+    return (r_w - r_l) - (e_w - e_l)
+
+
+def dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
+    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+
+
+def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
+    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    return (smoothing * F.logsigmoid(-z) - (1 - smoothing) * F.logsigmoid(z)) / (1 - 2 * smoothing)
+
+
+def ipo(e_w, e_l, r_w, r_l, shift, tau, _, __):
+    """`(d - shift - 1/(2 tau))**2`: on the margin itself, not on the logit (Azar et al. 2023)."""
+    return (_margin(e_w, e_l, r_w, r_l) - shift - 0.5 / tau).square()
+
+
+def hinge(e_w, e_l, r_w, r_l, shift, beta, _, __):
+    """`max(0, 1 - z)`."""
+    return F.relu(1 - (beta * _margin(e_w, e_l, r_w, r_l) - shift))
+
+
+def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
+    """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`."""
+    winner = torch.sigmoid(-beta * (r_w - e_w - shift))
+    loser = torch.sigmoid(beta * (r_l - e_l - shift))
+    return 0.5 * (winner + loser)
+
+
+def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
+    """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
+    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
+    return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
+
+
+def linear_dpo(e_w, e_l, r_w, r_l, shift, beta, eta, _):
+    """`c (e_w - e_l)`, `c = clip(0.5 - 0.2 beta d, eta, 1 - eta)` detached."""
+    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    return (0.5 - 0.2 * z).clamp(eta, 1 - eta).detach() * (e_w - e_l)
+
+
+def sft(e_w, e_l, r_w, r_l, shift, _, __, ___):
+    """`e_w`: fine-tuning on the winner alone."""
+    return e_w
+
+
+def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+    """`e_w - b ls(T (f(e_w) - f(e_l)))`, `f(e) = s e / expm1(s e)` (Hong et al. 2024)."""
+    gap = decay_minus_one(snr * e_w) - decay_minus_one(snr * e_l)
+    return e_w - weight * F.logsigmoid(num_timesteps * gap)
+
+
+def decay_minus_one(x: Tensor) -> Tensor:
+    """`x / expm1(x) - 1`, zero at zero, for x >= 0; the value and its derivative are exact to rounding.
+
+    Below 1/2 the Bernoulli series: there `x / expm1(x)` is near 1, and its autograd derivative cancels.
+    """
+    small = x < 0.5
+    near = torch.where(small, x, 0.0)
+    far = torch.where(small, 1.0, x)
+    t = near * near
+    series = t * (-1 / 1209600 + t * (1 / 47900160 - t * (691 / 1307674368000)))
+    series = t * (1 / 12 + t * (-1 / 720 + t * (1 / 30240 + series)))
+    decayed = torch.exp(-far)
+    return torch.where(small, series - 0.5 * near, far * decayed / (1 - decayed) - 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A scalar function `(e_w, e_l, r_w, r_l, shift, a, b, c) -> losses` and what it needs."""
+
+    function: Callable[..., Any]
+    needs_reference: bool = True
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": Objective(dpo),
+    "robust_dpo": Objective(robust_dpo),
+    "ipo": Objective(ipo),
+    "hinge": Objective(hinge),
+    "kto": Objective(kto),
+    "dmpo": Objective(dmpo),
+    "linear_dpo": Objective(linear_dpo),
+    "sft": Objective(sft, needs_reference=False),
+    "mapo": Objective(mapo, needs_reference=False),
+}
+
+
+def residual(pred: Tensor, target: Tensor) -> Tensor:
+    """`pred - target` as `[2, B, *dims]` in float32 or better; the target may be shared, `[B, *dims]`."""
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    pred = pred.to(dtype).unflatten(0, (2, pred.shape[0] // 2))
+    if target.shape[0] == pred.shape[1]:
+        return pred - target
+    return pred - target.unflatten(0, (2, pred.shape[1]))
+
+
+def pair_errors(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean over every dimension but the first of `(pred - target)**2`: `[2B]`, winners first."""
+    return residual(pred, target).square().flatten(2).mean(2).flatten()
+
+
+def _errors_of(source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    errors = source if source.ndim == 1 else pair_errors(source, target)
+    return errors.detach().to(dtype)
+
+
+def minority_metric(margins: Sequence[Tensor], scales: Tensor | None, spec: Adaptive) -> Tensor:
+    """`u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)`, `x_m = rho d_m / scale_m`, from M margins `[B]`.
+
+    With one annotator `u = |sigmoid(x) - 1|`. The scale is each margin's root mean square over the batch
+    (`l2`: its norm) unless given.
+    """
+    d = torch.stack(list(margins))
+    if scales is None:
+        power = d.square()
+        scales = (power.mean(1) if spec.normalize == "rms" else power.sum(1)).sqrt()
+    scales = torch.where(scales > 0, scales, 1.0)
+    x = spec.rho * d / scales[:, None]
+    doubt = torch.sigmoid(-x).mean(0)
+    return doubt if len(margins) == 1 else doubt * x.std(0).clamp(max=1.0)
+
+
+def pair_weights(u: Tensor, spec: Adaptive) -> Tensor:
+    """`w = 1 / (k0 + k1 u)` and its variants; `gate` is 1 where u < 1/2, else 0."""
+    k0, k1 = spec.weight_intercept, spec.weight_scale
+    if spec.weight_kind == "gate":
+        return (u < 0.5).to(u.dtype)
+    if spec.weight_kind == "linear":
+        return 1 / (k0 + k1 * u)
+    if spec.weight_kind == "quadratic":
+        return 1 / (k0 + k1 * u.square())
+    return 1 / (k0 + torch.exp(k1 * (u.sqrt() if spec.weight_kind == "sqrt" else u)))
+
+
+def _adapt(
+    d: Tensor,
+    annotators: Sequence[Tensor],
+    r_gap: Tensor,
+    minority: Tensor | None,
+    statistics: Tensor | None,
+    spec: Adaptive,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minority metric, weight and margin shift of every pair, all detached."""
+    scales = None if statistics is None else statistics[1:].to(d.dtype)
+    if minority is None:
+        gaps = [r_gap - (a[: len(d)] - a[len(d) :]) for a in annotators]
+        u = minority_metric([d, *gaps], scales, spec)
+    else:
+        u = minority.detach().to(d.dtype)
+    mean = d.mean() if statistics is None else statistics[0].to(d.dtype)
+    power = u.square() if spec.margin_kind == "quadratic" else u
+    return u, pair_weights(u, spec), spec.shift_scale * (mean - power / spec.beta)
+
+
+def _safeguarded(e_w: Tensor, e_l: Tensor, dot: Tensor, mu: float) -> Tensor:
+    """The loser's error with its gradient scaled by Diffusion-SDPO's lambda; the value is unchanged."""
+    total = dot.sum()
+    ratio = (1 - mu) * e_w.detach().sum() / torch.where(total > 0, total, 1.0)
+    scale = torch.where(total > 0, ratio.clamp(0, 1), 1.0)
+    return e_l.detach() + scale * (e_l - e_l.detach())
+
+
+def pair_loss(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    *,
+    objective: str,
+    options: Sequence[float],
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    adaptive: Adaptive | None = None,
+    safeguard: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss` for the arguments.
+
+    Returns:
+        The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error `[2B]`
+        or None, minority metric `[B]` or None, weight `[B]` or None.
+    """
+    target = target.detach()
+    diff = residual(policy, target)
+    e_w, e_l = diff.square().flatten(2).mean(2).unbind()
+    n_pairs, policy_error = len(e_w), torch.cat([e_w, e_l]).detach()
+    reference_error = None if reference is None else _errors_of(reference, target, e_w.dtype)
+    r_w, r_l = e_w.new_zeros(2, n_pairs) if reference_error is None else reference_error.view(2, -1)
+    d = _margin(e_w, e_l, r_w, r_l).detach()
+    u = weight = None
+    shift: Tensor | float = 0.0
+    if adaptive is not None:
+        judged = [_errors_of(a, target, e_w.dtype) for a in annotators]
+        u, weight, shift = _adapt(d, judged, r_w - r_l, minority, statistics, adaptive)
+    elif objective == "kto":
+        gain = (r_w + r_l - e_w - e_l).detach().mean() / 2 if statistics is None else statistics[0]
+        shift = gain.clamp(min=0.0)
+    if pair_weight is not None:
+        given = pair_weight.detach().to(e_w.dtype)
+        weight = given if weight is None else weight * given
+    if safeguard is not None:
+        dot = (diff[0] * diff[1]).detach().flatten(1).mean(1)
+        e_l = _safeguarded(e_w, e_l, dot, safeguard)
+    losses = OBJECTIVES[objective].function(e_w, e_l, r_w, r_l, shift, *options)
+    loss = (losses if weight is None else weight * losses).mean()
+    return loss, d, policy_error, reference_error, u, weight
