@@ -1,0 +1,183 @@
+"""From encoded bytes to pixels: decoding, aspect-ratio buckets, one crop for both images of a pair.
+
+Nothing here knows which image won, so nothing of the label can leak into the pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastpo.errors import ConfigError
+
+ASPECT_TOLERANCE = 0.02
+"""Largest relative difference of the two images' aspect ratios."""
+
+MAX_ASPECT = 2.0
+"""Longest side over shortest side of the most extreme bucket."""
+
+GEOMETRY_VERSION = 1
+"""Part of the cache's identity: raise it when buckets, resampling or crops change."""
+
+
+class UnusableImageError(Exception):
+    """A pair cannot be used; the text is the reason written to the quarantine."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The image sizes that training sees.
+
+    Attributes:
+        resolution: Side of the square bucket in pixels.
+        step: Every bucket side is a multiple of it.
+        buckets: `(height, width)` in pixels, all of about `resolution`² pixels.
+    """
+
+    resolution: int
+    step: int
+    buckets: tuple[tuple[int, int], ...]
+
+    def bucket_for(self, aspect: float) -> tuple[int, int]:
+        """Returns the bucket nearest to an aspect ratio (width / height) in its logarithm."""
+        return min(self.buckets, key=lambda b: (abs(math.log(b[1] / b[0] / aspect)), b))
+
+    def __str__(self) -> str:
+        """Returns the rule as it enters the cache's identity."""
+        return f"v{GEOMETRY_VERSION}, {len(self.buckets)} bucket(s) in steps of {self.step} px"
+
+
+def make_geometry(
+    resolution: int, *, use_buckets: bool, vae_factor: int, unet_factor: int
+) -> Geometry:
+    """Chooses the step and lists the buckets.
+
+    Sides are multiples of eight latent pixels (64 px for the real models) if the resolution spans
+    at least eight such steps; below that, of what VAE and UNet need to halve evenly.
+
+    Args:
+        resolution: Side of the square bucket in pixels.
+        use_buckets: False leaves the square only.
+        vae_factor: Image pixels per latent pixel.
+        unet_factor: Latent pixels per pixel of the UNet's coarsest level.
+
+    Raises:
+        ConfigError: The resolution is not a multiple of the smallest possible step.
+    """
+    smallest = vae_factor * unet_factor
+    if resolution % smallest:
+        raise ConfigError(
+            f"prepare.resolution: {resolution} is not a multiple of {smallest} px, which this "
+            f"model's VAE (factor {vae_factor}) and UNet (factor {unet_factor}) need"
+        )
+    preferred = math.lcm(8 * vae_factor, smallest)
+    fits = resolution % preferred == 0 and resolution >= 8 * preferred
+    step = preferred if fits else smallest
+    square = (resolution, resolution)
+    if not use_buckets:
+        return Geometry(resolution, step, (square,))
+    found = {square}
+    for height in range(step, resolution, step):
+        width = round(resolution**2 / height / step) * step
+        if width / height <= MAX_ASPECT + 0.05:
+            found |= {(height, width), (width, height)}
+    return Geometry(resolution, step, tuple(sorted(found)))
+
+
+@dataclass(frozen=True)
+class PairImages:
+    """Both images of a pair at their bucket's size.
+
+    Attributes:
+        pixels: `(2, 3, H, W)` uint8, first the one given first.
+        add_time_ids: Original height and width, crop top and left (in resized pixels), target
+            height and width: SDXL's size conditioning, the same for both images.
+    """
+
+    pixels: Tensor
+    add_time_ids: tuple[int, int, int, int, int, int]
+
+
+def load_pair(
+    first: Callable[[], bytes], second: Callable[[], bytes], geometry: Geometry
+) -> PairImages:
+    """Decodes two images, resizes both to one size and crops both at the same place.
+
+    The bucket follows from the mean aspect ratio. The original size is the smaller image's.
+
+    Raises:
+        UnusableImageError: An image is missing or corrupt, or the aspect ratios differ too much.
+    """
+    images = [_decode(read, name) for read, name in ((first, "winner"), (second, "loser"))]
+    aspects = [math.log(image.width / image.height) for image in images]
+    if abs(aspects[0] - aspects[1]) > math.log1p(ASPECT_TOLERANCE):
+        sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
+        raise UnusableImageError(f"aspect ratios differ by more than 2 %: {sizes}")
+    width, height = min((i.size for i in images), key=lambda s: (s[0] * s[1], s))
+    target = geometry.bucket_for(math.exp(sum(aspects) / 2))
+    scale = max(target[0] / height, target[1] / width)
+    resized = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
+    top, left = (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
+    pixels = np.stack([_resize_crop(image, resized, (top, left), target) for image in images])
+    return PairImages(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2), (height, width, top, left, *target)
+    )
+
+
+def to_model_range(pixels: Tensor) -> Tensor:
+    """Returns uint8 pixels as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decodes an image to RGB: EXIF orientation applied, transparency laid over white.
+
+    Raises:
+        UnusableImageError: The bytes are not a whole image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _sixteen_bit(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL's plug-ins raise anything on broken data
+        reason = str(error).split("<_io", maxsplit=1)[0].strip()
+        raise UnusableImageError(f"{type(error).__name__}: {reason}") from error
+
+
+def _decode(read: Callable[[], bytes], name: str) -> Image.Image:
+    try:
+        return decode(read())
+    except OSError as error:
+        raise UnusableImageError(f"{name}: unreadable: {error}") from error
+    except UnusableImageError as error:
+        raise UnusableImageError(f"{name}: {error}") from error
+
+
+def _sixteen_bit(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey levels to eight bits; PIL's own conversion clips them to white."""
+    values = np.asarray(image, dtype=np.float64)
+    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+
+
+def _resize_crop(
+    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]
+) -> np.ndarray:
+    """Resizes to `size`, then cuts `target` at `corner`; all as (vertical, horizontal)."""
+    if image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    top, left = corner
+    return np.asarray(image.crop((left, top, left + target[1], top + target[0])))

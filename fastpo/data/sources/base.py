@@ -1,0 +1,125 @@
+"""What every source shares: the report, stable names, and the errors for missing files."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastpo.config import DataConfig
+from fastpo.errors import DataError
+from fastpo.types import PreferencePair, pair_key
+
+
+@dataclass
+class SourceReport:
+    """What the label scan found; `rows == ties + unlabeled + pairs`.
+
+    Attributes:
+        rows: Comparisons read; with a limit, up to the last pair taken.
+        ties: Comparisons without a preference, dropped.
+        unlabeled: Comparisons marked as not labelled, dropped.
+        pairs: Comparisons that are yielded.
+        duplicates: Pairs whose name occurred before; they were given a numbered suffix. Known
+            only after iterating.
+    """
+
+    rows: int = 0
+    ties: int = 0
+    unlabeled: int = 0
+    pairs: int = 0
+    duplicates: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Returns the counts by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Returns the counts as one line."""
+        return ", ".join(f"{count} {name}" for name, count in self.as_dict().items())
+
+
+class PairSource(ABC):
+    """An iterable of preference pairs.
+
+    Attributes:
+        config: What was asked for.
+        report: Counts of the label scan, complete once the source is open.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Scans the labels.
+
+        Raises:
+            DataError: As `open_source`.
+        """
+        self.config = config
+        self.report = SourceReport()
+        self._scan()
+        if self.report.pairs == 0:
+            raise DataError(
+                f"data.path {config.path} (source {config.source}, split {config.split}) holds no "
+                f"labelled pair: {self.report}"
+            )
+
+    def __len__(self) -> int:
+        """Returns the number of pairs that iterating yields."""
+        return self.report.pairs
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        """Yields the pairs in the order of the files; names are unique."""
+        seen: dict[int, int] = {}
+        self.report.duplicates = 0
+        for pair in self._pairs():
+            key = pair_key(pair.pair_id)
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] == 1:
+                yield pair
+                continue
+            self.report.duplicates += 1
+            name = f"{pair.pair_id}#{seen[key]}"
+            yield PreferencePair(name, pair.prompt, pair.winner, pair.loser)
+
+    def _full(self) -> bool:
+        """Tells whether the limit is reached."""
+        return self.config.limit is not None and self.report.pairs >= self.config.limit
+
+    @abstractmethod
+    def _scan(self) -> None:
+        """Reads the labels of all rows up to the limit and fills `report`."""
+
+    @abstractmethod
+    def _pairs(self) -> Iterator[PreferencePair]:
+        """Yields the `report.pairs` pairs that the scan counted."""
+
+    @classmethod
+    @abstractmethod
+    def digest(cls, config: DataConfig) -> str | None:
+        """See `source_digest`."""
+
+
+def content_hash(*parts: bytes | str) -> str:
+    """Returns 32 hexadecimal digits of BLAKE2b over the parts and their lengths."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str | None:
+    """Returns a file's SHA-256, None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def found_in(folder: Path) -> str:
+    """Names what stands in a folder, for error messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "empty folder"

@@ -1,0 +1,84 @@
+"""A plain folder: `pairs.jsonl` and the images it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpo.config import DataConfig
+from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
+from fastpo.errors import DataError
+from fastpo.types import PreferencePair
+
+SCHEMA = '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional)}'
+
+
+class FolderSource(PairSource):
+    """One JSON object per line: prompt, winner, loser, optionally id; `data.split` is not used.
+
+    Image paths are relative to the folder. Without an id a pair is named after its image paths
+    (in alphabetical order, so that turning the label round keeps the name) and the prompt's hash.
+    """
+
+    def _scan(self) -> None:
+        folder = Path(self.config.path).expanduser()
+        self._file = folder / "pairs.jsonl"
+        if not self._file.is_file():
+            raise DataError(
+                f"missing file: {self._file}; expected one line per pair: {SCHEMA} "
+                f"(found: {found_in(folder)})"
+            )
+        for number, entry in self._lines():
+            for side in ("winner", "loser"):
+                if not (folder / entry[side]).is_file():
+                    raise DataError(
+                        f"{self._file}: line {number}: {side} image not found: "
+                        f"{folder / entry[side]}"
+                    )
+            self.report.rows += 1
+            self.report.pairs += 1
+            if self._full():
+                break
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self._file.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse(self._file, number, line)
+
+    def _pairs(self) -> Iterator[PreferencePair]:
+        for count, (_, entry) in enumerate(self._lines()):
+            if count == self.report.pairs:
+                return
+            sides = (entry["winner"], entry["loser"])
+            winner, loser = (partial(Path.read_bytes, self._file.parent / side) for side in sides)
+            name = entry.get("id")
+            if name is None:
+                name = ":".join([*sorted(sides), content_hash(entry["prompt"])[:8]])
+            yield PreferencePair(str(name), entry["prompt"], winner, loser)
+
+    @classmethod
+    def digest(cls, config: DataConfig) -> str | None:
+        """See `source_digest`."""
+        return digest_file(Path(config.path).expanduser() / "pairs.jsonl")
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{path}: line {number}"
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON: {error}; expected {SCHEMA}") from None
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: expected {SCHEMA}, got {type(entry).__name__}")
+    for key in ("prompt", "winner", "loser"):
+        if key not in entry:
+            raise DataError(f"{where}: missing key {key}; expected {SCHEMA}; found {[*entry]}")
+        if not isinstance(entry[key], str):
+            raise DataError(f"{where}: {key} is {entry[key]!r}; expected {SCHEMA}")
+    if not isinstance(entry.get("id"), str | int | None):
+        raise DataError(f"{where}: id is {entry['id']!r}; expected {SCHEMA}")
+    return entry

@@ -1,0 +1,135 @@
+"""HPDv2: JSON listings beside folders of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpo.config import DataConfig
+from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
+from fastpo.errors import DataError
+from fastpo.types import PreferencePair
+
+_KEYS = {"train": ("file_path", "human_preference"), "test": ("image_path", "rank")}
+
+
+class HPDv2Source(PairSource):
+    """`train.json` (two images, 1 marks the preferred) and `test.json` (k images, rank 1 is best).
+
+    k images give every one of the k(k-1)/2 comparisons, better image first; equal ranks are ties.
+    Image paths are relative to `data.path` or to its folder of the split's name. A pair is named
+    after its two image paths and a hash of the prompt.
+    """
+
+    def _scan(self) -> None:
+        self._listing = _listing(self.config)
+        self._entries = _read(self._listing)
+        self._root = self._listing.parent
+        comparisons = self._comparisons()
+        for _, _, _, preference in comparisons:
+            self.report.rows += 1
+            self.report.ties += preference == 0
+            self.report.pairs += preference != 0
+            if self._full():
+                break
+        if self.report.rows:
+            self._root = self._image_root()
+
+    def _comparisons(self) -> Iterator[tuple[str, str, str, float]]:
+        """Yields prompt, two image paths and a number that is > 0 if the first is preferred."""
+        paths_key, scores_key = _KEYS[self.config.split]
+        sign = -1 if scores_key == "rank" else 1
+        for number, entry in enumerate(self._entries):
+            paths, scores = _checked(self._listing, number, entry, paths_key, scores_key)
+            for i in range(len(paths)):
+                for j in range(i + 1, len(paths)):
+                    preference = sign * (scores[i] - scores[j])
+                    yield entry["prompt"], paths[i], paths[j], preference
+
+    def _pairs(self) -> Iterator[PreferencePair]:
+        left = self.report.pairs
+        for prompt, first, second, preference in self._comparisons():
+            if preference == 0:
+                continue
+            if not left:
+                return
+            left -= 1
+            images = [partial(Path.read_bytes, self._root / name) for name in (first, second)]
+            winner = 0 if preference > 0 else 1
+            name = f"{first}:{second}:{content_hash(prompt)[:8]}"
+            yield PreferencePair(name, prompt, images[winner], images[1 - winner])
+
+    def _image_root(self) -> Path:
+        first = next(self._comparisons())[1]
+        roots = (self._root, self._root / self.config.split)
+        for root in roots:
+            if (root / first).is_file():
+                return root
+        raise DataError(
+            f"{self._listing}: entry 0: image {first} is neither in {roots[0]} nor in {roots[1]}; "
+            f"unpack HPDv2's image archives there (found: {found_in(self._root)})"
+        )
+
+    @classmethod
+    def digest(cls, config: DataConfig) -> str | None:
+        """See `source_digest`."""
+        return digest_file(Path(config.path).expanduser() / f"{config.split}.json")
+
+
+def _listing(config: DataConfig) -> Path:
+    if config.split not in _KEYS:
+        raise DataError(f"data.split: HPDv2 has the splits train and test, got {config.split!r}")
+    folder = Path(config.path).expanduser()
+    path = folder / f"{config.split}.json"
+    if not path.is_file():
+        raise DataError(
+            f"missing file: {path}; HPDv2 is read from a local folder with {config.split}.json and "
+            f"its unpacked images (found: {found_in(folder)})"
+        )
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: expected a list of entries, got {type(entries).__name__}")
+    return entries
+
+
+def _checked(
+    path: Path, number: int, entry: Any, paths_key: str, scores_key: str
+) -> tuple[list[str], list[float]]:
+    """Returns an entry's image paths and scores.
+
+    Raises:
+        DataError: A key is missing or a value is not what HPDv2's schema says.
+    """
+    where = f"{path}: entry {number}"
+    expected = f"expected prompt (text), {paths_key} (list of text), {scores_key} (list of numbers)"
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: {expected}, got {type(entry).__name__}")
+    missing = [key for key in ("prompt", paths_key, scores_key) if key not in entry]
+    if missing:
+        raise DataError(f"{where}: missing key {', '.join(missing)}; {expected}; found {[*entry]}")
+    paths, scores = entry[paths_key], entry[scores_key]
+    if not isinstance(entry["prompt"], str):
+        raise DataError(f"{where}: prompt is {entry['prompt']!r}; {expected}")
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise DataError(f"{where}: {paths_key} is {paths!r}; {expected}")
+    numbers = isinstance(scores, list) and all(
+        isinstance(s, int | float) and not isinstance(s, bool) for s in scores
+    )
+    if not numbers or len(scores) != len(paths) or len(paths) < 2:
+        raise DataError(
+            f"{where}: {scores_key} is {scores!r} for {len(paths)} images; {expected} of equal "
+            f"length, at least two"
+        )
+    if scores_key == "human_preference" and (len(scores) != 2 or not set(scores) <= {0, 1}):
+        raise DataError(f"{where}: human_preference is {scores!r}; expected two values of 0 and 1")
+    return paths, scores

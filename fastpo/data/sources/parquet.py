@@ -1,0 +1,255 @@
+"""Pick-a-Pic v1/v2 and the data sets that copy its schema (Pick-Style, Pick-Safety)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastpo.config import DataConfig
+from fastpo.data.sources.base import PairSource, content_hash, found_in
+from fastpo.errors import DataError
+from fastpo.hub import is_hub_id
+from fastpo.types import PreferencePair
+
+IMAGES = ("jpg_0", "jpg_1")
+LABELS = ("label_0", "label_1")
+SCHEMA = "caption string, jpg_0 and jpg_1 binary, label_0 and label_1 number in {0, 0.5, 1}"
+_UIDS = ("image_0_uid", "image_1_uid")
+_OPTIONAL = ("ranking_id", *_UIDS)
+
+
+class RowGroups:
+    """Reads the image columns one row group at a time and keeps the last few.
+
+    Thread-safe. `reads` counts the row groups read so far.
+    """
+
+    def __init__(self, keep: int = 3) -> None:
+        """Keeps at most `keep` row groups in memory."""
+        self.reads = 0
+        self._keep = keep
+        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def image(self, path: Path, group: int, row: int, column: str) -> bytes:
+        """Returns the encoded image in `column` of the group's row; empty if it is null."""
+        value = self._table(path, group)[column][row].as_py()
+        if isinstance(value, dict):  # a column cast to the `datasets` Image feature
+            value = value.get("bytes")
+        return value or b""
+
+    def _table(self, path: Path, group: int) -> pa.Table:
+        with self._lock:
+            table = self._groups.get((path, group))
+            if table is None:
+                with pq.ParquetFile(path) as file:
+                    table = file.read_row_group(group, columns=list(IMAGES), use_threads=False)
+                self.reads += 1
+                self._groups[path, group] = table
+                if len(self._groups) > self._keep:
+                    self._groups.popitem(last=False)
+            else:
+                self._groups.move_to_end((path, group))
+            return table
+
+
+class ParquetSource(PairSource):
+    """Rows of two images, a caption and two labels in parquet files.
+
+    The files stand in `data.path` or its `data/` subfolder and their names begin with the split
+    (`train-00000-of-00645.parquet`); `data.path` may also be one file or a hub id. With a limit,
+    hub files are fetched one by one until it is reached.
+
+    A pair is named after `ranking_id` and the images' uids, or, where the file has no uids, after
+    a hash of caption and image bytes (which then have to be read while iterating).
+    """
+
+    def _scan(self) -> None:
+        self.images = RowGroups()
+        self._files: list[Path] = []
+        for path in _files(self.config):
+            self._files.append(path)
+            with _open(path) as file:
+                _check_schema(path, file.schema_arrow)
+                self._scan_file(path, file)
+            if self._full():
+                return
+
+    def _scan_file(self, path: Path, file: pq.ParquetFile) -> None:
+        start = 0
+        for group in range(file.num_row_groups):
+            winner = _winners(path, file, group, start)
+            start += len(winner)
+            if self.config.limit is not None:
+                left = self.config.limit - self.report.pairs
+                taken = np.flatnonzero(winner >= 0)[:left]
+                if len(taken) == left:
+                    winner = winner[: taken[-1] + 1]
+            self.report.rows += len(winner)
+            self.report.ties += int((winner == _TIE).sum())
+            self.report.unlabeled += int((winner == _UNLABELED).sum())
+            self.report.pairs += int((winner >= 0).sum())
+            if self._full():
+                return
+
+    def _pairs(self) -> Iterator[PreferencePair]:
+        left = self.report.pairs
+        for path in self._files:
+            with _open(path) as file:
+                names = set(file.schema_arrow.names)
+                columns = ["caption", *(c for c in _OPTIONAL if c in names)]
+                start = 0
+                for group in range(file.num_row_groups):
+                    winner = _winners(path, file, group, start)
+                    start += len(winner)
+                    rows = np.flatnonzero(winner >= 0)[:left]
+                    left -= len(rows)
+                    table = file.read_row_group(group, columns=columns) if len(rows) else None
+                    for row in rows.tolist():
+                        assert table is not None
+                        values = {c: table[c][row].as_py() for c in columns}
+                        yield self._pair(path, group, row, int(winner[row]), values)
+                    if not left:
+                        return
+
+    def _pair(
+        self, path: Path, group: int, row: int, winner: int, values: dict[str, Any]
+    ) -> PreferencePair:
+        prompt = values["caption"]
+        if not isinstance(prompt, str):
+            raise DataError(f"{path}: row group {group}, row {row}: caption is {prompt!r}")
+        images: list[Callable[[], bytes]] = [
+            partial(self.images.image, path, group, row, column) for column in IMAGES
+        ]
+        if all(values.get(uid) for uid in _UIDS):
+            parts = [values.get("ranking_id"), *(values[uid] for uid in _UIDS)]
+            name = ":".join(str(part) for part in parts if part is not None)
+        else:
+            name = content_hash(prompt, images[0](), images[1]())
+        return PreferencePair(name, prompt, images[winner], images[1 - winner])
+
+    @classmethod
+    def digest(cls, config: DataConfig) -> str | None:
+        """See `source_digest`."""
+        path = Path(config.path).expanduser()
+        if not path.exists():
+            return None
+        sizes = [f"{file.name}:{file.stat().st_size}" for file in _local_files(path, config.split)]
+        return hashlib.sha256("\n".join(sizes).encode()).hexdigest()
+
+
+_TIE, _UNLABELED = -1, -2
+
+
+def _winners(path: Path, file: pq.ParquetFile, group: int, start: int) -> np.ndarray:
+    """Returns per row which image won (0 or 1), or `_TIE`, or `_UNLABELED`."""
+    has = ["has_label"] if "has_label" in file.schema_arrow.names else []
+    table = file.read_row_group(group, columns=[*LABELS, *has])
+    labels = np.stack([_numbers(table[name]) for name in LABELS])
+    labeled = np.ones(table.num_rows, dtype=bool)
+    if has:
+        labeled = table["has_label"].combine_chunks().fill_null(True).to_numpy(zero_copy_only=False)
+    valid = np.isin(labels, (0.0, 0.5, 1.0)).all(axis=0) & (labels.sum(axis=0) == 1.0)
+    wrong = np.flatnonzero(labeled & ~valid)
+    if len(wrong):
+        a, b = (_plain(value) for value in labels[:, wrong[0]])
+        raise DataError(
+            f"{path}: row {start + int(wrong[0])}: label_0={a}, label_1={b}: labels must be 0, 0.5 "
+            f"or 1 and sum to 1 (or has_label must be false); {len(wrong)} such rows in this "
+            f"row group"
+        )
+    winner = np.where(labels[0] == 0.5, _TIE, np.where(labels[0] == 1.0, 0, 1))
+    return np.where(labeled, winner, _UNLABELED)
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.float64()).combine_chunks().fill_null(math.nan).to_numpy()
+
+
+def _plain(value: float) -> str:
+    return "null" if math.isnan(value) else f"{value:g}"
+
+
+def _check_schema(path: Path, schema: pa.Schema) -> None:
+    missing = [name for name in ("caption", *IMAGES, *LABELS) if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path}: missing column {', '.join(missing)}; expected {SCHEMA}; "
+            f"found {', '.join(schema.names)}"
+        )
+    for name in IMAGES:
+        kind = schema.field(name).type
+        bytes_like = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        if not bytes_like and not pa.types.is_struct(kind):
+            raise DataError(f"{path}: column {name} is {kind}; expected the image's bytes (binary)")
+    for name in LABELS:
+        kind = schema.field(name).type
+        if not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
+            raise DataError(f"{path}: column {name} is {kind}; expected a number in {{0, 0.5, 1}}")
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _files(config: DataConfig) -> Iterator[Path]:
+    """Yields the split's files, from the disk or from the hub."""
+    path = Path(config.path).expanduser()
+    if path.exists():
+        yield from _local_files(path, config.split)
+        return
+    if not is_hub_id(config.path):
+        raise DataError(f"data.path: no such file or folder: {config.path} (and no hub id either)")
+    yield from _hub_files(config.path, config.split, lazily=config.limit is not None)
+
+
+def _local_files(path: Path, split: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for folder in (path, path / "data"):
+        files = sorted(f for f in folder.glob("*.parquet") if _of_split(f.name, split))
+        if files:
+            return files
+    raise DataError(
+        f"data.path: no {split}-*.parquet in {path} or {path / 'data'} (data.split is {split!r}); "
+        f"found: {found_in(path)}; data/: {found_in(path / 'data')}"
+    )
+
+
+def _hub_files(repo: str, split: str, *, lazily: bool) -> Iterator[Path]:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        names = HfApi().list_repo_files(repo, repo_type="dataset")
+        wanted = sorted(n for n in names if n.endswith(".parquet") and _of_split(n, split))
+        if not wanted:
+            raise DataError(f"data.path: {repo} has no {split}-*.parquet; found: {names[:12]}")
+        if not lazily:
+            folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
+            yield from (folder / name for name in wanted)
+            return
+        for name in wanted:
+            yield Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.path: {repo!r} is no local folder and could not be fetched from the hub: {error}"
+        ) from error
+
+
+def _of_split(name: str, split: str) -> bool:
+    """`train-00000-of-00003.parquet` is of `train`; `train_unique-...` is not."""
+    return re.fullmatch(rf"(data/)?{re.escape(split)}([-.][^/]*)?\.parquet", name) is not None

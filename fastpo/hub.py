@@ -1,0 +1,216 @@
+"""Model folders: where they are, of which family they are, and which weights they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from fastpo.errors import ModelError
+
+Family = Literal["sd15", "sdxl"]
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_VOLATILE_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def is_hub_id(path: str) -> bool:
+    """Tells whether `path` could name a hub repository (`name` or `owner/name`)."""
+    return _HUB_ID.fullmatch(path) is not None
+
+
+def resolve_model_folder(
+    path: str, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """Returns the local folder of a diffusers pipeline, downloading it from the hub if needed.
+
+    Args:
+        path: A local folder or a hub id.
+        revision: Branch, tag or commit on the hub; not for local folders.
+        variant: Weight variant such as `fp16`; limits what is downloaded.
+
+    Raises:
+        ModelError: Neither a folder nor a reachable repository, or without `model_index.json`.
+    """
+    local = Path(path).expanduser()
+    folder = local if local.is_dir() else _download_pipeline(path, revision, variant)
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} is not a diffusers pipeline: it has no model_index.json "
+            f"(found: {_listing(folder)})"
+        )
+    return folder
+
+
+def resolve_vae_folder(path: str, *, variant: str | None = None) -> Path:
+    """Returns the folder that holds a VAE's `config.json`: `path` itself or its `vae` subfolder.
+
+    Raises:
+        ModelError: Neither a folder nor a reachable repository, or it holds no VAE.
+    """
+    local = Path(path).expanduser()
+    folder = local if local.is_dir() else _download_vae(path, variant)
+    for candidate in (folder / "vae", folder):
+        config = candidate / "config.json"
+        if config.is_file() and "Autoencoder" in str(read_json(config).get("_class_name")):
+            return candidate
+    raise ModelError(
+        f"model.vae: {folder} holds no VAE: expected a config.json of AutoencoderKL in it or in "
+        f"its vae/ subfolder (found: {_listing(folder)})"
+    )
+
+
+def detect_family(folder: Path) -> Family:
+    """Returns the family of a pipeline folder, read from `unet/config.json`.
+
+    Raises:
+        ModelError: The pipeline has no UNet, or one that FastPO does not train (inpainting, the
+            SDXL refiner, image-conditioned or transformer models).
+    """
+    config = unet_config(folder)
+    wrong = None
+    if (config.get("in_channels"), config.get("out_channels")) != (4, 4):
+        wrong = (
+            f"its UNet maps {config.get('in_channels')} to {config.get('out_channels')} channels"
+        )
+    elif not (folder / "text_encoder").is_dir():
+        wrong = "it has no text_encoder (the SDXL refiner is one such model)"
+    elif config.get("addition_embed_type") not in (None, "text_time"):
+        wrong = f"its UNet's addition_embed_type is {config['addition_embed_type']!r}"
+    elif config.get("class_embed_type") is not None or config.get("encoder_hid_dim_type"):
+        wrong = "its UNet takes conditioning beside the text"
+    elif config.get("addition_embed_type") and not (folder / "text_encoder_2").is_dir():
+        wrong = "its UNet is SDXL's but text_encoder_2 is missing"
+    if wrong:
+        raise ModelError(
+            f"{folder}: FastPO trains SD1.5 and SDXL text-to-image models, but {wrong}"
+        )
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+
+
+def unet_config(folder: Path) -> dict[str, Any]:
+    """Returns `unet/config.json` of a pipeline folder.
+
+    Raises:
+        ModelError: The file is missing or unreadable.
+    """
+    path = folder / "unet" / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no unet/config.json: FastPO trains SD1.5 and SDXL, whose denoiser is a "
+            f"UNet (found: {_listing(folder)})"
+        )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the mapping a JSON file of a model folder holds.
+
+    Raises:
+        ModelError: The file is missing, is not JSON or is not a mapping.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"missing file: {path}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a mapping, got {type(content).__name__}")
+    return content
+
+
+def component_variant(folder: Path, variant: str | None) -> str | None:
+    """Returns `variant` if the component's folder has weights of it, else None (the plain ones)."""
+    if variant and any(folder.glob(f"*.{variant}.*")):
+        return variant
+    return None
+
+
+def component_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Returns the files that decide what a component computes: its configuration and its weights.
+
+    Weights in safetensors hide the same weights in `.bin`; those of other variants are left out.
+    A tokenizer's folder has no weights and counts in full.
+
+    Raises:
+        ModelError: The folder is missing or empty.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"missing folder: {folder}")
+    variant = component_variant(folder, variant)
+    kinds = ([f for f in folder.glob(kind) if _variant_of(f) == variant] for kind in _WEIGHTS)
+    weights = next((files for files in kinds if files), [])
+    others = [f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")]
+    files = sorted(weights + [f for f in others if not f.name.endswith(".index.json")])
+    if not files:
+        raise ModelError(f"{folder} holds no configuration or weights")
+    return files
+
+
+def digest_files(files: list[Path]) -> str:
+    """Returns the SHA-256 over names and contents; configurations count without version notes."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0")
+        if path.name == "config.json":
+            digest.update(_stable_config(path))
+        else:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _stable_config(path: Path) -> bytes:
+    """The configuration without the keys that a mere re-save changes."""
+    config = read_json(path)
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _VOLATILE_KEYS}
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def _variant_of(path: Path) -> str | None:
+    """`fp16` for `model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors`."""
+    parts = re.sub(r"-\d+-of-\d+", "", path.name).split(".")
+    return parts[1] if len(parts) == 3 else None
+
+
+def _download_pipeline(path: str, revision: str | None, variant: str | None) -> Path:
+    _require_hub_id("model.path", path)
+    from diffusers import DiffusionPipeline
+
+    try:
+        folder = DiffusionPipeline.download(path, revision=revision, variant=variant)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path: {path!r} is no local folder and could not be fetched from the hub "
+            f"(revision={revision}, variant={variant}): {error}"
+        ) from error
+    return Path(folder)
+
+
+def _download_vae(path: str, variant: str | None) -> Path:
+    _require_hub_id("model.vae", path)
+    from huggingface_hub import snapshot_download
+
+    weights = f"diffusion_pytorch_model*{'.' + variant if variant else ''}*.safetensors"
+    names = ["config.json", "diffusion_pytorch_model*.safetensors", weights]
+    try:
+        patterns = [*names, *(f"vae/{name}" for name in names)]
+        return Path(snapshot_download(path, allow_patterns=list(dict.fromkeys(patterns))))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.vae: {path!r} is no local folder and could not be fetched from the hub: {error}"
+        ) from error
+
+
+def _require_hub_id(key: str, path: str) -> None:
+    if not is_hub_id(path):
+        raise ModelError(f"{key}: no such folder: {path} (and no hub id either)")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"

@@ -1,0 +1,173 @@
+"""Tiny diffusers folders with random weights, built offline in about a second.
+
+Tests and demonstrations use them in place of the real checkpoints: the same folder layout, classes
+and configuration keys, a few hundred thousand weights. The UNets halve the latent once, so latent
+sides must be even; the tokenizer knows single bytes only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PROMPT_LENGTH = 77
+"""Tokens per prompt, as in the real encoders."""
+
+
+def tiny_sdxl_folder(
+    path: Path, *, seed: int = 0, vae_factor: int = 4, prediction_type: str = "epsilon"
+) -> Path:
+    """Writes a pipeline of SDXL's kind: two text encoders, pooled text and size conditioning.
+
+    Args:
+        path: Folder to create; an existing one is overwritten file by file.
+        seed: Seed of the random weights; the caller's random state is left alone.
+        vae_factor: 2 or 4, image pixels per latent pixel and side.
+        prediction_type: `epsilon` or `v_prediction`, written into the scheduler's configuration.
+
+    Returns:
+        `path`.
+    """
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(vae_factor, scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=24)),
+            tokenizer=tokenizer,
+            tokenizer_2=_tokenizer(pad_token="!"),
+            unet=_unet(
+                cross_attention_dim=40,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 20,
+                use_linear_projection=True,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                **_schedule(prediction_type), timestep_spacing="leading", steps_offset=1
+            ),
+        )
+    return _save(pipeline, path)
+
+
+def tiny_sd15_folder(
+    path: Path, *, seed: int = 0, vae_factor: int = 4, prediction_type: str = "epsilon"
+) -> Path:
+    """Writes a pipeline of SD1.5's kind: one text encoder, no added conditioning.
+
+    Args and return value as in `tiny_sdxl_folder`.
+    """
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=_vae(vae_factor, scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
+            tokenizer=tokenizer,
+            unet=_unet(cross_attention_dim=16),
+            scheduler=PNDMScheduler(
+                **_schedule(prediction_type), skip_prk_steps=True, steps_offset=1
+            ),
+            safety_checker=None,  # pyright: ignore[reportArgumentType]
+            feature_extractor=None,  # pyright: ignore[reportArgumentType]
+            requires_safety_checker=False,
+        )
+    return _save(pipeline, path)
+
+
+def _save(pipeline: Any, path: Path) -> Path:
+    from transformers.utils import logging
+
+    verbose = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        pipeline.save_pretrained(path)
+    finally:
+        if verbose:
+            logging.enable_progress_bar()
+    return path
+
+
+def _schedule(prediction_type: str) -> dict[str, Any]:
+    return {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction_type,
+    }
+
+
+def _vae(factor: int, *, scaling_factor: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    channels = {2: (8, 16), 4: (8, 8, 16)}[factor]
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _unet(**kind: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        block_out_channels=(16, 24),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        **kind,
+    )
+
+
+def _clip_config(tokenizer: Any, *, hidden_size: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=PROMPT_LENGTH,
+        projection_dim=20,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """A CLIP tokenizer without merges: each byte is a token, once inside and once ending a word."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    names = [*letters, *(f"{a}</w>" for a in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)},
+        merges=[],
+        pad_token=pad_token,
+        model_max_length=PROMPT_LENGTH,
+    )
