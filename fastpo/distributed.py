@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
@@ -38,6 +39,8 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
     handlers = []
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=30))]
+    # A second run in one process may use another precision; accelerate keeps the first one's.
+    AcceleratorState._reset_state()
     return Accelerator(
         cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
@@ -45,7 +48,7 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
             num_steps=config.accumulation_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=handlers,
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
     )

@@ -37,7 +37,13 @@ def load_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=variant)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'unet'} holds no UNet that diffusers loads: {error}") from None
-    return unet.float()
+    return _cast(unet, torch.float32)
+
+
+def _cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """Casts all weights; diffusers' own `to` warns about modules it has no opinion on."""
+    nn.Module.to(unet, dtype)
+    return unet
 
 
 def predict(unet: nn.Module, noised: NoisedPair, batch: PairBatch) -> Tensor:
@@ -46,16 +52,17 @@ def predict(unet: nn.Module, noised: NoisedPair, batch: PairBatch) -> Tensor:
     SDXL's `add_time_ids` stay float32: its sinusoidal embedding of sizes in the hundreds is not
     representable in half precision.
     """
+    dtype = noised.noisy_latents.dtype  # embeddings come as they are stored
     added = None
     if batch.pooled_prompt_embeds is not None and batch.add_time_ids is not None:
         added = {
-            "text_embeds": batch.pooled_prompt_embeds.repeat(2, 1),
+            "text_embeds": batch.pooled_prompt_embeds.to(dtype).repeat(2, 1),
             "time_ids": batch.add_time_ids.repeat(2, 1),
         }
     return unet(
         noised.noisy_latents,
         noised.timesteps.repeat(2),
-        batch.prompt_embeds.repeat(2, 1, 1),
+        batch.prompt_embeds.to(dtype).repeat(2, 1, 1),
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
@@ -126,14 +133,14 @@ def setup_denoisers(
     dtype = DTYPES[config.precision]
     if config.method == "lora":
         unet.requires_grad_(False)
-        unet.to(dtype)  # pyright: ignore[reportArgumentType]
+        _cast(unet, dtype)
         _add_lora(unet, config.lora)
         cast_training_params(unet, dtype=torch.float32)
     else:
         unet.requires_grad_(True)
         if needs_reference:
             frozen = copy.deepcopy(unet).requires_grad_(False).eval()
-            frozen.to(dtype)
+            _cast(frozen, dtype)
     if config.attention == "xformers":
         _use_xformers(unet)
         if frozen is not None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from fastpo_kernels.pair_noise import Stream, pair_integers, pair_normal, pair_uniform
 from torch import Tensor
 
 from fastpo.errors import ConfigError, ModelError
 from fastpo.types import NoisedPair, PairBatch
+from fastpo_kernels.pair_noise import Stream, pair_integers, pair_normal, pair_uniform
 
 
 @dataclass(frozen=True)

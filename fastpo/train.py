@@ -30,9 +30,10 @@ from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, make_loader
 from fastpo.distributed import gather, setup_accelerator
+from fastpo.encoders import vae_folder_of
 from fastpo.errors import NonFiniteLossError
 from fastpo.export import export_policy
-from fastpo.hub import resolve_model_folder
+from fastpo.hub import read_json, resolve_model_folder
 from fastpo.ledger import PairLedger
 from fastpo.models import (
     Denoisers,
@@ -63,6 +64,7 @@ class Trainer:
         policy: The policy as the launcher wrapped it.
         state: Everything a checkpoint holds.
         loss: The objective.
+        empty_prompt: The empty prompt's states, `(1, L, D)` and `(1, P)` or None.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Trainer:
     policy: nn.Module
     state: TrainingState
     loss: LossFunction
+    empty_prompt: tuple[Tensor, Tensor | None]
 
     @property
     def group(self) -> int:
@@ -140,7 +143,7 @@ class Trainer:
         if rate == 0.0:
             return batch
         dropped = self.noise.empty_prompts(batch, rate)
-        return drop_captions(batch, dropped, self.cache.empty_prompt())
+        return drop_captions(batch, dropped, self.empty_prompt)
 
 
 def table_rows(batch: PairBatch, out, size: int) -> Tensor:
@@ -179,7 +182,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
     noise = make_noise(
         DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-        cache.vae_config,
+        read_json(vae_folder_of(config, folder) / "config.json"),
         seed=config.seed,
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,
@@ -201,6 +204,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
     if train.ema_decay is not None:
         averages["export"] = MovingAverages(trainable, [train.ema_decay])
+    embeds, pooled = cache.empty_prompt()
     judged_after = getattr(train.annotators, "min_visits", 1)
     state = TrainingState(
         trainable=trainable,
@@ -212,8 +216,21 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         scaler=accelerator.scaler,
     )
     return Trainer(
-        config, accelerator, cache, sampler, noise, denoisers, policy, state, build_loss(train)
+        config=config,
+        accelerator=accelerator,
+        cache=cache,
+        sampler=sampler,
+        noise=noise,
+        denoisers=denoisers,
+        policy=policy,
+        state=state,
+        loss=build_loss(train),
+        empty_prompt=(embeds.to(accelerator.device), _optional_to(pooled, accelerator.device)),
     )
+
+
+def _optional_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def train(
@@ -248,7 +265,7 @@ def train(
     accelerator.wait_for_everyone()
     run.begin(config, start)
     if main:
-        trainer.cache.write_flip_mask(config.data)
+        trainer.cache.write_flip_mask()
     if main and progress:
         show_banner(trainer, start)
     accelerator.init_trackers("fastpo")

@@ -1,0 +1,145 @@
+"""Small experiments that every test directory can build: images, pipelines, configurations."""
+
+import os
+
+# One thread a process: the tensors are tiny, and threads that wait for one another cost far more
+# than they bring where several processes share the cores. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def encoded_image(seed, size=(48, 48)):
+    """A PNG of smooth random colours, so that every pair differs."""
+    import numpy as np
+
+    grid = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A plain folder of eleven pairs, two of them of another shape, with three prompts."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for i in range(11):
+        size = (64, 32) if i in (3, 7) else (48, 48)
+        names = f"w{i}.png", f"l{i}.png"
+        for offset, name in enumerate(names):
+            (folder / name).write_bytes(encoded_image(2 * i + offset, size))
+        line = {"id": f"p{i}", "prompt": f"prompt {i % 3}", "winner": names[0], "loser": names[1]}
+        lines.append(json.dumps(line))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory):
+    """Random pipelines of both families: `{"sdxl": folder, "sd15": folder}`."""
+    from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
+
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {
+        "sdxl": tiny_sdxl_folder(folder / "sdxl"),
+        "sd15": tiny_sd15_folder(folder / "sd15"),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_caches(tiny_data, tiny_pipelines, tmp_path_factory):
+    """Prepared caches of both families, made once."""
+    from fastpo.config import parse_config
+    from fastpo.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("caches")
+    for family, pipeline in tiny_pipelines.items():
+        prepare(parse_config(raw_config(family, pipeline, tiny_data, folder)), progress=False)
+    return folder
+
+
+def raw_config(family, pipeline, data, caches, output="unused"):
+    """The configuration that all small experiments start from, as a mapping."""
+    return {
+        "seed": 7,
+        "model": {"path": str(pipeline)},
+        "data": {"source": "folder", "path": str(data)},
+        "prepare": {
+            "cache_dir": str(caches / family),
+            "resolution": 32,
+            "store_precision": "fp32",
+        },
+        "train": {
+            "output_dir": str(output),
+            "method": "lora",
+            "objective": {"name": "dpo", "beta": 500.0},
+            "optim": {"lr": 1e-3},
+            "max_steps": 4,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "checkpoint_every": 2,
+            "trackers": [],
+        },
+        "evaluate": {"prompts": ["prompt 0", "prompt 9"], "num_inference_steps": 2},
+    }
+
+
+@pytest.fixture
+def experiment(tiny_data, tiny_pipelines, tiny_caches, tmp_path):
+    """Writes a YAML file for one small run: `experiment(family="sdxl", **train_options)`."""
+
+    def write(family="sdxl", *, name="run", data=None, seed=7, **options):
+        output = tmp_path / name
+        raw = raw_config(family, tiny_pipelines[family], tiny_data, tiny_caches, output)
+        raw["seed"] = seed
+        raw["data"] |= data or {}
+        raw["train"] |= options
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fastpo():
+    """Runs the command line in a process of its own, as a user does."""
+
+    def run(*arguments, check=True, env=None, launcher=("-m", "fastpo")):
+        done = subprocess.run(
+            [sys.executable, *launcher, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            timeout=300,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def read_metrics(folder, *, timing=False):
+    """The lines of `metrics.jsonl`; rates are left out unless asked for."""
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    hidden = () if timing else ("pairs_per_second",)
+    return [{k: v for k, v in line.items() if k not in hidden} for line in lines]
+
+
+@pytest.fixture(name="read_metrics")
+def _read_metrics():
+    return read_metrics

@@ -1,0 +1,282 @@
+"""Training step by step: runs that must agree do, and what a run leaves behind is usable."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpo.config import load_config
+from fastpo.errors import CheckpointError, NonFiniteLossError
+from fastpo.train import train
+
+ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0}
+RUNS = {
+    "dpo": {},
+    "dpo, full, SD1.5": {"family": "sd15", "method": "full"},
+    "mapo": {"objective": {"name": "mapo"}},
+    "sft, full": {"objective": {"name": "sft"}, "method": "full"},
+    "ledger": {
+        "objective": {**ADAPTIVE, "weight_kind": "gate"},
+        "annotators": {"kind": "ledger"},
+        "max_steps": 16,
+    },
+    "ema": {"objective": ADAPTIVE, "annotators": {"kind": "ema"}},
+    "ema, ipo, full, bf16": {
+        "objective": {"name": "adaptive_ipo", "tau": 10.0},
+        "annotators": {"kind": "ema", "decays": [0.9], "warmup_steps": 1},
+        "method": "full",
+        "precision": "bf16",
+    },
+    "dropout, captions, checkpointing": {
+        "lora": {"rank": 2, "dropout": 0.3},
+        "empty_prompt_rate": 0.5,
+        "gradient_checkpointing": True,
+        "ema_decay": 0.9,
+    },
+}
+
+
+def run(experiment, read_metrics, **options):
+    path = experiment(**options)
+    return read_metrics(train(load_config(path), progress=False))
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_run_logs_every_step_and_writes_its_results(experiment, read_metrics, options):
+    path = experiment(**options)
+    config = load_config(path)
+    folder = train(config, progress=False)
+    metrics = read_metrics(folder, timing=True)
+    assert [m["step"] for m in metrics] == list(range(1, config.train.max_steps + 1))
+    assert all(math.isfinite(v) for m in metrics for v in m.values())
+    assert metrics[0]["grad_norm"] > 0
+    if config.train.objective.name == "dpo":
+        assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    if config.train.annotators is not None:
+        assert 0 <= metrics[-1]["minority/q10"] <= metrics[-1]["minority/q90"] <= 1
+    expected = ["config.yaml", "final", "metrics.jsonl", "minority.csv"]
+    expected += ["ema"] if config.train.ema_decay else []
+    assert set(expected) <= {p.name for p in folder.iterdir()}
+    assert not [p for p in folder.rglob("*") if "partial" in p.name]
+
+
+def test_the_trained_model_prefers_the_winners_more(experiment, read_metrics):
+    metrics = run(experiment, read_metrics, max_steps=60, optim={"lr": 3e-3})
+    early = sum(m["rewards/margins"] for m in metrics[:12])
+    late = sum(m["rewards/margins"] for m in metrics[-12:])
+    assert late > early
+    assert late > 0
+
+
+def test_the_same_run_twice_is_the_same_exactly(experiment, read_metrics):
+    first = run(experiment, read_metrics, name="first")
+    assert first == run(experiment, read_metrics, name="second")
+    assert first != run(experiment, read_metrics, name="third", seed=8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": {"rank": 2, "dropout": 0.2}, "objective": ADAPTIVE, "annotators": {"kind": "ema"}},
+        {"method": "full", "objective": ADAPTIVE, "annotators": {"kind": "ledger"}},
+    ],
+    ids=["lora, ema", "full, ledger"],
+)
+def test_killed_and_resumed_equals_uninterrupted(experiment, read_metrics, fastpo, options):
+    options = {**options, "max_steps": 14, "checkpoint_every": 3, "ema_decay": 0.9}
+    whole = run(experiment, read_metrics, name="whole", **options)
+    path = experiment(name="killed", **options)
+    folder = load_config(path).train.output_dir
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastpo", "train", path], stderr=subprocess.DEVNULL
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(read_metrics(folder)) < 14
+    fastpo("train", path, "--resume")
+    assert read_metrics(folder) == whole
+    one, two = (load_final(path.parent / name) for name in ("whole", "killed"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    minority = [(path.parent / n / "minority.csv").read_text() for n in ("whole", "killed")]
+    assert minority[0] == minority[1]
+
+
+def load_final(folder: Path):
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "final").rglob("*.safetensors"))
+    return {f"{f.name}.{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("annotators", [{"kind": "ledger"}, {"kind": "ema"}], ids=["ledger", "ema"])
+def test_two_processes_equal_accumulation_over_two(experiment, read_metrics, fastpo, annotators):
+    options = {"objective": ADAPTIVE, "annotators": annotators, "max_steps": 8}
+    one = run(experiment, read_metrics, name="one", accumulation_steps=2, **options)
+    path = experiment(name="two", **options)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    fastpo(
+        path,
+        launcher=(*launcher, "-m", "fastpo.train"),
+        env={"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    two = read_metrics(path.parent / "two")
+    assert len(two) == len(one) == 8
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-6), key
+    visits = [minority_column(path.parent / name, "visits") for name in ("one", "two")]
+    assert visits[0] == visits[1]
+
+
+def minority_column(folder, column):
+    with (folder / "minority.csv").open() as file:
+        return [row[column] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_stock_pipeline_loads_what_training_wrote(experiment, family, method):
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    path = experiment(family, method=method, optim={"lr": 1e-2})
+    config = load_config(path)
+    final = train(config, progress=False) / "final"
+    pipeline = DiffusionPipeline.from_pretrained(config.model.path)
+    pipeline.set_progress_bar_config(disable=True)
+    sample = dict(num_inference_steps=2, output_type="np", height=32, width=32)
+    before = pipeline("prompt 0", generator=torch.manual_seed(0), **sample).images
+    if method == "lora":
+        pipeline.load_lora_weights(final)
+    else:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(final, subfolder="unet")
+    after = pipeline("prompt 0", generator=torch.manual_seed(0), **sample).images
+    assert abs(after - before).max() > 1e-4
+
+
+def test_the_triton_loss_trains_like_the_reference(experiment, read_metrics, fastpo):
+    options = {"objective": ADAPTIVE, "annotators": {"kind": "ledger"}, "max_steps": 3}
+    reference = run(experiment, read_metrics, name="reference", **options)
+    path = experiment(name="triton", loss_impl="triton", **options)
+    fastpo("train", path, env={"TRITON_INTERPRET": "1"})
+    for a, b in zip(reference, read_metrics(path.parent / "triton"), strict=True):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
+
+
+def test_micro_batches_of_one_equal_one_of_four(experiment, read_metrics):
+    """For DPO, whose pairs do not meet, only the number of pairs in a step matters."""
+    data = {"limit": 3}  # one shape, so that each step holds the same pairs either way
+    options = {"max_steps": 3, "data": data}
+    big = run(experiment, read_metrics, name="big", micro_batch_size=3, **options)
+    small = run(
+        experiment, read_metrics, name="small", micro_batch_size=1, accumulation_steps=3, **options
+    )
+    for a, b in zip(big, small, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+def test_flipped_labels_are_recorded_beside_the_data_and_the_run(experiment, tiny_caches):
+    path = experiment(data={"flip_rate": 0.4, "flip_seed": 1}, max_steps=1)
+    folder = train(load_config(path), progress=False)
+    mask = (tiny_caches / "sdxl" / "flips-rate0.4-seed1.csv").read_text().splitlines()[1:]
+    flipped = [line.rsplit(",", 1)[1] in ("1", "True", "true") for line in mask]
+    assert 0 < sum(flipped) < len(flipped)
+    assert [v == "1" for v in minority_column(folder, "flipped")] == flipped
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_pairs_named(experiment, read_metrics):
+    path = experiment(optim={"lr": 1e30, "max_grad_norm": 1e30}, checkpoint_every=1)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ is not finite.*p\d.*step-0000000") as e:
+        train(load_config(path), progress=False)
+    folder = load_config(path).train.output_dir
+    steps = len(read_metrics(folder))
+    assert f"loss of step {steps + 1} " in str(e.value)
+    assert not (folder / "final").exists()
+    assert (folder / "checkpoints" / f"step-{steps:08d}").is_dir()
+
+
+def test_another_runs_folder_or_checkpoint_is_not_touched(experiment):
+    path = experiment()
+    train(load_config(path), progress=False)
+    with pytest.raises(CheckpointError, match=r"--resume.*--overwrite"):
+        train(load_config(path), progress=False)
+    other = load_config(path, ["train.objective.beta=9", "train.optim.lr=2e-3"])
+    with pytest.raises(CheckpointError, match=r"train\.objective\.beta: 500\.0 there, 9\.0 here"):
+        train(other, resume=True, progress=False)
+    (path.parent / "run" / "checkpoints" / "step-00000004" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        train(load_config(path), resume=True, progress=False)
+    train(load_config(path), overwrite=True, progress=False)
+
+
+def test_a_run_may_be_prolonged(experiment, read_metrics):
+    whole = run(experiment, read_metrics, name="whole", max_steps=6)
+    path = experiment(name="parts", max_steps=4)
+    train(load_config(path), progress=False)
+    train(load_config(path, ["train.max_steps=6"]), resume=True, progress=False)
+    assert read_metrics(path.parent / "parts") == whole
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for the device."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith(self.WAITING):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["ema", "ledger"])
+def test_a_step_waits_for_the_device_once(experiment, kind, monkeypatch):
+    """Besides `StepTable.read` nothing asks for a value on the host.
+
+    AdamW's step is left out: on a CPU it reads its own step count, which lies on the host anyway.
+    """
+    import fastpo.train as module
+
+    reads = HostReads()
+
+    def unwatched(function):
+        def call(*args, **kwargs):
+            reads.__exit__(None, None, None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                reads.__enter__()
+
+        return call
+
+    def watched(*args):
+        with reads:
+            return step(*args)
+
+    step = module.optimizer_step
+    monkeypatch.setattr(module.StepTable, "read", unwatched(module.StepTable.read))
+    monkeypatch.setattr(torch.optim.AdamW, "step", unwatched(torch.optim.AdamW.step))
+    monkeypatch.setattr(module, "optimizer_step", watched)
+    path = experiment(objective=ADAPTIVE, annotators={"kind": kind}, accumulation_steps=2)
+    train(load_config(path), progress=False)
+    assert reads.seen == []
