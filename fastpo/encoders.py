@@ -56,36 +56,17 @@ class Encoders:
         Raises:
             ModelError: A folder or a part of it is missing, or the family is not supported.
         """
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-        model = config.model
+        model, prepare = config.model, config.prepare
         folder = resolve_model_folder(model.path, model.revision, model.variant)
         family = detect_family(folder)
-        vae_folder = vae_folder_of(config, folder)
-        names = ("text_encoder", "text_encoder_2")[: 2 if family == "sdxl" else 1]
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)[: len(names)]
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        text_dtype = DTYPES[config.prepare.text_precision]
-        try:
-            vae = AutoencoderKL.from_pretrained(
-                vae_folder, variant=component_variant(vae_folder, model.variant)
-            )
-            texts = tuple(
-                kind.from_pretrained(
-                    folder / name, variant=component_variant(folder / name, model.variant)
-                )
-                for kind, name in zip(kinds, names, strict=True)
-            )
-            tokenizers = tuple(
-                CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"))
-                for name in names
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: a part could not be loaded: {error}") from error
-        vae = vae.to(chosen, DTYPES[config.prepare.vae_precision]).eval().requires_grad_(False)
-        texts = tuple(t.to(chosen, text_dtype).eval().requires_grad_(False) for t in texts)
-        return cls(family, vae, tokenizers, texts, chosen)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        vae = _load_vae(vae_folder_of(config, folder), model.variant, DTYPES[prepare.vae_precision])
+        tokenizers, texts = _load_texts(
+            folder, family, model.variant, DTYPES[prepare.text_precision]
+        )
+        for module in (vae, *texts):
+            module.to(place).eval().requires_grad_(False)
+        return cls(family, vae, tokenizers, texts, place)
 
     @property
     def vae_factor(self) -> int:
@@ -172,3 +153,33 @@ def vae_folder_of(config: Config, folder: Path) -> Path:
 def vae_factor(vae_config: dict[str, Any]) -> int:
     """Returns how many image pixels one latent pixel spans on each side."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def _load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    chosen = component_variant(folder, variant)
+    try:
+        return AutoencoderKL.from_pretrained(folder, variant=chosen, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the VAE could not be loaded: {error}") from error
+
+
+def _load_texts(
+    folder: Path, family: Family, variant: str | None, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Returns tokenizers and text encoders in the pipeline's order."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    tokenizers, encoders = [], []
+    for name in list(kinds)[: 2 if family == "sdxl" else 1]:
+        part = folder / name
+        chosen = component_variant(part, variant)
+        try:
+            encoders.append(kinds[name].from_pretrained(part, variant=chosen, dtype=dtype))
+            part = folder / name.replace("text_encoder", "tokenizer")
+            tokenizers.append(CLIPTokenizer.from_pretrained(part))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{part} could not be loaded: {error}") from error
+    return tuple(tokenizers), tuple(encoders)

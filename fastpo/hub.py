@@ -179,7 +179,7 @@ def _variant_of(path: Path) -> str | None:
 
 def _download_pipeline(path: str, revision: str | None, variant: str | None) -> Path:
     _require_hub_id("model.path", path)
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         folder = DiffusionPipeline.download(path, revision=revision, variant=variant)

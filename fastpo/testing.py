@@ -1,12 +1,15 @@
-"""Tiny diffusers folders with random weights, built offline in about a second.
+"""Small stand-ins for real checkpoints and data sets, built offline in about a second.
 
-Tests and demonstrations use them in place of the real checkpoints: the same folder layout, classes
-and configuration keys, a few hundred thousand weights. The UNets halve the latent once, so latent
-sides must be even; the tokenizer knows single bytes only.
+The pipelines have the real ones' folder layout, classes and configuration keys with random weights,
+a few hundred thousand of them. Their UNets halve the latent once, so latent sides must be even;
+their tokenizers know single bytes only. The data files have the schema of the published ones.
 """
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,18 @@ def tiny_sdxl_folder(
         `path`.
     """
     import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+        StableDiffusionXLPipeline,
+    )
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
+        scheduler: Any = EulerDiscreteScheduler(
+            **_schedule(prediction_type), timestep_spacing="leading", steps_offset=1
+        )
         pipeline = StableDiffusionXLPipeline(
             vae=_vae(vae_factor, scaling_factor=0.13025),
             text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
@@ -48,9 +57,7 @@ def tiny_sdxl_folder(
                 projection_class_embeddings_input_dim=6 * 8 + 20,
                 use_linear_projection=True,
             ),
-            scheduler=EulerDiscreteScheduler(
-                **_schedule(prediction_type), timestep_spacing="leading", steps_offset=1
-            ),
+            scheduler=scheduler,
         )
     return _save(pipeline, path)
 
@@ -63,25 +70,96 @@ def tiny_sd15_folder(
     Args and return value as in `tiny_sdxl_folder`.
     """
     import torch
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
     from transformers import CLIPTextModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
+        scheduler: Any = PNDMScheduler(
+            **_schedule(prediction_type), skip_prk_steps=True, steps_offset=1
+        )
         pipeline = StableDiffusionPipeline(
             vae=_vae(vae_factor, scaling_factor=0.18215),
             text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
             tokenizer=tokenizer,
             unet=_unet(cross_attention_dim=16),
-            scheduler=PNDMScheduler(
-                **_schedule(prediction_type), skip_prk_steps=True, steps_offset=1
-            ),
+            scheduler=scheduler,
             safety_checker=None,  # pyright: ignore[reportArgumentType]
             feature_extractor=None,  # pyright: ignore[reportArgumentType]
             requires_safety_checker=False,
         )
     return _save(pipeline, path)
+
+
+def image_bytes(seed: int, size: tuple[int, int] = (48, 48), *, encoding: str = "PNG") -> bytes:
+    """Returns an encoded image of smooth random colours.
+
+    Args:
+        seed: Seed of the colours.
+        size: Width and height in pixels.
+        encoding: Name of a PIL format.
+    """
+    import numpy as np
+    from PIL import Image
+
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(buffer, encoding)
+    return buffer.getvalue()
+
+
+def pickapic_row(number: int, label_0: float | None = 1.0, **changes: Any) -> dict[str, Any]:
+    """Returns a row in Pick-a-Pic's schema; `changes` replaces columns."""
+    row = {
+        "caption": f"caption {number % 3}",
+        "jpg_0": image_bytes(2 * number, encoding="JPEG"),
+        "jpg_1": image_bytes(2 * number + 1, encoding="JPEG"),
+        "label_0": label_0,
+        "label_1": None if label_0 is None else 1 - label_0,
+        "has_label": True,
+        "ranking_id": 1000 + number,
+        "image_0_uid": f"uid-{2 * number}",
+        "image_1_uid": f"uid-{2 * number + 1}",
+    }
+    return row | changes
+
+
+def write_pickapic(path: Path, rows: Sequence[dict[str, Any]], *, group_size: int = 4) -> Path:
+    """Writes rows as a parquet file with `group_size` rows per row group; returns `path`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=group_size)
+    return path
+
+
+def write_folder(
+    path: Path, pairs: int, *, sizes: Sequence[tuple[int, int]] = ((48, 48),), prompts: int = 3
+) -> Path:
+    """Writes a plain folder with `pairs.jsonl`; returns `path`.
+
+    Args:
+        path: Folder to create.
+        pairs: Number of pairs, named `p0`, `p1`, ...
+        sizes: Width and height, taken in turn.
+        prompts: Number of distinct prompts, taken in turn.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(pairs):
+        entry = {"id": f"p{i}", "prompt": f"prompt {i % prompts}"}
+        for offset, side in enumerate(("winner", "loser")):
+            entry[side] = f"{side}{i}.png"
+            image = image_bytes(2 * i + offset, sizes[i % len(sizes)])
+            (path / entry[side]).write_bytes(image)
+        lines.append(json.dumps(entry) + "\n")
+    (path / "pairs.jsonl").write_text("".join(lines))
+    return path
 
 
 def _save(pipeline: Any, path: Path) -> Path:
@@ -108,13 +186,15 @@ def _schedule(prediction_type: str) -> dict[str, Any]:
 
 
 def _vae(factor: int, *, scaling_factor: float) -> Any:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    channels = {2: (8, 16), 4: (8, 8, 16)}[factor]
+    channels: Any = {2: (8, 16), 4: (8, 8, 16)}[factor]
+    down: Any = ("DownEncoderBlock2D",) * len(channels)
+    up: Any = ("UpDecoderBlock2D",) * len(channels)
     return AutoencoderKL(
         block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        down_block_types=down,
+        up_block_types=up,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -124,7 +204,7 @@ def _vae(factor: int, *, scaling_factor: float) -> Any:
 
 
 def _unet(**kind: Any) -> Any:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel(
         block_out_channels=(16, 24),

@@ -172,7 +172,7 @@ class PairCache:
         """Returns `(2B, C, h, w)`, winners first."""
         pairs = torch.stack(
             [
-                self._files.row(latents_name(self._shard[i]), key, int(self._slot[i]))
+                self._files.row(latents_name(int(self._shard[i])), key, int(self._slot[i]))
                 for i in index.tolist()
             ]
         )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastpo.errors import ConfigError
 
-ASPECT_TOLERANCE = 0.02
-"""Largest relative difference of the two images' aspect ratios."""
+ASPECT_TOLERANCE = 2
+"""Largest difference of the two images' aspect ratios, in percent."""
 
 MAX_ASPECT = 2.0
 """Longest side over shortest side of the most extreme bucket."""
@@ -116,12 +116,14 @@ def load_pair(
         UnusableImageError: An image is missing or corrupt, or the aspect ratios differ too much.
     """
     images = [_decode(read, name) for read, name in ((first, "winner"), (second, "loser"))]
-    aspects = [math.log(image.width / image.height) for image in images]
-    if abs(aspects[0] - aspects[1]) > math.log1p(ASPECT_TOLERANCE):
+    one, other = images
+    aspects = sorted((one.width * other.height, other.width * one.height))
+    if 100 * aspects[1] > (100 + ASPECT_TOLERANCE) * aspects[0]:
         sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
-        raise UnusableImageError(f"aspect ratios differ by more than 2 %: {sizes}")
+        raise UnusableImageError(f"aspect ratios differ by more than {ASPECT_TOLERANCE} %: {sizes}")
     width, height = min((i.size for i in images), key=lambda s: (s[0] * s[1], s))
-    target = geometry.bucket_for(math.exp(sum(aspects) / 2))
+    mean_aspect = math.sqrt(one.width * other.width / (one.height * other.height))
+    target = geometry.bucket_for(mean_aspect)
     scale = max(target[0] / height, target[1] / width)
     resized = (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
     top, left = (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2

@@ -202,5 +202,5 @@ class _Loader:
         return len(self._loader)
 
 
-def _as_is(batch: dict[str, Any]) -> dict[str, Any]:
+def _as_is(batch: Any) -> Any:
     return batch
