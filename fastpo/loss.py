@@ -1,23 +1,25 @@
 """The objectives: one function each, tensors first, options by keyword.
 
-A batch holds B pairs, winners in rows `0..B-1`, losers in `B..2B-1`. With `e` and `r` the mean squared
-denoising errors of policy and reference, the margin is `d = (r_w - r_l) - (e_w - e_l)` and the logit
-`z = beta d`: **beta is the slope itself**. Trainers that write `0.5 * beta_dpo * d` call 5000 what is
-2500 here. `ls` below is the log-sigmoid. The batch's loss is the mean of the pairs' losses.
+A batch holds B pairs, winners in rows `0..B-1`, losers in `B..2B-1`. With `e` and `r` the mean
+squared denoising errors of policy and reference, the margin is `d = (r_w - r_l) - (e_w - e_l)` and
+the logit `z = beta d`: **beta is the slope itself**. Trainers that write `0.5 * beta_dpo * d` call
+5000 what is 2500 here. `ls` below is the log-sigmoid. The batch's loss is the mean of the pairs'
+losses.
 
 Every function takes
 
 * `policy`: `[2B, *dims]` float32, bfloat16 or float16 predictions; it alone gets a gradient;
-* `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already known;
+* `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already
+known;
 * `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None;
 * `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else
   reference. An explicit choice never falls back.
 
 Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
-`policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or None.
-Nothing is read back to the host. Each raises `TypeError` on a wrong type or dtype and `ValueError` on a
-wrong shape, device, option or `impl`, naming the rule and what it got.
+`policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or
+None. Nothing is read back to the host. Each raises `TypeError` on a wrong type or dtype and
+`ValueError` on a wrong shape, device, option or `impl`, naming the rule and what it got.
 
     >>> policy, reference, target = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3)
     >>> out = dpo(policy.requires_grad_(), reference, target, beta=2500.0)
@@ -107,7 +109,8 @@ def robust_dpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Unbiased under labels flipped with probability a in [0, 1/2): `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`.
+    """Unbiased under labels flipped with probability a in [0, 1/2):
+    `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`.
 
     Chowdhury et al. 2024 (arXiv 2403.00409).
     """
@@ -134,7 +137,10 @@ def ipo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit. Azar et al. 2023 (arXiv 2310.12036)."""
+    """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
+
+    Azar et al. 2023 (arXiv 2310.12036).
+    """
     _require_positive(tau=tau)
     return pair_loss(
         policy,
@@ -181,11 +187,12 @@ def kto(
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labelled images (Li et al. 2024, arXiv 2404.04465).
 
-    With `g = r - e` and `z0 = max(mean g, 0)`, detached: the mean of `1 - sigmoid(beta (g_w - z0))` and
-    `1 - sigmoid(-beta (g_l - z0))`.
+    With `g = r - e` and `z0 = max(mean g, 0)`, detached: the mean of `1 - sigmoid(beta (g_w - z0))`
+    and `1 - sigmoid(-beta (g_l - z0))`.
 
     Args:
-        baseline: mean of g over all processes, a float32 scalar tensor; None takes this batch's 2B rows.
+        baseline: mean of g over all processes, a float32 scalar tensor; None takes this batch's 2B
+            rows.
     """
     _require_positive(beta=beta)
     return pair_loss(
@@ -258,11 +265,12 @@ def sdpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Diffusion-SDPO: `dpo`'s value, the loser's gradient scaled by lambda so that the winner still gains.
+    """Diffusion-SDPO: `dpo`'s value, the loser's gradient scaled by lambda so that the winner still
+    gains.
 
-    With `gA = 2 (pred_w - target)/N`, `gB = 2 (pred_l - target)/N` and products summed over the batch,
-    `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where `gA . gB > 0`, else 1. Released values of mu:
-    0.9 on SD 1.5, 0.6 on SDXL.
+    With `gA = 2 (pred_w - target)/N`, `gB = 2 (pred_l - target)/N` and products summed over the
+    batch, `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where `gA . gB > 0`, else 1.
+    Released values of mu: 0.9 on SD 1.5, 0.6 on SDXL.
     """
     _require_positive(beta=beta)
     _require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
@@ -285,7 +293,7 @@ def sft(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Fine-tuning on the winner: `e_w`; the losers' gradient is zero. No reference: the margin is `e_l - e_w`."""
+    """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`."""
     return pair_loss(policy, None, target, objective="sft", pair_weight=pair_weight, impl=impl)
 
 
@@ -299,7 +307,8 @@ def mapo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`, without a reference.
+    """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`, without a
+    reference.
 
     Hong et al. 2024 (arXiv 2406.06424). f is evaluated so that small errors keep their digits.
     """
@@ -334,24 +343,27 @@ def adaptive_dpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Adaptive-DPO: `w (-ls(z - gamma))`, pairs that look mislabelled weighing less (arXiv 2503.16921).
+    """Adaptive-DPO: `w (-ls(z - gamma))`, pairs that look mislabelled weighing less (arXiv
+    2503.16921).
 
-    The policy and the annotators each judge the pair by a margin `d_m`, detached. `x_m = rho d_m / scale`,
-    `u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)` (alone: the first factor), a `weight_kind` of u as
-    weight, and `gamma = margin_scale (mean(d) - u**2 / beta)`.
+    The policy and the annotators each judge the pair by a margin `d_m`, detached.
+    `x_m = rho d_m / scale`, `u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)` (alone: the first
+    factor), a `weight_kind` of u as weight, and `gamma = margin_scale (mean(d) - u**2 / beta)`.
 
     Args:
         annotators: other versions of the policy; besides it, none by default.
         minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators.
-        statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of each of the
-            M annotators, the policy first. None takes the batch's.
-        normalize: the scale over the batch: `rms`, or `l2` as released (rho = 15 at B = 16 is 3.75 by rms).
-        weight_kind: `linear` 1/(k0 + k1 u), `quadratic` (u squared), `sqrt` 1/(k0 + exp(k1 sqrt(u))),
-            `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
+        statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
+            each of the M annotators, the policy first. None takes the batch's.
+        normalize: the scale over the batch: `rms`, or `l2` as released (rho = 15 at B = 16 is 3.75
+            by rms).
+        weight_kind: `linear` 1/(k0 + k1 u), `quadratic` (u squared), `sqrt` 1/(k0 + exp(k1
+            sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
         weight_scale: k1.
         weight_intercept: k0.
         margin_kind: `quadratic`, or `linear`: u instead of its square.
-        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's scale.
+        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
+            scale.
     """
     _require_positive(beta=beta, rho=rho)
     spec = Adaptive(
@@ -401,8 +413,8 @@ def adaptive_ipo(
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
 
-    The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract here: the
-    larger a pair's gamma, the larger the margin asked of it.
+    The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract
+    here: the larger a pair's gamma, the larger the margin asked of it.
     """
     _require_positive(tau=tau, beta=beta, rho=rho)
     spec = Adaptive(

@@ -1,4 +1,5 @@
-"""`@triton.jit` helpers that two or more operations use. Imported only when a kernel is about to run.
+"""`@triton.jit` helpers that two or more operations use. Imported only when a kernel is about to
+run.
 
 No libdevice: the interpreter and the AMD back end lack it, so the stable forms are written out.
 """
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def log1p_of_exp_neg(a):
-    """`log(1 + exp(-a))` for a >= 0, to a few ulp: Kahan's correction recovers what `1 + t` rounds off."""
+    """`log(1 + exp(-a))` for a >= 0, Kahan's correction recovering what `1 + t` rounds off."""
     t = tl.exp(-a)
     u = 1.0 + t
     exact = u - 1.0
@@ -31,7 +32,7 @@ def sigmoid(z):
 
 @triton.jit
 def strided_offsets(index, sizes, strides):
-    """Memory offsets (int64) of flat positions `index` in a tensor of `sizes`, the last varying fastest."""
+    """int64 memory offsets of flat positions in a tensor of `sizes`, last dim fastest."""
     rest = index.to(tl.int64)
     offsets = tl.zeros_like(rest)
     for k in tl.static_range(len(sizes) - 1):

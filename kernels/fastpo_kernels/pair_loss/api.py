@@ -166,8 +166,8 @@ def pair_loss(
 ) -> PairLoss:
     """Mean over pairs of `weight * objective(e_w, e_l, r_w, r_l)`, in one launch each way on a GPU.
 
-    `e` and `r` are the policy's and the reference's mean squared errors; the scalar functions and their
-    options are those of `reference.py`. `fastpo.loss` names every combination; call that.
+    `e` and `r` are the policy's and the reference's mean squared errors; the scalar functions and
+    their options are those of `reference.py`. `fastpo.loss` names every combination; call that.
 
     Args:
         policy: `[2B, *dims]` float32, bfloat16 or float16, winners first; it alone gets a gradient.
@@ -177,13 +177,15 @@ def pair_loss(
         options: up to three numbers, in the order of the scalar function.
         annotators: other judges of the same pairs, each like `reference`; needs `adaptive`.
         minority: `[B]`, the minority metric from outside; needs `adaptive`, excludes `annotators`.
-        statistics: batch statistics from outside, float32: `[1]`, KTO's mean gain, or `[1 + M]`, the
-            mean margin and then the M annotators' scales, the policy first.
+        statistics: batch statistics from outside, float32: `[1]`, KTO's mean gain, or `[1 + M]`,
+            the mean margin and then the M annotators' scales, the policy first.
         pair_weight: `[B]`, multiplies every pair's loss; the mean still divides by B.
         adaptive: weights and margins from the minority metric.
-        safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still gains.
-        impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD) in a
-            dtype it takes, with triton installed, at most 4096 pairs; else reference. Never falls back.
+        safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still
+            gains.
+        impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD)
+            in a dtype it takes, with triton installed, at most 4096 pairs; else reference. Never
+            falls back.
 
     Returns:
         `PairLoss`.

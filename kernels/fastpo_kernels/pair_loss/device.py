@@ -1,9 +1,11 @@
 """The scalar functions of `reference.py` as device code, each with its two partial derivatives.
 
-`name(e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32. A new objective
-is one function here, one in `reference.py`, one line in each table, one row in the tests' table.
+`name(e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32. A new
+objective is one function here, one in `reference.py`, one line in each table, one row in the tests'
+table.
 """
 
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
@@ -78,7 +80,7 @@ def sft(e_w, e_l, r_w, r_l, shift, _, __, ___):
 
 @triton.jit
 def _decay_minus_one(x):
-    """`h = x / expm1(x) - 1` and `dh/dx` for x >= 0: the Bernoulli series below 1/2, else closed form."""
+    """`h = x / expm1(x) - 1` and `dh/dx`, x >= 0: Bernoulli's series below 1/2, else closed."""
     small = x < 0.5
     n = tl.where(small, x, 0.0)
     t = n * n

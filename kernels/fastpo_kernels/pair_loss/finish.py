@@ -1,5 +1,7 @@
 """The last program's work: from the partial sums to loss, statistics and gradient coefficients."""
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 import triton
 import triton.language as tl
 
@@ -8,7 +10,7 @@ from fastpo_kernels._triton import sigmoid
 
 @triton.jit
 def _column_sums(partials_ptr, n_pairs, n_chunks, BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Sums over the chunks of one stream's side: `[n_chunks, 2 n_pairs]` to `[BLOCK_B]`, order fixed."""
+    """Sums over the chunks of one side of one stream, `[P, B]` to `[B]`, in a fixed order."""
     p = tl.arange(0, BLOCK_P)[:, None]
     b = tl.arange(0, BLOCK_B)[None, :]
     mask = (p < n_chunks) & (b < n_pairs)
@@ -147,7 +149,7 @@ def finish(
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """From the partials to the loss, the statistics and `dloss/de` of every row (its layout: `ops.py`)."""
+    """From the partials to the loss and `stats` (whose layout is in `ops.py`)."""
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
     plane = 2 * n_pairs * n_chunks

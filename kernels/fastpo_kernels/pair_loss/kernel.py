@@ -1,10 +1,13 @@
 """The two kernels of the pair losses and their launchers: one launch forward, one backward.
 
-A forward program sums squared errors over some tiles of one pair, winner and loser side by side, so a
-target that the pair shares is read once. It writes one partial per stream; the program that draws the
-last ticket reduces them in a fixed order and finishes: statistics, weights, losses, coefficients.
+A forward program sums squared errors over some tiles of one pair, winner and loser side by side, so
+a target that the pair shares is read once. It writes one partial per stream; the program that draws
+the last ticket reduces them in a fixed order and finishes: statistics, weights, losses,
+coefficients.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# ruff: noqa: RUF005 (Triton compiles no starred tuples)
 from __future__ import annotations
 
 import contextlib
@@ -34,7 +37,8 @@ class LaunchConfig:
 
 
 def launch_config(n_pairs: int, n_elements: int) -> LaunchConfig:
-    """Small tiles while the batch is too small to fill a GPU, and about a thousand programs at most.
+    """Small tiles while the batch is too small to fill a GPU, and about a thousand programs at
+    most.
 
     Chosen by reasoning and from compiled register counts; not yet tuned on a GPU.
     """
@@ -60,7 +64,7 @@ def _squared_errors(
     SAFEGUARD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Per stream, this chunk's sums of `(pred - target)**2` of winner and loser; last, of their product."""
+    """Per stream, sums of `(pred - target)**2` of winner and loser; last, of their product."""
     zeros = tl.zeros((BLOCK_SIZE,), tl.float32)
     sums = ()
     for _ in tl.static_range(2 * len(sources) + 1):
@@ -234,8 +238,8 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 
 
 def _ticket(device: torch.device) -> Tensor:
-    """A zeroed int32: each stream's own, left at zero by every launch; fresh while a graph is captured,
-    whose replays may meet those of another graph."""
+    """A zeroed int32: each stream's own, left at zero by every launch; fresh while a graph is
+    captured, whose replays may meet those of another graph."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)

@@ -4,7 +4,8 @@
 second, and CPU users, tracing and documentation tools need none of it.
 
 `stats` is one float32 vector, so that a step allocates once:
-`margin [B] | errors [S, 2B]: policy, reference, annotators | minority [B] | weight [B] | dloss/de [2B]`.
+`margin [B] | errors [S, 2B]: policy, reference, annotators | minority [B] | weight [B] | dloss/de
+[2B]`.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def pair_loss_fwd(
     stats = torch.empty(size, dtype=torch.float32, device=policy.device)
     kernel.launch_forward(
         sources, target, minority, statistics, pair_weight, loss, stats,
-        objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None, safeguard,
-    )  # fmt: skip
+        objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
+    safeguard, )  # fmt: skip
     return loss, stats
 
 

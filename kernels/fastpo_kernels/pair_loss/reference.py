@@ -1,7 +1,9 @@
-"""Eager oracle of the pair losses: torch only, any device, float64-capable, differentiated by autograd.
+"""Eager oracle of the pair losses: torch only, any device, float64-capable, differentiated by
+autograd.
 
-Each objective is one scalar function of the errors of a pair; `kernel.py` holds its twin. Nothing here
-is a matrix product and every input is lifted to float32 or better first, so autocast changes nothing.
+Each objective is one scalar function of the errors of a pair; `kernel.py` holds its twin. Nothing
+here is a matrix product and every input is lifted to float32 or better first, so autocast changes
+nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ Normalize = Literal["rms", "l2"]
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Adaptive-DPO's options (arXiv 2503.16921): how a pair's minority metric becomes weight and margin.
+    """Adaptive-DPO's options (arXiv 2503.16921): how a pair's minority metric becomes weight and
+    margin.
 
-    `shift_scale` multiplies `mean(d) - u**k / beta`: the margin scale, divided by beta in the IPO form.
+    `shift_scale` multiplies `mean(d) - u**k / beta`: the margin scale, divided by beta in the IPO
+    form.
     """
 
     beta: float
@@ -104,9 +108,11 @@ def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
 
 
 def decay_minus_one(x: Tensor) -> Tensor:
-    """`x / expm1(x) - 1`, zero at zero, for x >= 0; the value and its derivative are exact to rounding.
+    """`x / expm1(x) - 1`, zero at zero, for x >= 0; the value and its derivative are exact to
+    rounding.
 
-    Below 1/2 the Bernoulli series: there `x / expm1(x)` is near 1, and its autograd derivative cancels.
+    Below 1/2 the Bernoulli series: there `x / expm1(x)` is near 1, and its autograd derivative
+    cancels.
     """
     small = x < 0.5
     near = torch.where(small, x, 0.0)
@@ -140,7 +146,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def residual(pred: Tensor, target: Tensor) -> Tensor:
-    """`pred - target` as `[2, B, *dims]` in float32 or better; the target may be shared, `[B, *dims]`."""
+    """`pred - target` as `[2, B, *dims]`, float32 or better; a shared target is `[B, *dims]`."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
     pred = pred.to(dtype).unflatten(0, (2, pred.shape[0] // 2))
     if target.shape[0] == pred.shape[1]:
@@ -158,16 +164,19 @@ def _errors_of(source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     return errors.detach().to(dtype)
 
 
-def minority_metric(margins: Sequence[Tensor], scales: Tensor | None, spec: Adaptive) -> Tensor:
-    """`u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)`, `x_m = rho d_m / scale_m`, from M margins `[B]`.
+def minority_metric(
+    margins: Sequence[Tensor], given_scales: Tensor | None, spec: Adaptive
+) -> Tensor:
+    """`u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)`, `x_m = rho d_m / scale_m`, from M margins
+    `[B]`.
 
-    With one annotator `u = |sigmoid(x) - 1|`. The scale is each margin's root mean square over the batch
-    (`l2`: its norm) unless given.
+    With one annotator `u = |sigmoid(x) - 1|`. The scale is each margin's root mean square over the
+    batch (`l2`: its norm) unless given.
     """
     d = torch.stack(list(margins))
-    if scales is None:
-        power = d.square()
-        scales = (power.mean(1) if spec.normalize == "rms" else power.sum(1)).sqrt()
+    power = d.square()
+    own_scales = (power.mean(1) if spec.normalize == "rms" else power.sum(1)).sqrt()
+    scales = own_scales if given_scales is None else given_scales
     scales = torch.where(scales > 0, scales, 1.0)
     x = spec.rho * d / scales[:, None]
     doubt = torch.sigmoid(-x).mean(0)
@@ -207,7 +216,7 @@ def _adapt(
 
 
 def _safeguarded(e_w: Tensor, e_l: Tensor, dot: Tensor, mu: float) -> Tensor:
-    """The loser's error with its gradient scaled by Diffusion-SDPO's lambda; the value is unchanged."""
+    """The loser's error, its gradient scaled by Diffusion-SDPO's lambda, its value kept."""
     total = dot.sum()
     ratio = (1 - mu) * e_w.detach().sum() / torch.where(total > 0, total, 1.0)
     scale = torch.where(total > 0, ratio.clamp(0, 1), 1.0)
@@ -228,11 +237,12 @@ def pair_loss(
     adaptive: Adaptive | None = None,
     safeguard: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss` for the arguments.
+    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss` for the
+    arguments.
 
     Returns:
-        The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error `[2B]`
-        or None, minority metric `[B]` or None, weight `[B]` or None.
+        The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error
+        `[2B]` or None, minority metric `[B]` or None, weight `[B]` or None.
     """
     target = target.detach()
     diff = residual(policy, target)
