@@ -1,0 +1,222 @@
+"""Figures: training curves, the minority metric's histogram, its ROC.
+
+Drawn with matplotlib's objects, without pyplot's global state; a run has one colour everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from fastpo.report.runs import MINORITY_NAMES, Array, Run
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow (too pale on white)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BASE_COLOUR = "#767676"
+KEPT_COLOUR, FLIPPED_COLOUR = COLOURS[0], COLOURS[1]
+INK = "#33383f"
+DPI = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One diagram of the training curves.
+
+    Attributes:
+        title: What it shows.
+        label: Its y axis.
+        series: Keys of the metrics; the first is drawn solid, the second dashed.
+        level: A value to mark by a thin line, or None.
+    """
+
+    title: str
+    label: str
+    series: tuple[str, ...]
+    level: float | None = None
+
+
+PANELS = (
+    Panel("Loss", "loss", ("loss",)),
+    Panel("Implicit margin", "margin d", ("rewards/margins",), 0.0),
+    Panel("Implicit accuracy", "share of pairs with d > 0", ("rewards/accuracies",), 0.5),
+    Panel(
+        "Denoising error against the reference (winner solid, loser dashed)",
+        "policy - reference",
+        ("error/winner", "error/loser"),
+        0.0,
+    ),
+    Panel("Gradient norm before clipping", "norm", ("grad_norm",)),
+    Panel("Learning rate", "learning rate", ("lr",)),
+    Panel(
+        "Minority metric in a step (median solid, 90 % dashed)",
+        "u",
+        ("minority/q50", "minority/q90"),
+    ),
+    Panel("Mean weight of a pair", "weight", ("weight/mean",)),
+)
+
+
+def colour(index: int) -> str:
+    """Returns the colour of the page's run number `index`."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def curve_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Returns the panels for which any run has numbers."""
+    return [
+        p for p in PANELS if any(_column(run, key) is not None for run in runs for key in p.series)
+    ]
+
+
+def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+    """Draws one panel: every run's raw values faintly, their moving mean boldly."""
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#b6bbc2", linewidth=0.8)
+    for i, run in enumerate(runs):
+        for key, dash in zip(panel.series, ("-", (0, (4, 2))), strict=False):
+            values = _column(run, key)
+            if values is None:
+                continue
+            steps = run.metrics.get("step", np.arange(1.0, len(values) + 1))
+            mean = smooth(values)
+            if len(panel.series) == 1 and mean is not values:
+                axes.plot(steps, values, color=colour(i), alpha=0.2, linewidth=0.7)
+            label = run.name if key == panel.series[0] else None
+            axes.plot(steps, mean, color=colour(i), linestyle=dash, linewidth=1.6, label=label)
+    axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(panel.label)
+    _style(axes)
+
+
+def panel_figure(panel: Panel, runs: Sequence[Run]) -> bytes:
+    """Returns one panel as a PNG."""
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    draw_panel(figure.subplots(), panel, runs)
+    return to_png(figure)
+
+
+def curves_figure(runs: Sequence[Run]) -> bytes:
+    """Returns all panels with a legend as one PNG."""
+    panels = curve_panels(runs)
+    rows = max(1, -(-len(panels) // 2))
+    figure = Figure(figsize=(9.6, 2.7 * rows + 0.4), layout="constrained")
+    every = figure.subplots(rows, 2, squeeze=False).ravel().tolist()
+    for panel, axes in zip(panels, every, strict=False):
+        draw_panel(axes, panel, runs)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    handles = {
+        label: handle
+        for axes in every
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside upper left", ncols=4, frameon=False
+        )
+    return to_png(figure)
+
+
+def smooth(values: Array, parts: int = 25) -> Array:
+    """Returns the centred mean over a `parts`-th of the steps; short or broken rows as they are."""
+    width = len(values) // parts
+    if width < 2:
+        return values
+    width += 1 - width % 2
+    known = np.isfinite(values)
+    kernel = np.ones(width)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(float), kernel, mode="same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def minority_figure(run: Run) -> bytes | None:
+    """Returns histograms of the run's minority metrics, one per judge; None without any."""
+    if run.minority is None or not run.minority.metrics:
+        return None
+    judges = list(run.minority.metrics)
+    figure = Figure(figsize=(4.8 * len(judges), 3.0), layout="constrained")
+    bins = np.linspace(0.0, 1.0, 41)
+    for axes, judge in zip(
+        figure.subplots(1, len(judges), squeeze=False).flat, judges, strict=True
+    ):
+        flipped, metric = run.minority.judged(judge)
+        parts = [
+            (metric[~flipped], KEPT_COLOUR, "label kept"),
+            (metric[flipped], FLIPPED_COLOUR, "label flipped"),
+        ]
+        counts = np.concatenate([np.histogram(values, bins)[0] for values, _, _ in parts])
+        for values, shade, name in parts:
+            if len(values):
+                axes.hist(
+                    values,
+                    bins=bins.tolist(),
+                    color=shade,
+                    alpha=0.35,
+                    label=f"{name} ({len(values):,})",
+                )
+                axes.hist(values, bins=bins.tolist(), color=shade, histtype="step", linewidth=1.3)
+        if counts.max(initial=0) > 50 * max(1, np.median(counts[counts > 0])):
+            axes.set_yscale("log")
+        axes.set_xlim(0.0, 1.0)
+        axes.set_title(f"{run.name}: {MINORITY_NAMES[judge]}", loc="left", fontsize=9.5, color=INK)
+        axes.set_xlabel("minority metric u")
+        axes.set_ylabel("pairs")
+        axes.legend(frameon=False, fontsize=8)
+        _style(axes)
+    return to_png(figure)
+
+
+def roc_figure(runs: Sequence[Run]) -> bytes | None:
+    """Returns the ROC of every run's minority metrics; None where no run has flipped labels."""
+    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#b6bbc2", linewidth=0.8)
+    found = False
+    for i, run in enumerate(runs):
+        for judge, area in (run.minority.auroc() if run.minority else {}).items():
+            assert run.minority is not None
+            wrong, right, _ = roc_curve(*run.minority.judged(judge))
+            label = f"{run.name}, {MINORITY_NAMES[judge]}: {area:.3f}"
+            dash = "-" if judge == "ledger" else (0, (4, 2))
+            axes.plot(wrong, right, color=colour(i), linestyle=dash, linewidth=1.7, label=label)
+            found = True
+    if not found:
+        return None
+    axes.set_xlabel("kept labels taken for flipped")
+    axes.set_ylabel("flipped labels found")
+    axes.set_aspect("equal")
+    axes.legend(title="AUROC", frameon=False, fontsize=8, loc="lower right", alignment="left")
+    _style(axes)
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG that is the same each time."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _column(run: Run, key: str) -> Array | None:
+    values = run.metrics.get(key)
+    return values if values is not None and np.isfinite(values).any() else None
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa1aa")
+    axes.tick_params(colors="#5b626b", labelsize=8)
+    axes.xaxis.label.set(color="#5b626b", fontsize=8.5)
+    axes.yaxis.label.set(color="#5b626b", fontsize=8.5)
+    axes.grid(True, color="#eceff2", linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,155 @@
+"""Image grids: the base above each aligned model, for the same prompts and seeds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastpo.errors import DataError
+from fastpo.report.figures import BASE_COLOUR, INK, colour, to_png
+from fastpo.report.runs import EvaluationData, Run
+
+COLUMNS = 8
+SMALL = 128  # images up to this side are enlarged without smoothing
+LARGE = 288  # larger ones are reduced to this side on the page; the full ones stay in the run
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One image on the page: its data URL, and its score in words or nothing."""
+
+    url: str
+    score: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model's images."""
+
+    name: str
+    colour: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Runs that share the base's images.
+
+    Attributes:
+        prompts: The caption of each column.
+        seeds: Its seed.
+        rows: The base's row, then one per run.
+        metric: What the scores are, or None.
+        small: Whether the images are shown enlarged, pixel by pixel.
+        total: How many images each model has in all.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    rows: list[Row]
+    metric: str | None
+    small: bool
+    total: int
+
+
+def build_grids(runs: Sequence[Run]) -> list[Grid]:
+    """Returns one grid for each set of base images that runs on the page share."""
+    groups: dict[str, list[tuple[int, Run, EvaluationData]]] = {}
+    for i, run in enumerate(runs):
+        if run.evaluation is not None:
+            groups.setdefault(run.evaluation.base, []).append((i, run, run.evaluation))
+    return [_grid(members) for members in groups.values()]
+
+
+def choose_samples(samples: list[dict[str, Any]], count: int = COLUMNS) -> list[dict[str, Any]]:
+    """Returns up to `count` samples, evenly spread over the prompts and then over the seeds.
+
+    The choice knows nothing of scores: a page that showed the best images would mislead.
+    """
+    prompts: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        prompts.setdefault(sample["prompt_index"], []).append(sample)
+    layers = max((len(each) for each in prompts.values()), default=0)
+    pool = [each[k] for k in range(layers) for each in prompts.values() if k < len(each)]
+    if len(prompts) >= count:
+        pool = [each[0] for each in prompts.values()]
+        return [pool[i] for i in np.linspace(0, len(pool) - 1, count).round().astype(int)]
+    return sorted(pool[:count], key=lambda s: (s["prompt_index"], s["seed"]))
+
+
+def grid_figure(evaluation: EvaluationData, name: str, shade: str) -> bytes:
+    """Returns the base's images above the aligned model's as one PNG."""
+    chosen = choose_samples(evaluation.samples)
+    figure = Figure(figsize=(1.45 * len(chosen) + 0.3, 3.7), layout="constrained")
+    grid = figure.subplots(2, len(chosen), squeeze=False)
+    for axes, sample in zip(grid.T, chosen, strict=True):
+        for side, model in zip(axes, ("base", "aligned"), strict=True):
+            image = _open(evaluation.folder / sample[model])
+            side.imshow(
+                np.asarray(image), interpolation="nearest" if _is_small(image) else "antialiased"
+            )
+            side.set(xticks=[], yticks=[])
+            side.spines[:].set_visible(False)
+        caption = textwrap.shorten(sample["prompt"], 60, placeholder="…")
+        axes[0].set_title(textwrap.fill(caption, 20), fontsize=7.5, color=INK)
+    grid[0, 0].set_ylabel("base", color=BASE_COLOUR, fontsize=9)
+    grid[1, 0].set_ylabel(name, color=shade, fontsize=9)
+    return to_png(figure)
+
+
+def data_url(png: bytes) -> str:
+    """Returns a PNG as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _grid(members: list[tuple[int, Run, EvaluationData]]) -> Grid:
+    first = members[0][2]
+    chosen = choose_samples(first.samples)
+    metric = first.primary
+    rows = [Row("base", BASE_COLOUR, [_cell(first, "base", s, metric) for s in chosen])]
+    rows += [
+        Row(run.name, colour(i), [_cell(data, "aligned", s, metric) for s in chosen])
+        for i, run, data in members
+    ]
+    return Grid(
+        prompts=[sample["prompt"] for sample in chosen],
+        seeds=[sample["seed"] for sample in chosen],
+        rows=rows,
+        metric=metric,
+        small=all(_is_small(_open(first.folder / sample["base"])) for sample in chosen),
+        total=len(first.samples),
+    )
+
+
+def _cell(
+    evaluation: EvaluationData, model: str, sample: dict[str, Any], metric: str | None
+) -> Cell:
+    image = _open(evaluation.folder / sample[model])
+    if not _is_small(image):
+        image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    scores = evaluation.scores.get((model, sample["prompt_index"], sample["seed"]), {})
+    score = f"{scores[metric]:.3g}" if metric in scores else ""
+    return Cell(data_url(buffer.getvalue()), score)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise DataError(f"an evaluated image cannot be read: {error}; evaluate again") from None
+
+
+def _is_small(image: Image.Image) -> bool:
+    return max(image.size) <= SMALL

@@ -1,0 +1,257 @@
+"""Reads what a run left in its folder: configuration, metrics, minority table, evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from fastpo.comparison import MetricSummary
+from fastpo.errors import DataError
+
+Array = NDArray[np.float64]
+MINORITY_COLUMNS = {"ledger": "ledger_minority", "ema": "metric_minority"}
+MINORITY_NAMES = {"ledger": "ledger", "ema": "moving averages"}
+
+
+@dataclass(frozen=True)
+class Minority:
+    """What a run found out about its pairs' labels.
+
+    Attributes:
+        flipped: `(N,)` bool, labels exchanged on purpose.
+        visits: `(N,)` how often each pair was seen.
+        metrics: `(N,)` minority metric by judge (`ledger`, `ema`), NaN where a pair was not judged;
+            judges that judged no pair are left out.
+    """
+
+    flipped: NDArray[np.bool_]
+    visits: Array
+    metrics: dict[str, Array]
+
+    def judged(self, judge: str) -> tuple[NDArray[np.bool_], Array]:
+        """Returns `flipped` and the metric of the pairs that `judge` judged."""
+        known = ~np.isnan(self.metrics[judge])
+        return self.flipped[known], self.metrics[judge][known]
+
+    def auroc(self) -> dict[str, float]:
+        """Returns the area under the ROC by judge, where both kinds of label were judged."""
+        judged = {judge: self.judged(judge) for judge in self.metrics}
+        return {
+            judge: float(roc_auc_score(flipped, metric))
+            for judge, (flipped, metric) in judged.items()
+            if flipped.any() and not flipped.all()
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What `fastpo evaluate` wrote.
+
+    Attributes:
+        folder: The folder `evaluation`.
+        summary: `summary.json`.
+        metrics: Its metrics, the primary one first.
+        samples: The rows of `samples.json`.
+        base: Fingerprint of the base's images.
+        scores: Metrics of an image by (model, prompt index, seed).
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    metrics: dict[str, MetricSummary]
+    samples: list[dict[str, Any]]
+    base: str
+    scores: dict[tuple[str, int, int], dict[str, float]]
+
+    @property
+    def primary(self) -> str | None:
+        """The metric that the headline is about."""
+        return next(iter(self.metrics), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the page shows it.
+
+    Attributes:
+        path: Its folder.
+        name: Short name, unlike that of any other run on the page.
+        config: The resolved configuration, as nested mappings; empty if absent.
+        config_text: The same as it stands in the file.
+        metrics: Columns of `metrics.jsonl`.
+        minority: The minority table, or None.
+        evaluation: The evaluation, or None.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: dict[str, Array] = field(default_factory=dict)
+    minority: Minority | None = None
+    evaluation: EvaluationData | None = None
+
+    @property
+    def objective(self) -> str:
+        """The objective's name and its annotators'."""
+        train = self.config.get("train") or {}
+        name = (train.get("objective") or {}).get("name", "unknown objective")
+        kind = (train.get("annotators") or {}).get("kind")
+        return f"{name} ({MINORITY_NAMES.get(kind, kind)})" if kind else name
+
+
+def load_run(path: Path, name: str | None = None) -> Run:
+    """Reads a run's folder; what is missing stays empty.
+
+    Raises:
+        DataError: The folder is no run, or a file in it is damaged.
+    """
+    path = Path(path)
+    if not (path / "metrics.jsonl").is_file() and not (path / "config.yaml").is_file():
+        what = "it is" if path.is_dir() else "there is no such folder, or it is"
+        raise DataError(
+            f"{path} is no run of FastPO: {what} without config.yaml and metrics.jsonl, which "
+            "`fastpo train` writes into train.output_dir"
+        )
+    file = path / "config.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    config = yaml.safe_load(text) if text else {}
+    if not isinstance(config, dict):
+        raise DataError(f"{file} must hold a mapping, got {type(config).__name__}")
+    return Run(
+        path=path,
+        name=name or path.resolve().name,
+        config=config,
+        config_text=text,
+        metrics=load_metrics(path) if (path / "metrics.jsonl").is_file() else {},
+        minority=load_minority(path),
+        evaluation=load_evaluation(path),
+    )
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Reads several runs under names that tell them apart; errors as in `load_run`."""
+    if not paths:
+        raise DataError("a report needs at least one run's folder")
+    whole = [Path(path).resolve() for path in paths]
+    names: list[str] = []
+    for path in whole:
+        parts = 1
+        while parts < len(path.parts) and any(
+            other != path and other.parts[-parts:] == path.parts[-parts:] for other in whole
+        ):
+            parts += 1
+        name = "/".join(path.parts[-parts:])
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return [load_run(Path(path), name) for path, name in zip(paths, names, strict=True)]
+
+
+def load_metrics(run: Path) -> dict[str, Array]:
+    """Reads `metrics.jsonl` into columns, `(steps,)` each, NaN where a line lacks the key.
+
+    A last line that was cut off by a kill is left out.
+
+    Raises:
+        DataError: The file is missing or another line is no JSON object.
+    """
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"no metrics: {path} does not exist; train first") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({k: v for k, v in row.items() if isinstance(v, int | float)})
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
+
+
+def load_minority(run: Path) -> Minority | None:
+    """Reads `minority.csv`, or returns None where there is none.
+
+    The ledger has judged a pair once it has seen it.
+
+    Raises:
+        DataError: A column is missing or holds no number.
+    """
+    path = Path(run) / "minority.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        flipped = np.array([row["flipped"].lower() in ("1", "true") for row in rows], dtype=bool)
+        visits = np.array([float(row["visits"]) for row in rows])
+        metrics = {
+            judge: np.array([float(row.get(column) or "nan") for row in rows], dtype=float)
+            for judge, column in MINORITY_COLUMNS.items()
+        }
+    except (KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}") from None
+    metrics["ledger"] = np.where(visits > 0, metrics["ledger"], np.nan)
+    return Minority(flipped, visits, {k: v for k, v in metrics.items() if not np.isnan(v).all()})
+
+
+def minority_auroc(run: Path) -> dict[str, float]:
+    """Returns how well the minority metric finds flipped labels: the area under the ROC.
+
+    1 is perfect and 1/2 is chance. It is the chance that a flipped pair got a larger metric than
+    one that is not.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        By judge: `ledger` (the pair's own history), `ema` (moving-average annotators); empty where
+        no label was flipped, all were, or nothing was judged.
+
+    Raises:
+        DataError: `minority.csv` is missing or damaged.
+    """
+    minority = load_minority(run)
+    if minority is None:
+        raise DataError(f"{Path(run) / 'minority.csv'} does not exist; train first, to the end")
+    return minority.auroc()
+
+
+def load_evaluation(run: Path) -> EvaluationData | None:
+    """Reads `evaluation/`, or returns None where there is no finished one.
+
+    Raises:
+        DataError: One of its files is missing or damaged.
+    """
+    folder = Path(run) / "evaluation"
+    if not (folder / "summary.json").is_file():
+        return None
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        found = {k: MetricSummary.from_json(v) for k, v in summary["metrics"].items()}
+        primary = summary["primary"]
+        metrics = {primary: found[primary], **found} if primary else found
+        with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
+            scores = {
+                (row["model"], int(row["prompt_index"]), int(row["seed"])): {
+                    metric: float(row[metric]) for metric in metrics
+                }
+                for row in csv.DictReader(file)
+            }
+        base = about["fingerprints"]["base"]
+        return EvaluationData(folder, summary, metrics, about["samples"], base, scores)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is damaged ({error!r}); evaluate again") from None
