@@ -271,11 +271,11 @@ def train(
     accelerator.init_trackers("fastpo")
     try:
         run_steps(trainer, run, start, progress=progress and main)
+        if main:
+            finish(trainer, run)
+        accelerator.wait_for_everyone()
     finally:
-        accelerator.end_training()
-    if main:
-        finish(trainer, run)
-    accelerator.wait_for_everyone()
+        accelerator.end_training()  # closes the trackers and the process group
     return run.path
 
 

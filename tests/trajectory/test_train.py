@@ -180,7 +180,10 @@ def test_the_triton_loss_trains_like_the_reference(experiment, read_metrics, fas
 
 
 def test_micro_batches_of_one_equal_one_of_four(experiment, read_metrics):
-    """For DPO, whose pairs do not meet, only the number of pairs in a step matters."""
+    """For DPO, whose pairs do not meet, only the number of pairs in a step matters.
+
+    An error of order 1 rounds by 1e-7 in float32, which the slope of 500 makes 5e-5 on the logit.
+    """
     data = {"limit": 3}  # one shape, so that each step holds the same pairs either way
     options = {"max_steps": 3, "data": data}
     big = run(experiment, read_metrics, name="big", micro_batch_size=3, **options)
@@ -188,7 +191,7 @@ def test_micro_batches_of_one_equal_one_of_four(experiment, read_metrics):
         experiment, read_metrics, name="small", micro_batch_size=1, accumulation_steps=3, **options
     )
     for a, b in zip(big, small, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
@@ -253,7 +256,8 @@ class HostReads(TorchDispatchMode):
 def test_a_step_waits_for_the_device_once(experiment, kind, monkeypatch):
     """Besides `StepTable.read` nothing asks for a value on the host.
 
-    AdamW's step is left out: on a CPU it reads its own step count, which lies on the host anyway.
+    Left out are the loader and AdamW's step, which on a CPU reads its own count of steps: what they
+    read lies on the host.
     """
     import fastpo.train as module
 
@@ -273,7 +277,8 @@ def test_a_step_waits_for_the_device_once(experiment, kind, monkeypatch):
         with reads:
             return step(*args)
 
-    step = module.optimizer_step
+    step, loader = module.optimizer_step, module.make_loader
+    monkeypatch.setattr(module, "make_loader", lambda *args, **kw: list(loader(*args, **kw)))
     monkeypatch.setattr(module.StepTable, "read", unwatched(module.StepTable.read))
     monkeypatch.setattr(torch.optim.AdamW, "step", unwatched(torch.optim.AdamW.step))
     monkeypatch.setattr(module, "optimizer_step", watched)
