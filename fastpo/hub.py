@@ -183,7 +183,7 @@ def _download_pipeline(path: str, revision: str | None, variant: str | None) -> 
 
     try:
         folder = DiffusionPipeline.download(path, revision=revision, variant=variant)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the client also raises its transport's errors
         raise ModelError(
             f"model.path: {path!r} is no local folder and could not be fetched from the hub "
             f"(revision={revision}, variant={variant}): {error}"
@@ -200,7 +200,7 @@ def _download_vae(path: str, variant: str | None) -> Path:
     try:
         patterns = [*names, *(f"vae/{name}" for name in names)]
         return Path(snapshot_download(path, allow_patterns=list(dict.fromkeys(patterns))))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
             f"model.vae: {path!r} is no local folder and could not be fetched from the hub: {error}"
         ) from error

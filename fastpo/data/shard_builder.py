@@ -107,7 +107,7 @@ class ShardBuilder:
         pairs = self._waiting.pop(size)
         pixels = torch.stack(pairs).flatten(0, 1)
         encoded = [
-            self._encoders.encode_images(to_model_range(part))
+            self._encoders.encode_images(to_model_range(part.to(self._encoders.device)))
             for part in pixels.split(self._batch_size)
         ]
         for name, parts in zip(("mean", "logvar"), zip(*encoded, strict=True), strict=True):

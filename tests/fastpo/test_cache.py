@@ -182,7 +182,11 @@ def test_the_loader_gives_each_pair_once_an_epoch(open_with, workers):
     sampler = PairSampler(cache.bucket, 2, seed=0)
     steps = 2 * sampler.micro_batches_per_epoch
     loader = make_loader(cache, sampler, total_steps=steps, workers=workers)
-    visits = [v for batch in loader for v in zip(batch.index.tolist(), batch.visit.tolist())]
+    visits = [
+        visit
+        for batch in loader
+        for visit in zip(batch.index.tolist(), batch.visit.tolist(), strict=True)
+    ]
     assert sorted(visits) == [(i, epoch) for i in range(10) for epoch in (0, 1)]
 
 
@@ -241,7 +245,7 @@ def test_another_model_is_refused_by_each_part(open_with, made, tmp_path):
     other = tiny_sdxl_folder(tmp_path / "other", seed=1)
     with pytest.raises(CacheError, match=r"VAE: .*; text_encoder: .*; text_encoder_2: "):
         open_with(model={"path": str(other)})
-    with pytest.raises(CacheError, match="model family: .* 'sd15', .* 'sdxl'"):
+    with pytest.raises(CacheError, match=r"model family: .* 'sd15', .* 'sdxl'"):
         open_with(model={"path": made["sd15"]["model"]["path"]})
 
 

@@ -1,6 +1,7 @@
 """Every published schema, and every way in which a file can break it."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -191,10 +192,10 @@ def test_hub_files_are_fetched_one_by_one_up_to_the_limit(tmp_path, monkeypatch)
         return str(tmp_path / name)
 
     def snapshot(repo, *, allow_patterns, **kwargs):
-        fetched.extend(allow_patterns)
+        fetched.extend(n for n in listing if any(fnmatch(n, p) for p in allow_patterns))
         return str(tmp_path)
 
-    listing = [*names, "data/test-0.parquet", "README.md"]
+    listing = [*names, "data/test-0.parquet", "data/train_unique-0.parquet", "README.md"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: listing)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -206,15 +207,24 @@ def test_hub_files_are_fetched_one_by_one_up_to_the_limit(tmp_path, monkeypatch)
     assert source_digest(DataConfig(source="pickapic", path="owner/data")) is None
 
 
-def test_unreachable_hub_data_is_a_clear_error(monkeypatch):
+def test_unreachable_hub_data_is_fetched_from_before_or_a_clear_error(tmp_path, monkeypatch):
     import huggingface_hub
 
     def fail(*args, **kwargs):
-        raise OSError("no connection")
+        raise RuntimeError("no connection")
+
+    def snapshot(*args, local_files_only, **kwargs):
+        assert local_files_only, "a limit must not fetch everything"
+        return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    with pytest.raises(DataError, match="could not be fetched from the hub: no connection"):
-        pickapic("owner/data")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    write_pickapic(tmp_path / "data" / "train-0.parquet", [pickapic_row(0)])
+    assert len(pickapic("owner/data", limit=1)) == 1
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for limit in (None, 1):
+        with pytest.raises(DataError, match="could not be fetched from the hub: no connection"):
+            pickapic("owner/data", limit=limit)
 
 
 @pytest.fixture

@@ -316,7 +316,7 @@ def test_values_beyond_the_stored_dtype_are_refused(config_for, tmp_path, monkey
     monkeypatch.setattr(
         Encoders, "encode_images", lambda s, p: tuple(1e6 * x for x in original(s, p))
     )
-    with pytest.raises(CacheError, match="does not fit into torch.float16; set prepare.store"):
+    with pytest.raises(CacheError, match=r"does not fit into torch\.float16; set prepare.store"):
         prepare(config_for(prepare={"store_precision": "fp16"}), progress=False)
 
 
@@ -334,7 +334,7 @@ def test_nan_from_the_vae_stops_the_preparation(config_for, tmp_path, monkeypatc
         prepare(config_for(), progress=False)
 
 
-def test_unlabelled_progress_bar_shows_speed(config_for, tmp_path, capsys):
+def test_the_progress_bar_shows_the_speed(config_for, tmp_path, capsys):
     write_folder(tmp_path / "data", 3)
     prepare(config_for(), progress=True)
     text = capsys.readouterr().out

@@ -115,10 +115,8 @@ class ParquetSource(PairSource):
                     start += len(winner)
                     rows = np.flatnonzero(winner >= 0)[:left]
                     left -= len(rows)
-                    table = file.read_row_group(group, columns=columns) if len(rows) else None
-                    for row in rows.tolist():
-                        assert table is not None
-                        values = {c: table[c][row].as_py() for c in columns}
+                    table = file.read_row_group(group, columns=columns).take(rows)
+                    for row, values in zip(rows.tolist(), table.to_pylist(), strict=True):
                         yield self._pair(path, group, row, int(winner[row]), values)
                     if not left:
                         return
@@ -231,23 +229,37 @@ def _local_files(path: Path, split: str) -> list[Path]:
 
 
 def _hub_files(repo: str, split: str, *, lazily: bool) -> Iterator[Path]:
+    """Yields the files of a hub data set, each fetched when it is needed if `lazily`.
+
+    Without a connection, what an earlier run has fetched is used.
+    """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    try:
-        names = HfApi().list_repo_files(repo, repo_type="dataset")
-        wanted = sorted(n for n in names if n.endswith(".parquet") and _of_split(n, split))
-        if not wanted:
-            raise DataError(f"data.path: {repo} has no {split}-*.parquet; found: {names[:12]}")
-        if not lazily:
-            folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-            yield from (folder / name for name in wanted)
+    failure: Exception | None = None
+    if lazily:
+        try:
+            names = HfApi().list_repo_files(repo, repo_type="dataset")
+            wanted = sorted(name for name in names if _of_split(name, split))
+            if not wanted:
+                raise DataError(f"data.path: {repo} has no {split}-*.parquet; found: {names[:12]}")
+            for name in wanted:
+                yield Path(hf_hub_download(repo, name, repo_type="dataset"))
             return
-        for name in wanted:
-            yield Path(hf_hub_download(repo, name, repo_type="dataset"))
-    except (OSError, ValueError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # the client also raises its transport's errors
+            failure = error
+    try:
+        patterns = [f"{folder}{split}[-.]*" for folder in ("", "data/")]
+        folder = snapshot_download(
+            repo, repo_type="dataset", allow_patterns=patterns, local_files_only=lazily
+        )
+    except Exception as error:
         raise DataError(
-            f"data.path: {repo!r} is no local folder and could not be fetched from the hub: {error}"
+            f"data.path: {repo!r} is no local folder and could not be fetched from the hub: "
+            f"{failure or error}"
         ) from error
+    yield from _local_files(Path(folder), split)
 
 
 def _of_split(name: str, split: str) -> bool:
