@@ -48,7 +48,10 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
         ModelError: The model is missing, unsupported, or answers with NaN.
     """
     folder = config.prepare.cache_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
     with _lock(folder):
         manifest = load_manifest(folder)
         identity = cache_identity(config, manifest.weights if manifest else None)

@@ -21,6 +21,7 @@ class _Speed(ProgressColumn):
     """Images per second."""
 
     def render(self, task: Task) -> Text:
+        """Returns the speed, a dash while it is unknown."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f} images/s" if speed else "- images/s")
 

@@ -112,13 +112,13 @@ def read_table(cache_dir: Path, names: Sequence[str]) -> pa.Table:
 
 
 class TensorFiles:
-    """Memory-mapped safetensors files of one folder; the least used are closed.
+    """Memory-mapped safetensors files of one folder; the least used are let go.
 
     Each process opens its own; a copy made by fork or pickle starts afresh.
     """
 
-    def __init__(self, folder: Path, keep: int = 256) -> None:
-        """Opens nothing yet; at most `keep` files are open at a time."""
+    def __init__(self, folder: Path, keep: int = 4096) -> None:
+        """Maps nothing yet; at most `keep` files are mapped at a time (none keeps a descriptor)."""
         self._folder = folder
         self._keep = keep
         self._process = os.getpid()

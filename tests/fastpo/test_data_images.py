@@ -46,6 +46,7 @@ def test_sdxl_buckets_have_about_the_resolution_squared_pixels():
         assert (width, height) in SDXL.buckets
 
 
+@settings(deadline=None)
 @given(
     resolution=st.integers(1, 200),
     vae_factor=st.sampled_from([2, 4, 8]),
@@ -121,6 +122,7 @@ def test_sizes_may_differ_but_aspect_ratios_may_not():
         load(image_bytes(0, (100, 100)), image_bytes(1, (103, 100)), TINY)
 
 
+@settings(deadline=None)
 @given(aspect=st.floats(0.3, 3.5))
 def test_bucket_is_the_nearest_in_aspect(aspect):
     chosen = SDXL.bucket_for(aspect)

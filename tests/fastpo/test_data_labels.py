@@ -2,7 +2,7 @@
 
 import csv
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpo.data.labels import is_flipped, write_flip_mask
@@ -10,6 +10,7 @@ from fastpo.data.labels import is_flipped, write_flip_mask
 RATE = st.floats(0, 1)
 
 
+@settings(deadline=None)
 @given(name=st.text(), seed=st.integers(0, 2**40), one=RATE, two=RATE)
 def test_flipped_at_a_rate_means_flipped_at_every_higher_one(name, seed, one, two):
     low, high = sorted((one, two))

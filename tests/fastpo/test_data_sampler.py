@@ -33,6 +33,7 @@ class EchoCache:
         )
 
 
+@settings(deadline=None)
 @given(bucket=BUCKETS, size=SIZE, seed=SEED, epoch=st.integers(0, 5))
 def test_every_pair_comes_once_an_epoch_in_batches_of_one_bucket(bucket, size, seed, epoch):
     sampler = PairSampler(bucket, size, seed)
@@ -47,6 +48,7 @@ def test_every_pair_comes_once_an_epoch_in_batches_of_one_bucket(bucket, size, s
     assert sorted(seen) == list(range(len(bucket)))
 
 
+@settings(deadline=None)
 @given(bucket=BUCKETS, size=SIZE, seed=SEED, numbers=st.lists(st.integers(0, 200), max_size=10))
 def test_a_micro_batch_depends_on_its_number_only(bucket, size, seed, numbers):
     sampler = PairSampler(bucket, size, seed)
@@ -54,6 +56,7 @@ def test_a_micro_batch_depends_on_its_number_only(bucket, size, seed, numbers):
         assert sampler.micro_batch(n) == PairSampler(bucket, size, seed).micro_batch(n)
 
 
+@settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 20), min_size=1, max_size=4), size=SIZE)
 def test_only_each_buckets_last_batch_is_short(counts, size):
     bucket = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

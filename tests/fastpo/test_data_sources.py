@@ -102,6 +102,10 @@ def test_nothing_but_ties_is_an_error(tmp_path):
     write_pickapic(tmp_path / "train-0.parquet", [pickapic_row(i, 0.5) for i in range(3)])
     with pytest.raises(DataError, match="no labelled pair: 3 rows, 3 ties"):
         pickapic(tmp_path)
+    path = tmp_path / "train-0.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(DataError, match="no labelled pair: 0 rows"):
+        pickapic(tmp_path)
 
 
 def test_split_is_matched_whole_and_the_data_folder_is_searched(tmp_path):

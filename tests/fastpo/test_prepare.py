@@ -340,3 +340,9 @@ def test_the_progress_bar_shows_the_speed(config_for, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "6/6" in text
     assert "images/s" in text
+
+
+def test_a_file_in_the_place_of_the_cache_is_an_error(config_for, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(CacheError, match=r"prepare\.cache_dir: cannot create the folder"):
+        prepare(config_for(), progress=False)
