@@ -251,7 +251,16 @@ class Sampler:
         if folder is None:
             yield pipeline
         elif (folder / LORA_FILE).is_file():
-            pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+            # What pipeline.load_lora_weights does, less its warnings about the text encoders.
+            layers, alphas, metadata = pipeline.lora_state_dict(
+                folder,
+                weight_name=LORA_FILE,
+                unet_config=pipeline.unet.config,
+                return_lora_metadata=True,
+            )
+            pipeline.load_lora_into_unet(
+                layers, network_alphas=alphas, unet=pipeline.unet, metadata=metadata
+            )
             try:
                 yield pipeline
             finally:

@@ -34,12 +34,14 @@ class Panel:
         label: Its y axis.
         series: Keys of the metrics; the first is drawn solid, the second dashed.
         level: A value to mark by a thin line, or None.
+        smoothed: Whether a moving mean is drawn over the raw values.
     """
 
     title: str
     label: str
     series: tuple[str, ...]
     level: float | None = None
+    smoothed: bool = True
 
 
 PANELS = (
@@ -47,15 +49,15 @@ PANELS = (
     Panel("Implicit margin", "margin d", ("rewards/margins",), 0.0),
     Panel("Implicit accuracy", "share of pairs with d > 0", ("rewards/accuracies",), 0.5),
     Panel(
-        "Denoising error against the reference (winner solid, loser dashed)",
+        "Error against the reference (loser dashed)",
         "policy - reference",
         ("error/winner", "error/loser"),
         0.0,
     ),
     Panel("Gradient norm before clipping", "norm", ("grad_norm",)),
-    Panel("Learning rate", "learning rate", ("lr",)),
+    Panel("Learning rate", "learning rate", ("lr",), smoothed=False),
     Panel(
-        "Minority metric in a step (median solid, 90 % dashed)",
+        "Minority metric, median (90 % dashed)",
         "u",
         ("minority/q50", "minority/q90"),
     ),
@@ -85,7 +87,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             if values is None:
                 continue
             steps = run.metrics.get("step", np.arange(1.0, len(values) + 1))
-            mean = smooth(values)
+            mean = smooth(values) if panel.smoothed else values
             if len(panel.series) == 1 and mean is not values:
                 axes.plot(steps, values, color=colour(i), alpha=0.2, linewidth=0.7)
             label = run.name if key == panel.series[0] else None
@@ -138,41 +140,36 @@ def smooth(values: Array, parts: int = 25) -> Array:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def minority_figure(run: Run) -> bytes | None:
-    """Returns histograms of the run's minority metrics, one per judge; None without any."""
-    if run.minority is None or not run.minority.metrics:
-        return None
-    judges = list(run.minority.metrics)
-    figure = Figure(figsize=(4.8 * len(judges), 3.0), layout="constrained")
-    bins = np.linspace(0.0, 1.0, 41)
-    for axes, judge in zip(
-        figure.subplots(1, len(judges), squeeze=False).flat, judges, strict=True
-    ):
-        flipped, metric = run.minority.judged(judge)
-        parts = [
-            (metric[~flipped], KEPT_COLOUR, "label kept"),
-            (metric[flipped], FLIPPED_COLOUR, "label flipped"),
-        ]
-        counts = np.concatenate([np.histogram(values, bins)[0] for values, _, _ in parts])
-        for values, shade, name in parts:
-            if len(values):
-                axes.hist(
-                    values,
-                    bins=bins.tolist(),
-                    color=shade,
-                    alpha=0.35,
-                    label=f"{name} ({len(values):,})",
-                )
-                axes.hist(values, bins=bins.tolist(), color=shade, histtype="step", linewidth=1.3)
-        if counts.max(initial=0) > 50 * max(1, np.median(counts[counts > 0])):
-            axes.set_yscale("log")
-        axes.set_xlim(0.0, 1.0)
-        axes.set_title(f"{run.name}: {MINORITY_NAMES[judge]}", loc="left", fontsize=9.5, color=INK)
-        axes.set_xlabel("minority metric u")
-        axes.set_ylabel("pairs")
-        axes.legend(frameon=False, fontsize=8)
-        _style(axes)
+def minority_figure(run: Run, judges: Sequence[str]) -> bytes:
+    """Returns histograms of the run's minority metric side by side, one per judge."""
+    figure = Figure(figsize=(4.6 * len(judges), 2.9), layout="constrained")
+    every = figure.subplots(1, len(judges), squeeze=False).ravel().tolist()
+    for axes, judge in zip(every, judges, strict=True):
+        _draw_minority(axes, run, judge)
     return to_png(figure)
+
+
+def _draw_minority(axes: Axes, run: Run, judge: str) -> None:
+    """Draws one histogram, kept and flipped labels apart."""
+    assert run.minority is not None
+    flipped, metric = run.minority.judged(judge)
+    bins = np.linspace(0.0, 1.0, 41).tolist()
+    parts = (
+        (metric[~flipped], KEPT_COLOUR, "label kept"),
+        (metric[flipped], FLIPPED_COLOUR, "label flipped"),
+    )
+    for values, shade, name in parts:
+        if len(values):
+            label = f"{name} ({len(values):,})"
+            axes.hist(values, bins=bins, color=shade, alpha=0.35, label=label)
+            axes.hist(values, bins=bins, color=shade, histtype="step", linewidth=1.3)
+    axes.set_yscale("log")  # flipped labels are few: on a linear scale they would hardly show
+    axes.set_xlim(0.0, 1.0)
+    axes.set_title(f"{run.name}: {MINORITY_NAMES[judge]}", loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel("minority metric u")
+    axes.set_ylabel("pairs (log scale)")
+    axes.legend(frameon=False, fontsize=8)
+    _style(axes)
 
 
 def roc_figure(runs: Sequence[Run]) -> bytes | None:

@@ -89,20 +89,27 @@ def choose_samples(samples: list[dict[str, Any]], count: int = COLUMNS) -> list[
 def grid_figure(evaluation: EvaluationData, name: str, shade: str) -> bytes:
     """Returns the base's images above the aligned model's as one PNG."""
     chosen = choose_samples(evaluation.samples)
-    figure = Figure(figsize=(1.45 * len(chosen) + 0.3, 3.7), layout="constrained")
-    grid = figure.subplots(2, len(chosen), squeeze=False)
-    for axes, sample in zip(grid.T, chosen, strict=True):
-        for side, model in zip(axes, ("base", "aligned"), strict=True):
+    first = _open(evaluation.folder / chosen[0]["base"])
+    gap, height = 0.06, first.height / first.width
+    rows = (("base", "base", BASE_COLOUR, height + gap), ("aligned", name, shade, 0.0))
+    figure = Figure(figsize=(1.4 * len(chosen) + 0.9, 2.8 * height + 0.5), layout="constrained")
+    axes = figure.subplots()
+    for i, sample in enumerate(chosen):
+        for model, _, _, bottom in rows:
             image = _open(evaluation.folder / sample[model])
-            side.imshow(
-                np.asarray(image), interpolation="nearest" if _is_small(image) else "antialiased"
+            axes.imshow(
+                np.asarray(image),
+                extent=(i * (1 + gap), i * (1 + gap) + 1, bottom, bottom + height),
+                interpolation="nearest" if _is_small(image) else "antialiased",
             )
-            side.set(xticks=[], yticks=[])
-            side.spines[:].set_visible(False)
-        caption = textwrap.shorten(sample["prompt"], 60, placeholder="…")
-        axes[0].set_title(textwrap.fill(caption, 20), fontsize=7.5, color=INK)
-    grid[0, 0].set_ylabel("base", color=BASE_COLOUR, fontsize=9)
-    grid[1, 0].set_ylabel(name, color=shade, fontsize=9)
+        caption = textwrap.fill(textwrap.shorten(sample["prompt"], 60, placeholder="…"), 20)
+        top = (i * (1 + gap) + 0.5, 2 * height + 2 * gap)
+        axes.text(*top, caption, fontsize=7.5, color=INK, ha="center", va="bottom")
+    for _, label, tint, bottom in rows:
+        text = textwrap.fill(label, 16)
+        axes.text(-0.08, bottom + height / 2, text, fontsize=9, color=tint, ha="right", va="center")
+    axes.set(xlim=(-0.8, len(chosen) * (1 + gap)), ylim=(0, 2 * height + 0.4), aspect="equal")
+    axes.set_axis_off()
     return to_png(figure)
 
 

@@ -72,7 +72,8 @@ def write_report(
         runs=[_about(run, i) for i, run in enumerate(loaded)],
         headline=headline(loaded),
         warnings=warnings(loaded),
-        metrics=_metric_names(loaded),
+        primaries=_metric_names(loaded)[0],
+        others=_metric_names(loaded)[1],
         table=[_row(run, i) for i, run in enumerate(loaded)],
         areas=any(run.minority and run.minority.auroc() for run in loaded),
         notes=_notes(loaded),
@@ -81,9 +82,9 @@ def write_report(
             (panel.title, data_url(panel_figure(panel, loaded))) for panel in curve_panels(loaded)
         ],
         histograms=[
-            (run.name, data_url(pictures[name]))
+            (run.name, data_url(minority_figure(run, [judge])))
             for run in loaded
-            if (name := f"minority-{slug(run.name)}.png") in pictures
+            for judge in (run.minority.metrics if run.minority else ())
         ],
         roc=data_url(pictures["roc.png"]) if "roc.png" in pictures else None,
         minority_words=minority_words(loaded),
@@ -111,7 +112,7 @@ def headline(runs: Sequence[Run]) -> str:
     )
     metric = data.metrics[primary or ""]
     low, high = metric.win_interval
-    lead = f"Best of {len(runs)}: {best.name}. " if len(runs) > 1 else ""
+    lead = f"Best of {len(scored)}: {best.name}. " if len(scored) > 1 else ""
     change = (
         f"{primary} goes from {format_number(metric.base_mean)} to "
         f"{format_number(metric.aligned_mean)} ({format_signed(metric.gain)})"
@@ -197,9 +198,9 @@ def _pictures(runs: Sequence[Run]) -> dict[str, bytes]:
         if run.evaluation is not None:
             figure = grid_figure(run.evaluation, run.name, colour(i))
             pictures[f"grid-{slug(run.name)}.png"] = figure
-        histogram = minority_figure(run)
-        if histogram is not None:
-            pictures[f"minority-{slug(run.name)}.png"] = histogram
+        if run.minority and run.minority.metrics:
+            figure = minority_figure(run, list(run.minority.metrics))
+            pictures[f"minority-{slug(run.name)}.png"] = figure
     roc = roc_figure(runs)
     return pictures | ({} if roc is None else {"roc.png": roc})
 
@@ -209,11 +210,12 @@ def _about(run: Run, index: int) -> dict[str, Any]:
     return {"name": run.name, "colour": colour(index), "config": run.config_text}
 
 
-def _metric_names(runs: Sequence[Run]) -> list[str]:
-    """All metrics on the page, each evaluation's primary one before its others."""
+def _metric_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """The metrics that are some evaluation's primary one, and all others."""
     evaluations = [run.evaluation for run in runs if run.evaluation]
-    first = [data.primary for data in evaluations if data.primary]
-    return list(dict.fromkeys([*first, *(m for data in evaluations for m in data.metrics)]))
+    primaries = list(dict.fromkeys(data.primary for data in evaluations if data.primary))
+    every = dict.fromkeys(metric for data in evaluations for metric in data.metrics)
+    return primaries, [metric for metric in every if metric not in primaries]
 
 
 def _row(run: Run, index: int) -> dict[str, Any]:
