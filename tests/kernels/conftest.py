@@ -1,0 +1,44 @@
+"""Without a GPU the kernels run under Triton's interpreter, on the CPU."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads the variable when it is imported, and diffusers, which tests of other folders import
+    # while pytest collects them, imports it.
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        for name in [n for n in sys.modules if n == "triton" or n.startswith("triton.")]:
+            del sys.modules[name]
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the kernels run: the GPU, or the CPU under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def nan_poisoned(monkeypatch):
+    """Every `torch.empty` and `empty_like` comes back full of NaN."""
+
+    def poisoned(allocate):
+        def fill(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 64 elements, three programs a pair: several tiles a program, several programs a row."""
+    from fastpo_kernels.pair_loss import kernel
+
+    monkeypatch.setattr(kernel, "launch_config", lambda b, n: kernel.LaunchConfig(64, 3, 4))

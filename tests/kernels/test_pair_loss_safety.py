@@ -1,0 +1,223 @@
+"""What surrounds the pair losses' arithmetic: operators, tracing, validation, import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastpo import loss as fl
+from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.testing import pair_inputs
+
+IMPLS = ("triton", "reference")
+
+
+def call(x, impl="triton", **options):
+    return fl.dpo(x.policy, x.reference, x.target, beta=20.0, impl=impl, **options)
+
+
+def gradient(x, impl="triton"):
+    policy = x.policy.detach().requires_grad_()
+    x.policy = policy
+    return torch.autograd.grad(call(x, impl).loss, policy)[0]
+
+
+def test_operators_pass_opcheck(device):
+    x = pair_inputs(2, (40,), torch.float32, device, n_annotators=1)
+    policy = x.policy.requires_grad_()
+    weight = torch.ones(2, device=device)
+    plain = (None, None, weight, "dpo", [20.0, 0.0, 0.0], "", [], None)
+    adapted = ([20.0, 0.0, 0.0], "rms linear quadratic", [3.75, 10.0, 1.0, 1.0, 20.0], None)
+    for args in (
+        (policy, x.reference, x.target, [], *plain),
+        (policy, x.reference, x.target, x.annotators, None, None, None, "dpo", *adapted),
+    ):
+        torch.library.opcheck(ops.pair_loss_fwd, args)
+    torch.library.opcheck(ops.pair_errors_fwd, (policy, x.target))
+    torch.library.opcheck(ops.pair_loss_bwd, (x.policy.detach(), x.target, torch.ones(4), None))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_as_one_graph(impl, device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    expected = gradient(x, impl)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(policy):
+        out = fl.dpo(policy, x.reference, x.target, beta=20.0, impl=impl)
+        return out.loss, out.margin
+
+    policy = x.policy.detach().requires_grad_()
+    loss, margin = step(policy)
+    loss.backward()
+    torch.testing.assert_close(policy.grad, expected)
+    assert not margin.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_changes_nothing(impl, device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    plain = call(x, impl)
+    with torch.autocast(device, torch.bfloat16):
+        cast = call(x, impl)
+    assert torch.equal(plain.loss, cast.loss) and cast.loss.dtype == torch.float32
+    assert torch.equal(plain.margin, cast.margin)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_gradient(impl, device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    x.policy.requires_grad_()
+    with torch.no_grad():
+        assert not call(x, impl).loss.requires_grad
+    out = call(x, impl)
+    assert out.loss.requires_grad
+    assert not any(t.requires_grad for t in out[1:] if t is not None)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_the_policy_gets_a_gradient(impl, device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    for t in x.tensors():
+        t.requires_grad_()
+    call(x, impl).loss.backward()
+    assert x.policy.grad is not None
+    assert x.reference.grad is None and x.target.grad is None
+
+
+def test_double_backward_is_refused(device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    policy = x.policy.requires_grad_()
+    (grad,) = torch.autograd.grad(call(x).loss, policy, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a GPU is triton")
+def test_none_chooses_the_reference_on_the_cpu():
+    x = pair_inputs(2, (40,))
+    assert torch.equal(call(x, None).loss, call(x, "reference").loss)
+
+
+def test_float64_is_for_the_reference(device):
+    x = pair_inputs(2, (40,), torch.float64, device)
+    assert call(x, "reference").loss.dtype == torch.float64
+    with pytest.raises(TypeError, match="takes float32, bfloat16 or float16, got torch.float64"):
+        call(x, "triton")
+
+
+def bad(**changes):
+    x = pair_inputs(2, (4, 3))
+    arguments = {"policy": x.policy, "reference": x.reference, "target": x.target, "beta": 1.0}
+    return {**arguments, **changes}
+
+
+ONES = torch.ones
+REFUSED = [
+    ("odd rows", ValueError, r"policy must be \[2B.*got \(3, 4\)", {"policy": ONES(3, 4)}),
+    ("empty batch", ValueError, r"not empty; got \(0, 4\)", {"policy": ONES(0, 4)}),
+    ("one dimension", ValueError, r"policy must be \[2B", {"policy": ONES(4)}),
+    ("integers", TypeError, "policy must be a floating", {"policy": ONES(4, 3, dtype=torch.int64)}),
+    ("no tensor", TypeError, "target must be a tensor, got list", {"target": [1.0]}),
+    ("target's rows", ValueError, r"target must be \(4, 4, 3\)", {"target": ONES(3, 4, 3)}),
+    ("target's dims", ValueError, r"shared by the pair; got", {"target": ONES(2, 4, 4)}),
+    ("reference's shape", ValueError, "reference must have policy's", {"reference": ONES(2, 4, 3)}),
+    ("errors' length", ValueError, r"reference's errors must be \[4\]", {"reference": ONES(3)}),
+    ("errors' dtype", TypeError, "must be float32", {"reference": ONES(4, dtype=torch.float16)}),
+    ("device", ValueError, "target must be on policy's cpu", {"target": ONES(2, 4, 3).to("meta")}),
+    ("weight's length", ValueError, r"pair_weight must be \[2\]", {"pair_weight": ONES(4)}),
+    ("reference missing", ValueError, "dpo needs a reference", {"reference": None}),
+    (
+        "impl",
+        ValueError,
+        "impl must be None, 'triton' or 'reference', got 'cuda'",
+        {"impl": "cuda"},
+    ),
+    ("smoothing", ValueError, r"label_smoothing must be in \[0, 0.5\]", {"label_smoothing": 0.6}),
+    ("beta", ValueError, "beta must be positive and finite, got nan", {"beta": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_refuses(error, message, changes):
+    with pytest.raises(error, match=message):
+        fl.dpo(**bad(**changes))
+
+
+def test_refuses_minority_beside_annotators():
+    x = pair_inputs(2, (4,), n_annotators=1)
+    with pytest.raises(ValueError, match="got both"):
+        fl.adaptive_dpo(
+            x.policy, x.reference, x.target, beta=1.0, annotators=x.annotators, minority=ONES(2)
+        )
+    with pytest.raises(ValueError, match="weight_kind must be one of"):
+        fl.adaptive_dpo(x.policy, x.reference, x.target, beta=1.0, weight_kind="cubic")
+
+
+def test_refuses_strided_errors_in_the_kernel(device):
+    x = pair_inputs(2, (4,), torch.float32, device)
+    x.reference = torch.ones(8, device=device)[::2]
+    with pytest.raises(ValueError, match="needs reference contiguous, got stride 2"):
+        call(x)
+
+
+def run_python(code, **env):
+    """Runs in a fresh process without the interpreter's variable."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    clean["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+BLOCK = "import sys\nfor n in ('triton', 'diffusers', 'transformers'): sys.modules[n] = None\n"
+
+
+def test_works_without_triton_and_loads_nothing_heavy():
+    done = run_python(
+        BLOCK + "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a)\n"
+        "import torch, fastpo.loss as L\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "x = torch.randn(4, 3, requires_grad=True)\n"
+        "L.dpo(x, torch.randn(4, 3), torch.randn(2, 3), beta=1.0).loss.backward()\n"
+        "try: L.sft(x, torch.randn(2, 3), impl='triton')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "which is not installed" in done.stdout
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter():
+    done = run_python(
+        "import torch, fastpo.loss as L\n"
+        "try: L.sft(torch.ones(2, 3), torch.ones(1, 3), impl='triton')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    assert "needs tensors on a GPU, got cpu" in done.stdout, done.stderr
+
+
+def test_import_is_free_of_triton_and_of_fastpo():
+    done = run_python(
+        "import sys, fastpo_kernels.pair_loss, torch\n"
+        "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()\n"
+        "assert not [n for n in sys.modules if n == 'fastpo' or n.startswith('fastpo.')]\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_never_import_fastpo():
+    folder = Path(__file__).parents[2] / "kernels" / "fastpo_kernels"
+    for path in folder.rglob("*.py"):
+        text = path.read_text()
+        assert "import fastpo\n" not in text and "from fastpo " not in text, path
+        assert "from fastpo." not in text and "import fastpo." not in text, path
