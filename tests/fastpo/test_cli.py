@@ -122,15 +122,53 @@ def test_the_banner_states_what_is_about_to_run(experiment, fastpo):
         assert text in done.stderr, text
 
 
-@pytest.mark.parametrize("module", ["fastpo.train", "fastpo"])
-def test_the_resolved_configuration_is_saved(experiment, fastpo, module):
+LAUNCHERS = {
+    "fastpo": ("-m", "fastpo", "train"),
+    "python -m": ("-m", "fastpo.train"),
+    "accelerate": (
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("-m", "fastpo.train"),
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_every_launcher_trains_and_saves_the_resolved_configuration(experiment, fastpo, launcher):
     path = experiment()
-    command = [] if module == "fastpo.train" else ["train"]
-    fastpo(*command, path, "--set", "train.optim.lr=2e-4", launcher=("-m", module))
+    fastpo(path, "--set", "train.optim.lr=2e-4", launcher=launcher)
     saved = yaml.safe_load((path.parent / "run" / "config.yaml").read_text())
     assert saved["train"]["optim"]["lr"] == 2e-4
     state = path.parent / "run" / "checkpoints" / "step-00000004" / "state.json"
     assert json.loads(state.read_text())["config"] == saved
+
+
+def test_tensorboard_gets_the_metrics(experiment, fastpo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = experiment()
+    fastpo("train", path, "--set", "train.trackers=[tensorboard]")
+    events = list((path.parent / "run").rglob("events.out.tfevents.*"))
+    read = EventAccumulator(str(events[0].parent))
+    read.Reload()
+    assert [event.step for event in read.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_is_not_installed_is_named(capsys, experiment, monkeypatch):
+    import fastpo.distributed
+
+    monkeypatch.setattr(fastpo.distributed, "_importable", lambda name: name != "wandb")
+    text = complaint(capsys, "train", experiment(), "--set", "train.trackers=[wandb]")
+    assert "pip install wandb" in text
+
+
+def test_fp16_without_a_gpu_is_refused_with_a_way_out(capsys, experiment):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("fp16 trains on this machine")
+    text = complaint(capsys, "train", experiment(), "--set", "train.precision=fp16")
+    assert "bf16 or fp32" in text
 
 
 def test_version(fastpo):
