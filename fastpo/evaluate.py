@@ -34,11 +34,14 @@ from fastpo.sampling import (
     check_aligned,
     holds_samples,
     plan_samples,
+    progress_bar,
     read_images,
     replace_folder,
     write_text,
 )
 from fastpo.scorers import Scorer, Scores, build_scorers
+
+SCORE_TOGETHER = 64  # images held in memory at once
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,8 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     _fill_base(sampler, folder / "base", samples, base_samples)
     sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
-    prompts = [sample.prompt for sample in samples]
-    base = score_images(judges, read_images(folder / "base", samples), prompts)
-    after = score_images(judges, read_images(folder / "aligned", samples), prompts)
+    base = score_folder(judges, folder / "base", samples, progress=progress)
+    after = score_folder(judges, folder / "aligned", samples, progress=progress)
     index = [sample.prompt_index for sample in samples]
     metrics = {
         name: compare_scores(base[name], after[name], index, confidence=config.evaluate.confidence)
@@ -115,6 +117,22 @@ def evaluate(
     if progress:
         _show(result)
     return result
+
+
+def score_folder(
+    scorers: Sequence[Scorer], folder: Path, samples: Sequence[Sample], *, progress: bool = True
+) -> Scores:
+    """Scores the images of a filled folder, a few at a time; errors as in `score_images`."""
+    parts: list[Scores] = []
+    if not scorers:
+        return {}
+    with progress_bar(f"score {folder.name}", len(samples), 0, enabled=progress) as advance:
+        for i in range(0, len(samples), SCORE_TOGETHER):
+            some = samples[i : i + SCORE_TOGETHER]
+            prompts = [sample.prompt for sample in some]
+            parts.append(score_images(scorers, read_images(folder, some), prompts))
+            advance(len(some))
+    return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
 
 
 def score_images(

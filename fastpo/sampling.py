@@ -126,12 +126,22 @@ class Sampler:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything besides prompts, seeds and weights that decides how an image looks."""
+        """Everything besides prompts, seeds and weights that decides how an image looks.
+
+        Raises:
+            ConfigError: The size is none that these pipelines make.
+        """
         options, side = self.config.evaluate, self.config.prepare.resolution
+        height, width = options.height or side, options.width or side
+        if height % 8 or width % 8:
+            raise ConfigError(
+                f"evaluate.height and evaluate.width (default: prepare.resolution) must be "
+                f"multiples of 8, got {height} and {width}"
+            )
         return {
             "family": self.family,
-            "height": options.height or side,
-            "width": options.width or side,
+            "height": height,
+            "width": width,
             "num_inference_steps": options.num_inference_steps,
             "guidance_scale": options.guidance_scale,
             "precision": options.precision,
@@ -204,7 +214,9 @@ class Sampler:
         size = self.config.evaluate.batch_size
         with (
             self._aligned(aligned) as pipeline,
-            _progress_bar(label, total, total - len(missing), enabled=self.progress) as advance,
+            progress_bar(
+                f"sample {label}", total, total - len(missing), enabled=self.progress
+            ) as advance,
         ):
             for i in range(0, len(missing), size):
                 batch = missing[i : i + size]
@@ -336,12 +348,12 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def _progress_bar(
+def progress_bar(
     label: str, total: int, done: int, *, enabled: bool
 ) -> Iterator[Callable[[int], None]]:
     """Shows images and images/s; gives a function to call with the number just made."""
     progress = Progress(
-        TextColumn(f"sample {label}"),
+        TextColumn(label),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),

@@ -14,11 +14,12 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+import fastpo.evaluate as evaluation
 from fastpo import comparison
 from fastpo.comparison import bootstrap_mean, compare_scores, wilson_interval
 from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError, ConfigError
-from fastpo.evaluate import evaluate, score_images
+from fastpo.evaluate import evaluate, score_folder, score_images
 from fastpo.sampling import LORA_FILE, Sampler, plan_samples
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 
@@ -261,6 +262,28 @@ def test_an_interrupted_call_goes_on(
     assert sampler.fill(tmp_path / "base", samples, label="base")
     assert seen == samples[2:] and len(pixels(tmp_path / "base")) == 6
     assert not sampler.fill(tmp_path / "base", samples, label="base")
+
+
+def test_scores_do_not_depend_on_how_many_are_read_at_once(
+    sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(sdxl, tmp_path)
+    samples = plan_samples(config)
+    Sampler(config, progress=False).fill(tmp_path / "base", samples, label="base")
+    whole = score_folder([Red()], tmp_path / "base", samples, progress=False)
+    monkeypatch.setattr(evaluation, "SCORE_TOGETHER", 4)
+    parts = score_folder([Red()], tmp_path / "base", samples, progress=False)
+    assert whole["red"].tolist() == parts["red"].tolist() and len(whole["red"]) == 6
+
+
+def test_other_precisions_sizes_and_refused_ones(sdxl: Path, tmp_path: Path) -> None:
+    options = {"prompts": ["x"], "seeds_per_prompt": 1, "precision": "bf16", "width": 48}
+    config = make_config(sdxl, tmp_path, **options)
+    Sampler(config, progress=False).fill(tmp_path / "base", plan_samples(config), label="base")
+    (image,) = pixels(tmp_path / "base").values()
+    assert image.shape == (32, 48, 3) and image.std() > 0
+    with pytest.raises(ConfigError, match="multiples of 8, got 32 and 50"):
+        evaluate(make_config(sdxl, tmp_path, width=50), aligned=export_unet(sdxl, tmp_path / "x"))
 
 
 def test_scorers_are_checked() -> None:
