@@ -35,6 +35,7 @@ class Panel:
         series: Keys of the metrics; the first is drawn solid, the second dashed.
         level: A value to mark by a thin line, or None.
         smoothed: Whether a moving mean is drawn over the raw values.
+        reference: Draw only runs with (True) or without (False) a reference model; None: all.
     """
 
     title: str
@@ -42,6 +43,14 @@ class Panel:
     series: tuple[str, ...]
     level: float | None = None
     smoothed: bool = True
+    reference: bool | None = None
+
+    def column(self, run: Run, key: str) -> Array | None:
+        """Returns the run's values of `key` as far as they belong into this panel."""
+        values = run.metrics.get(key)
+        if values is None or not np.isfinite(values).any():
+            return None
+        return None if self.reference not in (None, run.has_reference) else values
 
 
 PANELS = (
@@ -53,6 +62,13 @@ PANELS = (
         "policy - reference",
         ("error/winner", "error/loser"),
         0.0,
+        reference=True,
+    ),
+    Panel(
+        "Error where there is no reference (loser dashed)",
+        "denoising error",
+        ("error/winner", "error/loser"),
+        reference=False,
     ),
     Panel("Gradient norm before clipping", "norm", ("grad_norm",)),
     Panel("Learning rate", "learning rate", ("lr",), smoothed=False),
@@ -73,7 +89,7 @@ def colour(index: int) -> str:
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:
     """Returns the panels for which any run has numbers."""
     return [
-        p for p in PANELS if any(_column(run, key) is not None for run in runs for key in p.series)
+        p for p in PANELS if any(p.column(run, key) is not None for run in runs for key in p.series)
     ]
 
 
@@ -83,7 +99,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         axes.axhline(panel.level, color="#b6bbc2", linewidth=0.8)
     for i, run in enumerate(runs):
         for key, dash in zip(panel.series, ("-", (0, (4, 2))), strict=False):
-            values = _column(run, key)
+            values = panel.column(run, key)
             if values is None:
                 continue
             steps = run.metrics.get("step", np.arange(1.0, len(values) + 1))
@@ -164,7 +180,8 @@ def _draw_minority(axes: Axes, run: Run, judge: str) -> None:
             axes.hist(values, bins=bins, color=shade, alpha=0.35, label=label)
             axes.hist(values, bins=bins, color=shade, histtype="step", linewidth=1.3)
     axes.set_yscale("log")  # flipped labels are few: on a linear scale they would hardly show
-    axes.set_xlim(0.0, 1.0)
+    axes.set(xlim=(0.0, 1.0))
+    axes.set_ylim(bottom=0.7)
     axes.set_title(f"{run.name}: {MINORITY_NAMES[judge]}", loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel("minority metric u")
     axes.set_ylabel("pairs (log scale)")
@@ -202,11 +219,6 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _column(run: Run, key: str) -> Array | None:
-    values = run.metrics.get(key)
-    return values if values is not None and np.isfinite(values).any() else None
 
 
 def _style(axes: Axes) -> None:

@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 
 from fastpo._version import __version__
 from fastpo.comparison import MetricSummary
@@ -59,14 +60,14 @@ def write_report(
     loaded = load_runs(runs)
     pictures = _pictures(loaded)
     environment = Environment(
-        loader=PackageLoader("fastpo"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "signed": format_signed}
-    html = environment.get_template(PAGE).render(
+    template = files("fastpo").joinpath("templates", PAGE).read_text(encoding="utf-8")
+    html = environment.from_string(template).render(
         title=title,
         version=__version__,
         runs=[_about(run, i) for i, run in enumerate(loaded)],

@@ -18,6 +18,7 @@ from fastpo.comparison import MetricSummary
 from fastpo.errors import DataError
 
 Array = NDArray[np.float64]
+REFERENCE_FREE = ("sft", "mapo")
 MINORITY_COLUMNS = {"ledger": "ledger_minority", "ema": "metric_minority"}
 MINORITY_NAMES = {"ledger": "ledger", "ema": "moving averages"}
 
@@ -99,6 +100,11 @@ class Run:
     metrics: dict[str, Array] = field(default_factory=dict)
     minority: Minority | None = None
     evaluation: EvaluationData | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return self.objective not in REFERENCE_FREE
 
     @property
     def objective(self) -> str:

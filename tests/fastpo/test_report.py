@@ -18,7 +18,7 @@ from fastpo.comparison import NOTES, compare_scores
 from fastpo.config import dump_config, parse_config
 from fastpo.errors import DataError
 from fastpo.report import load_metrics, minority_auroc, write_report
-from fastpo.report.figures import smooth
+from fastpo.report.figures import PANELS, curve_panels, smooth
 from fastpo.report.grids import choose_samples
 from fastpo.report.page import config_differences, format_number, format_signed, headline
 from fastpo.report.runs import load_run, load_runs
@@ -26,7 +26,7 @@ from fastpo.report.runs import load_run, load_runs
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
-def make_run(path: Path, *, beta: float = 2500.0, steps: int = 60) -> Path:
+def make_run(path: Path, *, steps: int = 60, **objective: float | str) -> Path:
     """Writes what training leaves: configuration and metrics."""
     path.mkdir(parents=True)
     config = parse_config(
@@ -36,7 +36,7 @@ def make_run(path: Path, *, beta: float = 2500.0, steps: int = 60) -> Path:
             "prepare": {"cache_dir": "cache"},
             "train": {
                 "output_dir": str(path),
-                "objective": {"name": "dpo", "beta": beta},
+                "objective": {"name": "dpo", **objective},
                 "max_steps": steps,
             },
         }
@@ -253,6 +253,20 @@ def test_samples_are_spread_over_prompts() -> None:
     few = choose_samples(samples(3, 4))
     assert len(few) == 8 and [s["prompt_index"] for s in few].count(2) == 2
     assert len(choose_samples(samples(1, 2))) == 2
+
+
+def test_errors_without_a_reference_get_their_own_panel(tmp_path: Path) -> None:
+    runs = [load_run(make_run(tmp_path / name, name=name)) for name in ("mapo", "ipo")]
+    for run in runs:
+        run.metrics["error/winner"] = np.ones(60)
+    absolute, relative = (
+        next(p for p in PANELS if p.reference is reference and p.series[0] == "error/winner")
+        for reference in (False, True)
+    )
+    assert [absolute.column(run, "error/winner") is not None for run in runs] == [True, False]
+    assert [relative.column(run, "error/winner") is not None for run in runs] == [False, True]
+    assert {absolute, relative} <= set(curve_panels(runs))
+    assert absolute not in curve_panels(runs[1:])
 
 
 def test_smoothing_keeps_a_line_and_skips_gaps() -> None:
