@@ -77,10 +77,11 @@ def assert_within_budget(
 
     Args:
         actual: the kernel's result.
-        eager: eager results in the same dtype, of equal inputs in one or several orders; the worst counts.
+        eager: eager results in the same dtype, of equal inputs in one or several orders; the
+            worst counts.
         truth: float64.
         name: for the message.
-        scale: the largest |truth| unless given: a difference is rounded at the scale of its terms.
+        scale: the largest |truth| unless given: a difference is rounded at its terms' scale.
     """
     assert actual.shape == truth.shape, f"{name}: {actual.shape} is not {truth.shape}"
     size = truth.detach().abs().max().item() if scale is None else scale

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+
 from fastpo import loss as fl
 
 POLICY = torch.tensor([[0.5], [1.0], [1.0], [0.5]])
@@ -36,15 +37,13 @@ BY_HAND = [
         fl.dpo,
         {"beta": 2.0, "label_smoothing": 0.1},
         [-0.9 * LS_UP - 0.1 * LS_DOWN, -0.9 * LS_DOWN - 0.1 * LS_UP],
-        [0.9 * NEAR - 0.1 * FAR, 0.9 * FAR - 0.1 * NEAR]
-        + [0.1 * FAR - 0.9 * NEAR, 0.1 * NEAR - 0.9 * FAR],
+        [s * (0.9 * a - 0.1 * b) for s in (1, -1) for a, b in ((NEAR, FAR), (FAR, NEAR))],
     ),
     (
         fl.robust_dpo,
         {"beta": 2.0, "label_smoothing": 0.1},
         [(-0.9 * LS_UP + 0.1 * LS_DOWN) / 0.8, (-0.9 * LS_DOWN + 0.1 * LS_UP) / 0.8],
-        [(0.9 * NEAR + 0.1 * FAR) / 0.8, (0.9 * FAR + 0.1 * NEAR) / 0.8]
-        + [-(0.9 * NEAR + 0.1 * FAR) / 0.8, -(0.9 * FAR + 0.1 * NEAR) / 0.8],
+        [s * (0.9 * a + 0.1 * b) / 0.8 for s in (1, -1) for a, b in ((NEAR, FAR), (FAR, NEAR))],
     ),
     # 1 / (2 tau) = 0.25: gaps 0.5 and -1.
     (fl.ipo, {"tau": 2.0}, [0.25, 1.0], [-0.5, 1.0, 0.5, -1.0]),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads the variable when it is imported, and diffusers, which tests of other folders import
-    # while pytest collects them, imports it.
+    # Triton reads the variable when it is imported, and diffusers imports it, which tests of other
+    # folders may do while pytest collects them.
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         for name in [n for n in sys.modules if n == "triton" or n.startswith("triton.")]:
             del sys.modules[name]
@@ -38,7 +38,7 @@ def nan_poisoned(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 64 elements, three programs a pair: several tiles a program, several programs a row."""
+    """Tiles of 64, three programs a pair: several tiles a program, several programs a row."""
     from fastpo_kernels.pair_loss import kernel
 
     monkeypatch.setattr(kernel, "launch_config", lambda b, n: kernel.LaunchConfig(64, 3, 4))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastpo import loss as fl
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 
@@ -56,7 +57,7 @@ def run(call, x, impl, **options):
 
 
 def loss_scale(truth, grad, x):
-    """|loss| plus the sum over rows of |e dloss/de|: what one rounding of every error can move it by."""
+    """|loss| plus the sum of |e dloss/de|: how far a rounding of every error can move it."""
     target = x.target.double().repeat(len(x.policy) // len(x.target), *[1] * (x.target.ndim - 1))
     moved = (grad * (x.policy.detach().double() - target)).flatten(1).sum(1) / 2 / UPSTREAM
     return truth.loss.abs().item() + moved.abs().sum().item()

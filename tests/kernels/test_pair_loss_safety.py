@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import ops
 from fastpo_kernels.testing import pair_inputs
@@ -93,6 +94,20 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(call(x).loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
+    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None)
+    loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
+    (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_operator_and_eager_path_agree_bitwise(device):
+    x = pair_inputs(2, (40,), torch.bfloat16, device)
+    policy = x.policy.requires_grad_()
+    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None)
+    loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
+    assert torch.equal(loss, call(x).loss)
+    assert torch.equal(torch.autograd.grad(loss, policy)[0], gradient(x))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a GPU is triton")
@@ -104,7 +119,7 @@ def test_none_chooses_the_reference_on_the_cpu():
 def test_float64_is_for_the_reference(device):
     x = pair_inputs(2, (40,), torch.float64, device)
     assert call(x, "reference").loss.dtype == torch.float64
-    with pytest.raises(TypeError, match="takes float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"takes float32, bfloat16 or float16, got torch\.float64"):
         call(x, "triton")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -42,10 +41,10 @@ class PairLoss(NamedTuple):
     weight: Tensor | None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _gpu_supported(index: int | None) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+def _gpu_supported(device: torch.device) -> bool:
+    # A property that torch.compile folds to a constant.
+    hip = torch.version.hip is not None
+    return hip or torch.cuda.get_device_properties(device).major >= 8
 
 
 def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
@@ -55,7 +54,7 @@ def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
         fits = _TRITON_INSTALLED and device.type == "cuda"
         fits = fits and all(t.dtype in _TRITON_DTYPES for t in tensors)
         fits = fits and tensors[0].shape[0] <= 2 * _TRITON_MAX_PAIRS
-        return "triton" if fits and _gpu_supported(device.index) else "reference"
+        return "triton" if fits and _gpu_supported(device) else "reference"
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}")
     if impl == "triton":
@@ -72,7 +71,7 @@ def _require_triton(tensors: Sequence[Tensor]) -> None:
     device = tensors[0].device
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"impl='triton' needs tensors on a GPU, got {device}")
-    if device.type == "cuda" and not _gpu_supported(device.index):
+    if device.type == "cuda" and not _gpu_supported(device):
         raise ValueError("impl='triton' needs a GPU of compute capability 8.0 or newer")
     if tensors[0].shape[0] > 2 * _TRITON_MAX_PAIRS:
         raise ValueError(
@@ -235,7 +234,7 @@ def pair_loss(
         )
     for name, vector in (*named, *(v[:2] for v in vectors), ("statistics", statistics)):
         _check_kernel_vector(name, vector)
-    loss, stats = ops.pair_loss_fwd(
+    loss, stats = ops.pair_loss(
         policy,
         reference,
         target,
@@ -289,4 +288,4 @@ def pair_errors(policy: Tensor, target: Tensor, *, impl: Impl | None = None) -> 
     _check_predictions(policy, target)
     if _chosen(impl, [policy, target]) == "reference":
         return eager.pair_errors(policy, target.detach())
-    return ops.pair_errors_fwd(policy, target)
+    return ops.pair_errors(policy, target)

@@ -169,6 +169,7 @@ def finish(
     tail_ptr = errors_ptr + len(sources) * 2 * n_pairs
     weight = tl.where(valid, 1.0, 0.0)
     shift = 0.0
+    u = tl.zeros_like(e_w)
     if NORMALIZE is not None:
         if minority_ptr is not None:
             u = tl.load(minority_ptr + b, mask=valid, other=0.0).to(tl.float32)
@@ -181,13 +182,13 @@ def finish(
                 )  # fmt: skip
                 margins = margins + ((r_w - r_l) - (a_w - a_l),)
             u = _minority_metric(margins, adaptive_options[0], statistics_ptr, n_pairs, NORMALIZE)
-        tl.store(tail_ptr + b, u, mask=valid)
         weight *= _pair_weight(u, adaptive_options[1], adaptive_options[2], WEIGHT_KIND)
         shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND)
     elif BATCH_BASELINE:
         shift = _baseline(r_w + r_l - e_w - e_l, statistics_ptr, n_pairs)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
+    tl.store(tail_ptr + b, u, mask=valid)
     tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
     loss, slope_w, slope_l = OBJECTIVE(
         e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
