@@ -106,7 +106,7 @@ def grid_figure(evaluation: EvaluationData, name: str, shade: str) -> bytes:
         top = (i * (1 + gap) + 0.5, 2 * height + 2 * gap)
         axes.text(*top, caption, fontsize=7.5, color=INK, ha="center", va="bottom")
     for _, label, tint, bottom in rows:
-        text = textwrap.fill(label, 16)
+        text = textwrap.fill(label.replace("_", "_ "), 16).replace("_ ", "_")
         axes.text(-0.08, bottom + height / 2, text, fontsize=9, color=tint, ha="right", va="center")
     axes.set(xlim=(-0.8, len(chosen) * (1 + gap)), ylim=(0, 2 * height + 0.4), aspect="equal")
     axes.set_axis_off()
