@@ -161,6 +161,7 @@ def test_figures_lie_beside_the_page(page: Path) -> None:
 
 def test_training_only_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n')
     page = write_report([run], tmp_path / "out", title="T")
     again = page.read_bytes()
     text = page.read_text()
@@ -183,6 +184,7 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
 
 def test_large_images_are_reduced(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
     add_evaluation(run, 0.0, side=300)
     page = write_report([run], tmp_path / "out", title="T")
     assert {i.size for i in embedded(page) if i.size[0] == i.size[1]} == {(288, 288)}
