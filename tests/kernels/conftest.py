@@ -41,4 +41,4 @@ def small_tiles(monkeypatch):
     """Tiles of 64, three programs a pair: several tiles a program, several programs a row."""
     from fastpo_kernels.pair_loss import kernel
 
-    monkeypatch.setattr(kernel, "launch_config", lambda b, n: kernel.LaunchConfig(64, 3, 4))
+    monkeypatch.setattr(kernel, "launch_config", lambda *_: kernel.LaunchConfig(64, 3, 4))

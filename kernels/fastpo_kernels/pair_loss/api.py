@@ -18,7 +18,7 @@ Impl = Literal["triton", "reference"]
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_PAIRS = 4096
+_TRITON_MAX_PAIRS = 2048
 
 
 class PairLoss(NamedTuple):
@@ -183,7 +183,7 @@ def pair_loss(
         safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still
             gains.
         impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD)
-            in a dtype it takes, with triton installed, at most 4096 pairs; else reference. Never
+            in a dtype it takes, with triton installed, at most 2048 pairs; else reference. Never
             falls back.
 
     Returns:

@@ -24,8 +24,6 @@ from fastpo_kernels._triton import strided_offsets
 from fastpo_kernels.pair_loss import device
 from fastpo_kernels.pair_loss.finish import finish, source_errors
 
-MAX_PAIRS = 4096
-
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -36,15 +34,22 @@ class LaunchConfig:
     num_warps: int
 
 
-def launch_config(n_pairs: int, n_elements: int) -> LaunchConfig:
-    """Small tiles while the batch is too small to fill a GPU, and about a thousand programs at
-    most.
+def launch_config(n_pairs: int, n_elements: int, n_streams: int) -> LaunchConfig:
+    """Small tiles while the batch is too small to fill a GPU; about a thousand programs at most.
 
-    Chosen by reasoning and from compiled register counts; not yet tuned on a GPU.
+    `n_streams` counts policy, reference and annotators that are read as predictions. Chosen from
+    compiled register counts (benchmarks/results/aot.csv, 2026-11); not yet tuned on a GPU.
     """
     block_size, num_warps = (1024, 4) if n_pairs * n_elements < 1 << 20 else (4096, 8)
-    tiles = triton.cdiv(n_elements, block_size)
-    return LaunchConfig(block_size, max(1, min(tiles, 1024 // max(n_pairs, 1))), num_warps)
+    if n_streams > 2:
+        block_size = min(block_size, 2048)
+    if n_pairs > 1024:
+        # The last program holds vectors of all pairs.
+        block_size, num_warps = 4096, 16
+    if torch.version.hip is not None:
+        num_warps //= 2
+    programs = max(1, 1024 // max(n_pairs, 1))
+    return LaunchConfig(block_size, min(-(-n_elements // block_size), programs), num_warps)
 
 
 @triton.jit
@@ -270,7 +275,7 @@ def launch_forward(
     sizes, rows = _joint_layout([*full, target])
     by_id = {id(s): r for s, r in zip(full, rows, strict=False)}
     n_elements = math.prod(sizes)
-    config = launch_config(n_pairs, n_elements)
+    config = launch_config(n_pairs, n_elements, len(full))
     n_chunks = config.programs_per_pair
     normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
     with _device_guard(policy):
@@ -308,7 +313,7 @@ def launch_backward(
         grad_policy = torch.empty_like(policy)
         sizes, rows = _joint_layout([policy, grad_policy, target])
         n_elements = math.prod(sizes)
-        config = launch_config(n_pairs, n_elements)
+        config = launch_config(n_pairs, n_elements, 1)
         n_chunks = triton.cdiv(n_elements, config.block_size)
         _pair_loss_bwd_kernel[(n_pairs * n_chunks,)](
             policy, target, coefficients, grad_loss,

@@ -1,0 +1,252 @@
+"""Compiles every kernel ahead of time, without a GPU, and tabulates what the compilers report.
+
+    python benchmarks/aot_report.py --out benchmarks/results/aot.csv
+
+Registers, stack and shared memory per program, spilled bytes, and how many global loads of the
+latent streams are 16 bytes wide. Exits with 1 if a kernel spills or a stream's loads are not
+vectorised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastpo_kernels.pair_loss import device, kernel
+
+TARGETS = {f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+DIVISIBLE = [["tt.divisibility", 16]]
+ALIGNED_SIZES = {"n_elements", "sizes", "strides", "target_strides", "policy_strides"}
+ALIGNED_SIZES |= {"grad_strides"}
+DEFAULT = kernel.launch_config(16, 1 << 18, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its argument types (tuples for tuples, other values for constants)."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    function: Any
+    arguments: dict[str, Any]
+    num_warps: int
+    streams: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    target: str
+    num_warps: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    wide_loads: int
+    streams: int
+
+    @property
+    def good(self) -> bool:
+        return self.spill_bytes == 0 and self.wide_loads >= self.streams
+
+
+def pair_loss_forward(
+    variant: str,
+    dtype: str,
+    *,
+    objective: str | None = "dpo",
+    sources: tuple[str, ...] = ("full", "full"),
+    adaptive: tuple[str, str, str] | None = None,
+    safeguard: bool = False,
+    shared_target: bool = True,
+    config: kernel.LaunchConfig = DEFAULT,
+    block_p: int = 16,
+    block_b: int = 16,
+) -> Case:
+    """The forward kernel as `launch_forward` would compile it."""
+    n = len(sources)
+    kinds = adaptive or (None, None, None)
+    arguments = {
+        "sources": tuple(f"*{dtype}" if s == "full" else "*fp32" for s in sources),
+        "target_ptr": f"*{dtype}", "minority_ptr": None, "statistics_ptr": None,
+        "pair_weight_ptr": None, "partials_ptr": "*fp32", "ticket_ptr": "*i32",
+        "loss_ptr": "*fp32" if objective else None, "stats_ptr": "*fp32",
+        "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "sizes": ("i32",),
+        "strides": (("i32", 1),) * n, "target_strides": ("i32", 1),
+        "options": ("fp32",) * 3, "adaptive_options": ("fp32",) * (5 if adaptive else 1),
+        "mu": "fp32", "READY": sum(1 << k for k, s in enumerate(sources) if s == "errors"),
+        "OBJECTIVE": device.OBJECTIVES[objective] if objective else None,
+        "HAS_REFERENCE": n > 1, "SHARED_TARGET": shared_target, "NORMALIZE": kinds[0],
+        "WEIGHT_KIND": kinds[1], "MARGIN_KIND": kinds[2], "BATCH_BASELINE": objective == "kto",
+        "SAFEGUARD": safeguard, "BLOCK_SIZE": config.block_size, "BLOCK_P": block_p,
+        "BLOCK_B": block_b,
+    }  # fmt: skip
+    # Every stream's load is 16 bytes or more a thread, twice over for the two sides.
+    streams = 2 * sum(s == "full" for s in sources) + (1 if shared_target else 2)
+    function = kernel._pair_loss_fwd_kernel
+    return Case("pair_loss_fwd", variant, dtype, function, arguments, config.num_warps, streams)
+
+
+def pair_loss_backward(
+    variant: str, dtype: str, *, shared_target: bool, config: kernel.LaunchConfig
+) -> Case:
+    """The backward kernel as `launch_backward` would compile it."""
+    arguments = {
+        "policy_ptr": f"*{dtype}", "target_ptr": f"*{dtype}", "coefficient_ptr": "*fp32",
+        "grad_loss_ptr": "*fp32", "grad_policy_ptr": f"*{dtype}",
+        "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "sizes": ("i32",),
+        "policy_strides": ("i32", 1), "target_strides": ("i32", 1), "grad_strides": ("i32", 1),
+        "SHARED_TARGET": shared_target, "BLOCK_SIZE": config.block_size,
+    }  # fmt: skip
+    streams = 3 if shared_target else 4
+    function = kernel._pair_loss_bwd_kernel
+    return Case("pair_loss_bwd", variant, dtype, function, arguments, config.num_warps, streams)
+
+
+def cases() -> Iterator[Case]:
+    """Every objective once; then the launches that differ in what they keep in registers."""
+    for name in device.OBJECTIVES:
+        sources = ("full",) if name in ("sft", "mapo") else ("full", "full")
+        yield pair_loss_forward(name, "bf16", objective=name, sources=sources)
+    adaptive = ("rms", "linear", "quadratic")
+    three = ("full", "full", "full", "full")
+    forward = {
+        "dpo": {},
+        "errors only": {"objective": None, "sources": ("full",)},
+        "cached reference": {"sources": ("full", "errors")},
+        "sdpo": {"safeguard": True},
+        "separate targets": {"shared_target": False},
+        "adaptive, two annotators": {"sources": three, "adaptive": adaptive},
+    }
+    for dtype, n_elements in itertools.product(("bf16", "fp32"), (1 << 14, 1 << 18)):
+        for name, options in forward.items():
+            full = sum(s == "full" for s in options.get("sources", ("full", "full")))
+            config = kernel.launch_config(16, n_elements, full)
+            variant = f"{name}, tile {config.block_size}"
+            yield pair_loss_forward(variant, dtype, config=config, **options)
+        config = kernel.launch_config(16, n_elements, 1)
+        for shared in (True, False):
+            kind = "shared target" if shared else "separate targets"
+            variant = f"{kind}, tile {config.block_size}"
+            yield pair_loss_backward(variant, dtype, shared_target=shared, config=config)
+    for n_pairs in (1, 256, 2048):
+        config = kernel.launch_config(n_pairs, 1 << 22, 4)
+        yield pair_loss_forward(
+            f"adaptive, {n_pairs} pairs", "bf16", sources=three, adaptive=adaptive, config=config,
+            block_p=triton.next_power_of_2(config.programs_per_pair), block_b=n_pairs,
+        )  # fmt: skip
+
+
+def source_of(case: Case) -> ASTSource:
+    """Signature, constants and alignment of a case, as a launch would specialise them."""
+    names = case.function.arg_names
+    constants, attributes = {}, {}
+
+    def typed(value, path):
+        if isinstance(value, tuple):
+            return tuple(typed(v, (*path, k)) for k, v in enumerate(value))
+        name = names[path[0]]
+        if isinstance(value, str) and not name.isupper():
+            if value[0] == "*" or name in ALIGNED_SIZES:
+                attributes[path] = DIVISIBLE
+            return value
+        constants[path] = value
+        return "constexpr"
+
+    signature = {name: typed(case.arguments[name], (k,)) for k, name in enumerate(names)}
+    return ASTSource(case.function, signature, constexprs=constants, attrs=attributes)
+
+
+def _nvidia_usage(compiled) -> tuple[int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, text
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
+    return int(found[1]), int(found[2]) + int(found[3]), wide
+
+
+def _amd_usage(compiled) -> tuple[int, int, int]:
+    text = compiled.asm["amdgcn"]
+
+    def number(key):
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    return number("vgpr_count"), 4 * number("vgpr_spill_count"), wide
+
+
+def compile_case(case: Case, target: str) -> Row:
+    """Compiles one case for one target."""
+    # A wavefront of AMD's is two warps wide: `launch_config` halves the number there.
+    num_warps = case.num_warps // (TARGETS[target].warp_size // 32)
+    options = {"num_warps": num_warps}
+    compiled = triton.compile(source_of(case), target=TARGETS[target], options=options)
+    usage = _nvidia_usage if "cubin" in compiled.asm else _amd_usage
+    registers, spilled, wide = usage(compiled)
+    return Row(
+        case.kernel, case.variant, case.dtype, target, num_warps,
+        registers, compiled.metadata.shared, spilled, wide, case.streams,
+    )  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """Registers (and spilled bytes, where there are any) by kernel and target, in Markdown."""
+    targets = list(dict.fromkeys(row.target for row in rows))
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        spills = f" ({row.spill_bytes} B spilled)" if row.spill_bytes else ""
+        key = (row.kernel, row.variant, row.dtype)
+        cells.setdefault(key, {})[row.target] = f"{row.registers}{spills}"
+    lines = [f"| kernel | variant | dtype | {' | '.join(targets)} |", "|---" * (3 + len(targets))]
+    lines[1] += "|"
+    for key, found in cells.items():
+        lines.append(f"| {' | '.join(key)} | {' | '.join(found.get(t, '') for t in targets)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    args = parser.parse_args()
+    rows = [compile_case(case, target) for case in cases() for target in args.targets]
+    bad = [row for row in rows if not row.good]
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    print(table(rows))
+    for row in bad:
+        print(f"spills or narrow loads: {row}")
+    print(f"{len(rows)} kernels compiled, {len(bad)} bad")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
