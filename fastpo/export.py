@@ -29,7 +29,12 @@ def export_policy(unet: UNet2DConditionModel, target: Path, method: str) -> Path
     with written_whole(target) as folder:
         if method == "lora":
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-            StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            # Without the adapter's metadata a loader takes alpha for the rank.
+            StableDiffusionPipeline.save_lora_weights(
+                folder,
+                unet_lora_layers=layers,
+                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            )
         else:
             unet.save_pretrained(folder / "unet")
     return target

@@ -1,0 +1,1 @@
+"""The embedded default: handwritten digits, a tiny SDXL base, simulated annotators, a scorer."""

@@ -1,0 +1,112 @@
+"""A preference set in Pick-a-Pic v2's schema: of two scans of one digit, the bolder is preferred.
+
+The labels written here are what the simulated annotators meant. Wrong labels are made where every
+data set's are: by `data.flip_rate`, a fixed subset chosen by a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastpo.data.manifest import write_atomically
+from fastpo.demo.digits import Grey, Scans, ink, load_scans, prompts, to_image
+
+FILE = "train-00000-of-00001.parquet"
+SCHEMA = pa.schema(
+    {
+        "are_different": pa.bool_(),
+        "best_image_uid": pa.string(),
+        "caption": pa.string(),
+        "created_at": pa.timestamp("ns"),
+        "has_label": pa.bool_(),
+        "image_0_uid": pa.string(),
+        "image_0_url": pa.string(),
+        "image_1_uid": pa.string(),
+        "image_1_url": pa.string(),
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": pa.float64(),
+        "label_1": pa.float64(),
+        "model_0": pa.string(),
+        "model_1": pa.string(),
+        "ranking_id": pa.int64(),
+        "user_id": pa.int64(),
+        "num_example_per_prompt": pa.int64(),
+        "__index_level_0__": pa.int64(),
+    }
+)
+
+
+def write_preferences(folder: Path, *, n_pairs: int, seed: int) -> Path:
+    """Writes `data/train-00000-of-00001.parquet`.
+
+    Each pair holds two different scans of one digit, drawn at random from those that are not held
+    out, at random places, with one of the digit's captions. Equal ink is a tie (0.5 and 0.5).
+
+    Args:
+        folder: The data set's folder; the file is replaced if it is there.
+        n_pairs: Rows to write.
+        seed: Seed of the draw.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: `n_pairs` is not positive.
+    """
+    if n_pairs < 1:
+        raise ValueError(f"n_pairs must be positive, got {n_pairs}")
+    rng = np.random.default_rng(seed)
+    scans = load_scans()
+    rows = [_row(i, scans, rng) for i in range(n_pairs)]
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    write_atomically(folder / "data" / FILE, lambda path: pq.write_table(table, path))
+    return folder
+
+
+def _row(number: int, scans: Scans, rng: np.random.Generator) -> dict[str, Any]:
+    digit = int(rng.integers(10))
+    first, second = rng.choice(np.flatnonzero(scans.labels == digit), size=2, replace=False)
+    wordings = prompts()[digit::10]
+    images = [scans.images[first], scans.images[second]]
+    encoded = [_png(image) for image in images]
+    uids = [hashlib.sha256(data).hexdigest()[:32] for data in encoded]
+    amounts = [ink(to_image(image)) for image in images]
+    label = 0.5 if amounts[0] == amounts[1] else float(amounts[0] > amounts[1])
+    return {
+        "are_different": label != 0.5,
+        "best_image_uid": "tie" if label == 0.5 else uids[int(label == 0.0)],
+        "caption": wordings[int(rng.integers(len(wordings)))],
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC).replace(tzinfo=None)
+        + timedelta(minutes=number),
+        "has_label": True,
+        "image_0_uid": uids[0],
+        "image_0_url": f"scan://{first}",
+        "image_1_uid": uids[1],
+        "image_1_url": f"scan://{second}",
+        "jpg_0": encoded[0],
+        "jpg_1": encoded[1],
+        "label_0": label,
+        "label_1": 1.0 - label,
+        "model_0": "a person's hand",
+        "model_1": "a person's hand",
+        "ranking_id": number,
+        "user_id": int(rng.integers(50)),
+        "num_example_per_prompt": 1,
+        "__index_level_0__": number,
+    }
+
+
+def _png(grey: Grey) -> bytes:
+    buffer = io.BytesIO()
+    to_image(grey).save(buffer, "PNG")
+    return buffer.getvalue()
