@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpo_kernels.pair_loss import device, kernel
+from fastpo_kernels.pair_noise import kernel as noise_kernel
 
 TARGETS = {f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+PREDICTIONS = ("epsilon", "v_prediction", "flow")
 DIVISIBLE = [["tt.divisibility", 16]]
 ALIGNED_SIZES = {"n_elements", "sizes", "strides", "target_strides", "policy_strides"}
 ALIGNED_SIZES |= {"grad_strides"}
@@ -147,12 +150,29 @@ def cases() -> Iterator[Case]:
             kind = "shared target" if shared else "separate targets"
             variant = f"{kind}, tile {config.block_size}"
             yield pair_loss_backward(variant, dtype, shared_target=shared, config=config)
+    for dtype, prediction in itertools.product(("bf16", "fp32"), PREDICTIONS):
+        yield pair_noise(f"{prediction}, means", dtype, prediction, drawn=False)
+        yield pair_noise(f"{prediction}, drawn", dtype, prediction, drawn=True)
     for n_pairs in (1, 256, 2048):
         config = kernel.launch_config(n_pairs, 1 << 22, 4)
         yield pair_loss_forward(
             f"adaptive, {n_pairs} pairs", "bf16", sources=three, adaptive=adaptive, config=config,
-            block_p=triton.next_power_of_2(config.programs_per_pair), block_b=n_pairs,
+            block_p=int(triton.next_power_of_2(config.programs_per_pair)), block_b=n_pairs,
         )  # fmt: skip
+
+
+def pair_noise(variant: str, dtype: str, prediction: str, *, drawn: bool) -> Case:
+    """The noise kernel as its launcher would compile it."""
+    arguments = {
+        "latents_ptr": f"*{dtype}", "logvar_ptr": f"*{dtype}" if drawn else None,
+        "pair_key_ptr": "*i64", "visit_ptr": "*i64", "signal_ptr": "*fp32", "sigma_ptr": "*fp32",
+        "noisy_ptr": "*bf16", "target_ptr": "*fp32", "timesteps_ptr": "*i64",
+        "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "seed": "i64", "low": "i32",
+        "count": "i32", "shift": "fp32", "scale": "fp32",
+        "PREDICTION": prediction, "BLOCK_SIZE": 1024,
+    }  # fmt: skip
+    function = noise_kernel._noised_pair_kernel
+    return Case("noised_pair", variant, dtype, function, arguments, 4, 4 if drawn else 2)
 
 
 def source_of(case: Case) -> ASTSource:
@@ -179,7 +199,7 @@ def _nvidia_usage(compiled) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+        tool = knobs.nvidia.cuobjdump.path
         command = [tool, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)

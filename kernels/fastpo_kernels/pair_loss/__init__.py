@@ -1,6 +1,7 @@
 """Preference losses of a batch of pairs, fused. See README.md for the derivation."""
 
-from fastpo_kernels.pair_loss.api import Impl, PairLoss, pair_errors, pair_loss
+from fastpo_kernels._impl import Impl
+from fastpo_kernels.pair_loss.api import PairLoss, pair_errors, pair_loss
 from fastpo_kernels.pair_loss.reference import OBJECTIVES, Adaptive, minority_metric, pair_weights
 
 __all__ = [

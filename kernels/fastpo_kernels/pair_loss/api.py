@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from fastpo_kernels._impl import Impl, choose
 from fastpo_kernels.pair_loss import ops
 from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.pair_loss.reference import Adaptive, MarginKind, Normalize, WeightKind
 
-Impl = Literal["triton", "reference"]
-
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_PAIRS = 2048
+_MAX_PAIRS = 2048
 
 
 class PairLoss(NamedTuple):
@@ -41,43 +36,15 @@ class PairLoss(NamedTuple):
     weight: Tensor | None
 
 
-def _gpu_supported(device: torch.device) -> bool:
-    # A property that torch.compile folds to a constant.
-    hip = torch.version.hip is not None
-    return hip or torch.cuda.get_device_properties(device).major >= 8
-
-
 def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
-    """The implementation to run: `impl`, or by the rule of `None`."""
-    if impl is None:
-        device = tensors[0].device
-        fits = _TRITON_INSTALLED and device.type == "cuda"
-        fits = fits and all(t.dtype in _TRITON_DTYPES for t in tensors)
-        fits = fits and tensors[0].shape[0] <= 2 * _TRITON_MAX_PAIRS
-        return "triton" if fits and _gpu_supported(device) else "reference"
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}")
-    if impl == "triton":
-        _require_triton(tensors)
-    return impl
-
-
-def _require_triton(tensors: Sequence[Tensor]) -> None:
-    if not _TRITON_INSTALLED:
-        raise ValueError("impl='triton' needs the package triton, which is not installed")
-    for t in tensors:
-        if t.dtype not in _TRITON_DTYPES:
-            raise TypeError(f"impl='triton' takes float32, bfloat16 or float16, got {t.dtype}")
-    device = tensors[0].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"impl='triton' needs tensors on a GPU, got {device}")
-    if device.type == "cuda" and not _gpu_supported(device):
-        raise ValueError("impl='triton' needs a GPU of compute capability 8.0 or newer")
-    if tensors[0].shape[0] > 2 * _TRITON_MAX_PAIRS:
-        raise ValueError(
-            f"impl='triton' takes at most {_TRITON_MAX_PAIRS} pairs a call, "
-            f"got {tensors[0].shape[0] // 2}"
-        )
+    """`choose`, and a limit of the kernel's: its last program holds vectors of all pairs."""
+    n_pairs = tensors[0].shape[0] // 2
+    if impl is None and n_pairs > _MAX_PAIRS:
+        return "reference"
+    chosen = choose(impl, tensors)
+    if chosen == "triton" and n_pairs > _MAX_PAIRS:
+        raise ValueError(f"impl='triton' takes at most {_MAX_PAIRS} pairs a call, got {n_pairs}")
+    return chosen
 
 
 def _check_predictions(policy: Tensor, target: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Counter-based noise in plain PyTorch: any element is computable alone, on any device.
 
 Every number is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011) of a counter and a key made from what the number is *for*, never from what was drawn before:
+SC 2011) of a counter and a key made from what the number is *for*, never from what was drawn
+before:
 
     key     = (seed, stream)
     counter = (element // 4, visit, pair_key mod 2^32, pair_key div 2^32)
@@ -139,3 +140,38 @@ def pair_normal(
     radius, angle = torch.sqrt(-2.0 * torch.log(u)), (2.0 * math.pi) * v
     normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return normals.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def noised_pair(
+    latents: Tensor,
+    logvar: Tensor | None,
+    pair_key: Tensor,
+    visit: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    *,
+    prediction: str,
+    seed: int,
+    low: int,
+    high: int,
+    shift: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents `[2B, *dims]`, target and timesteps `[B]`; see `api.noised_pair`."""
+    dims = latents.shape[1:]
+    x = latents.float()
+    if logvar is not None:
+        sides = (Stream.POSTERIOR_WINNER, Stream.POSTERIOR_LOSER)
+        draws = [pair_normal(pair_key, visit, dims, seed=seed, stream=s) for s in sides]
+        x = x + torch.exp(0.5 * logvar.float()) * torch.cat(draws)
+    x = ((x - shift) * scale).unflatten(0, (2, len(pair_key)))
+    noise = pair_normal(pair_key, visit, dims, seed=seed, stream=Stream.NOISE)
+    timesteps = pair_integers(
+        pair_key, visit, low=low, high=high, seed=seed, stream=Stream.TIMESTEP
+    )
+    a, s = (table.float()[timesteps].view(-1, *[1] * len(dims)) for table in (signal, sigma))
+    noisy = (a * x + s * noise).flatten(0, 1)
+    if prediction == "epsilon":
+        return noisy, noise, timesteps
+    target = a * noise - s * x if prediction == "v_prediction" else noise - x
+    return noisy, target.flatten(0, 1), timesteps

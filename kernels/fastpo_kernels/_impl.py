@@ -1,0 +1,51 @@
+"""The choice of implementation, one rule for every operation. Imports no Triton, touches no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["triton", "reference"]
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _gpu_supported(device: torch.device) -> bool:
+    # A property that torch.compile folds to a constant.
+    hip = torch.version.hip is not None
+    return hip or torch.cuda.get_device_properties(device).major >= 8
+
+
+def choose(impl: str | None, tensors: Sequence[Tensor]) -> str:
+    """`impl`, checked; for None triton if the floating-point `tensors` are on a supported GPU, in a
+    dtype it takes, with triton installed, else reference. An explicit choice never falls back.
+
+    Raises:
+        TypeError: impl='triton' and a tensor's dtype is not taken.
+        ValueError: `impl` is no implementation, or triton cannot run where the tensors are.
+    """
+    device = tensors[0].device
+    if impl is None:
+        fits = _TRITON_INSTALLED and device.type == "cuda"
+        fits = fits and all(t.dtype in _TRITON_DTYPES for t in tensors)
+        return "triton" if fits and _gpu_supported(device) else "reference"
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}")
+    if impl == "reference":
+        return impl
+    if not _TRITON_INSTALLED:
+        raise ValueError("impl='triton' needs the package triton, which is not installed")
+    for t in tensors:
+        if t.dtype not in _TRITON_DTYPES:
+            raise TypeError(f"impl='triton' takes float32, bfloat16 or float16, got {t.dtype}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl='triton' needs tensors on a GPU, got {device}")
+    if device.type == "cuda" and not _gpu_supported(device):
+        raise ValueError("impl='triton' needs a GPU of compute capability 8.0 or newer")
+    return impl
