@@ -119,7 +119,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Returns the denoiser: SDXL's conditioning, one level with cross attention, a million weights."""
+    """Returns the denoiser: SDXL's conditioning, cross attention at 4x4, a million weights."""
     time_width = 8
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
@@ -141,7 +141,7 @@ def build_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def _posteriors(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Returns the scans' scaled means and log-variances, and the scale that makes them unit size."""
+    """Returns the scans' scaled means and log-variances, and the scale that gives unit size."""
     posterior = vae.encode(images.expand(-1, 3, -1, -1)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     scale = 1.0 / posterior.sample().std().item()
     logvar = posterior.logvar + 2.0 * torch.tensor(scale).log()

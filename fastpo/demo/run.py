@@ -21,6 +21,7 @@ from rich.console import Console
 from fastpo.config import Config, parse_config
 from fastpo.data.manifest import write_atomically
 from fastpo.data.prepare import prepare
+from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
@@ -64,7 +65,9 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
     """
     console, started = Console(stderr=True), time.perf_counter()
     console.rule("1 base: a tiny SDXL that draws handwritten digits")
-    base = build_base(out / ("base-short" if short else "base"), short=short)
+    base = build_base(
+        out / ("base-short" if short else "base"), recipe=SHORT_BASE if short else None
+    )
     work = out / (f"seed-{seed}" + ("-short" if short else ""))
     console.rule("2 preferences: the bolder of two scans, one label in five flipped")
     preferences = write_preferences(work / "preferences", n_pairs=100 if short else 1000, seed=seed)

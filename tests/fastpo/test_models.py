@@ -139,6 +139,22 @@ def test_exported_full_weights_come_back_equal(pipeline, tmp_path):
     )
 
 
+@pytest.mark.parametrize("alpha", [2.0, 16.0])
+def test_exported_adapters_act_as_they_did_in_training(pipeline, tmp_path, alpha):
+    from diffusers import DiffusionPipeline
+
+    folder, width, pooled = pipeline
+    noised, batch = inputs(width, pooled)
+    lora = LoraConfig(rank=4, alpha=alpha).model_dump()
+    denoisers = setup_denoisers(load_unet(folder), config(lora=lora), needs_reference=True)
+    nudge(denoisers)
+    stock = DiffusionPipeline.from_pretrained(folder)
+    stock.load_lora_weights(export_policy(denoisers.policy, tmp_path / "final", "lora"))
+    with torch.no_grad():
+        trained = predict(denoisers.policy, noised, batch)
+        torch.testing.assert_close(predict(stock.unet, noised, batch), trained)
+
+
 def test_moving_averages_follow_the_ramp_worked_by_hand():
     """Step 1 moves by 1 - 2/11, step 2 by 1 - 3/12, whatever a larger decay asks for."""
     p = nn.Parameter(torch.tensor([1.0]))

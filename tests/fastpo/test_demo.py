@@ -1,0 +1,128 @@
+"""The demo's parts: scans, judge, preferences, base; and all of it together, in short."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fastpo.config import DataConfig
+from fastpo.data.sources import open_source
+from fastpo.demo.base import SHORT, build_base
+from fastpo.demo.digits import WORDS, digit_of, ink, load_scans, prompts, to_image
+from fastpo.demo.preferences import SCHEMA, write_preferences
+from fastpo.demo.run import OBJECTIVES, run_demo
+from fastpo.demo.scorer import NOTHING, DigitScorer, non_digits, thickened
+from fastpo.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return DigitScorer()
+
+
+def images(greys):
+    return [to_image(grey) for grey in greys]
+
+
+def captions(labels):
+    return [f"the digit {WORDS[label]}" for label in labels]
+
+
+def test_held_out_scans_and_prompts_are_kept_apart():
+    seen = {image.tobytes() for image in load_scans().images}
+    held_out = load_scans(held_out=True)
+    assert not seen & {image.tobytes() for image in held_out.images}
+    assert len(seen) + len(held_out) > 1790
+    assert not set(prompts()) & set(prompts(held_out=True))
+    assert {digit_of(p) for p in prompts(held_out=True)} == set(range(10))
+
+
+def test_a_prompt_without_a_digit_is_refused():
+    with pytest.raises(DataError, match="a cat"):
+        digit_of("a cat")
+
+
+def test_the_judge_reads_scans_it_was_not_fitted_on(scorer):
+    scans = load_scans(held_out=True)
+    right = scorer.score(images(scans.images), captions(scans.labels))
+    assert right["legible"].mean() > 0.96
+    bold = images(thickened(scans.images, 1.0))
+    assert scorer.score(bold, captions(scans.labels))["legible"].mean() > 0.96
+    wrong = scorer.score(images(scans.images), captions((scans.labels + 1) % 10))
+    assert wrong["ink_reward"].mean() < 0.02
+
+
+def test_the_judge_recognises_nothing_where_there_is_nothing(scorer):
+    held_out = non_digits(load_scans(held_out=True).images, seed=9)
+    assert (scorer.read(images(held_out)) == NOTHING).mean() > 0.97
+    static = np.random.default_rng(0).integers(0, 256, (50, 32, 32), dtype=np.uint8)
+    assert (scorer.read(images(static)) == NOTHING).all()
+
+
+def test_a_black_square_earns_nothing_and_boldness_pays(scorer):
+    black, white = Image.new("RGB", (32, 32), 0), Image.new("RGB", (32, 32), (255, 255, 255))
+    for sheet in (black, white):
+        for word in WORDS:
+            assert scorer.score([sheet], [word])["ink_reward"][0] == 0.0
+    scans = load_scans(held_out=True)
+    few = scans.images[:50]
+    plain = scorer.score(images(few), captions(scans.labels[:50]))["ink_reward"].mean()
+    bold = scorer.score(images(thickened(few, 0.7)), captions(scans.labels[:50]))["ink_reward"]
+    assert bold.mean() > plain + 0.03
+
+
+def test_preferences_have_pick_a_pics_schema_and_prefer_the_bolder(tmp_path):
+    folder = write_preferences(tmp_path, n_pairs=60, seed=3)
+    table = pq.read_table(next((folder / "data").glob("*.parquet")))
+    assert table.schema.equals(SCHEMA)
+    assert 10 < sum(label == 0.0 for label in table["label_0"].to_pylist()) < 50
+    for pair in open_source(DataConfig(source="pickapic", path=str(folder))):
+        import io
+
+        winner, loser = (ink(Image.open(io.BytesIO(side()))) for side in (pair.winner, pair.loser))
+        assert winner > loser
+
+
+def test_preferences_are_the_same_for_the_same_seed(tmp_path):
+    tables = [
+        pq.read_table(
+            next((write_preferences(tmp_path / str(i), n_pairs=9, seed=s)).rglob("*.parquet"))
+        )
+        for i, s in enumerate((1, 1, 2))
+    ]
+    assert tables[0].equals(tables[1])
+    assert not tables[0].equals(tables[2])
+    with pytest.raises(ValueError, match="positive"):
+        write_preferences(tmp_path, n_pairs=0, seed=0)
+
+
+def test_the_base_is_a_stock_pipeline_and_is_kept(tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    base = build_base(tmp_path / "base", recipe=SHORT, progress=False)
+    written = {p: p.stat().st_mtime_ns for p in base.rglob("*")}
+    build_base(base, recipe=SHORT, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} == written
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a handwritten seven", num_inference_steps=2, guidance_scale=2.0).images[0]
+    assert image.size == (32, 32)
+    build_base(base, recipe=SHORT, seed=1, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in base.rglob("*")} != written
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.slow
+def test_the_short_demo_writes_its_page_and_its_summary(tmp_path):
+    summary = run_demo(tmp_path, short=True)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert {"base", "objectives", "minority_auroc", "flip_rate", "wall_s"} <= summary.keys()
+    assert summary["objectives"].keys() == OBJECTIVES.keys()
+    for values in summary["objectives"].values():
+        assert {"reward_mean", "win_rate", "win_rate_interval", "legibility"} <= values.keys()
+    page = (tmp_path / "seed-0-short" / "report" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    again = run_demo(tmp_path, short=True)
+    assert again["objectives"] == summary["objectives"]
