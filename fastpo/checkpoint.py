@@ -8,10 +8,8 @@ of the data come from counters, so the step's number is all there is to say abou
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError
+from fastpo.files import whole_folder
 from fastpo.ledger import PairLedger
 from fastpo.models import MovingAverages
 
@@ -67,22 +66,6 @@ class TrainingState:
     scaler: Any = None
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Gives a temporary folder that takes `target`'s place when the block ends without an error."""
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-
-
 def save_checkpoint(
     run: Path, step: int, state: TrainingState, config: Config, cache: str, *, keep: int
 ) -> Path:
@@ -100,7 +83,7 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
-    with written_whole(target) as folder:
+    with whole_folder(target) as folder:
         save_file(
             {n: p.detach() for n, p in state.trainable.items()}, folder / "trainable.safetensors"
         )

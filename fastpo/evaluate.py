@@ -28,6 +28,7 @@ from rich.table import Table
 from fastpo.comparison import NOTES, MetricSummary, compare_scores
 from fastpo.config import Config
 from fastpo.errors import ConfigError
+from fastpo.files import replace_folder, write_text
 from fastpo.sampling import (
     Sample,
     Sampler,
@@ -36,8 +37,6 @@ from fastpo.sampling import (
     plan_samples,
     progress_bar,
     read_images,
-    replace_folder,
-    write_text,
 )
 from fastpo.scorers import Scorer, Scores, build_scorers
 

@@ -9,7 +9,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 
-from fastpo.checkpoint import written_whole
+from fastpo.files import whole_folder
 
 
 def export_policy(unet: UNet2DConditionModel, target: Path, method: str) -> Path:
@@ -26,7 +26,7 @@ def export_policy(unet: UNet2DConditionModel, target: Path, method: str) -> Path
     Returns:
         `target`.
     """
-    with written_whole(target) as folder:
+    with whole_folder(target) as folder:
         if method == "lora":
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
             # Without the adapter's metadata a loader takes alpha for the rank.

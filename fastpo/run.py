@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
+from fastpo.files import write_text
 from fastpo.ledger import PairLedger
 from fastpo.objectives import describe_slope, initial_loss
 from fastpo.optim import optimizer_bytes
@@ -134,10 +134,10 @@ class RunFolder:
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "config.yaml", dump_config(config))
+        write_text(self.path / "config.yaml", dump_config(config))
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        _replace(path, "".join(f"{line}\n" for line in lines[:start]))
+        write_text(path, "".join(f"{line}\n" for line in lines[:start]))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`."""
@@ -154,13 +154,7 @@ class RunFolder:
         columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
         for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
             writer.writerow([pair_id, *("" if v != v else v for v in values)])
-        _replace(self.path / "minority.csv", text.getvalue())
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        write_text(self.path / "minority.csv", text.getvalue())
 
 
 def show_banner(trainer: Trainer, start: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ModelError
+from fastpo.files import replace_folder, whole_file, write_text
 from fastpo.hub import (
     component_files,
     detect_family,
@@ -325,26 +325,8 @@ def read_images(folder: Path, samples: Sequence[Sample]) -> list[Image.Image]:
 
 def write_png(path: Path, image: Image.Image) -> None:
     """Writes an image whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Moves `new` into `target`'s place."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 @contextmanager

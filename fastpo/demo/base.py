@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from fastpo.checkpoint import written_whole
 from fastpo.demo.base_training import BaseRecipe, Captioned, train_unet, train_vae
 from fastpo.demo.digits import SIZE, WORDS, load_scans, prompts
 from fastpo.demo.text import WIDTH, build_text_encoders, build_tokenizer, encode
+from fastpo.files import whole_folder
 
 LAYOUT = 1  # raise when the architecture or the data of the base changes
 SHORT = BaseRecipe(vae_steps=4, unet_steps=4)
@@ -59,7 +59,7 @@ def build_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = _train(recipe, progress)
-    with written_whole(out) as folder:
+    with whole_folder(out) as folder:
         pipeline.save_pretrained(folder)
         (folder / MARKER).write_text(json.dumps(about))
     return out

@@ -19,13 +19,13 @@ import yaml
 from rich.console import Console
 
 from fastpo.config import Config, parse_config
-from fastpo.data.manifest import write_atomically
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
 from fastpo.evaluate import Evaluation, evaluate
+from fastpo.files import write_text
 from fastpo.report import minority_auroc, write_report
 from fastpo.train import train
 
@@ -86,7 +86,7 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
         runs, work / "report", title="FastPO demo: bolder digits", extra=sections(summary)
     )
     for place in (work / "summary.json", out / "summary.json"):
-        write_atomically(place, lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+        write_text(place, json.dumps(summary, indent=1) + "\n")
     console.rule("done")
     console.print(f"{summary['wall_s']:.0f} s; numbers in {out / 'summary.json'}")
     print(page)
