@@ -32,12 +32,29 @@ def _words(block, pair_key, visit, seed, stream):
 
 
 @triton.jit
+def _turn(v):
+    """`cos(2 pi v)` and `sin(2 pi v)` for v in [0, 1): exact reduction to an eighth, Taylor's series.
+
+    The library's versions carry a reduction for huge arguments, and its stack, in every thread.
+    """
+    quarter = tl.floor(4.0 * v + 0.5)
+    x = 6.283185307179586 * (v - 0.25 * quarter)
+    t = x * x
+    s = x * (1.0 + t * (-1.0 / 6 + t * (1.0 / 120 + t * (-1.0 / 5040 + t * (1.0 / 362880)))))
+    c = -1.0 / 720 + t * (1.0 / 40320 - t * (1.0 / 3628800))
+    c = 1.0 + t * (-0.5 + t * (1.0 / 24 + t * c))
+    q = quarter.to(tl.int32)
+    cosine, sine = tl.where((q & 1) == 0, c, -s), tl.where((q & 1) == 0, s, c)
+    return tl.where((q & 2) == 0, cosine, -cosine), tl.where((q & 2) == 0, sine, -sine)
+
+
+@triton.jit
 def _box_muller(a, b):
     """`r cos(2 pi v)` and `r sin(2 pi v)`, `u = (a/2^8 + 1) 2^-24`, `r = sqrt(-2 ln u)`."""
     u = (a >> 8).to(tl.float32) * 5.9604644775390625e-08 + 5.9604644775390625e-08
-    angle = 6.283185307179586 * ((b >> 8).to(tl.float32) * 5.9604644775390625e-08)
+    cosine, sine = _turn((b >> 8).to(tl.float32) * 5.9604644775390625e-08)
     radius = tl.sqrt(-2.0 * tl.log(u))
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
