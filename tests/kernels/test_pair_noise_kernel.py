@@ -20,7 +20,7 @@ def inputs(device, dims=(4, 9, 11), dtype=torch.float32):
     return [latents.to(device, dtype), keys, visits, *tables], logvar.to(device, dtype)
 
 
-# The reference rounds the angle, up to 2 pi, to float32, and the radius, up to 5.8, multiplies that.
+# The reference rounds the angle (up to 2 pi) to float32; the radius (up to 5.8) multiplies that.
 TOLERANCE = {"rtol": 2e-6, "atol": 4e-6}
 
 

@@ -33,7 +33,7 @@ def _words(block, pair_key, visit, seed, stream):
 
 @triton.jit
 def _turn(v):
-    """`cos(2 pi v)` and `sin(2 pi v)` for v in [0, 1): exact reduction to an eighth, Taylor's series.
+    """`cos(2 pi v)` and `sin(2 pi v)`, v in [0, 1): exact reduction to an eighth, then Taylor.
 
     The library's versions carry a reduction for huge arguments, and its stack, in every thread.
     """
