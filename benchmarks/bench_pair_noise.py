@@ -1,9 +1,9 @@
 """The noised pair: ours against eager, torch.compile and a generator's `randn`.
 
-    python benchmarks/bench_pair_noise.py [--predictions epsilon] [--latents sdxl] [--pairs 1 16] ...
+    python benchmarks/bench_pair_noise.py [--predictions flow] [--latents sdxl] [--pairs 1 16] ...
 
 `randn` is what trainers do: it draws from the generator and forms noisy latents and target in
-eager; its numbers depend on the generator's state, not on the pair. The others give equal draws.
+eager; its numbers depend on the generator's state, not on the pair. The others' draws are equal.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""Launches and bytes per call: ours, eager and torch.compile, counted and not timed.
+
+    python benchmarks/launch_table.py [--out benchmarks/results/cpu/launches.md]
+
+Eager: every operator that is not a view counts as one launch and moves its tensors' bytes (a
+broadcast argument by its own size). torch.compile: Inductor's own count of kernels and of bytes.
+Ours: two launches, and the bytes that the kernels address. On a GPU the launches of all three come
+from the profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_pair_loss import OBJECTIVES, STREAMS, inputs, moved_bytes
+from common import DEVICE, DTYPES, LATENTS, Call
+from torch._inductor import metrics
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators that launch something, and the bytes of their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        allocates = func.overloadpacket.__name__.startswith(("empty", "detach", "new_empty"))
+        if not (func.is_view or allocates):
+            leaves = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.launches += 1
+            self.bytes += sum(t.untyped_storage().nbytes() for t in leaves)
+        return out
+
+
+def eager_counts(step: Call) -> tuple[int, int]:
+    with Counter() as counter:
+        step()
+    return counter.launches, counter.bytes
+
+
+def compiled_counts(loss: Callable, policy: torch.Tensor) -> tuple[int, int]:
+    """Kernels that Inductor generated for forward and backward, and its count of their bytes."""
+    torch._dynamo.reset()
+    metrics.reset()
+    # Inductor counts bytes only where it logs them.
+    torch._logging.set_logs(inductor_metrics=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.autograd.grad(torch.compile(loss, dynamic=False)(), policy)
+    torch._logging.set_logs()
+    return metrics.generated_kernel_count, metrics.num_bytes_accessed
+
+
+def device_launches(step: Call) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages())
+
+
+def rows(name: str, n_pairs: int) -> list[str]:
+    """The table's lines for one objective at SDXL latents in bf16."""
+    dims, dtype, objective = LATENTS["sdxl"], DTYPES["bf16"], OBJECTIVES[name]
+    x = inputs(n_pairs, dims, dtype, STREAMS[name])
+
+    def step(impl):
+        return lambda: torch.autograd.grad(objective(x, impl).loss, x.policy)
+
+    def loss():
+        return objective(x, "reference").loss
+
+    counts = {"eager": eager_counts(step("reference")), "compile": compiled_counts(loss, x.policy)}
+    counts["ours"] = (2, moved_bytes(n_pairs, dims, dtype, STREAMS[name])["both"])
+    if DEVICE == "cuda":
+        compiled = torch.compile(loss, dynamic=False)
+        calls = {
+            "eager": step("reference"),
+            "compile": lambda: torch.autograd.grad(compiled(), x.policy),
+            "ours": step("triton"),
+        }
+        counts = {k: (device_launches(calls[k]), n_bytes) for k, (_, n_bytes) in counts.items()}
+    least = counts["ours"][1]
+    return [
+        f"| {name} | {n_pairs} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
+        f"{n_bytes / least:.2f} |"
+        for provider, (launches, n_bytes) in counts.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    kind = "the profiler on a GPU" if DEVICE == "cuda" else "operators and generated CPU code"
+    lines = [
+        f"Launches and MiB per forward and backward, SDXL latents, bf16; launches from {kind}, "
+        f"torch {torch.__version__}.",
+        "",
+        "| objective | pairs | provider | launches | MiB | of ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in OBJECTIVES:
+        lines += rows(name, 8)
+    print("\n".join(lines))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

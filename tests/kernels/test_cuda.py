@@ -1,0 +1,131 @@
+"""What only a GPU can show: graphs, streams, large offsets, the default choice."""
+
+import pytest
+import torch
+from fastpo import loss as fl
+from fastpo_kernels.pair_noise import noised_pair
+from fastpo_kernels.testing import pair_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SDXL = (4, 128, 128)
+
+
+def step(x, impl="triton"):
+    out = fl.sdpo(x.policy, x.reference, x.target, beta=20.0, mu=0.9, impl=impl)
+    (grad,) = torch.autograd.grad(out.loss, x.policy)
+    return out.loss, grad
+
+
+def captured(x):
+    """A CUDA graph of one step, and its outputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(x)
+    return graph, outputs
+
+
+def test_graph_replays_follow_their_inputs():
+    x = pair_inputs(4, SDXL, torch.bfloat16, "cuda")
+    x.policy.requires_grad_()
+    graph, (loss, grad) = captured(x)
+    for seed in (1, 2):
+        y = pair_inputs(4, SDXL, torch.bfloat16, "cuda", seed=seed)
+        with torch.no_grad():
+            for mine, other in zip(x.tensors(), y.tensors(), strict=True):
+                mine.copy_(other)
+        graph.replay()
+        expected_loss, expected_grad = step(x)
+        assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
+
+
+def test_graphs_and_streams_do_not_share_a_ticket():
+    inputs = [pair_inputs(8, SDXL, torch.bfloat16, "cuda", seed=k) for k in range(4)]
+    for x in inputs:
+        x.policy.requires_grad_()
+    expected = [step(x) for x in inputs]
+    graphs = [captured(x) for x in inputs[:2]]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for k, (x, stream) in enumerate(zip(inputs, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                if k < 2:
+                    graphs[k][0].replay()
+                    found.append(graphs[k][1])
+                else:
+                    found.append(step(x))
+        torch.cuda.synchronize()
+        for (loss, grad), (expected_loss, expected_grad) in zip(found, expected, strict=True):
+            assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
+
+
+def test_many_launches_agree_bitwise():
+    x = pair_inputs(16, SDXL, torch.bfloat16, "cuda", n_annotators=2)
+    x.policy.requires_grad_()
+    first, first_grad = step(x)
+    for _ in range(500):
+        loss, grad = step(x)
+        assert torch.equal(loss, first) and torch.equal(grad, first_grad)
+
+
+def test_none_chooses_triton():
+    x = pair_inputs(2, (4, 64, 64), torch.bfloat16, "cuda")
+    x.policy.requires_grad_()
+    default, triton = step(x, None), step(x, "triton")
+    assert torch.equal(default[0], triton[0]) and torch.equal(default[1], triton[1])
+    double = fl.sft(x.policy.double(), x.target.double())
+    assert double.loss.dtype == torch.float64
+
+
+def test_nothing_is_read_back_to_the_host():
+    x = pair_inputs(2, (4, 64, 64), torch.bfloat16, "cuda", n_annotators=1)
+    x.policy.requires_grad_()
+    keys = torch.arange(2, device="cuda")
+    table = torch.ones(10, device="cuda")
+    latents = torch.randn(4, 4, 64, 64, device="cuda")
+
+    def everything():
+        step(x)
+        fl.adaptive_dpo(x.policy, x.reference, x.target, beta=20.0, annotators=x.annotators)
+        fl.kto(x.policy, x.reference, x.target, beta=20.0).loss.backward()
+        noised_pair(latents, keys, keys, table, table, seed=0, low=0, high=10)
+
+    everything()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp16_gradient_scaler():
+    x = pair_inputs(2, (4, 64, 64), torch.float16, "cuda")
+    x.policy.requires_grad_()
+    grads = []
+    for impl in ("triton", "reference"):
+        loss = fl.dpo(x.policy, x.reference, x.target, beta=2500.0, impl=impl).loss
+        grads.append(torch.autograd.grad(1024 * loss, x.policy)[0])
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_offsets_beyond_two_to_the_31():
+    n_pairs, dims = 520, (4, 1024, 1024)
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free memory")
+    target = torch.zeros(1, *dims, device="cuda", dtype=torch.bfloat16).expand(n_pairs, *dims)
+    policy = torch.zeros(2 * n_pairs, *dims, device="cuda", dtype=torch.bfloat16)
+    policy[-1] = 1.0
+    errors = fl.pair_errors(policy.requires_grad_(), target)
+    assert errors[-1] == 1.0 and errors[:-1].max() == 0.0
+    errors.sum().backward()
+    assert policy.grad[-1].amin() > 0 and policy.grad[:-1].abs().amax() == 0
