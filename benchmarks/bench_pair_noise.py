@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from common import (
@@ -64,7 +65,7 @@ def moved_bytes(n_pairs: int, dims: tuple[int, ...], dtype: torch.dtype, predict
     return elements * (2 * dtype.itemsize + 8 + (4 if prediction == "epsilon" else 8))
 
 
-def provider_calls(x, prediction: str, providers: list[str]) -> dict[str, Call]:
+def provider_calls(x, prediction: Any, providers: list[str]) -> dict[str, Call]:
     """The calls of every provider that this machine can run."""
 
     def run(impl):

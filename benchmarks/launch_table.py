@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from bench_pair_loss import OBJECTIVES, STREAMS, inputs, moved_bytes
 from common import DEVICE, DTYPES, LATENTS, Call
-from torch._inductor import metrics
+from torch._inductor import config, metrics
+from torch._logging._internal import set_logs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,10 +51,10 @@ def compiled_counts(loss: Callable, policy: torch.Tensor) -> tuple[int, int]:
     torch._dynamo.reset()
     metrics.reset()
     # Inductor counts bytes only where it logs them.
-    torch._logging.set_logs(inductor_metrics=True)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    set_logs(inductor_metrics=True)
+    with config.patch(force_disable_caches=True):
         torch.autograd.grad(torch.compile(loss, dynamic=False)(), policy)
-    torch._logging.set_logs()
+    set_logs()
     return metrics.generated_kernel_count, metrics.num_bytes_accessed
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastpo import loss as fl
 from fastpo_kernels.pair_noise import noised_pair
 from fastpo_kernels.testing import pair_inputs

@@ -54,15 +54,22 @@ def _margin(e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor) -> Tensor:
     return (r_w - r_l) - (e_w - e_l)
 
 
+def _logit(e_w, e_l, r_w, r_l, shift, beta):
+    z = beta * _margin(e_w, e_l, r_w, r_l)
+    return z - shift if isinstance(shift, Tensor) else z
+
+
 def dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
-    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    if smoothing == 0:
+        return -F.logsigmoid(z)
     return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
 
 
 def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
-    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
     return (smoothing * F.logsigmoid(-z) - (1 - smoothing) * F.logsigmoid(z)) / (1 - 2 * smoothing)
 
 
@@ -73,7 +80,7 @@ def ipo(e_w, e_l, r_w, r_l, shift, tau, _, __):
 
 def hinge(e_w, e_l, r_w, r_l, shift, beta, _, __):
     """`max(0, 1 - z)`."""
-    return F.relu(1 - (beta * _margin(e_w, e_l, r_w, r_l) - shift))
+    return F.relu(1 - _logit(e_w, e_l, r_w, r_l, shift, beta))
 
 
 def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
@@ -85,14 +92,14 @@ def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
 
 def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
-    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
     p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
     return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
 def linear_dpo(e_w, e_l, r_w, r_l, shift, beta, eta, _):
     """`c (e_w - e_l)`, `c = clip(0.5 - 0.2 beta d, eta, 1 - eta)` detached."""
-    z = beta * _margin(e_w, e_l, r_w, r_l) - shift
+    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
     return (0.5 - 0.2 * z).clamp(eta, 1 - eta).detach() * (e_w - e_l)
 
 
@@ -148,10 +155,9 @@ OBJECTIVES: dict[str, Objective] = {
 def residual(pred: Tensor, target: Tensor) -> Tensor:
     """`pred - target` as `[2, B, *dims]`, float32 or better; a shared target is `[B, *dims]`."""
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    pred = pred.to(dtype).unflatten(0, (2, pred.shape[0] // 2))
-    if target.shape[0] == pred.shape[1]:
-        return pred - target
-    return pred - target.unflatten(0, (2, pred.shape[1]))
+    shape = (2, pred.shape[0] // 2, *pred.shape[1:])
+    pred = pred.to(dtype).view(shape)
+    return pred - (target if target.shape[0] == shape[1] else target.view(shape))
 
 
 def pair_errors(pred: Tensor, target: Tensor) -> Tensor:
@@ -160,8 +166,8 @@ def pair_errors(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def _errors_of(source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    errors = source if source.ndim == 1 else pair_errors(source, target)
-    return errors.detach().to(dtype)
+    source = source.detach()
+    return (source if source.ndim == 1 else pair_errors(source, target)).to(dtype)
 
 
 def minority_metric(
@@ -246,10 +252,12 @@ def pair_loss(
     """
     target = target.detach()
     diff = residual(policy, target)
-    e_w, e_l = diff.square().flatten(2).mean(2).unbind()
-    n_pairs, policy_error = len(e_w), torch.cat([e_w, e_l]).detach()
+    errors = diff.square().flatten(2).mean(2)
+    policy_error = errors.detach().flatten()
+    e_w, e_l = errors.unbind()
     reference_error = None if reference is None else _errors_of(reference, target, e_w.dtype)
-    r_w, r_l = e_w.new_zeros(2, n_pairs) if reference_error is None else reference_error.view(2, -1)
+    known = torch.zeros_like(errors) if reference_error is None else reference_error
+    r_w, r_l = known.detach().view_as(errors).unbind()
     d = _margin(e_w, e_l, r_w, r_l).detach()
     u = weight = None
     shift: Tensor | float = 0.0
