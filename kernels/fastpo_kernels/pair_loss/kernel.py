@@ -242,10 +242,13 @@ def _device_guard(tensor: Tensor):
 _tickets: dict[tuple[int, int], Tensor] = {}
 
 
-def _ticket(device: torch.device) -> Tensor:
-    """A zeroed int32: each stream's own, left at zero by every launch; fresh while a graph is
-    captured, whose replays may meet those of another graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def ticket(device: torch.device, *, fresh: bool) -> Tensor:
+    """A zeroed int32, left at zero by every launch.
+
+    One a stream, kept, unless `fresh` or a graph is captured: graphs' replays may meet, and what
+    is allocated inside a graph's memory pool must not outlive the call.
+    """
+    if fresh or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tickets:
@@ -267,6 +270,7 @@ def launch_forward(
     adaptive_scalars: Sequence[float],
     has_reference: bool,
     safeguard: float | None,
+    ticket_counter: Tensor,
 ) -> None:
     """Fills `loss` and `stats` (or, without an objective, `stats` with the policy's errors)."""
     policy = sources[0]
@@ -284,7 +288,7 @@ def launch_forward(
         )
         _pair_loss_fwd_kernel[(n_pairs * n_chunks,)](
             tuple(sources), target, minority, statistics, pair_weight,
-            partials, _ticket(policy.device), loss, stats,
+            partials, ticket_counter, loss, stats,
             n_pairs, n_chunks, n_elements, sizes,
             tuple(by_id.get(id(s), rows[0]) for s in sources), rows[-1],
             tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,

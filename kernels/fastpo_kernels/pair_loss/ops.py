@@ -46,6 +46,17 @@ def _forward(
     safeguard: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss `[]` and `stats`, both float32. `adaptive_*` are empty without adaptive weights."""
+    return _launch_forward(
+        True, policy, reference, target, annotators, minority, statistics, pair_weight,
+        objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+    )  # fmt: skip
+
+
+def _launch_forward(
+    traced, policy, reference, target, annotators, minority, statistics, pair_weight,
+    objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+):  # fmt: skip
+    """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
     from fastpo_kernels.pair_loss import kernel
 
     sources = _sources(policy, reference, annotators)
@@ -56,7 +67,8 @@ def _forward(
     kernel.launch_forward(
         sources, target, minority, statistics, pair_weight, loss, stats,
         objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
-    safeguard, )  # fmt: skip
+        safeguard, kernel.ticket(policy.device, fresh=traced),
+    )  # fmt: skip
     return loss, stats
 
 
@@ -91,12 +103,17 @@ def _(policy, target, coefficients, grad_loss):
 
 def _errors(policy: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of every row, `[2B]` float32."""
+    return _launch_errors(True, policy, target)
+
+
+def _launch_errors(traced: bool, policy: Tensor, target: Tensor) -> Tensor:
     from fastpo_kernels.pair_loss import kernel
 
     errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
     kernel.launch_forward(
-        [policy], target, None, None, None, None, errors, None, (0.0,), (), (), False, None
-    )
+        [policy], target, None, None, None, None, errors, None, (0.0,), (), (), False, None,
+        kernel.ticket(policy.device, fresh=traced),
+    )  # fmt: skip
     return errors
 
 
@@ -168,7 +185,7 @@ class _EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, policy, reference, target, *rest):
-        loss, stats = _forward(policy, reference, target, *rest)
+        loss, stats = _launch_forward(False, policy, reference, target, *rest)
         ctx.save_for_backward(policy, target, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -186,7 +203,7 @@ class _EagerErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy, target):
         ctx.save_for_backward(policy, target)
-        return _errors(policy, target)
+        return _launch_errors(False, policy, target)
 
     @staticmethod
     def backward(ctx, grad_errors):
