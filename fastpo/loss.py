@@ -88,15 +88,8 @@ def dpo(
     _require_positive(beta=beta)
     rule = "label_smoothing must be in [0, 0.5]"
     _require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="dpo",
-        options=(beta, label_smoothing),
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    options = (beta, label_smoothing)
+    return pair_loss(policy, reference, target, "dpo", options, pair_weight=pair_weight, impl=impl)
 
 
 def robust_dpo(
@@ -109,22 +102,17 @@ def robust_dpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Unbiased under labels flipped with probability a in [0, 1/2):
-    `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`.
+    """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
 
+    Unbiased where labels are flipped with probability a.
     Chowdhury et al. 2024 (arXiv 2403.00409).
     """
     _require_positive(beta=beta)
     rule = "label_smoothing must be in [0, 0.5)"
     _require(0 <= label_smoothing < 0.5, rule, label_smoothing)
+    options = (beta, label_smoothing)
     return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="robust_dpo",
-        options=(beta, label_smoothing),
-        pair_weight=pair_weight,
-        impl=impl,
+        policy, reference, target, "robust_dpo", options, pair_weight=pair_weight, impl=impl
     )
 
 
@@ -142,15 +130,7 @@ def ipo(
     Azar et al. 2023 (arXiv 2310.12036).
     """
     _require_positive(tau=tau)
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="ipo",
-        options=(tau,),
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    return pair_loss(policy, reference, target, "ipo", (tau,), pair_weight=pair_weight, impl=impl)
 
 
 def hinge(
@@ -164,14 +144,9 @@ def hinge(
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink."""
     _require_positive(beta=beta)
+    options = (beta,)
     return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="hinge",
-        options=(beta,),
-        pair_weight=pair_weight,
-        impl=impl,
+        policy, reference, target, "hinge", options, pair_weight=pair_weight, impl=impl
     )
 
 
@@ -220,15 +195,8 @@ def dmpo(
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round."""
     _require_positive(beta=beta)
     _require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="dmpo",
-        options=(beta, math.log1p(-alpha), math.log(alpha)),
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    options = (beta, math.log1p(-alpha), math.log(alpha))
+    return pair_loss(policy, reference, target, "dmpo", options, pair_weight=pair_weight, impl=impl)
 
 
 def linear_dpo(
@@ -244,14 +212,9 @@ def linear_dpo(
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached."""
     _require_positive(beta=beta)
     _require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
+    options = (beta, eta)
     return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="linear_dpo",
-        options=(beta, eta),
-        pair_weight=pair_weight,
-        impl=impl,
+        policy, reference, target, "linear_dpo", options, pair_weight=pair_weight, impl=impl
     )
 
 
@@ -265,8 +228,7 @@ def sdpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Diffusion-SDPO: `dpo`'s value, the loser's gradient scaled by lambda so that the winner still
-    gains.
+    """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
 
     With `gA = 2 (pred_w - target)/N`, `gB = 2 (pred_l - target)/N` and products summed over the
     batch, `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where `gA . gB > 0`, else 1.
@@ -307,10 +269,9 @@ def mapo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`, without a
-    reference.
+    """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
 
-    Hong et al. 2024 (arXiv 2406.06424). f is evaluated so that small errors keep their digits.
+    Hong et al. 2024 (arXiv 2406.06424). No reference. f is evaluated so that small errors keep their digits.
     """
     _require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
     return pair_loss(
@@ -343,8 +304,7 @@ def adaptive_dpo(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Adaptive-DPO: `w (-ls(z - gamma))`, pairs that look mislabelled weighing less (arXiv
-    2503.16921).
+    """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
 
     The policy and the annotators each judge the pair by a margin `d_m`, detached.
     `x_m = rho d_m / scale`, `u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)` (alone: the first

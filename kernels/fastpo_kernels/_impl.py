@@ -23,8 +23,10 @@ def _gpu_supported(device: torch.device) -> bool:
 
 
 def choose(impl: str | None, tensors: Sequence[Tensor]) -> str:
-    """`impl`, checked; for None triton if the floating-point `tensors` are on a supported GPU, in a
-    dtype it takes, with triton installed, else reference. An explicit choice never falls back.
+    """Returns `impl`, checked, or what None stands for. An explicit choice never falls back.
+
+    None is triton if the floating-point `tensors` are on a supported GPU, in a dtype it takes, with
+    triton installed, else reference.
 
     Raises:
         TypeError: impl='triton' and a tensor's dtype is not taken.

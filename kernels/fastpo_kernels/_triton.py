@@ -1,5 +1,4 @@
-"""`@triton.jit` helpers that two or more operations use. Imported only when a kernel is about to
-run.
+"""`@triton.jit` helpers for every operation. Imported only when a kernel is about to run.
 
 No libdevice: the interpreter and the AMD back end lack it, so the stable forms are written out.
 """

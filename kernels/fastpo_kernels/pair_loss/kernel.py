@@ -210,8 +210,10 @@ def _pair_loss_bwd_kernel(
 
 
 def _joint_layout(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes of one sample and, per tensor, (row stride, inner strides), with as few dimensions as
-    describe all of them: one for contiguous or for equally permuted dense tensors."""
+    """Sizes of one sample and, per tensor, (row stride, inner strides).
+
+    With as few dimensions as describe all tensors: one where they are equally permuted and dense.
+    """
     if all(t.is_contiguous() for t in tensors):
         n_elements = tensors[0][0].numel()
         return (n_elements,), [(t.stride(0) if t.shape[0] > 1 else n_elements, 1) for t in tensors]

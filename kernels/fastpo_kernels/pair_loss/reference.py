@@ -1,5 +1,4 @@
-"""Eager oracle of the pair losses: torch only, any device, float64-capable, differentiated by
-autograd.
+"""Eager oracle of the pair losses: torch only, any device, float64-capable.
 
 Each objective is one scalar function of the errors of a pair; `kernel.py` holds its twin. Nothing
 here is a matrix product and every input is lifted to float32 or better first, so autocast changes
@@ -23,8 +22,7 @@ Normalize = Literal["rms", "l2"]
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Adaptive-DPO's options (arXiv 2503.16921): how a pair's minority metric becomes weight and
-    margin.
+    """How a pair's minority metric becomes weight and margin (Adaptive-DPO, arXiv 2503.16921).
 
     `shift_scale` multiplies `mean(d) - u**k / beta`: the margin scale, divided by beta in the IPO
     form.
@@ -115,8 +113,7 @@ def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
 
 
 def decay_minus_one(x: Tensor) -> Tensor:
-    """`x / expm1(x) - 1`, zero at zero, for x >= 0; the value and its derivative are exact to
-    rounding.
+    """`x / expm1(x) - 1` for x >= 0, value and derivative to rounding; zero at zero.
 
     Below 1/2 the Bernoulli series: there `x / expm1(x)` is near 1, and its autograd derivative
     cancels.
@@ -173,9 +170,9 @@ def _errors_of(source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
 def minority_metric(
     margins: Sequence[Tensor], given_scales: Tensor | None, spec: Adaptive
 ) -> Tensor:
-    """`u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)`, `x_m = rho d_m / scale_m`, from M margins
-    `[B]`.
+    """`u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)`, `x_m = rho d_m / scale_m`.
 
+    From M margins `[B]`.
     With one annotator `u = |sigmoid(x) - 1|`. The scale is each margin's root mean square over the
     batch (`l2`: its norm) unless given.
     """
@@ -243,8 +240,7 @@ def pair_loss(
     adaptive: Adaptive | None = None,
     safeguard: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss` for the
-    arguments.
+    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss`.
 
     Returns:
         The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error
