@@ -271,7 +271,7 @@ def mapo(
 ) -> PairLoss:
     """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
 
-    Hong et al. 2024 (arXiv 2406.06424). No reference. f is evaluated so that small errors keep their digits.
+    Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
     """
     _require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
     return pair_loss(
