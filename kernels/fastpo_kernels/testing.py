@@ -45,7 +45,8 @@ def pair_inputs(
 ) -> PairInputs:
     """Standard normal targets, residuals of 0.3, reference and annotators 0.1 from the policy.
 
-    Drawn on the CPU, so that every device sees the same numbers.
+    A pair's residuals correlate by 0.64: its sides share noise and timestep. Drawn on the CPU, so
+    that every device sees the same numbers.
     """
     rng = torch.Generator().manual_seed(seed)
 
@@ -54,7 +55,8 @@ def pair_inputs(
 
     target = normal(n_pairs) if shared_target else normal(2 * n_pairs)
     centre = target.repeat(2 if shared_target else 1, *[1] * len(dims))
-    policy = centre + 0.3 * normal(2 * n_pairs)
+    common = normal(n_pairs).repeat(2, *[1] * len(dims))
+    policy = centre + 0.3 * (0.6 * normal(2 * n_pairs) + 0.8 * common)
     others = [policy + 0.1 * normal(2 * n_pairs) for _ in range(1 + n_annotators)]
     reference, *annotators = [t.to(device, dtype) for t in others]
     return PairInputs(policy.to(device, dtype), reference, target.to(device, dtype), annotators)
