@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor
 
 from fastpo.config import TrainConfig
@@ -36,7 +36,7 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
             f"train.trackers: {missing[0]} is not installed; `pip install {missing[0]}`, "
             "or take it out of the list"
         )
-    handlers = []
+    handlers: list[KwargsHandler] = []
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=30))]
     # A second run in one process may use another precision; accelerate keeps the first one's.

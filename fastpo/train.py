@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -181,7 +182,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
     folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
     noise = make_noise(
-        DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json")),  # pyright: ignore[reportArgumentType]
         read_json(vae_folder_of(config, folder) / "config.json"),
         seed=config.seed,
         min_timestep=train.min_timestep,
@@ -318,7 +319,7 @@ def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) ->
     """Forward and backward over the step's micro-batches, then one update of the weights."""
     accelerator, config, state = trainer.accelerator, trainer.config.train, trainer.state
     rows: list[Tensor] = []
-    norm: Tensor | float = 0.0
+    norm: Any = 0.0
     for micro in range(config.accumulation_steps):
         with accelerator.accumulate(trainer.policy):
             if config.lora.dropout > 0.0:
@@ -332,7 +333,7 @@ def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) ->
                 )
             state.optimizer.step()
             state.optimizer.zero_grad()
-    rate = state.schedule.get_last_lr()[0]
+    rate = float(state.schedule.get_last_lr()[0])
     state.schedule.step()
     for averages in state.averages.values():
         averages.update(step + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +78,10 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """Returns the batch on `device`; pinned memory is copied without waiting."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v if v is None else v.to(device, non_blocking=True) for k, v in values.items()}
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
         return PairBatch(**moved)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -32,7 +33,7 @@ from fastpo.files import whole_folder
 
 LAYOUT = 1  # raise when the architecture or the data of the base changes
 SHORT = BaseRecipe(vae_steps=4, unet_steps=4)
-SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 MARKER = "demo_base.json"
 
 
@@ -103,12 +104,15 @@ def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
 
 def build_vae() -> AutoencoderKL:
     """Returns the autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights."""
+    shape: dict[str, Any] = {  # diffusers annotates these as tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (16, 32, 32),
+    }
     return AutoencoderKL(
+        **shape,
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

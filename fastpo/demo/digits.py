@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def load_scans(*, held_out: bool = False) -> Scans:
     """Returns four fifths of the scans, or with `held_out` the other fifth; the split is fixed."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     counts, labels = np.asarray(bunch.images), np.asarray(bunch.target, dtype=np.int64)
     chosen = (np.arange(len(labels)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out
     images = np.stack([_enlarge(cell) for cell in counts[chosen]])

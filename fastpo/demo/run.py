@@ -29,11 +29,12 @@ from fastpo.files import write_text
 from fastpo.report import minority_auroc, write_report
 from fastpo.train import train
 
+N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped
 RELEASED = {
     "objective": {
         "name": "adaptive_dpo",
-        "normalize": "l2",
-        "rho": 15,
+        "normalize": "rms",
+        "rho": 3.75,  # what 15 is over the released batch of 16, whatever the batch
         "weight_kind": "linear",
     },
     "annotators": {"kind": "ema", "decays": [0.9999, 0.5]},
@@ -70,7 +71,9 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
     )
     work = out / (f"seed-{seed}" + ("-short" if short else ""))
     console.rule("2 preferences: the bolder of two scans, one label in five flipped")
-    preferences = write_preferences(work / "preferences", n_pairs=100 if short else 1000, seed=seed)
+    preferences = write_preferences(
+        work / "preferences", n_pairs=N_PAIRS_SHORT if short else N_PAIRS, seed=seed
+    )
     paths = {"base": base, "preferences": preferences, "work": work}
     configs = {name: demo_config(name, paths, seed=seed, short=short) for name in OBJECTIVES}
     prepare(configs["dpo"])

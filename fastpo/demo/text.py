@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -39,7 +40,7 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     tokens = [*bytes_, *(byte + END_OF_WORD for byte in bytes_)]
     tokens += sorted(set(model["vocab"]) - set(tokens), key=model["vocab"].__getitem__)
     vocab = {token: index for index, token in enumerate([*tokens, BEGIN, END])}
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges: Any = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
@@ -51,7 +52,11 @@ def build_text_encoders(
     CLIP draws its embeddings with a deviation of 0.02, for a long training to spread out; words
     that nobody trains must differ from the start, so here the embeddings have unit size.
     """
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = CLIPTextConfig(
+        **special,
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -59,13 +64,11 @@ def build_text_encoders(
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=MAX_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     for encoder in (first, second):
-        torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+        embeddings: Any = encoder.get_input_embeddings()
+        torch.nn.init.normal_(embeddings.weight)
         encoder.eval().requires_grad_(False)
     return first, second
 
