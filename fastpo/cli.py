@@ -6,6 +6,7 @@ What a user can mend is told in one line, with exit code 2, and nothing half-wri
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ def demo(
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; the process exits with 2 at an error the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # transformers warns of image processors that nothing here uses, at every start.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(arguments, standalone_mode=True)
     except FastPOError as error:

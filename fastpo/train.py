@@ -188,6 +188,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,
         sample_latents=train.sample_latents,
+        device=accelerator.device,
     )
     torch.manual_seed(config.seed)  # the adapters' first values
     denoisers = setup_denoisers(

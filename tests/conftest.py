@@ -6,6 +6,12 @@ import os
 # than they bring where several processes share the cores. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Without a GPU kernels run in Triton's interpreter. Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import io
 import json
 import subprocess

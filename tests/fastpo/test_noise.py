@@ -35,21 +35,21 @@ def noise(prediction_type="epsilon", **options):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_both_sides_share_noise_and_timestep(kind):
-    source, pairs = noise(kind), batch()
-    noised = source.noised_pair(pairs)
-    alpha = source.scheduler.alphas_cumprod[noised.timesteps].view(-1, 1, 1, 1)
-    scaled = pairs.latent_mean * 0.5
-    winner, loser = (noised.noisy_latents - alpha.sqrt().repeat(2, 1, 1, 1) * scaled).chunk(2)
-    torch.testing.assert_close(winner, loser)
-    shared = winner / (1 - alpha).sqrt()
+def test_noisy_latents_and_target_are_what_the_scheduler_says(kind):
+    """One noise serves both sides; diffusers' own scheduler, given it, agrees."""
+    scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=kind)
+    pairs, noised = batch(), noise(kind).noised_pair(batch())
+    drawn = noise("epsilon").noised_pair(pairs).target
+    both, steps, latents = (
+        drawn.repeat(2, 1, 1, 1),
+        noised.timesteps.repeat(2),
+        0.5 * pairs.latent_mean,
+    )
+    torch.testing.assert_close(noised.noisy_latents, scheduler.add_noise(latents, both, steps))
     if kind == "epsilon":
         assert noised.target.shape == (3, 4, 6, 4)
-        torch.testing.assert_close(noised.target, shared, rtol=1e-4, atol=1e-4)
     else:
-        velocity = alpha.sqrt() * shared - (1 - alpha).sqrt() * scaled[:3]
-        assert noised.target.shape == (6, 4, 6, 4)
-        torch.testing.assert_close(noised.target[:3], velocity, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(noised.target, scheduler.get_velocity(latents, both, steps))
 
 
 def test_a_pair_gets_the_same_draw_in_any_batch():
@@ -69,18 +69,20 @@ def test_every_visit_and_every_pair_draws_anew():
 
 def test_the_posterior_is_sampled_independently_for_the_two_sides():
     pairs = batch(8)
-    drawn = noise(sample_latents=True).latents(pairs) / 0.5 - pairs.latent_mean
+    sampled, mean = (noise(sample_latents=s).noised_pair(pairs) for s in (True, False))
+    signal = noise().signal[mean.timesteps].repeat(2)[:, None, None, None]
+    drawn = (sampled.noisy_latents - mean.noisy_latents) / (0.5 * signal)
     winner, loser = drawn.chunk(2)
     assert abs(drawn.std().item() - 1) < 0.05
     assert abs((winner * loser).mean().item()) < 0.1
     tight = replace(pairs, latent_logvar=torch.full_like(pairs.latent_mean, -60.0))
     torch.testing.assert_close(
-        noise(sample_latents=True).latents(tight), noise(sample_latents=False).latents(pairs)
+        noise(sample_latents=True).noised_pair(tight).noisy_latents, mean.noisy_latents
     )
 
 
 def test_timesteps_stay_in_their_range():
-    t = noise(min_timestep=20, max_timestep=30).timesteps(batch(500))
+    t = noise(min_timestep=20, max_timestep=30).noised_pair(batch(500)).timesteps
     assert (t.min().item(), t.max().item()) == (20, 29)
 
 
@@ -92,5 +94,7 @@ def test_captions_are_dropped_at_their_rate():
 def test_bad_schedules_are_named():
     with pytest.raises(ModelError, match=r"prediction_type.*'sample'"):
         noise("sample")
+    with pytest.raises(ConfigError, match=r"seed must be below 2\^32"):
+        noise(seed=2**32)
     with pytest.raises(ConfigError, match=r"schedule's length.*got 0 and 101"):
         noise(max_timestep=101)

@@ -1,19 +1,7 @@
-"""Without a GPU the kernels run under Triton's interpreter, on the CPU."""
-
-import os
-import sys
+"""Where the kernels run, poisoned memory and small tiles."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Triton reads the variable when it is imported, and diffusers imports it, which tests of other
-    # folders may do while pytest collects them.
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        for name in list(sys.modules):
-            if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
-                del sys.modules[name]
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Counter-based noise, timesteps and coins shared by the two sides of a pair."""
 
-from fastpo_kernels.pair_noise.api import NoisedPair, noised_pair
+from fastpo_kernels.pair_noise.api import NoisedPair, Prediction, noised_pair
 from fastpo_kernels.pair_noise.reference import (
     MAX_SEED,
     Stream,
@@ -14,6 +14,7 @@ from fastpo_kernels.pair_noise.reference import (
 __all__ = [
     "MAX_SEED",
     "NoisedPair",
+    "Prediction",
     "Stream",
     "noised_pair",
     "pair_bits",
