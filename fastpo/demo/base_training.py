@@ -20,11 +20,11 @@ Advance = Callable[[], None]
 class BaseRecipe:
     """How long and how the base is trained; the defaults take three minutes on two cores."""
 
-    vae_steps: int = 700
+    vae_steps: int = 500
     vae_batch: int = 24
     vae_lr: float = 3e-3
     kl_weight: float = 5e-4
-    unet_steps: int = 1200
+    unet_steps: int = 900
     unet_batch: int = 64
     unet_lr: float = 2e-3
     caption_drop: float = 0.1  # classifier-free guidance needs the unconditional answer
