@@ -6,14 +6,14 @@ resolved configuration is saved into the run folder and into every checkpoint.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastpo.config_errors import explain
 from fastpo.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -324,7 +324,7 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = [explain(e, Config) for e in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
@@ -360,63 +360,3 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _explain(error: Any) -> str:
-    """Turns one pydantic error into `key: complaint`, with the nearest valid key if unknown."""
-    location = [part for part in error["loc"] if isinstance(part, str | int)]
-    names = _strip_tags(location)
-    key = ".".join(map(str, names)) or "config"
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(names[-1]), valid_keys(location[:-1]), n=1, cutoff=0.4)
-        hint = f"; did you mean {'.'.join(map(str, [*names[:-1], near[0]]))}?" if near else ""
-        return f"unknown key {key}{hint}"
-    if error["type"] == "missing":
-        return f"missing key {key}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    message = error["msg"][0].lower() + error["msg"][1:]
-    got = error.get("input")
-    return f"{key}: {message}" + (f", got {got!r}" if not isinstance(got, dict) else "")
-
-
-def _strip_tags(location: Sequence[str | int]) -> list[str | int]:
-    """Drops the union tags that pydantic puts into a location (`objective.dpo.beta`)."""
-    names: list[str | int] = []
-    node: Any = Config
-    for part in location:
-        if isinstance(node, dict):
-            node = node.get(part)
-            continue
-        names.append(part)
-        node = _child(node, part)
-    return names
-
-
-def valid_keys(location: Sequence[str | int]) -> list[str]:
-    """Returns the keys that are allowed at a pydantic location."""
-    node: Any = Config
-    for part in location:
-        node = node.get(part) if isinstance(node, dict) else _child(node, part)
-    return list(node.model_fields) if isinstance(node, type) else []
-
-
-def _child(node: Any, part: str | int) -> Any:
-    """The section, or the sections by tag, that stand under one key; None for a plain value."""
-    if not (isinstance(node, type) and issubclass(node, BaseModel)):
-        return None
-    field = node.model_fields.get(str(part))
-    if field is None:
-        return None
-    parts = [field.annotation, *field.metadata, field, *_flatten(field.annotation)]
-    sections = [p for p in parts if isinstance(p, type) and issubclass(p, Section)]
-    tag = next((t for p in parts if isinstance(t := getattr(p, "discriminator", None), str)), None)
-    if tag:
-        return {get_args(s.model_fields[tag].annotation)[0]: s for s in sections}
-    return sections[0] if sections else None
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    """Everything that stands inside a (nested) union or `Annotated`."""
-    inner = list(get_args(annotation))
-    return inner + [deep for part in inner for deep in _flatten(part)]
