@@ -8,7 +8,8 @@ are put on one scale) it is one vote on the pair's label. With n earlier votes o
 
 is the probability-like minority metric handed to `fastpo.loss.adaptive_dpo(minority=...)`. A visit
 is judged by earlier visits only; pairs with fewer than `min_visits` of them get u = 0, the neutral
-value. It costs no forward pass, and eight bytes a pair.
+value. A margin of exactly zero is no vote: before the first update policy and reference agree to the
+bit, and a gate would take that for doubt. It costs no forward pass, and eight bytes a pair.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class PairLedger:
         device: Where the two vectors live; 8 bytes a pair.
 
     Attributes:
-        visits: `(num_pairs,)` int32, votes so far.
+        visits: `(num_pairs,)` int32, visits that gave a vote.
         total: `(num_pairs,)` float32, sum of the votes.
 
     Raises:
@@ -77,7 +78,7 @@ class PairLedger:
         scale = margin.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         vote = (margin / scale).to(self.total.dtype)
         self.total.index_add_(0, index, vote)
-        self.visits.index_add_(0, index, torch.ones_like(index, dtype=self.visits.dtype))
+        self.visits.index_add_(0, index, (vote != 0).to(self.visits.dtype))
 
     def mean(self, index: Tensor | None = None) -> Tensor:
         """Returns `(N,)` float32: the mean vote, 0 for a pair without one."""

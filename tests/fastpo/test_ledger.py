@@ -49,11 +49,14 @@ def test_the_order_within_a_step_does_not_matter():
     assert torch.equal(one.total, two.total)
 
 
-def test_all_zero_margins_vote_nothing():
-    ledger = PairLedger(2)
+def test_a_zero_margin_is_no_vote():
+    """At the first step all margins are zero; a gate must not shut those pairs out."""
+    ledger = PairLedger(3)
     ledger.update(torch.tensor([0, 1]), torch.zeros(2))
-    assert torch.isfinite(ledger.minority()).all()
-    assert ledger.mean().tolist() == [0.0, 0.0]
+    assert ledger.minority().tolist() == [0.0, 0.0, 0.0]
+    ledger.update(torch.tensor([0, 1]), torch.tensor([0.0, -1.0]))
+    assert ledger.visits.tolist() == [0, 1, 0]
+    assert ledger.minority()[0] == 0.0
 
 
 def test_state_goes_round_and_a_strangers_is_refused():
