@@ -8,8 +8,8 @@ are put on one scale) it is one vote on the pair's label. With n earlier votes o
 
 is the probability-like minority metric handed to `fastpo.loss.adaptive_dpo(minority=...)`. A visit
 is judged by earlier visits only; pairs with fewer than `min_visits` of them get u = 0, the neutral
-value. A margin of exactly zero is no vote: before the first update policy and reference agree to the
-bit, and a gate would take that for doubt. It costs no forward pass, and eight bytes a pair.
+value. A margin of exactly zero is no vote: before the first update policy and reference agree to
+the bit, and a gate would take that for doubt. It costs no forward pass, and eight bytes a pair.
 """
 
 from __future__ import annotations
