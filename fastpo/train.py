@@ -266,7 +266,7 @@ def train(
         start = load_checkpoint(checkpoints[-1], trainer.state, config, trainer.cache.fingerprint)
     accelerator.wait_for_everyone()
     run.begin(config, start)
-    if main:
+    if main and config.data.flip_rate > 0:
         trainer.cache.write_flip_mask()
     if main and progress:
         show_banner(trainer, start)
