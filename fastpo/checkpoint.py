@@ -34,6 +34,7 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.trackers",
     "train.loader_workers",
+    "train.accumulation_steps",  # only its product with the processes matters, and is compared
     "prepare.cache_dir",
     "prepare.batch_size",
     "prepare.workers",
@@ -67,7 +68,7 @@ class TrainingState:
 
 
 def save_checkpoint(
-    run: Path, step: int, state: TrainingState, config: Config, cache: str, *, keep: int
+    run: Path, step: int, state: TrainingState, config: Config, cache: str, group: int, *, keep: int
 ) -> Path:
     """Writes a checkpoint after optimiser step `step` and removes the oldest beyond `keep`.
 
@@ -77,6 +78,7 @@ def save_checkpoint(
         state: What is saved.
         config: The resolved configuration, saved beside it.
         cache: The prepared cache's fingerprint.
+        group: Micro-batches per optimiser step, over all processes.
         keep: How many checkpoints stay.
 
     Returns:
@@ -98,7 +100,8 @@ def save_checkpoint(
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
         }
         torch.save(rest, folder / "optimizer.pt")
-        about = {"step": step, "cache": cache, "config": config.model_dump(mode="json")}
+        about = {"step": step, "cache": cache, "group": group}
+        about["config"] = config.model_dump(mode="json")
         (folder / "state.json").write_text(json.dumps(about, indent=1))
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
@@ -110,7 +113,9 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(folder: Path, state: TrainingState, config: Config, cache: str) -> int:
+def load_checkpoint(
+    folder: Path, state: TrainingState, config: Config, cache: str, group: int
+) -> int:
     """Restores `state` in place.
 
     Returns:
@@ -129,6 +134,11 @@ def load_checkpoint(folder: Path, state: TrainingState, config: Config, cache: s
             f"{folder} was trained on another prepared cache "
             f"(fingerprint {about['cache'][:12]}, this one is {cache[:12]})"
         )
+    if about["group"] != group:
+        raise CheckpointError(
+            f"{folder} was trained with {about['group']} micro-batches a step (processes x "
+            f"accumulation), this run has {group}; resume on as many processes, or keep the product"
+        )
     weights = _read(folder / "trainable.safetensors", load_file)
     if weights.keys() != state.trainable.keys():
         raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
@@ -140,7 +150,10 @@ def load_checkpoint(folder: Path, state: TrainingState, config: Config, cache: s
     state.ledger.load_state_dict(ledger)
     for role, averages in state.averages.items():
         averages.load_state_dict(_read(folder / f"average-{role}.safetensors", load_file))
-    rest = _read(folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True))
+    rest = _read(
+        folder / "optimizer.pt",
+        lambda path: torch.load(path, map_location="cpu", weights_only=True),
+    )
     state.optimizer.load_state_dict(rest["optimizer"])
     state.schedule.load_state_dict(rest["schedule"])
     if state.scaler is not None and rest["scaler"] is not None:

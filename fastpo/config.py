@@ -18,6 +18,7 @@ from fastpo.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Name = Annotated[str, Field(min_length=1)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -153,8 +154,8 @@ class AdaptiveOptions(Section):
     """What both Adaptive objectives share (arXiv 2503.16921)."""
 
     beta: Positive = 1000.0
-    normalize: Literal["rms", "l2"] = "rms"
-    rho: Positive = 3.75
+    normalize: Literal["rms", "l2"] = "rms"  # of annotators' margins; the ledger has its own scale
+    rho: Positive = 3.75  # likewise
     weight_kind: Literal["linear", "quadratic", "sqrt", "exponential", "gate"] = "linear"
     weight_scale: Annotated[float, Field(ge=0.0)] = 10.0
     weight_intercept: Positive = 1.0
@@ -196,10 +197,7 @@ class EmaAnnotators(Section):
     """Moving averages of the trainable weights judge the same noisy pair (as released)."""
 
     kind: Literal["ema"]
-    decays: Annotated[tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], Field(min_length=1)] = (
-        0.9999,
-        0.5,
-    )
+    decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.9999, 0.5)
     warmup_steps: Count = 2  # optimiser steps in which nothing is judged
 
 
@@ -218,14 +216,25 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "adafactor"] = "adamw"
     lr: Positive = 1e-5
-    betas: tuple[Rate, Rate] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw only
+    eps: Positive = 1e-8  # adamw only
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
     warmup_steps: Count = 0
     max_grad_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                "train.optim.schedule: constant has no warm-up; use constant_with_warmup, "
+                "or leave train.optim.warmup_steps out"
+            )
+        if self.schedule == "polynomial" and self.lr <= 1e-7:
+            raise ValueError("train.optim.lr must exceed 1e-7, where schedule polynomial ends")
+        return self
 
 
 class TrainConfig(Section):

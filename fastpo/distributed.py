@@ -9,11 +9,18 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
 from torch import Tensor
 
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def setup_accelerator(config: TrainConfig) -> Accelerator:
@@ -22,7 +29,8 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
     Without a GPU, processes talk over gloo.
 
     Raises:
-        ConfigError: fp16 was asked for without a GPU, or a tracker is not installed.
+        ConfigError: fp16 was asked for without a GPU, a tracker is not installed, or the launcher
+            asks for sharded training (DeepSpeed, FSDP).
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu and config.precision == "fp16":
@@ -37,11 +45,13 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
             "or take it out of the list"
         )
     handlers: list[KwargsHandler] = []
-    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers = [InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=30))]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others wait while the main process saves, which may take long on shared storage.
+        backend = "gloo" if on_cpu else "nccl"
+        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30))]
     # A second run in one process may use another precision; accelerate keeps the first one's.
     AcceleratorState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -52,6 +62,12 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.distributed_type not in PLAIN:
+        raise ConfigError(
+            f"the launcher asks for {accelerator.distributed_type.value}, which is not supported "
+            "yet; launch plain data parallelism (torchrun, or accelerate launch --multi_gpu)"
+        )
+    return accelerator
 
 
 def _importable(name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Gives a temporary path beside `target` that takes its place if the block ends well."""
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, target)
@@ -37,6 +37,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left in `folder`; call it where no other process writes.
+
+    A folder that was killed between the two renames of `replace_folder` gets its old content back.
+    """
+    for left in folder.glob(".*.old-*"):
+        target = folder / left.name[1:].rpartition(".old-")[0]
+        if target.exists():
+            shutil.rmtree(left)
+        else:
+            left.rename(target)
+    for left in folder.glob(".*.partial-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -121,6 +121,16 @@ class Denoisers:
             self.policy.enable_adapters()
 
 
+@contextmanager
+def without_dropout(model: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+    """Runs the block in evaluation mode: a judge's opinion must not depend on a dropout mask."""
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
+
+
 def setup_denoisers(
     unet: UNet2DConditionModel, config: TrainConfig, *, needs_reference: bool
 ) -> Denoisers:
@@ -141,6 +151,7 @@ def setup_denoisers(
         if needs_reference:
             frozen = copy.deepcopy(unet).requires_grad_(False).eval()
             _cast(frozen, dtype)
+            _restore_norms(frozen, unet)
     if config.attention == "xformers":
         _use_xformers(unet)
         if frozen is not None:
@@ -149,6 +160,19 @@ def setup_denoisers(
         unet.enable_gradient_checkpointing()
     unet.train()
     return Denoisers(policy=unet, frozen=frozen)
+
+
+def _restore_norms(frozen: nn.Module, unet: nn.Module) -> None:
+    """Gives the copy's normalisation layers back their float32 weights.
+
+    Autocast rounds the policy's convolutions and linear layers as the cast rounded the copy's, but
+    runs the norms on float32 weights. A rounded norm alone puts an error of order 1 on the logit at
+    slope 2500, before any training.
+    """
+    kept = dict(unet.named_modules())
+    for name, module in frozen.named_modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float().load_state_dict(kept[name].state_dict())
 
 
 def _add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:

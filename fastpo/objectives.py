@@ -49,11 +49,13 @@ def describe_slope(objective: Section) -> str:
         options = objective.model_dump()
         slope = options["num_timesteps"] * options["snr"] / 2
         return f"about {slope:g} per unit of error, weight {beta:g} (reference-free)"
-    if name == "ipo":
+    if name in ("ipo", "adaptive_ipo"):
         tau = objective.model_dump()["tau"]
         return f"none: the margin is regressed on 1/(2 tau) = {1 / (2 * tau):g}"
     if beta is None:
         return "none (supervised)"
+    if name in ("kto", "linear_dpo"):
+        return f"{beta:g}, as in the method's own flag"
     same = "DMPO --beta" if name == "dmpo" else "Salesforce and diffusers SDXL --beta_dpo"
     return f"{beta:g} = {same} {2 * beta:g}, diffusers SD1.5 and Adaptive-DPO --beta_dpo {beta:g}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
-from fastpo.files import write_text
+from fastpo.files import sweep, write_text
 from fastpo.ledger import PairLedger
 from fastpo.objectives import describe_slope, initial_loss
 from fastpo.optim import optimizer_bytes
@@ -134,6 +135,8 @@ class RunFolder:
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.path / "checkpoints"):
+            sweep(folder)
         write_text(self.path / "config.yaml", dump_config(config))
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -143,7 +146,9 @@ class RunFolder:
         """Appends one line to `metrics.jsonl`."""
         if self.main:
             with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                # JSON has no infinity; an fp16 gradient norm may be one.
+                finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+                file.write(json.dumps(finite) + "\n")
 
     def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
         """Writes what the run found out about every pair, for the report and for curation."""

@@ -43,12 +43,13 @@ from fastpo.models import (
     load_unet,
     predict,
     setup_denoisers,
+    without_dropout,
 )
 from fastpo.noise import PairNoise, make_noise
 from fastpo.objectives import LossFunction, build_loss, needs_reference
 from fastpo.optim import setup_optimizer, setup_schedule
 from fastpo.run import COLUMNS, RunFolder, StepTable, progress_bar, show_banner
-from fastpo.types import PairBatch, PairPredictions
+from fastpo.types import PairBatch, PairPredictions, pair_key
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ class Trainer:
         ema = config.annotators
         if isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps:
             averages = self.state.averages["annotators"]
-            for which in range(len(averages.decays)):
-                with averages.applied(which), self.accelerator.autocast():
-                    annotators.append(predict(self.denoisers.policy, noised, batch))
+            with without_dropout(self.denoisers.policy) as model:
+                for which in range(len(averages.decays)):
+                    with averages.applied(which), self.accelerator.autocast():
+                        annotators.append(predict(model, noised, batch))
         return reference, tuple(annotators)
 
     def _drop_captions(self, batch: PairBatch) -> PairBatch:
@@ -263,7 +265,9 @@ def train(
     checkpoints = list_checkpoints(run.path) if resume else []
     start = 0
     if checkpoints:
-        start = load_checkpoint(checkpoints[-1], trainer.state, config, trainer.cache.fingerprint)
+        start = load_checkpoint(
+            checkpoints[-1], trainer.state, config, trainer.cache.fingerprint, trainer.group
+        )
     accelerator.wait_for_everyone()
     run.begin(config, start)
     if main and config.data.flip_rate > 0:
@@ -335,28 +339,32 @@ def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) ->
             state.optimizer.step()
             state.optimizer.zero_grad()
     rate = float(state.schedule.get_last_lr()[0])
-    state.schedule.step()
-    for averages in state.averages.values():
-        averages.update(step + 1)
+    if not accelerator.optimizer_step_was_skipped:  # only the fp16 scaler leaves steps out
+        state.schedule.step()
+        for averages in state.averages.values():
+            averages.update(step + 1)
     return StepTable.read(gather(accelerator, torch.cat(rows)), norm, rate)
 
 
 def seed_dropout(trainer: Trainer, local: int) -> None:
     """Keys dropout by the micro-batch's number in the stream, so that a resumed run repeats it."""
     number = local * trainer.accelerator.num_processes + trainer.accelerator.process_index
-    torch.manual_seed(trainer.config.seed << 32 | number)
+    torch.manual_seed(pair_key(f"dropout {trainer.config.seed} {number}"))
 
 
 def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
-    """Stops at a NaN or infinite loss, before anything of this step is kept."""
-    bad = table.non_finite()
-    if not len(bad):
+    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept."""
+    bad, what = table.non_finite(), "loss"
+    # fp16 gradients overflow now and then; the scaler leaves such a step out.
+    if not bad and not math.isfinite(table.grad_norm) and trainer.state.scaler is None:
+        bad, what = table.index.tolist(), "gradient"
+    if not bad:
         return
     names = [trainer.cache.pair_ids[i] for i in bad[:8]]
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
     kept = list_checkpoints(run.path)
     raise NonFiniteLossError(
-        f"the loss of step {step + 1} is not finite, in micro-batches with the pairs "
+        f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
         f"{', '.join(names)}{more}; "
         + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
         + ". A lower train.optim.lr or slope usually helps."
@@ -379,6 +387,7 @@ def checkpoint(trainer: Trainer, run: RunFolder, step: int) -> None:
             trainer.state,
             trainer.config,
             trainer.cache.fingerprint,
+            trainer.group,
             keep=trainer.config.train.keep_checkpoints,
         )
     trainer.accelerator.wait_for_everyone()

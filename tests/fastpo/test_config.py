@@ -59,6 +59,9 @@ COMPLAINTS = [
     ("train.max_steps", 3, r"exactly one of train\.epochs and train\.max_steps"),
     ("train.objective", {"name": "dpo"}, r"annotators is used by adaptive_dpo .* not by dpo"),
     ("train.max_timestep", 0, r"max_timestep"),
+    ("train.optim", {"schedule": "constant", "warmup_steps": 5}, r"constant_with_warmup"),
+    ("train.optim", {"schedule": "polynomial", "lr": 1e-8}, r"must exceed 1e-7"),
+    ("train.optim", {"betas": [0.9, 1.0]}, r"train\.optim\.betas"),
 ]
 
 

@@ -7,7 +7,14 @@ from torch import nn
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.export import export_policy
-from fastpo.models import MovingAverages, drop_captions, load_unet, predict, setup_denoisers
+from fastpo.models import (
+    MovingAverages,
+    drop_captions,
+    load_unet,
+    predict,
+    setup_denoisers,
+    without_dropout,
+)
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.types import NoisedPair, PairBatch
 
@@ -64,6 +71,36 @@ def test_the_reference_is_the_untrained_model_bit_for_bit(pipeline, method):
         with denoisers.reference() as reference:
             assert torch.equal(predict(reference, noised, batch), untrained)
         assert not torch.equal(predict(denoisers.policy, noised, batch), untrained)
+
+
+def test_a_frozen_copy_in_bf16_agrees_with_the_policy_before_training(pipeline):
+    """Norm weights of a trained model are not representable in bf16; fresh ones (1, 0) are."""
+    folder, width, pooled = pipeline
+    noised, batch = inputs(width, pooled)
+    unet = load_unet(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in unet.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.weight.normal_(1.0, 0.1)
+                module.bias.normal_(0.0, 0.1)
+        options = config(method="full", precision="bf16")
+        denoisers = setup_denoisers(unet, options, needs_reference=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            policy = predict(denoisers.policy, noised, batch)
+        with denoisers.reference() as reference, torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(predict(reference, noised, batch), policy)
+
+
+def test_a_judge_is_asked_without_dropout(pipeline):
+    folder, width, pooled = pipeline
+    noised, batch = inputs(width, pooled)
+    options = config(lora=LoraConfig(dropout=0.5).model_dump())
+    denoisers = setup_denoisers(load_unet(folder), options, needs_reference=True)
+    nudge(denoisers)
+    with torch.no_grad(), without_dropout(denoisers.policy) as judge:
+        assert torch.equal(predict(judge, noised, batch), predict(judge, noised, batch))
+    assert denoisers.policy.training
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -215,6 +215,45 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_pairs_named(experiment, r
     assert (folder / "checkpoints" / f"step-{steps:08d}").is_dir()
 
 
+def test_a_non_finite_gradient_stops_before_ruined_weights_are_saved(experiment, monkeypatch):
+    import fastpo.train as module
+
+    clip = module.Accelerator.clip_grad_norm_
+    seen = []
+
+    def overflowing(self, parameters, limit):
+        parameters = list(parameters)
+        seen.append(None)
+        if len(seen) == 3:
+            parameters[0].grad.fill_(math.inf)
+        return clip(self, parameters, limit)
+
+    monkeypatch.setattr(module.Accelerator, "clip_grad_norm_", overflowing)
+    path = experiment(checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(NonFiniteLossError, match=r"gradient of step 3 .*step-00000002"):
+        train(load_config(path), progress=False)
+    kept = [p.name for p in (path.parent / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-00000002"]
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(experiment):
+    path = experiment(micro_batch_size=1, accumulation_steps=2)
+    train(load_config(path), progress=False)
+    other = load_config(path, ["train.accumulation_steps=1", "train.max_steps=6"])
+    with pytest.raises(CheckpointError, match=r"with 2 micro-batches a step.*this run has 1"):
+        train(other, resume=True, progress=False)
+
+
+def test_what_a_killed_save_left_is_swept_up(experiment):
+    path = experiment()
+    folder = train(load_config(path), progress=False)
+    (folder / "checkpoints" / ".step-00000006.partial-1").mkdir()
+    (folder / "final").rename(folder / ".final.old-1")
+    train(load_config(path), resume=True, progress=False)
+    assert not [p for p in folder.rglob(".*") if "partial" in p.name or ".old-" in p.name]
+    assert (folder / "final").is_dir()
+
+
 def test_another_runs_folder_or_checkpoint_is_not_touched(experiment):
     path = experiment()
     train(load_config(path), progress=False)
