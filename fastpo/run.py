@@ -25,8 +25,10 @@ from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
 from fastpo.files import sweep, write_text
 from fastpo.ledger import PairLedger
+from fastpo.loss import PairLoss
 from fastpo.objectives import describe_slope, initial_loss
 from fastpo.optim import optimizer_bytes
+from fastpo.types import PairBatch
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
@@ -94,6 +96,26 @@ class StepTable:
         if not weight.isnan().any():
             metrics["weight/mean"] = weight.mean().item()
         return metrics
+
+
+def table_rows(batch: PairBatch, out: PairLoss, size: int) -> Tensor:
+    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
+    pairs = len(batch)
+    error = out.policy_error.double()
+    if out.reference_error is not None:
+        error = error - out.reference_error
+    nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
+    columns = {
+        "index": batch.index,
+        "loss": out.loss.detach().expand(pairs),
+        "margin": out.margin,
+        "error_winner": error[:pairs],
+        "error_loser": error[pairs:],
+        "minority": nothing if out.minority is None else out.minority,
+        "weight": nothing if out.weight is None else out.weight,
+    }
+    rows = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
+    return torch.nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)
 
 
 class RunFolder:

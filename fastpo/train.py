@@ -48,7 +48,7 @@ from fastpo.models import (
 from fastpo.noise import PairNoise, make_noise
 from fastpo.objectives import LossFunction, build_loss, needs_reference
 from fastpo.optim import setup_optimizer, setup_schedule
-from fastpo.run import COLUMNS, RunFolder, StepTable, progress_bar, show_banner
+from fastpo.run import RunFolder, StepTable, progress_bar, show_banner, table_rows
 from fastpo.types import PairBatch, PairPredictions, pair_key
 
 
@@ -147,26 +147,6 @@ class Trainer:
             return batch
         dropped = self.noise.empty_prompts(batch, rate)
         return drop_captions(batch, dropped, self.empty_prompt)
-
-
-def table_rows(batch: PairBatch, out, size: int) -> Tensor:
-    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
-    pairs = len(batch)
-    error = out.policy_error.double()
-    if out.reference_error is not None:
-        error = error - out.reference_error
-    nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
-    columns = {
-        "index": batch.index,
-        "loss": out.loss.detach().expand(pairs),
-        "margin": out.margin,
-        "error_winner": error[:pairs],
-        "error_loser": error[pairs:],
-        "minority": nothing if out.minority is None else out.minority,
-        "weight": nothing if out.weight is None else out.weight,
-    }
-    rows = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
-    return nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)
 
 
 def count_steps(config: Config, sampler: PairSampler, group: int) -> int:
