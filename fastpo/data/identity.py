@@ -59,7 +59,7 @@ def cache_identity(config: Config, memo: dict[str, WeightsMemo] | None = None) -
     family = detect_family(folder)
     components = _components(config, folder, family)
     weights = {
-        name: _digest(path, model.variant, (memo or {}).get(name))
+        name: component_digest(path, model.variant, (memo or {}).get(name))
         for name, path in components.items()
     }
     geometry = make_geometry(
@@ -95,7 +95,14 @@ def _components(config: Config, folder: Path, family: Family) -> dict[str, Path]
     return parts
 
 
-def _digest(folder: Path, variant: str | None, known: WeightsMemo | None) -> WeightsMemo:
+def component_digest(
+    folder: Path, variant: str | None, known: WeightsMemo | None = None
+) -> WeightsMemo:
+    """Hashes what a component computes with; `known` is answered while its files are untouched.
+
+    Raises:
+        ModelError: The folder is missing or empty.
+    """
     files = component_files(folder, variant)
     stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     stamp = hashlib.sha256(repr(stats).encode()).hexdigest()

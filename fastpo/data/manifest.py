@@ -17,25 +17,27 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Base of what manifests are made of: every key must be known."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """Size in bytes and SHA-256 of one file."""
 
     bytes: int
     sha256: str
 
 
-class Quarantined(_Record):
+class Quarantined(Record):
     """A pair that was left out, and why."""
 
     pair_id: str
     reason: str
 
 
-class ShardRecord(_Record):
+class ShardRecord(Record):
     """One finished stretch of the source.
 
     Attributes:
@@ -53,14 +55,14 @@ class ShardRecord(_Record):
     quarantined: list[Quarantined]
 
 
-class WeightsMemo(_Record):
+class WeightsMemo(Record):
     """A component's digest, valid while its files keep name, size and time of change."""
 
     stamp: str
     sha256: str
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything `manifest.json` holds.
 
     Attributes:
@@ -138,17 +140,22 @@ def check_identity(cache_dir: Path, expected: Mapping[str, str], found: Mapping[
     Raises:
         CacheError: They differ; the text names each field, what was expected and what was found.
     """
-    lines = [
-        f"{name}: the configuration gives {_short(expected.get(name))}, the cache was made with "
-        f"{_short(found.get(name))}"
-        for name in dict.fromkeys([*expected, *found])
-        if expected.get(name) != found.get(name) and expected.get(name) != "" != found.get(name)
-    ]
+    lines = differing_fields(expected, found)
     if lines:
         raise CacheError(
             f"the cache {cache_dir} does not fit the configuration: {'; '.join(lines)}. "
             f"Restore these settings, or point prepare.cache_dir at a new folder and prepare again"
         )
+
+
+def differing_fields(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Returns one line for each field of two identities that differs; empty values are unknown."""
+    return [
+        f"{name}: the configuration gives {_short(expected.get(name))}, the cache was made with "
+        f"{_short(found.get(name))}"
+        for name in dict.fromkeys([*expected, *found])
+        if expected.get(name) != found.get(name) and expected.get(name) != "" != found.get(name)
+    ]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> FileRecord:

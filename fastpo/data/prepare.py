@@ -7,9 +7,8 @@ names it, so a run killed at any moment continues with the next shard.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastpo.data.shards import prompts_name, read_table
 from fastpo.data.sources import open_source
 from fastpo.encoders import Encoders
 from fastpo.errors import CacheError, DataError
+from fastpo.files import lock_folder
 from fastpo.types import PreferencePair
 
 
@@ -52,7 +52,7 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
-    with _lock(folder):
+    with lock_folder(folder):
         manifest = load_manifest(folder)
         identity = cache_identity(config, manifest.weights if manifest else None)
         if manifest is None:
@@ -150,14 +150,3 @@ def _known_prompts(folder: Path, manifest: Manifest) -> dict[str, int]:
         return {}
     table = read_table(folder, [prompts_name(k) for k in range(len(manifest.shards))])
     return {prompt: number for number, prompt in enumerate(table["prompt"].to_pylist())}
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one preparing process; the system frees it when the process ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheError(f"another process is preparing {folder}") from None
-        yield
