@@ -11,24 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fastpo.config_base import (
+    Count,
+    Decay,
+    Name,
+    Positive,
+    PositiveInt,
+    Precision,
+    Rate,
+    Section,
+)
 from fastpo.config_errors import explain
+from fastpo.config_timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
 from fastpo.errors import ConfigError
-
-Precision = Literal["fp32", "bf16", "fp16"]
-Name = Annotated[str, Field(min_length=1)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and every key must be known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -257,6 +254,10 @@ class TrainConfig(Section):
     empty_prompt_rate: Rate = 0.0  # of the visits, the same for both sides of a pair
     min_timestep: Count = 0
     max_timestep: PositiveInt | None = None  # exclusive; default: the schedule's length
+    timesteps: TimestepsConfig = UniformTimesteps()  # how often each of the range is drawn
+    # min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
+    # (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1
+    snr_gamma: Positive | None = None
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # exported moving average
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
@@ -275,6 +276,12 @@ class TrainConfig(Section):
             )
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
+        ranged = self.min_timestep or self.max_timestep is not None
+        if ranged and isinstance(self.timesteps, ListTimesteps):
+            raise ValueError(
+                "train.timesteps: a list is the whole choice; leave train.min_timestep and "
+                "train.max_timestep out"
+            )
         return self
 
 

@@ -13,7 +13,7 @@ from fastpo.config import AdaptiveOptions, Section, TrainConfig
 from fastpo.loss import PairLoss
 from fastpo.types import PairPredictions
 
-LossFunction = Callable[[PairPredictions, Tensor, Tensor | None], PairLoss]
+LossFunction = Callable[[PairPredictions, Tensor, Tensor | None, Tensor | None], PairLoss]
 REFERENCE_FREE = ("sft", "mapo")
 
 
@@ -23,22 +23,30 @@ def needs_reference(config: TrainConfig) -> bool:
 
 
 def build_loss(config: TrainConfig) -> LossFunction:
-    """Returns `loss(predictions, target, minority)` for the configured objective.
+    """Returns `loss(predictions, target, minority, pair_weight)` for the configured objective.
 
     `minority` is `(B,)`, a metric that takes the annotators' place, or None; objectives other than
-    the adaptive ones have no use for it.
+    the adaptive ones have no use for it. `pair_weight` is `(B,)`, or None: it multiplies each
+    pair's loss after the log-sigmoid, so margins, and the slope, stay on one scale.
     """
     options = config.objective.model_dump(exclude={"name"})
     function = partial(
         getattr(fastpo.loss, config.objective.name), impl=config.loss_impl, **options
     )
     if isinstance(config.objective, AdaptiveOptions):
-        return lambda p, target, minority: function(
-            p.policy, p.reference, target, annotators=p.annotators, minority=minority
+        return lambda p, target, minority, weight: function(
+            p.policy,
+            p.reference,
+            target,
+            annotators=p.annotators,
+            minority=minority,
+            pair_weight=weight,
         )
     if needs_reference(config):
-        return lambda p, target, minority: function(p.policy, p.reference, target)
-    return lambda p, target, minority: function(p.policy, target)
+        return lambda p, target, _, weight: function(
+            p.policy, p.reference, target, pair_weight=weight
+        )
+    return lambda p, target, _, weight: function(p.policy, target, pair_weight=weight)
 
 
 def describe_slope(objective: Section) -> str:

@@ -110,7 +110,9 @@ class Trainer:
         with self.accelerator.autocast():
             policy = predict(self.policy, noised, batch)
         predictions = PairPredictions(policy, reference, annotators)
-        out = self.loss(predictions, noised.target, minority)
+        gamma = self.config.train.snr_gamma
+        weight = None if gamma is None else self.noise.snr_weight(noised.timesteps, gamma)
+        out = self.loss(predictions, noised.target, minority, weight)
         rows = table_rows(batch, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
@@ -170,6 +172,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,
         sample_latents=train.sample_latents,
+        timesteps=train.timesteps,
         device=accelerator.device,
     )
     torch.manual_seed(config.seed)  # the adapters' first values

@@ -59,6 +59,10 @@ COMPLAINTS = [
     ("train.max_steps", 3, r"exactly one of train\.epochs and train\.max_steps"),
     ("train.objective", {"name": "dpo"}, r"annotators is used by adaptive_dpo .* not by dpo"),
     ("train.max_timestep", 0, r"max_timestep"),
+    ("train.timesteps", {"kind": "lst"}, r"train\.timesteps: .*'lst'.*'list'"),
+    ("train.timesteps.kind", "list", r"missing key train\.timesteps\.values"),
+    ("train.timesteps", {"kind": "bins", "weights": [0, 0]}, r"timesteps\.weights: at least one"),
+    ("train.timesteps", {"kind": "logit_normal", "std": 0}, r"train\.timesteps\.std.*than 0"),
     ("train.optim", {"schedule": "constant", "warmup_steps": 5}, r"constant_with_warmup"),
     ("train.optim", {"schedule": "polynomial", "lr": 1e-8}, r"must exceed 1e-7"),
     ("train.optim", {"betas": [0.9, 1.0]}, r"train\.optim\.betas"),
@@ -69,6 +73,14 @@ COMPLAINTS = [
 def test_a_wrong_key_is_named(key, value, complaint):
     with pytest.raises(ConfigError, match=complaint):
         parse_config(changed(key, value))
+
+
+def test_a_list_of_timesteps_and_a_range_are_refused_together():
+    raw = changed("train.timesteps", {"kind": "list", "values": [249, 999]})
+    assert parse_config(raw).train.timesteps.kind == "list"
+    raw["train"]["min_timestep"] = 1
+    with pytest.raises(ConfigError, match=r"a list is the whole choice.*train\.min_timestep"):
+        parse_config(raw)
 
 
 def test_a_missing_section_is_named():

@@ -41,6 +41,11 @@ RUNS = {
         "gradient_checkpointing": True,
         "ema_decay": 0.9,
     },
+    "Turbo's timesteps, min-SNR": {
+        "timesteps": {"kind": "list", "values": [249, 499, 749, 999]},
+        "snr_gamma": 5.0,
+        "objective": {"name": "mapo"},
+    },
 }
 
 
