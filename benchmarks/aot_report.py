@@ -116,6 +116,21 @@ def pair_loss_forward(
     return Case("pair_loss_fwd", variant, dtype, function, arguments, config.num_warps, streams)
 
 
+def pair_loss_finish(variant: str, objective: str, adaptive: tuple[str, str, str] | None) -> Case:
+    """The finish alone, from the errors of three sources, as `launch_finish` would compile it."""
+    kinds = adaptive or (None, None, None)
+    arguments = {
+        "sources": ("*fp32",) * 3, "minority_ptr": None, "sums_ptr": "*fp32",
+        "pair_weight_ptr": None, "loss_ptr": "*fp32", "stats_ptr": "*fp32", "n_pairs": "i32",
+        "options": ("fp32",) * 3, "adaptive_options": ("fp32",) * (5 if adaptive else 1),
+        "mu": "fp32", "OBJECTIVE": device.OBJECTIVES[objective], "HAS_REFERENCE": True,
+        "NORMALIZE": kinds[0], "WEIGHT_KIND": kinds[1], "MARGIN_KIND": kinds[2],
+        "BATCH_BASELINE": objective == "kto", "SAFEGUARD": False, "N_SUMS": 4, "BLOCK_B": 2048,
+    }  # fmt: skip
+    function = kernel._pair_loss_finish_kernel
+    return Case("pair_loss_finish", variant, "fp32", function, arguments, 8, 0)
+
+
 def pair_loss_backward(
     variant: str, dtype: str, *, shared_target: bool, config: kernel.LaunchConfig
 ) -> Case:
@@ -142,6 +157,7 @@ def cases() -> Iterator[Case]:
     forward = {
         "dpo": {},
         "errors only": {"objective": None, "sources": ("full",)},
+        "partial sums": {"objective": None, "sources": three, "adaptive": adaptive},
         "cached reference": {"sources": ("full", "errors")},
         "sdpo": {"safeguard": True},
         "separate targets": {"shared_target": False},
@@ -161,6 +177,8 @@ def cases() -> Iterator[Case]:
     for dtype, prediction in itertools.product(("bf16", "fp32"), PREDICTIONS):
         yield pair_noise(f"{prediction}, means", dtype, prediction, drawn=False)
         yield pair_noise(f"{prediction}, drawn", dtype, prediction, drawn=True)
+    yield pair_loss_finish("adaptive, 2048 pairs", "dpo", adaptive)
+    yield pair_loss_finish("kto, 2048 pairs", "kto", None)
     for n_pairs in (1, 256, 2048):
         config = kernel.launch_config(n_pairs, 1 << 22, 4)
         yield pair_loss_forward(

@@ -18,7 +18,13 @@ known;
 
 Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
 `policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or
-None. Nothing is read back to the host. Each raises `TypeError` on a wrong type or dtype and
+None. Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo) also take
+
+* `reduce`: maps this process's sums, one short float32 vector whose last entry is its number of
+  pairs, to those of all processes (`dist.all_reduce`, for one). The pass over the predictions and
+  the finish are then two launches, with one call of `reduce` between them.
+
+Nothing is read back to the host. Each raises `TypeError` on a wrong type or dtype and
 `ValueError` on a wrong shape, device, option or `impl`, naming the rule and what it got.
 
     >>> policy, reference, target = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3)
@@ -29,21 +35,16 @@ None. Nothing is read back to the host. Each raises `TypeError` on a wrong type 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastpo_kernels.pair_loss import (
-    Adaptive,
-    Impl,
-    PairLoss,
-    pair_errors,
-    pair_loss,
-)
-from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
+from fastpo.adaptive_loss import adaptive_dpo, adaptive_ipo
+from fastpo.checks import require, require_positive
+from fastpo_kernels.pair_loss import Impl, PairLoss, Reduce, pair_errors, pair_loss
 
 __all__ = [
     "PairLoss",
+    "Reduce",
     "adaptive_dpo",
     "adaptive_ipo",
     "dmpo",
@@ -60,17 +61,6 @@ __all__ = [
 ]
 
 
-def _require(holds: bool, rule: str, got: float) -> None:
-    """A check that also refuses NaN: write `holds` so that NaN makes it false."""
-    if not holds:
-        raise ValueError(f"{rule}, got {got}")
-
-
-def _require_positive(**options: float) -> None:
-    for name, value in options.items():
-        _require(0 < value < math.inf, f"{name} must be positive and finite", value)
-
-
 def dpo(
     policy: Tensor,
     reference: Tensor,
@@ -85,9 +75,9 @@ def dpo(
 
     Wallace et al. 2023 (arXiv 2311.12908), eq. 14; `a > 0` is the conservative form.
     """
-    _require_positive(beta=beta)
+    require_positive(beta=beta)
     rule = "label_smoothing must be in [0, 0.5]"
-    _require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
+    require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
     return pair_loss(policy, reference, target, "dpo", options, pair_weight=pair_weight, impl=impl)
 
@@ -107,9 +97,9 @@ def robust_dpo(
     Unbiased where labels are flipped with probability a.
     Chowdhury et al. 2024 (arXiv 2403.00409).
     """
-    _require_positive(beta=beta)
+    require_positive(beta=beta)
     rule = "label_smoothing must be in [0, 0.5)"
-    _require(0 <= label_smoothing < 0.5, rule, label_smoothing)
+    require(0 <= label_smoothing < 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
     return pair_loss(
         policy, reference, target, "robust_dpo", options, pair_weight=pair_weight, impl=impl
@@ -129,7 +119,7 @@ def ipo(
 
     Azar et al. 2023 (arXiv 2310.12036).
     """
-    _require_positive(tau=tau)
+    require_positive(tau=tau)
     return pair_loss(policy, reference, target, "ipo", (tau,), pair_weight=pair_weight, impl=impl)
 
 
@@ -143,7 +133,7 @@ def hinge(
     impl: Impl | None = None,
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink."""
-    _require_positive(beta=beta)
+    require_positive(beta=beta)
     options = (beta,)
     return pair_loss(
         policy, reference, target, "hinge", options, pair_weight=pair_weight, impl=impl
@@ -157,6 +147,7 @@ def kto(
     *,
     beta: float,
     baseline: Tensor | None = None,
+    reduce: Reduce | None = None,
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
@@ -166,10 +157,10 @@ def kto(
     and `1 - sigmoid(-beta (g_l - z0))`.
 
     Args:
-        baseline: mean of g over all processes, a float32 scalar tensor; None takes this batch's 2B
-            rows.
+        baseline: mean of g from outside, a float32 scalar tensor; None takes this batch's 2B rows.
+        reduce: forms it over all processes; see above.
     """
-    _require_positive(beta=beta)
+    require_positive(beta=beta)
     return pair_loss(
         policy,
         reference,
@@ -177,6 +168,7 @@ def kto(
         objective="kto",
         options=(beta,),
         statistics=None if baseline is None else baseline.reshape(1),
+        reduce=reduce,
         pair_weight=pair_weight,
         impl=impl,
     )
@@ -193,8 +185,8 @@ def dmpo(
     impl: Impl | None = None,
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round."""
-    _require_positive(beta=beta)
-    _require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
+    require_positive(beta=beta)
+    require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
     options = (beta, math.log1p(-alpha), math.log(alpha))
     return pair_loss(policy, reference, target, "dmpo", options, pair_weight=pair_weight, impl=impl)
 
@@ -210,8 +202,8 @@ def linear_dpo(
     impl: Impl | None = None,
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached."""
-    _require_positive(beta=beta)
-    _require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
+    require_positive(beta=beta)
+    require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
     options = (beta, eta)
     return pair_loss(
         policy, reference, target, "linear_dpo", options, pair_weight=pair_weight, impl=impl
@@ -225,17 +217,19 @@ def sdpo(
     *,
     beta: float,
     mu: float,
+    reduce: Reduce | None = None,
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
 
     With `gA = 2 (pred_w - target)/N`, `gB = 2 (pred_l - target)/N` and products summed over the
-    batch, `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where `gA . gB > 0`, else 1.
+    batch (over all processes with `reduce`), `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)`
+    where `gA . gB > 0`, else 1.
     Released values of mu: 0.9 on SD 1.5, 0.6 on SDXL.
     """
-    _require_positive(beta=beta)
-    _require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
+    require_positive(beta=beta)
+    require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
     return pair_loss(
         policy,
         reference,
@@ -243,6 +237,7 @@ def sdpo(
         objective="dpo",
         options=(beta,),
         safeguard=mu,
+        reduce=reduce,
         pair_weight=pair_weight,
         impl=impl,
     )
@@ -273,130 +268,13 @@ def mapo(
 
     Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
     """
-    _require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
+    require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
     return pair_loss(
         policy,
         None,
         target,
         objective="mapo",
         options=(beta, snr, num_timesteps),
-        pair_weight=pair_weight,
-        impl=impl,
-    )
-
-
-def adaptive_dpo(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    *,
-    beta: float,
-    annotators: Sequence[Tensor] = (),
-    minority: Tensor | None = None,
-    statistics: Tensor | None = None,
-    normalize: Normalize = "rms",
-    rho: float = 3.75,
-    weight_kind: WeightKind = "linear",
-    weight_scale: float = 10.0,
-    weight_intercept: float = 1.0,
-    margin_kind: MarginKind = "quadratic",
-    margin_scale: float = 1.0,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
-) -> PairLoss:
-    """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
-
-    The policy and the annotators each judge the pair by a margin `d_m`, detached.
-    `x_m = rho d_m / scale`, `u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)` (alone: the first
-    factor), a `weight_kind` of u as weight, and `gamma = margin_scale (mean(d) - u**2 / beta)`.
-
-    Args:
-        annotators: other versions of the policy; besides it, none by default.
-        minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators.
-        statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
-            each of the M annotators, the policy first. None takes the batch's.
-        normalize: the scale over the batch: `rms`, or `l2` as released (rho = 15 at B = 16 is 3.75
-            by rms).
-        weight_kind: `linear` 1/(k0 + k1 u), `quadratic` (u squared), `sqrt` 1/(k0 + exp(k1
-            sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
-        weight_scale: k1.
-        weight_intercept: k0.
-        margin_kind: `quadratic`, or `linear`: u instead of its square.
-        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
-            scale.
-    """
-    _require_positive(beta=beta, rho=rho)
-    spec = Adaptive(
-        beta=beta,
-        normalize=normalize,
-        rho=rho,
-        weight_kind=weight_kind,
-        weight_scale=weight_scale,
-        weight_intercept=weight_intercept,
-        margin_kind=margin_kind,
-        shift_scale=margin_scale,
-    )
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="dpo",
-        options=(beta,),
-        annotators=annotators,
-        minority=minority,
-        statistics=statistics,
-        adaptive=spec,
-        pair_weight=pair_weight,
-        impl=impl,
-    )
-
-
-def adaptive_ipo(
-    policy: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    *,
-    tau: float,
-    beta: float,
-    annotators: Sequence[Tensor] = (),
-    minority: Tensor | None = None,
-    statistics: Tensor | None = None,
-    normalize: Normalize = "rms",
-    rho: float = 3.75,
-    weight_kind: WeightKind = "linear",
-    weight_scale: float = 10.0,
-    weight_intercept: float = 1.0,
-    margin_kind: MarginKind = "quadratic",
-    margin_scale: float = 1.0,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
-) -> PairLoss:
-    """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
-
-    The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract
-    here: the larger a pair's gamma, the larger the margin asked of it.
-    """
-    _require_positive(tau=tau, beta=beta, rho=rho)
-    spec = Adaptive(
-        beta=beta,
-        normalize=normalize,
-        rho=rho,
-        weight_kind=weight_kind,
-        weight_scale=weight_scale,
-        weight_intercept=weight_intercept,
-        margin_kind=margin_kind,
-        shift_scale=margin_scale / beta,
-    )
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="ipo",
-        options=(tau,),
-        annotators=annotators,
-        minority=minority,
-        statistics=statistics,
-        adaptive=spec,
         pair_weight=pair_weight,
         impl=impl,
     )

@@ -29,15 +29,17 @@ def test_operators_pass_opcheck(device):
     x = pair_inputs(2, (40,), torch.float32, device, n_annotators=1)
     policy = x.policy.requires_grad_()
     weight = torch.ones(2, device=device)
-    plain = (None, None, weight, "dpo", [20.0, 0.0, 0.0], "", [], None)
-    adapted = ([20.0, 0.0, 0.0], "rms linear quadratic", [3.75, 10.0, 1.0, 1.0, 20.0], None)
+    plain = (None, None, weight, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
+    adapted = ([20.0, 0.0, 0.0], "rms linear quadratic", [3.75, 10.0, 1.0, 1.0, 20.0], None, None)
     for args in (
         (policy, x.reference, x.target, [], *plain),
         (policy, x.reference, x.target, x.annotators, None, None, None, "dpo", *adapted),
     ):
         torch.library.opcheck(ops.pair_loss_fwd, args)
     torch.library.opcheck(ops.pair_errors_fwd, (policy, x.target))
-    torch.library.opcheck(ops.pair_loss_bwd, (x.policy.detach(), x.target, torch.ones(4), None))
+    torch.library.opcheck(
+        ops.pair_loss_bwd, (x.policy.detach(), x.target, ONES(4, device=device), None)
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -94,7 +96,7 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(call(x).loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
-    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None)
+    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
     loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
     (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
@@ -104,7 +106,7 @@ def test_double_backward_is_refused(device):
 def test_operator_and_eager_path_agree_bitwise(device):
     x = pair_inputs(2, (40,), torch.bfloat16, device)
     policy = x.policy.requires_grad_()
-    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None)
+    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
     loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
     assert torch.equal(loss, call(x).loss)
     assert torch.equal(torch.autograd.grad(loss, policy)[0], gradient(x))

@@ -11,7 +11,13 @@ from torch import Tensor
 from fastpo_kernels._impl import Impl, choose
 from fastpo_kernels.pair_loss import ops
 from fastpo_kernels.pair_loss import reference as eager
-from fastpo_kernels.pair_loss.reference import Adaptive, MarginKind, Normalize, WeightKind
+from fastpo_kernels.pair_loss.reference import (
+    Adaptive,
+    MarginKind,
+    Normalize,
+    Reduce,
+    WeightKind,
+)
 
 _MAX_PAIRS = 2048
 
@@ -128,6 +134,7 @@ def pair_loss(
     pair_weight: Tensor | None = None,
     adaptive: Adaptive | None = None,
     safeguard: float | None = None,
+    reduce: Reduce | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Mean over pairs of `weight * objective(e_w, e_l, r_w, r_l)`, in one launch each way on a GPU.
@@ -149,6 +156,11 @@ def pair_loss(
         adaptive: weights and margins from the minority metric.
         safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still
             gains.
+        reduce: maps this batch's sums, a float32 vector, to the sums over all processes, called
+            once, between the pass over the predictions and the finish: for statistics beyond the
+            batch, of objectives that have any. The vector is `sum g` for KTO, `sum d` and
+            `sum d_m**2` of every annotator, the policy first, for adaptive, then `sum e_w` and
+            `sum <pred_w - target, pred_l - target> / N` with a safeguard, last the pairs.
         impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD)
             in a dtype it takes, with triton installed, at most 2048 pairs; else reference. Never
             falls back.
@@ -181,6 +193,8 @@ def pair_loss(
         if vector is not None:
             _check_vector(name, vector, size, policy)
             given.append(vector)
+    if reduce is not None:
+        _check_reduce(objective, adaptive, safeguard, statistics)
     tensors = [policy, target, *(s for _, s in named)]
     options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
     if _chosen(impl, [*tensors, *given]) == "reference":
@@ -197,10 +211,17 @@ def pair_loss(
                 pair_weight=pair_weight,
                 adaptive=adaptive,
                 safeguard=safeguard,
+                reduce=reduce,
             )
         )
     for name, vector in (*named, *(v[:2] for v in vectors), ("statistics", statistics)):
         _check_kernel_vector(name, vector)
+    kinds = "" if adaptive is None else adaptive.kinds
+    error = None
+    if reduce is not None:
+        error, reference, annotators, statistics = _globally(
+            reduce, policy, reference, target, annotators, objective, kinds, safeguard
+        )
     loss, stats = ops.pair_loss(
         policy,
         reference,
@@ -211,11 +232,32 @@ def pair_loss(
         pair_weight,
         objective,
         options,
-        "" if adaptive is None else adaptive.kinds,
+        kinds,
         [] if adaptive is None else adaptive.scalars,
         safeguard,
+        error,
     )
     return _unpack(loss, stats, n_pairs, len(named) + 1, reference, adaptive, pair_weight)
+
+
+def _check_reduce(objective, adaptive, safeguard, statistics) -> None:
+    if statistics is not None:
+        raise ValueError("give statistics or a reduce to form them with, got both")
+    if adaptive is None and safeguard is None and objective != "kto":
+        raise ValueError(f"{objective} has no batch statistics for reduce to span processes with")
+
+
+def _globally(reduce, policy, reference, target, annotators, objective, kinds, safeguard):
+    """Errors of policy, reference and annotators, and the sums of all processes; one launch."""
+    with torch.no_grad():
+        partial = ops.pair_partials(
+            policy, reference, target, list(annotators), objective, kinds, safeguard
+        )
+    n_sources = 1 + (reference is not None) + len(annotators)
+    errors = partial.narrow(0, 0, n_sources * len(policy)).split(len(policy))
+    totals = eager.reduced(reduce, partial[n_sources * len(policy) :])
+    first = 1 if reference is None else 2
+    return errors[0], None if reference is None else errors[1], errors[first:], totals
 
 
 def _check_kernel_vector(name: str, vector: Tensor | None) -> None:

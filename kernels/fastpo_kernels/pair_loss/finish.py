@@ -48,23 +48,39 @@ def source_errors(
 
 
 @triton.jit
-def _scaled_margin(d, rho, scale_ptr, n_pairs, NORMALIZE: tl.constexpr):
+def _count(statistics_ptr, n_pairs, N_SUMS: tl.constexpr):
+    """Pairs that the statistics run over: the last of the sums, or the batch's."""
+    count = tl.cast(n_pairs, tl.float32)
+    if N_SUMS:
+        count = tl.load(statistics_ptr + N_SUMS - 1).to(tl.float32)
+    return count
+
+
+@triton.jit
+def _scaled_margin(
+    d, m, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr, N_SUMS: tl.constexpr
+):
     """`x = rho d / scale`; d is 0 outside the batch."""
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
+    if statistics_ptr is not None and N_SUMS == 0:
+        scale = tl.load(statistics_ptr + 1 + m).to(tl.float32)
     else:
         power = tl.sum(d * d)
-        scale = tl.sqrt(power / n_pairs if NORMALIZE == "rms" else power)
+        if N_SUMS:
+            power = tl.load(statistics_ptr + 1 + m).to(tl.float32)
+        count = _count(statistics_ptr, n_pairs, N_SUMS)
+        scale = tl.sqrt(power / count if NORMALIZE == "rms" else power)
     return rho * (d / tl.where(scale > 0, scale, 1.0))
 
 
 @triton.jit
-def _minority_metric(margins, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr):
+def _minority_metric(
+    margins, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr, N_SUMS: tl.constexpr
+):
     """`u = mean_m sigmoid(-x_m) * min(std_m(x_m), 1)`; the first factor alone for one annotator."""
     xs = ()
     for m in tl.static_range(len(margins)):
-        scale_ptr = None if statistics_ptr is None else statistics_ptr + 1 + m
-        xs = xs + (_scaled_margin(margins[m], rho, scale_ptr, n_pairs, NORMALIZE),)
+        x = _scaled_margin(margins[m], m, rho, statistics_ptr, n_pairs, NORMALIZE, N_SUMS)
+        xs = xs + (x,)
     doubt = tl.zeros_like(margins[0])
     mean = tl.zeros_like(margins[0])
     for m in tl.static_range(len(margins)):
@@ -95,31 +111,35 @@ def _pair_weight(u, scale, intercept, WEIGHT_KIND: tl.constexpr):
 
 
 @triton.jit
-def _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND: tl.constexpr):
-    """`shift_scale * (mean(d) - u**k / beta)`."""
-    if statistics_ptr is not None:
-        mean = tl.load(statistics_ptr).to(tl.float32)
+def _mean(values, statistics_ptr, n_pairs, N_SUMS: tl.constexpr):
+    """Mean over the pairs, the given one, or that of the given sum."""
+    if statistics_ptr is None:
+        mean = tl.sum(values) / n_pairs
     else:
-        mean = tl.sum(d) / n_pairs
+        mean = tl.load(statistics_ptr).to(tl.float32)
+        if N_SUMS:
+            mean /= _count(statistics_ptr, n_pairs, N_SUMS)
+    return mean
+
+
+@triton.jit
+def _margin_shift(
+    d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND: tl.constexpr, N_SUMS: tl.constexpr
+):
+    """`shift_scale * (mean(d) - u**k / beta)`."""
+    mean = _mean(d, statistics_ptr, n_pairs, N_SUMS)
     power = u * u if MARGIN_KIND == "quadratic" else u
     return adaptive_options[3] * (mean - power / adaptive_options[4])
 
 
 @triton.jit
-def _baseline(gains, statistics_ptr, n_pairs):
-    """KTO's `z0`: the mean gain of the batch's 2B rows, or the one given, not below 0."""
-    if statistics_ptr is not None:
-        mean = tl.load(statistics_ptr).to(tl.float32)
-    else:
-        mean = tl.sum(gains) / (2 * n_pairs)
-    return tl.maximum(mean, 0.0)
-
-
-@triton.jit
 def _safeguard(e_w, dot, mu):
-    """`lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where the products agree, else 1."""
+    """`lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where the products agree, else 1.
+
+    `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products.
+    """
     agree = dot > 0.0
-    ratio = (1.0 - mu) * tl.sum(e_w) / tl.where(agree, dot, 1.0)
+    ratio = (1.0 - mu) * e_w / tl.where(agree, dot, 1.0)
     return tl.where(agree, tl.minimum(tl.maximum(ratio, 0.0), 1.0), 1.0)
 
 
@@ -146,6 +166,7 @@ def finish(
     MARGIN_KIND: tl.constexpr,
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
+    N_SUMS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -181,11 +202,14 @@ def finish(
                     n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
                 )  # fmt: skip
                 margins = margins + ((r_w - r_l) - (a_w - a_l),)
-            u = _minority_metric(margins, adaptive_options[0], statistics_ptr, n_pairs, NORMALIZE)
+            u = _minority_metric(
+                margins, adaptive_options[0], statistics_ptr, n_pairs, NORMALIZE, N_SUMS
+            )
         weight *= _pair_weight(u, adaptive_options[1], adaptive_options[2], WEIGHT_KIND)
-        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND)
+        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND, N_SUMS)
     elif BATCH_BASELINE:
-        shift = _baseline(r_w + r_l - e_w - e_l, statistics_ptr, n_pairs)
+        gain = 0.5 * (r_w + r_l - e_w - e_l)
+        shift = tl.maximum(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
     tl.store(tail_ptr + b, u, mask=valid)
@@ -194,9 +218,69 @@ def finish(
         e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
     )
     if SAFEGUARD:
-        dot_ptr = partials_ptr + len(sources) * plane
-        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
-        slope_l *= _safeguard(e_w, dot, mu)
+        if N_SUMS:
+            agreement_ptr = statistics_ptr + N_SUMS - 3
+            slope_l *= _safeguard(tl.load(agreement_ptr), tl.load(agreement_ptr + 1), mu)
+        else:
+            dot_ptr = partials_ptr + len(sources) * plane
+            dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
+            slope_l *= _safeguard(tl.sum(e_w), dot, mu)
     tl.store(loss_ptr, tl.sum(tl.where(valid, weight * loss, 0.0)) / n_pairs)
     tl.store(tail_ptr + 2 * n_pairs + b, weight * slope_w / n_pairs, mask=valid)
     tl.store(tail_ptr + 3 * n_pairs + b, weight * slope_l / n_pairs, mask=valid)
+
+
+@triton.jit
+def partial_results(
+    sources,
+    partials_ptr,
+    results_ptr,
+    n_pairs,
+    n_chunks,
+    n_elements,
+    READY: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BATCH_BASELINE: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Errors of every stream `[S, 2B]`, then the batch's sums, in the layout of `ops.py`."""
+    b = tl.arange(0, BLOCK_B)
+    valid = b < n_pairs
+    plane = 2 * n_pairs * n_chunks
+    sums_ptr = results_ptr + len(sources) * 2 * n_pairs
+    r_w, r_l = tl.zeros((BLOCK_B,), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
+    if HAS_REFERENCE:
+        r_w, r_l = source_errors(
+            sources[1], partials_ptr + plane, results_ptr + 2 * n_pairs, b, valid, n_pairs,
+            n_chunks, n_elements, (READY >> 1) & 1, BLOCK_P, BLOCK_B,
+        )  # fmt: skip
+    e_w = r_w
+    for s in tl.static_range(len(sources)):
+        if s == 0 or s > HAS_REFERENCE:
+            a_w, a_l = source_errors(
+                sources[s], partials_ptr + s * plane, results_ptr + s * 2 * n_pairs, b, valid,
+                n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
+            )  # fmt: skip
+            if s == 0:
+                e_w = a_w
+            if s == 0 and BATCH_BASELINE and NORMALIZE is None:
+                tl.store(sums_ptr, 0.5 * tl.sum(r_w + r_l - a_w - a_l))
+                sums_ptr += 1
+            if NORMALIZE is not None:
+                d = (r_w - r_l) - (a_w - a_l)
+                if s == 0:
+                    tl.store(sums_ptr, tl.sum(d))
+                    sums_ptr += 1
+                tl.store(sums_ptr, tl.sum(d * d))
+                sums_ptr += 1
+    if SAFEGUARD:
+        dot_ptr = partials_ptr + len(sources) * plane
+        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
+        tl.store(sums_ptr, tl.sum(e_w))
+        tl.store(sums_ptr + 1, dot)
+        sums_ptr += 2
+    if BATCH_BASELINE or NORMALIZE is not None or SAFEGUARD:
+        tl.store(sums_ptr, tl.cast(n_pairs, tl.float32))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastpo_kernels._triton import strided_offsets
 from fastpo_kernels.pair_loss import device
-from fastpo_kernels.pair_loss.finish import finish, source_errors
+from fastpo_kernels.pair_loss.finish import finish, partial_results
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _pair_loss_fwd_kernel(
     pair_weight_ptr,  # [B] or None
     partials_ptr,  # [S + 1, P, 2B]
     ticket_ptr,  # [1], zero before and after
-    loss_ptr,  # [] or None: errors only
-    stats_ptr,  # the layout of ops.py, or [2B] errors
+    loss_ptr,  # [] or None: errors and sums only
+    stats_ptr,  # the layout of ops.py, or errors [S, 2B] and sums
     n_pairs,
     n_chunks,
     n_elements,
@@ -156,18 +156,47 @@ def _pair_loss_fwd_kernel(
     if ticket == n_pairs * n_chunks - 1:
         tl.store(ticket_ptr, 0)
         if OBJECTIVE is None:
-            b = tl.arange(0, BLOCK_B)
-            source_errors(
-                sources[0], partials_ptr, stats_ptr, b, b < n_pairs, n_pairs, n_chunks, n_elements,
-                False, BLOCK_P, BLOCK_B,
+            partial_results(
+                sources, partials_ptr, stats_ptr, n_pairs, n_chunks, n_elements, READY,
+                HAS_REFERENCE, NORMALIZE, BATCH_BASELINE, SAFEGUARD, BLOCK_P, BLOCK_B,
             )  # fmt: skip
         else:
             finish(
                 sources, minority_ptr, statistics_ptr, pair_weight_ptr, partials_ptr, loss_ptr,
                 stats_ptr, n_pairs, n_chunks, n_elements, options, adaptive_options, mu, READY,
                 OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND, MARGIN_KIND, BATCH_BASELINE,
-                SAFEGUARD, BLOCK_P, BLOCK_B,
+                SAFEGUARD, 0, BLOCK_P, BLOCK_B,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_pairs"])
+def _pair_loss_finish_kernel(
+    sources,  # errors [2B] of policy, then reference and annotators
+    minority_ptr,  # [B] or None
+    sums_ptr,  # [N_SUMS], the layout of ops.py
+    pair_weight_ptr,  # [B] or None
+    loss_ptr,  # []
+    stats_ptr,  # the layout of ops.py
+    n_pairs,
+    options,
+    adaptive_options,
+    mu,
+    OBJECTIVE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WEIGHT_KIND: tl.constexpr,
+    MARGIN_KIND: tl.constexpr,
+    BATCH_BASELINE: tl.constexpr,
+    SAFEGUARD: tl.constexpr,
+    N_SUMS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The last program's work alone, from errors already known and the sums of all processes."""
+    finish(
+        sources, minority_ptr, sums_ptr, pair_weight_ptr, stats_ptr, loss_ptr, stats_ptr, n_pairs,
+        1, 1, options, adaptive_options, mu, -1, OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND,
+        MARGIN_KIND, BATCH_BASELINE, SAFEGUARD, N_SUMS, 1, BLOCK_B,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
@@ -266,7 +295,7 @@ def launch_forward(
     pair_weight: Tensor | None,
     loss: Tensor | None,
     stats: Tensor,
-    objective: str | None,
+    objective: str,
     options: Sequence[float],
     adaptive_kinds: Sequence[str],
     adaptive_scalars: Sequence[float],
@@ -274,7 +303,7 @@ def launch_forward(
     safeguard: float | None,
     ticket_counter: Tensor,
 ) -> None:
-    """Fills `loss` and `stats` (or, without an objective, `stats` with the policy's errors)."""
+    """Fills `loss` and `stats`; without an objective, `stats` with errors `[S, 2B]` and sums."""
     policy = sources[0]
     n_pairs = policy.shape[0] // 2
     full = [s for s in sources if s.ndim > 1]
@@ -295,7 +324,7 @@ def launch_forward(
             tuple(by_id.get(id(s), rows[0]) for s in sources), rows[-1],
             tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,
             READY=sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
-            OBJECTIVE=device.OBJECTIVES[objective] if objective else None,
+            OBJECTIVE=None if loss is None else device.OBJECTIVES[objective],
             HAS_REFERENCE=has_reference,
             SHARED_TARGET=target.shape[0] == n_pairs,
             NORMALIZE=normalize,
@@ -307,6 +336,42 @@ def launch_forward(
             BLOCK_P=triton.next_power_of_2(n_chunks),
             BLOCK_B=triton.next_power_of_2(n_pairs),
             num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def launch_finish(
+    errors: Sequence[Tensor],
+    minority: Tensor | None,
+    sums: Tensor,
+    pair_weight: Tensor | None,
+    loss: Tensor,
+    stats: Tensor,
+    objective: str,
+    options: Sequence[float],
+    adaptive_kinds: Sequence[str],
+    adaptive_scalars: Sequence[float],
+    has_reference: bool,
+    safeguard: float | None,
+) -> None:
+    """Fills `loss` and `stats` from the errors `[2B]` of every source and sums of all processes."""
+    n_pairs = errors[0].shape[0] // 2
+    normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
+    with _device_guard(errors[0]):
+        _pair_loss_finish_kernel[(1,)](
+            tuple(errors), minority, sums, pair_weight,
+            loss, stats,
+            n_pairs,
+            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,
+            OBJECTIVE=device.OBJECTIVES[objective],
+            HAS_REFERENCE=has_reference,
+            NORMALIZE=normalize,
+            WEIGHT_KIND=weight_kind,
+            MARGIN_KIND=margin_kind,
+            BATCH_BASELINE=objective == "kto",
+            SAFEGUARD=safeguard is not None,
+            N_SUMS=sums.shape[0],
+            BLOCK_B=triton.next_power_of_2(n_pairs),
+            num_warps=4 if torch.version.hip is not None else 8,
         )  # fmt: skip
 
 

@@ -11,6 +11,11 @@ second, and CPU users, tracing and documentation tools need none of it.
 `stats` is one float32 vector, so that a step allocates once:
 `margin [B] | errors of policy, reference, annotators [S, 2B] | minority [B] | weight [B] |
 dloss/de [2B]`.
+
+Where statistics span processes, `pair_loss_partials` gives the errors `[S, 2B]` and this batch's
+sums, and `pair_loss_fwd` goes on from them:
+`sum g (KTO) | sum d, sum d_m**2 of every annotator m (adaptive) | sum e_w, sum <residuals> / N
+(safeguard) | pairs`.
 """
 
 from __future__ import annotations
@@ -25,6 +30,12 @@ from torch import Tensor
 def stats_size(n_pairs: int, n_sources: int) -> int:
     """Length of `stats`."""
     return (5 + 2 * n_sources) * n_pairs
+
+
+def n_sums(n_annotators: int, objective: str, adaptive: bool, safeguard: bool) -> int:
+    """Length of the batch's sums, 0 where the objective has no batch statistics."""
+    n = (2 + n_annotators if adaptive else objective == "kto") + (2 if safeguard else 0)
+    return n + 1 if n else 0
 
 
 def _sources(policy: Tensor, reference: Tensor | None, annotators: Sequence[Tensor]):
@@ -44,26 +55,38 @@ def _forward(
     adaptive_kinds: str,
     adaptive_scalars: Sequence[float],
     safeguard: float | None,
+    policy_error: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss `[]` and `stats`, both float32. `adaptive_*` are empty without adaptive weights."""
+    """Loss `[]` and `stats`, both float32. `adaptive_*` are empty without adaptive weights.
+
+    With `policy_error` `[2B]` reference and annotators are errors too, `statistics` are sums, and
+    no prediction is read.
+    """
     return _launch_forward(
         True, policy, reference, target, annotators, minority, statistics, pair_weight,
-        objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+        objective, options, adaptive_kinds, adaptive_scalars, safeguard, policy_error,
     )  # fmt: skip
 
 
 def _launch_forward(
     traced, policy, reference, target, annotators, minority, statistics, pair_weight,
-    objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+    objective, options, adaptive_kinds, adaptive_scalars, safeguard, policy_error,
 ):  # fmt: skip
     """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
     from fastpo_kernels.pair_loss import kernel
 
-    sources = _sources(policy, reference, annotators)
+    first = policy if policy_error is None else policy_error
+    sources = _sources(first, reference, annotators)
     n_pairs = policy.shape[0] // 2
     loss = torch.empty((), dtype=torch.float32, device=policy.device)
     size = stats_size(n_pairs, len(sources))
     stats = torch.empty(size, dtype=torch.float32, device=policy.device)
+    if policy_error is not None:
+        kernel.launch_finish(
+            sources, minority, statistics, pair_weight, loss, stats, objective, options,
+            adaptive_kinds.split(), adaptive_scalars, reference is not None, safeguard,
+        )  # fmt: skip
+        return loss, stats
     kernel.launch_forward(
         sources, target, minority, statistics, pair_weight, loss, stats,
         objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
@@ -82,6 +105,53 @@ def _(policy, reference, target, annotators, *_: Any):
         policy.new_empty((), dtype=torch.float32),
         policy.new_empty(size, dtype=torch.float32),
     )
+
+
+def _partials(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    annotators: Sequence[Tensor],
+    objective: str,
+    adaptive_kinds: str,
+    safeguard: float | None,
+) -> Tensor:
+    """Errors of policy, reference and annotators `[S, 2B]`, flat, and this batch's sums."""
+    return _launch_partials(
+        True, policy, reference, target, annotators, objective, adaptive_kinds, safeguard
+    )
+
+
+def _launch_partials(
+    traced, policy, reference, target, annotators, objective, adaptive_kinds, safeguard
+):
+    from fastpo_kernels.pair_loss import kernel
+
+    sources = _sources(policy, reference, annotators)
+    size = _partials_size(sources, annotators, objective, adaptive_kinds, safeguard)
+    results = torch.empty(size, dtype=torch.float32, device=policy.device)
+    kernel.launch_forward(
+        sources, target, None, None, None, None, results,
+        objective, (0.0,), adaptive_kinds.split(), (), reference is not None, safeguard,
+        kernel.ticket(policy.device, fresh=traced),
+    )  # fmt: skip
+    return results
+
+
+def _partials_size(sources, annotators, objective, adaptive_kinds, safeguard):
+    sums = n_sums(len(annotators), objective, bool(adaptive_kinds), safeguard is not None)
+    return len(sources) * sources[0].shape[0] + sums
+
+
+pair_loss_partials = torch.library.custom_op(
+    "fastpo::pair_loss_partials", _partials, mutates_args=()
+)
+
+
+@pair_loss_partials.register_fake
+def _(policy, reference, target, annotators, *options):
+    size = _partials_size(_sources(policy, reference, annotators), annotators, *options)
+    return policy.new_empty(size, dtype=torch.float32)
 
 
 def _backward(
@@ -111,7 +181,7 @@ def _launch_errors(traced: bool, policy: Tensor, target: Tensor) -> Tensor:
 
     errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
     kernel.launch_forward(
-        [policy], target, None, None, None, None, errors, None, (0.0,), (), (), False, None,
+        [policy], target, None, None, None, None, errors, "sft", (0.0,), (), (), False, None,
         kernel.ticket(policy.device, fresh=traced),
     )  # fmt: skip
     return errors
@@ -225,3 +295,10 @@ def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
     if _is_traced(policy):
         return pair_errors_fwd(policy, target)
     return _EagerErrors.apply(policy, target)
+
+
+def pair_partials(policy: Tensor, *rest: Any) -> Tensor:
+    """`pair_loss_partials`, by the shorter way where nothing traces."""
+    if _is_traced(policy):
+        return pair_loss_partials(policy, *rest)
+    return _launch_partials(False, policy, *rest)

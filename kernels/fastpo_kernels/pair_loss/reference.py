@@ -167,6 +167,48 @@ def _errors_of(source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     return (source if source.ndim == 1 else pair_errors(source, target)).to(dtype)
 
 
+Reduce = Callable[[Tensor], Tensor]
+
+
+def batch_sums(
+    gain: Tensor | None, margins: Sequence[Tensor], agreement: Sequence[Tensor], n_pairs: int
+) -> Tensor:
+    """`sum g | sum d, sum d_m**2 ... | sum e_w, sum dot | pairs`, of the terms that there are."""
+    if margins:
+        sums = [margins[0].sum(), *(d.square().sum() for d in margins)]
+    else:
+        sums = [] if gain is None else [gain.sum()]
+    sums += [x.sum() for x in agreement]
+    return torch.stack([*sums, torch.full_like(sums[0], n_pairs)])
+
+
+def reduced(reduce: Reduce, sums: Tensor) -> Tensor:
+    """`reduce(sums)`, checked.
+
+    Raises:
+        ValueError: the result is no tensor like `sums`.
+    """
+    totals = reduce(sums)
+    if not isinstance(totals, Tensor):
+        raise ValueError(f"reduce must return a tensor, got {type(totals).__name__}")
+    same = (totals.shape, totals.dtype, totals.device) == (sums.shape, sums.dtype, sums.device)
+    if not same or not totals.is_contiguous():
+        raise ValueError(
+            f"reduce must return a tensor like its argument, contiguous {tuple(sums.shape)} "
+            f"{sums.dtype} on {sums.device}; got {tuple(totals.shape)} {totals.dtype} on "
+            f"{totals.device}"
+        )
+    return totals
+
+
+def _statistics_of(totals: Tensor, n_margins: int, spec: Adaptive | None) -> Tensor:
+    """Mean and scales from the sums of all processes: what `statistics` holds."""
+    mean, count = totals[:1] / totals[-1], totals[-1]
+    power = totals[1 : 1 + n_margins]
+    is_mean = spec is not None and spec.normalize == "rms"
+    return torch.cat([mean, (power / count if is_mean else power).sqrt()])
+
+
 def minority_metric(
     margins: Sequence[Tensor], given_scales: Tensor | None, spec: Adaptive
 ) -> Tensor:
@@ -199,18 +241,16 @@ def pair_weights(u: Tensor, spec: Adaptive) -> Tensor:
 
 
 def _adapt(
-    d: Tensor,
-    annotators: Sequence[Tensor],
-    r_gap: Tensor,
+    margins: Sequence[Tensor],
     minority: Tensor | None,
     statistics: Tensor | None,
     spec: Adaptive,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minority metric, weight and margin shift of every pair, all detached."""
+    d = margins[0]
     scales = None if statistics is None else statistics[1:].to(d.dtype)
     if minority is None:
-        gaps = [r_gap - (a[: len(d)] - a[len(d) :]) for a in annotators]
-        u = minority_metric([d, *gaps], scales, spec)
+        u = minority_metric(margins, scales, spec)
     else:
         u = minority.detach().to(d.dtype)
     mean = d.mean() if statistics is None else statistics[0].to(d.dtype)
@@ -218,10 +258,10 @@ def _adapt(
     return u, pair_weights(u, spec), spec.shift_scale * (mean - power / spec.beta)
 
 
-def _safeguarded(e_w: Tensor, e_l: Tensor, dot: Tensor, mu: float) -> Tensor:
+def _safeguarded(e_l: Tensor, agreement: Sequence[Tensor], mu: float) -> Tensor:
     """The loser's error, its gradient scaled by Diffusion-SDPO's lambda, its value kept."""
-    total = dot.sum()
-    ratio = (1 - mu) * e_w.detach().sum() / torch.where(total > 0, total, 1.0)
+    power, total = agreement
+    ratio = (1 - mu) * power / torch.where(total > 0, total, 1.0)
     scale = torch.where(total > 0, ratio.clamp(0, 1), 1.0)
     return e_l.detach() + scale * (e_l - e_l.detach())
 
@@ -239,6 +279,7 @@ def pair_loss(
     pair_weight: Tensor | None = None,
     adaptive: Adaptive | None = None,
     safeguard: float | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss`.
 
@@ -255,20 +296,30 @@ def pair_loss(
     known = torch.zeros_like(errors) if reference_error is None else reference_error
     r_w, r_l = known.detach().view_as(errors).unbind()
     d = _margin(e_w, e_l, r_w, r_l).detach()
+    gain = (r_w + r_l - e_w - e_l).detach() / 2 if objective == "kto" else None
+    margins = []
+    if adaptive is not None:
+        judged = (_errors_of(a, target, e_w.dtype).view_as(errors) for a in annotators)
+        margins = [d, *((r_w - r_l) - (a[0] - a[1]) for a in judged)]
+    agreement = []
+    if safeguard is not None:
+        agreement = [e_w.detach(), (diff[0] * diff[1]).detach().flatten(1).mean(1)]
+    sums = [x.sum() for x in agreement]
+    if reduce is not None:
+        totals = reduced(reduce, batch_sums(gain, margins, agreement, len(d)))
+        statistics = _statistics_of(totals, len(margins), adaptive)
+        sums = list(totals[-3:-1])
     u = weight = None
     shift: Tensor | float = 0.0
     if adaptive is not None:
-        judged = [_errors_of(a, target, e_w.dtype) for a in annotators]
-        u, weight, shift = _adapt(d, judged, r_w - r_l, minority, statistics, adaptive)
-    elif objective == "kto":
-        gain = (r_w + r_l - e_w - e_l).detach().mean() / 2 if statistics is None else statistics[0]
-        shift = gain.clamp(min=0.0)
+        u, weight, shift = _adapt(margins, minority, statistics, adaptive)
+    elif gain is not None:
+        shift = (gain.mean() if statistics is None else statistics[0]).clamp(min=0.0)
     if pair_weight is not None:
         given = pair_weight.detach().to(e_w.dtype)
         weight = given if weight is None else weight * given
     if safeguard is not None:
-        dot = (diff[0] * diff[1]).detach().flatten(1).mean(1)
-        e_l = _safeguarded(e_w, e_l, dot, safeguard)
+        e_l = _safeguarded(e_l, sums, safeguard)
     losses = OBJECTIVES[objective].function(e_w, e_l, r_w, r_l, shift, *options)
     loss = (losses if weight is None else weight * losses).mean()
     return loss, d, policy_error, reference_error, u, weight

@@ -1,0 +1,133 @@
+"""Adaptive-DPO and its IPO form; the other objectives, and the conventions: `fastpo.loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastpo.checks import require_positive
+from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, pair_loss
+from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
+
+
+def adaptive_dpo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    *,
+    beta: float,
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    reduce: Reduce | None = None,
+    normalize: Normalize = "rms",
+    rho: float = 3.75,
+    weight_kind: WeightKind = "linear",
+    weight_scale: float = 10.0,
+    weight_intercept: float = 1.0,
+    margin_kind: MarginKind = "quadratic",
+    margin_scale: float = 1.0,
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
+) -> PairLoss:
+    """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
+
+    The policy and the annotators each judge the pair by a margin `d_m`, detached.
+    `x_m = rho d_m / scale`, `u = |mean_m sigmoid(x_m) - 1| min(std_m(x_m), 1)` (alone: the first
+    factor), a `weight_kind` of u as weight, and `gamma = margin_scale (mean(d) - u**2 / beta)`.
+
+    Args:
+        annotators: other versions of the policy; besides it, none by default.
+        minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators.
+        statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
+            each of the M annotators, the policy first. None takes the batch's.
+        reduce: forms them over all processes; see `fastpo.loss`.
+        normalize: the scale over the batch: `rms`, or `l2` as released (rho = 15 at B = 16 is 3.75
+            by rms).
+        weight_kind: `linear` 1/(k0 + k1 u), `quadratic` (u squared), `sqrt` 1/(k0 + exp(k1
+            sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
+        weight_scale: k1.
+        weight_intercept: k0.
+        margin_kind: `quadratic`, or `linear`: u instead of its square.
+        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
+            scale.
+    """
+    require_positive(beta=beta, rho=rho)
+    spec = Adaptive(
+        beta=beta,
+        normalize=normalize,
+        rho=rho,
+        weight_kind=weight_kind,
+        weight_scale=weight_scale,
+        weight_intercept=weight_intercept,
+        margin_kind=margin_kind,
+        shift_scale=margin_scale,
+    )
+    return pair_loss(
+        policy,
+        reference,
+        target,
+        objective="dpo",
+        options=(beta,),
+        annotators=annotators,
+        minority=minority,
+        statistics=statistics,
+        reduce=reduce,
+        adaptive=spec,
+        pair_weight=pair_weight,
+        impl=impl,
+    )
+
+
+def adaptive_ipo(
+    policy: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    *,
+    tau: float,
+    beta: float,
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    reduce: Reduce | None = None,
+    normalize: Normalize = "rms",
+    rho: float = 3.75,
+    weight_kind: WeightKind = "linear",
+    weight_scale: float = 10.0,
+    weight_intercept: float = 1.0,
+    margin_kind: MarginKind = "quadratic",
+    margin_scale: float = 1.0,
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
+) -> PairLoss:
+    """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
+
+    The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract
+    here: the larger a pair's gamma, the larger the margin asked of it.
+    """
+    require_positive(tau=tau, beta=beta, rho=rho)
+    spec = Adaptive(
+        beta=beta,
+        normalize=normalize,
+        rho=rho,
+        weight_kind=weight_kind,
+        weight_scale=weight_scale,
+        weight_intercept=weight_intercept,
+        margin_kind=margin_kind,
+        shift_scale=margin_scale / beta,
+    )
+    return pair_loss(
+        policy,
+        reference,
+        target,
+        objective="ipo",
+        options=(tau,),
+        annotators=annotators,
+        minority=minority,
+        statistics=statistics,
+        reduce=reduce,
+        adaptive=spec,
+        pair_weight=pair_weight,
+        impl=impl,
+    )
