@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastpo.averages import MovingAverages
 from fastpo.config import Config
 from fastpo.errors import CheckpointError
 from fastpo.files import whole_folder
 from fastpo.ledger import PairLedger
-from fastpo.models import MovingAverages
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
 # results are kept, not what is computed.

@@ -211,10 +211,11 @@ AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminat
 class OptimConfig(Section):
     """Optimiser, schedule and clipping."""
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    # adamw_8bit: moments in 8 bits, by torchao (pip install fastpo[8bit])
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     lr: Positive = 1e-5
-    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw only
-    eps: Positive = 1e-8  # adamw only
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw and adamw_8bit
+    eps: Positive = 1e-8  # likewise
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -248,6 +249,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 1  # pairs per process and forward pass
     accumulation_steps: PositiveInt = 1
     precision: Precision = "bf16"
+    # Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
+    # rounded at random, on average exactly; 4 bytes less per weight and gradient
+    weights: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     sample_latents: bool = True  # draw from the VAE's posterior; else its mean
@@ -276,6 +280,11 @@ class TrainConfig(Section):
             )
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
+        if self.weights == "bf16" and (self.method, self.precision) != ("full", "bf16"):
+            raise ValueError(
+                "train.weights: bf16 is for train.method: full with train.precision: bf16; "
+                "adapters are always trained in fp32"
+            )
         ranged = self.min_timestep or self.max_timestep is not None
         if ranged and isinstance(self.timesteps, ListTimesteps):
             raise ValueError(

@@ -1,15 +1,15 @@
-"""The denoisers: the policy, its frozen reference, and moving averages of its trainable weights.
+"""The denoisers: the policy and its frozen reference.
 
 With LoRA the reference is the policy with its adapters off, so one copy of the base serves both.
 With full fine-tuning it is a frozen copy. Trainable weights are float32 whatever the precision (the
-gradient scaler refuses anything else, and small updates would round away); frozen ones are kept in
-the precision of the run.
+gradient scaler refuses anything else, and small updates would round away), unless `train.weights:
+bf16` asks for bfloat16 with stochastic rounding; frozen ones are kept in the precision of the run.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,6 +152,8 @@ def setup_denoisers(
             frozen = copy.deepcopy(unet).requires_grad_(False).eval()
             _cast(frozen, dtype)
             _restore_norms(frozen, unet)
+        if config.weights == "bf16":
+            _round_matrices(unet)
     if config.attention == "xformers":
         _use_xformers(unet)
         if frozen is not None:
@@ -173,6 +175,16 @@ def _restore_norms(frozen: nn.Module, unet: nn.Module) -> None:
     for name, module in frozen.named_modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.float().load_state_dict(kept[name].state_dict())
+
+
+def _round_matrices(unet: nn.Module) -> None:
+    """Casts weights of two and more dimensions to bfloat16.
+
+    Biases and norms stay float32: they are few, and autocast runs norms on float32 weights.
+    """
+    for parameter in unet.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:
@@ -198,54 +210,3 @@ def _use_xformers(unet: UNet2DConditionModel) -> None:
             f"train.attention: xformers does not work here ({error}); it needs a CUDA device and "
             "`pip install fastpo[xformers]`, or use train.attention: sdpa"
         ) from None
-
-
-class MovingAverages:
-    """Exponential moving averages of trainable weights, one per decay, in float32.
-
-    After optimiser step s (from 1) each average moves by `1 - min(decay, (1 + s) / (10 + s))`, the
-    usual ramp, under which 0.9999 is 0.997 at step 3000. Averages are swapped in by exchanging
-    storage pointers: nothing is copied, and nothing passes through host memory.
-
-    Args:
-        parameters: The trainable parameters by name; float32.
-        decays: One decay per average.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter], decays: Sequence[float]) -> None:
-        self.parameters = parameters
-        self.decays = tuple(decays)
-        self.shadows = [[p.detach().clone() for p in parameters.values()] for _ in self.decays]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves every average towards the current weights, after optimiser step `step` (from 1)."""
-        current = [p.detach() for p in self.parameters.values()]
-        for decay, shadow in zip(self.decays, self.shadows, strict=True):
-            torch._foreach_lerp_(shadow, current, 1.0 - min(decay, (1 + step) / (10 + step)))
-
-    @contextmanager
-    def applied(self, which: int) -> Iterator[None]:
-        """Runs the block with average number `which` in the model's place."""
-        self._swap(self.shadows[which])
-        try:
-            yield
-        finally:
-            self._swap(self.shadows[which])
-
-    def _swap(self, shadow: list[Tensor]) -> None:
-        for i, parameter in enumerate(self.parameters.values()):
-            parameter.data, shadow[i] = shadow[i], parameter.data
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the averages, named `<number>.<parameter>`."""
-        return {
-            f"{i}.{name}": tensor
-            for i, shadow in enumerate(self.shadows)
-            for name, tensor in zip(self.parameters, shadow, strict=True)
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the averages in place."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])

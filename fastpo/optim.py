@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -11,10 +14,43 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.config import OptimConfig
+from fastpo.errors import ConfigError
+from fastpo.rounding import RoundedOptimizer
+
+BLOCK = 256  # of torchao's 8-bit states, which share one scale
+SMALLEST_8BIT = 4096  # smaller tensors keep float32 states
 
 
-def setup_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """AdamW, or Adafactor at a fixed rate (no relative step: what SDXL's published DPO uses)."""
+def setup_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    seed: int = 0,
+    fused: bool | None = None,
+) -> Optimizer:
+    """AdamW, 8-bit AdamW, or Adafactor; with stochastic rounding where weights are bfloat16.
+
+    Adafactor runs at a fixed rate (no relative step), which SDXL's published DPO uses. 8-bit AdamW
+    is torchao's: both moments in 8 bits, with a float32 scale for every 256 of them.
+
+    Args:
+        parameters: The trainable weights.
+        config: The options.
+        seed: The run's seed; keys the rounding.
+        fused: Run AdamW as one kernel; it cannot tell the fp16 scaler that it skipped a step. None
+            leaves the choice to torch.
+
+    Raises:
+        ConfigError: 8-bit AdamW was asked for and torchao is not installed.
+    """
+    weights = list(parameters)
+    build = partial(_build, config=config, fused=fused)
+    if any(p.dtype == torch.bfloat16 for p in weights):
+        return RoundedOptimizer(weights, build, seed=seed)
+    return build(weights)
+
+
+def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool | None) -> Optimizer:
     if config.name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -26,13 +62,33 @@ def setup_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
             relative_step=False,
             warmup_init=False,
         )
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    options: Any = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw_8bit":
+        return _adamw_8bit()(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=fused, **options)
+
+
+def _adamw_8bit() -> type[Optimizer]:
+    """torchao's class, without its `torch.compile` on a CPU, where it costs more than it brings."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "train.optim.name: adamw_8bit needs torchao; `pip install fastpo[8bit]`, "
+            "or use adamw or adafactor"
+        )
+    from torchao.optim import AdamW8bit
+
+    class AdamW8bitEagerOnCpu(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+            with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                return super().step(closure)
+
+    return AdamW8bitEagerOnCpu
 
 
 def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
@@ -46,10 +102,17 @@ def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) 
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
-    """Bytes of optimiser state: two float32 per weight for AdamW, factored rows for Adafactor."""
+    """Bytes of optimiser state, whatever the weights' type.
+
+    AdamW keeps two float32 per weight; 8-bit AdamW two bytes and two float32 scales per block;
+    Adafactor the sums over rows and over columns.
+    """
     total = 0
     for p in parameters:
-        if config.name == "adamw":
+        whole_blocks = p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0
+        if config.name == "adamw_8bit" and whole_blocks:
+            total += 2 * p.numel() + 8 * (p.numel() // BLOCK)
+        elif config.name != "adafactor":
             total += 8 * p.numel()
         elif p.ndim < 2:
             total += 4 * p.numel()

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
+from fastpo.averages import MovingAverages
 from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
@@ -38,7 +39,6 @@ from fastpo.hub import read_json, resolve_model_folder
 from fastpo.ledger import PairLedger
 from fastpo.models import (
     Denoisers,
-    MovingAverages,
     drop_captions,
     load_unet,
     predict,
@@ -182,7 +182,12 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
     trainable = denoisers.trainable
-    optimizer = setup_optimizer(trainable.values(), train.optim)
+    optimizer = setup_optimizer(
+        trainable.values(),
+        train.optim,
+        seed=config.seed,
+        fused=(accelerator.device.type == "cuda" and train.precision != "fp16") or None,
+    )
     steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
     schedule = setup_schedule(optimizer, train.optim, steps)
     policy, prepared = accelerator.prepare(denoisers.policy, optimizer)

@@ -59,6 +59,7 @@ COMPLAINTS = [
     ("train.max_steps", 3, r"exactly one of train\.epochs and train\.max_steps"),
     ("train.objective", {"name": "dpo"}, r"annotators is used by adaptive_dpo .* not by dpo"),
     ("train.max_timestep", 0, r"max_timestep"),
+    ("train.weights", "bf16", r"train\.weights: bf16 is for train\.method: full"),
     ("train.timesteps", {"kind": "lst"}, r"train\.timesteps: .*'lst'.*'list'"),
     ("train.timesteps.kind", "list", r"missing key train\.timesteps\.values"),
     ("train.timesteps", {"kind": "bins", "weights": [0, 0]}, r"timesteps\.weights: at least one"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from fastpo.averages import MovingAverages
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.export import export_policy
 from fastpo.models import (
-    MovingAverages,
     drop_captions,
     load_unet,
     predict,
@@ -90,6 +90,33 @@ def test_a_frozen_copy_in_bf16_agrees_with_the_policy_before_training(pipeline):
             policy = predict(denoisers.policy, noised, batch)
         with denoisers.reference() as reference, torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(predict(reference, noised, batch), policy)
+
+
+def test_bf16_weights_keep_vectors_and_averages_in_float32(pipeline):
+    """The policy starts as the frozen copy does, and an average may stand in for it."""
+    folder, width, pooled = pipeline
+    noised, batch = inputs(width, pooled)
+    options = config(method="full", precision="bf16", weights="bf16")
+    denoisers = setup_denoisers(load_unet(folder), options, needs_reference=True)
+    assert {(p.ndim > 1, p.dtype) for p in denoisers.trainable.values()} == {
+        (True, torch.bfloat16),
+        (False, torch.float32),
+    }
+    averages = MovingAverages(denoisers.trainable, [0.5])
+    assert all(t.dtype == torch.float32 for t in averages.shadows[0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        policy = predict(denoisers.policy, noised, batch)
+        with denoisers.reference() as reference:
+            assert torch.equal(predict(reference, noised, batch), policy)
+        nudge(denoisers)
+        with averages.applied(0):
+            assert torch.equal(predict(denoisers.policy, noised, batch), policy)
+        assert not torch.equal(predict(denoisers.policy, noised, batch), policy)
+    averages.update(1)
+    name, weight = next(iter(denoisers.trainable.items()))
+    start = averages.state_dict()[f"0.{name}"]
+    assert weight.dtype == torch.bfloat16
+    assert not torch.equal(start, start.bfloat16().float())  # more digits than the weights have
 
 
 def test_a_judge_is_asked_without_dropout(pipeline):

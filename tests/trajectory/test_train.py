@@ -273,12 +273,27 @@ def test_another_runs_folder_or_checkpoint_is_not_touched(experiment):
     train(load_config(path), overwrite=True, progress=False)
 
 
-def test_a_run_may_be_prolonged(experiment, read_metrics):
-    whole = run(experiment, read_metrics, name="whole", max_steps=6)
-    path = experiment(name="parts", max_steps=4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "method": "full",
+            "precision": "bf16",
+            "weights": "bf16",
+            "optim": {"name": "adamw_8bit", "lr": 1e-3},
+        },
+    ],
+    ids=["lora", "full, bf16 weights, 8-bit"],
+)
+def test_a_run_may_be_prolonged(experiment, read_metrics, options):
+    whole = run(experiment, read_metrics, name="whole", max_steps=6, **options)
+    path = experiment(name="parts", max_steps=4, **options)
     train(load_config(path), progress=False)
     train(load_config(path, ["train.max_steps=6"]), resume=True, progress=False)
     assert read_metrics(path.parent / "parts") == whole
+    one, two = (load_final(path.parent / name) for name in ("whole", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 class HostReads(TorchDispatchMode):
