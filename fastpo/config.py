@@ -211,7 +211,7 @@ AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminat
 class OptimConfig(Section):
     """Optimiser, schedule and clipping."""
 
-    # adamw_8bit: moments in 8 bits, by torchao (pip install fastpo[8bit])
+    # adamw_8bit: moments in 8 bits, by bitsandbytes (pip install fastpo[8bit])
     name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     lr: Positive = 1e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw and adamw_8bit

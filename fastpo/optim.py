@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -17,8 +17,8 @@ from fastpo.config import OptimConfig
 from fastpo.errors import ConfigError
 from fastpo.rounding import RoundedOptimizer
 
-BLOCK = 256  # of torchao's 8-bit states, which share one scale
-SMALLEST_8BIT = 4096  # smaller tensors keep float32 states
+BLOCK = 256  # 8-bit states that share one scale, in bitsandbytes
+SMALLEST_8BIT = 4096  # it gives smaller tensors float32 states
 
 
 def setup_optimizer(
@@ -31,7 +31,7 @@ def setup_optimizer(
     """AdamW, 8-bit AdamW, or Adafactor; with stochastic rounding where weights are bfloat16.
 
     Adafactor runs at a fixed rate (no relative step), which SDXL's published DPO uses. 8-bit AdamW
-    is torchao's: both moments in 8 bits, with a float32 scale for every 256 of them.
+    is bitsandbytes': both moments in 8 bits, with a float32 scale for every 256 of them.
 
     Args:
         parameters: The trainable weights.
@@ -41,7 +41,7 @@ def setup_optimizer(
             leaves the choice to torch.
 
     Raises:
-        ConfigError: 8-bit AdamW was asked for and torchao is not installed.
+        ConfigError: 8-bit AdamW was asked for and bitsandbytes is not installed.
     """
     weights = list(parameters)
     build = partial(_build, config=config, fused=fused)
@@ -74,21 +74,14 @@ def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool | No
 
 
 def _adamw_8bit() -> type[Optimizer]:
-    """torchao's class, without its `torch.compile` on a CPU, where it costs more than it brings."""
-    if importlib.util.find_spec("torchao") is None:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
         raise ConfigError(
-            "train.optim.name: adamw_8bit needs torchao; `pip install fastpo[8bit]`, "
-            "or use adamw or adafactor"
-        )
-    from torchao.optim import AdamW8bit
-
-    class AdamW8bitEagerOnCpu(AdamW8bit):
-        def step(self, closure: Any = None) -> Any:
-            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
-            with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
-                return super().step(closure)
-
-    return AdamW8bitEagerOnCpu
+            f"train.optim.name: adamw_8bit needs bitsandbytes ({error}); "
+            "`pip install fastpo[8bit]`, or use adamw or adafactor"
+        ) from None
+    return AdamW8bit
 
 
 def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
@@ -109,9 +102,8 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     """
     total = 0
     for p in parameters:
-        whole_blocks = p.numel() >= SMALLEST_8BIT and p.numel() % BLOCK == 0
-        if config.name == "adamw_8bit" and whole_blocks:
-            total += 2 * p.numel() + 8 * (p.numel() // BLOCK)
+        if config.name == "adamw_8bit" and p.numel() >= SMALLEST_8BIT:
+            total += 2 * p.numel() + 8 * math.ceil(p.numel() / BLOCK)
         elif config.name != "adafactor":
             total += 8 * p.numel()
         elif p.ndim < 2:

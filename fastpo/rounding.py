@@ -140,12 +140,8 @@ class RoundedOptimizer(Optimizer):
 
 
 def _set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Sets the rate of all groups; torchao keeps it in a tensor, which must stay the same one."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate
 
 
 def _parts(weights: list[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
