@@ -1,21 +1,44 @@
 """The ledger: every pair's own past margins, and the minority metric they give.
 
 Each time a pair is visited, the margin `d = (r_w - r_l) - (e_w - e_l)` is a by-product of the loss.
-Divided by the root mean square of the step's margins (so that timesteps and the training's progress
-are put on one scale) it is one vote on the pair's label. With n earlier votes of mean m,
+How large margins are, and how much they tell, differs by orders of magnitude between timesteps,
+prediction types and stages of training. So the ledger keeps, by timestep bin, running moments of
+the margins of all pairs, and puts every margin on one scale before it counts:
 
-    u = 1 - sigmoid(2 m sqrt(n))        in [0, 1]; u > 1/2 exactly when m < 0
+    x = d / rms_b                    unit scale, whatever the timestep and the model predicts
+    s = mean_b(x), at least 0        how far this bin's margins follow the labels at all
+    vote = x s / (1 - s^2)           half the log-likelihood ratio of `label right` over `wrong`,
+                                     if x is normal with mean +s or -s and variance 1 - s^2
 
-is the probability-like minority metric handed to `fastpo.loss.adaptive_dpo(minority=...)`. A visit
-is judged by earlier visits only; pairs with fewer than `min_visits` of them get u = 0, the neutral
-value. A margin of exactly zero is no vote: before the first update policy and reference agree to
-the bit, and a gate would take that for doubt. It costs no forward pass, and eight bytes a pair.
+With the sum of a pair's votes, the probability that its label is wrong, right and wrong being as
+likely before, is
+
+    u = sigmoid(-2 sum of votes)     in [0, 1]; u > 1/2 exactly where the votes' sum is negative
+
+the minority metric handed to `fastpo.loss.adaptive_dpo(minority=...)`. Where a share f of labels is
+wrong, s is (1 - 2f) of what right labels would give, so u errs on the cautious side.
+
+A visit is judged by earlier visits only; pairs with fewer than `min_visits` votes get u = 0, the
+neutral value. A vote of exactly zero is none: before the first update policy and reference agree to
+the bit, and a gate would take that for doubt. Where labels are wrong more often than right, s is 0
+and nobody votes.
+
+It costs no forward pass and eight bytes a pair. How the scale was chosen stands in the table of
+`benchmarks/README.md`: dividing by the step's own rms, as an earlier version did, leaves only the
+sign in steps of one pair, and lets the loudest timesteps drown the telling ones.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+BINS = 10  # of the schedule's timesteps, equally wide; 5 and 20 do as well
+WINDOW = 256.0  # margins after which a bin's older moments weigh 1/e; 32 to infinity do as well
+PRIOR = 32.0  # margins of evidence with which a bin starts out at the overall mean
+DOUBT = 32.0  # margins of evidence with which the overall mean starts out at zero
+CERTAIN = 0.9  # largest s: no single vote decides alone
 
 
 class PairLedger:
@@ -23,62 +46,131 @@ class PairLedger:
 
     Args:
         num_pairs: Number of pairs; slots are `0..num_pairs-1`.
-        min_visits: Earlier visits a pair needs before it is judged.
-        device: Where the two vectors live; 8 bytes a pair.
+        min_visits: Earlier votes a pair needs before it is judged.
+        num_timesteps: Length T of the noise schedule.
+        device: Where the vectors live; 8 bytes a pair. A lookup or update costs the same for ten
+            pairs as for ten million.
 
     Attributes:
         visits: `(num_pairs,)` int32, visits that gave a vote.
         total: `(num_pairs,)` float32, sum of the votes.
+        moments: `(3, BINS)` float64 by timestep bin: count, sum and sum of squares of the margins
+            so far, the older ones fading.
 
     Raises:
         ValueError: A count is not positive.
 
     Example:
-        >>> ledger = PairLedger(2)
-        >>> ledger.update(torch.tensor([0, 1]), torch.tensor([3e-4, -3e-4]))
-        >>> ledger.minority(torch.tensor([0, 1])) > 0.5
-        tensor([False,  True])
+        >>> ledger = PairLedger(4)
+        >>> ledger.update(torch.arange(4), torch.tensor([3e-4, -3e-4, 2e-4, 4e-4]))
+        >>> ledger.minority() > 0.5
+        tensor([False,  True, False, False])
     """
 
     def __init__(
-        self, num_pairs: int, *, min_visits: int = 1, device: torch.device | str = "cpu"
+        self,
+        num_pairs: int,
+        *,
+        min_visits: int = 1,
+        num_timesteps: int = 1000,
+        device: torch.device | str = "cpu",
     ) -> None:
-        if num_pairs < 1 or min_visits < 1:
+        if min(num_pairs, min_visits, num_timesteps) < 1:
             raise ValueError(
-                f"num_pairs and min_visits must be positive, got {num_pairs} and {min_visits}"
+                "num_pairs, min_visits and num_timesteps must be positive, got "
+                f"{num_pairs}, {min_visits} and {num_timesteps}"
             )
         self.min_visits = min_visits
+        self.num_timesteps = num_timesteps
         self.visits = torch.zeros(num_pairs, dtype=torch.int32, device=device)
         self.total = torch.zeros(num_pairs, dtype=torch.float32, device=device)
+        self.moments = torch.zeros(3, BINS, dtype=torch.float64, device=device)
+        self._recorded: list[Tensor] = []
 
     def __len__(self) -> int:
         """Returns the number of pairs."""
         return self.visits.shape[0]
 
     @torch.no_grad()
-    def update(self, index: Tensor, margin: Tensor) -> None:
-        """Records one vote for each pair of a step.
+    def update(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
+        """Enters one vote for each pair of an optimiser step.
 
-        All pairs of an optimiser step belong into one call, whatever their number of micro-batches
-        and processes: the scale is taken over the call.
+        All pairs of the step belong into one call, whatever their number of micro-batches and
+        processes: the result is then the same to the bit however they were spread. `record` and
+        `merge` see to that in a loop that does not gather them anyway.
 
         Args:
             index: `(N,)` int64 slots; a slot may occur more than once.
-            margin: `(N,)` the detached margins of these pairs.
+            margin: `(N,)` these pairs' margins, any float dtype; one that is not finite is no vote.
+            timestep: `(N,)` the timesteps they were measured at, in [0, T); None takes all margins
+                as measured at the same.
 
         Raises:
-            ValueError: The two vectors differ in length.
+            ValueError: The vectors differ in length, or a timestep lies outside the schedule.
         """
-        if index.shape != margin.shape or index.ndim != 1:
+        timestep = torch.zeros_like(index) if timestep is None else timestep
+        if index.ndim != 1 or not index.shape == margin.shape == timestep.shape:
             raise ValueError(
-                f"index and margin must be vectors of one length, got {tuple(index.shape)} "
-                f"and {tuple(margin.shape)}"
+                "index, margin and timestep must be vectors of one length, got "
+                f"{tuple(index.shape)}, {tuple(margin.shape)} and {tuple(timestep.shape)}"
             )
-        margin = margin.to(torch.float64)
-        scale = margin.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-        vote = (margin / scale).to(self.total.dtype)
+        if not len(index):
+            return
+        index, timestep = (v.to(self.total.device, torch.int64) for v in (index, timestep))
+        margin = margin.to(self.total.device, torch.float64)
+        if timestep.min() < 0 or timestep.max() >= self.num_timesteps:
+            raise ValueError(
+                f"timesteps must lie in [0, {self.num_timesteps}), got "
+                f"{timestep.min().item()} to {timestep.max().item()}"
+            )
+        # One order whatever the arrival, so that the sums round alike.
+        order = margin.argsort(stable=True)
+        order = order[index[order].argsort(stable=True)]
+        index, margin, timestep = index[order], margin[order], timestep[order]
+        vote = self._votes(margin.where(margin.isfinite(), 0.0), timestep).to(self.total.dtype)
         self.total.index_add_(0, index, vote)
         self.visits.index_add_(0, index, (vote != 0).to(self.visits.dtype))
+
+    def _votes(self, margin: Tensor, timestep: Tensor) -> Tensor:
+        """Moves the moments on by one step's margins, and weighs these by them."""
+        bins = timestep * BINS // self.num_timesteps
+        seen = (margin != 0).to(margin.dtype)
+        step = torch.stack([seen, margin, margin.square()])
+        added = torch.zeros_like(self.moments).index_add_(1, bins, step)
+        self.moments.mul_(torch.exp(-added[0] / WINDOW)).add_(added)
+        count, total, power = self.moments
+        rms = (power / count.clamp_min(1e-9)).sqrt().clamp_min(torch.finfo(power.dtype).tiny)
+        follows = total / rms  # sum of x
+        overall = follows.sum() / (count.sum() + DOUBT)
+        s = ((follows + PRIOR * overall) / (count + PRIOR)).clamp(0.0, CERTAIN)
+        return margin * (s / (1.0 - s.square()) / rms)[bins]
+
+    def record(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
+        """Keeps one micro-batch's margins until `merge`; arguments as in `update`.
+
+        Nothing is read from the device here.
+        """
+        timestep = torch.zeros_like(index) if timestep is None else timestep
+        rows = [v.detach().to(margin.device, torch.float64) for v in (index, margin, timestep)]
+        self._recorded.append(torch.stack(rows, dim=1))
+
+    def merge(self, group: dist.ProcessGroup | None = None) -> None:
+        """Enters what was recorded since the last merge, by all processes of a running group.
+
+        One call of `torch.distributed` with 24 bytes per recorded pair; every process must call
+        it equally often, also one that recorded nothing. Best once per optimiser step. Called more
+        rarely, the votes since the last merge are entered as one step's: until then a pair is
+        judged without them, which matters little where it comes back once an epoch.
+        """
+        rows = torch.zeros(0, 3, dtype=torch.float64)
+        if self._recorded:
+            rows = torch.cat(self._recorded).cpu()
+        if dist.is_available() and dist.is_initialized():
+            parts: list[Tensor] = [rows] * dist.get_world_size(group)
+            dist.all_gather_object(parts, rows, group=group)
+            rows = torch.cat(parts)
+        self._recorded.clear()
+        self.update(rows[:, 0].long(), rows[:, 1], rows[:, 2].long())
 
     def mean(self, index: Tensor | None = None) -> Tensor:
         """Returns `(N,)` float32: the mean vote, 0 for a pair without one."""
@@ -88,29 +180,38 @@ class PairLedger:
     def minority(self, index: Tensor | None = None) -> Tensor:
         """Returns `(N,)` float32: the minority metric u of some pairs, or of all."""
         visits, total = self._rows(index)
-        root = visits.clamp_min(1).sqrt()
-        u = torch.sigmoid(-2.0 * total / root)
+        u = torch.sigmoid(-2.0 * total)
         return torch.where(visits >= self.min_visits, u, torch.zeros_like(u))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the two vectors, for a checkpoint."""
-        return {"visits": self.visits, "total": self.total}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the two vectors.
+        """Returns the ledger's tensors, for a checkpoint.
 
         Raises:
-            ValueError: The state is of another number of pairs.
+            RuntimeError: Recorded margins wait for `merge`.
         """
+        if self._recorded:
+            raise RuntimeError("the ledger holds recorded margins; call merge() before saving")
+        return {"visits": self.visits, "total": self.total, "moments": self.moments}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores the tensors.
+
+        Raises:
+            ValueError: The state is of another number of pairs or bins, or of an older kind.
+        """
+        if "moments" not in state or state["moments"].shape != self.moments.shape:
+            raise ValueError("the saved ledger keeps its votes on another scale than this version")
         if state["visits"].shape != self.visits.shape:
             raise ValueError(
                 f"the ledger holds {len(self)} pairs, the saved one {state['visits'].shape[0]}"
             )
-        self.visits.copy_(state["visits"])
-        self.total.copy_(state["total"])
+        self._recorded.clear()
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
     def _rows(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         visits, total = self.visits, self.total
         if index is not None:
+            index = index.to(total.device)
             visits, total = visits[index], total[index]
-        return visits.to(torch.float32), total
+        return visits, total

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
     from fastpo.train import Trainer
 
-COLUMNS = ("index", "loss", "margin", "error_winner", "error_loser", "minority", "weight")
+COLUMNS = (
+    "index",
+    "timestep",
+    "loss",
+    "margin",
+    "error_winner",
+    "error_loser",
+    "minority",
+    "weight",
+)
 RESULTS = ("metrics.jsonl", "config.yaml", "minority.csv")
 FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
@@ -98,7 +107,7 @@ class StepTable:
         return metrics
 
 
-def table_rows(batch: PairBatch, out: PairLoss, size: int) -> Tensor:
+def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:
     """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
     pairs = len(batch)
     error = out.policy_error.double()
@@ -107,6 +116,7 @@ def table_rows(batch: PairBatch, out: PairLoss, size: int) -> Tensor:
     nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
     columns = {
         "index": batch.index,
+        "timestep": timesteps,
         "loss": out.loss.detach().expand(pairs),
         "margin": out.margin,
         "error_winner": error[:pairs],

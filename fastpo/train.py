@@ -113,7 +113,7 @@ class Trainer:
         gamma = self.config.train.snr_gamma
         weight = None if gamma is None else self.noise.snr_weight(noised.timesteps, gamma)
         out = self.loss(predictions, noised.target, minority, weight)
-        rows = table_rows(batch, out, self.config.train.micro_batch_size)
+        rows = table_rows(batch, noised.timesteps, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
 
@@ -202,7 +202,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         trainable=trainable,
         optimizer=prepared,
         schedule=schedule,
-        ledger=PairLedger(len(cache), min_visits=judged_after),
+        ledger=PairLedger(len(cache), min_visits=judged_after, num_timesteps=len(noise.signal)),
         metric=torch.full((len(cache),), math.nan),
         averages=averages,
         scaler=accelerator.scaler,
@@ -361,7 +361,7 @@ def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) 
 
 def record(trainer: Trainer, table: StepTable) -> None:
     """Enters the step's margins into the ledger, on every process alike."""
-    trainer.state.ledger.update(table.index, table["margin"])
+    trainer.state.ledger.update(table.index, table["margin"], table["timestep"])
     if isinstance(trainer.config.train.annotators, EmaAnnotators):
         trainer.state.metric[table.index] = table["minority"].float()
 

@@ -1,72 +1,231 @@
-"""The ledger against numbers worked by hand, and its independence from batches."""
+"""The ledger against numbers worked by hand, and its independence from batches and processes."""
 
+import itertools
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastpo.ledger import PairLedger
+from fastpo.ledger import BINS, CERTAIN, DOUBT, PRIOR, WINDOW, PairLedger
+
+ROOT = Path(__file__).parents[2]
 
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
+def stream(pairs, visits, *, flip_rate=0.2, seed=0, loudness=None):
+    """Margins as the model behind the votes has them: `(index, margin, timestep, flipped)`.
+
+    `loudness(t)` multiplies the margins of timestep t. Later timesteps tell more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flipped = torch.rand(pairs, generator=generator) < flip_rate
+    index = torch.cat([torch.randperm(pairs, generator=generator) for _ in range(visits)])
+    timestep = torch.randint(1000, index.shape, generator=generator)
+    signal = timestep / 1000 * torch.where(flipped, -1.0, 1.0)[index]
+    margin = signal + torch.randn(index.shape, generator=generator)
+    return index, margin * (1.0 if loudness is None else loudness(timestep)), timestep, flipped
+
+
+def fed(index, margin, timestep, *, step, pairs=None):
+    ledger = PairLedger(pairs or int(index.max()) + 1)
+    for rows in zip(index.split(step), margin.split(step), timestep.split(step), strict=True):
+        ledger.update(*rows)
+    return ledger
+
+
+def auroc(ledger, flipped):
+    doubt = -ledger.total
+    return (doubt[flipped][:, None] > doubt[~flipped][None]).double().mean().item()
+
+
 def test_two_steps_worked_by_hand():
-    """Step 1: margins 3, -4 have rms sqrt(12.5); step 2: margin 2 alone votes 1."""
-    ledger = PairLedger(3)
-    ledger.update(torch.tensor([0, 1]), torch.tensor([3.0, -4.0]))
-    ledger.update(torch.tensor([0]), torch.tensor([2.0]))
-    a, b = 3 / math.sqrt(12.5), -4 / math.sqrt(12.5)
-    assert ledger.visits.tolist() == [2, 1, 0]
-    torch.testing.assert_close(ledger.mean(), torch.tensor([(a + 1) / 2, b, 0.0]))
-    u = torch.tensor([1 - sigmoid(2 * (a + 1) / 2 * math.sqrt(2)), 1 - sigmoid(2 * b), 0.0])
-    torch.testing.assert_close(ledger.minority(), u)
+    """Step 1: margins 3, -1, 2 in one bin. rms = sqrt(14/3), sum of x = 4/rms.
+
+    The overall mean is (4/rms)/(3 + DOUBT), s = (4/rms + PRIOR * overall)/(3 + PRIOR). Step 2 adds
+    margin 1 in the same bin, after the older moments have faded by exp(-1/WINDOW).
+    """
+    ledger = PairLedger(4)
+    ledger.update(torch.tensor([0, 1, 2]), torch.tensor([3.0, -1.0, 2.0]), torch.full((3,), 950))
+    count, total, power = 3.0, 4.0, 14.0
+    votes = [0.0] * 4
+    for step in ({0: 3.0, 1: -1.0, 2: 2.0}, {1: 1.0}):
+        if len(step) == 1:
+            fade = math.exp(-1 / WINDOW)
+            count, total, power = count * fade + 1, total * fade + 1, power * fade + 1
+        rms = math.sqrt(power / count)
+        overall = total / rms / (count + DOUBT)
+        s = (total / rms + PRIOR * overall) / (count + PRIOR)
+        for pair, margin in step.items():
+            votes[pair] += margin / rms * s / (1 - s * s)
+    ledger.update(torch.tensor([1]), torch.tensor([1.0]), torch.tensor([999]))
+    assert ledger.visits.tolist() == [1, 2, 1, 0]
+    torch.testing.assert_close(ledger.total, torch.tensor(votes))
+    torch.testing.assert_close(ledger.mean(), torch.tensor([votes[0], votes[1] / 2, votes[2], 0.0]))
+    u = [sigmoid(-2 * v) for v in votes[:3]] + [0.0]
+    torch.testing.assert_close(ledger.minority(), torch.tensor(u))
+
+
+def test_the_larger_u_the_more_labels_are_wrong():
+    index, margin, timestep, flipped = stream(20_000, 3)
+    u = fed(index, margin, timestep, step=100).minority()
+    edges = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    bands = [(u >= low) & (u < high) for low, high in itertools.pairwise(edges)]
+    wrong = [flipped[band].double().mean().item() for band in bands]
+    assert wrong == sorted(wrong)
+    assert wrong[0] < 0.1
+    assert wrong[-1] > 0.7
+
+
+def test_the_scale_of_a_timestep_does_not_matter():
+    """Whatever factor a prediction type or a weighting puts on the margins of a timestep bin."""
+    index, margin, timestep, flipped = stream(2000, 4)
+    plain = fed(index, margin, timestep, step=20)
+    factor = 10.0 ** -(timestep * BINS // 1000).double()
+    loud = fed(index, margin * factor, timestep, step=20)
+    torch.testing.assert_close(loud.total, plain.total)
+    assert auroc(plain, flipped) > 0.9
+    # ... while the raw margins of the loudest bins, which tell least, drown all others:
+    raw = PairLedger(2000)
+    raw.total.index_add_(0, index, (margin * factor).float())
+    assert auroc(raw, flipped) < auroc(plain, flipped) - 0.1
+
+
+@pytest.mark.parametrize("step", [1, 4, 500])
+def test_steps_of_one_pair_find_as_much_as_big_ones(step):
+    index, margin, timestep, flipped = stream(1000, 4)
+    big, small = (fed(index, margin, timestep, step=n) for n in (100, step))
+    assert auroc(small, flipped) == pytest.approx(auroc(big, flipped), abs=0.01)
+    sign = PairLedger(1000)
+    sign.total.index_add_(0, index, margin.sign())  # all that the rms of a single pair leaves
+    assert auroc(small, flipped) > auroc(sign, flipped) + 0.01
+
+
+def test_the_result_is_the_same_to_the_bit_however_a_step_was_spread():
+    index, margin, timestep, _ = stream(64, 4)
+    one, two = PairLedger(64), PairLedger(64)
+    for rows in zip(index.split(32), margin.split(32), timestep.split(32), strict=True):
+        one.update(*rows)
+        shuffled = torch.randperm(32)
+        two.update(*(r[shuffled] for r in rows))
+    assert all(torch.equal(one.state_dict()[k], two.state_dict()[k]) for k in one.state_dict())
 
 
 def test_pairs_with_too_few_visits_are_neutral():
-    ledger = PairLedger(2, min_visits=2)
-    for _ in range(2):
-        ledger.update(torch.tensor([0]), torch.tensor([-1.0]))
-    ledger.update(torch.tensor([1]), torch.tensor([-1.0]))
-    assert ledger.minority(torch.tensor([1])).item() == 0.0
-    assert ledger.minority(torch.tensor([0])).item() > 0.5
+    index, margin, timestep, _ = stream(100, 2)
+    one, two = PairLedger(101), PairLedger(101, min_visits=3)
+    for ledger in (one, two):
+        for rows in zip(index.split(50), margin.split(50), timestep.split(50), strict=True):
+            ledger.update(*rows)
+    assert one.minority()[:100].min() > 0
+    assert two.minority().max() == 0
+    assert one.minority()[100] == 0  # never visited
 
 
-def test_u_exceeds_a_half_exactly_where_the_mean_is_negative():
-    ledger = PairLedger(64)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        ledger.update(torch.arange(64), torch.randn(64, generator=generator))
+def test_u_exceeds_a_half_exactly_where_the_votes_are_negative():
+    index, margin, timestep, _ = stream(64, 5)
+    ledger = fed(index, margin, timestep, step=8)
     assert torch.equal(ledger.minority() > 0.5, ledger.mean() < 0)
 
 
-def test_the_order_within_a_step_does_not_matter():
-    index, margin = torch.tensor([4, 0, 2]), torch.tensor([1.0, -2.0, 0.5])
-    one, two = PairLedger(5), PairLedger(5)
-    one.update(index, margin)
-    two.update(index.flip(0), margin.flip(0))
+def test_no_vote_is_cast_where_nothing_is_known():
+    """Margins of zero (the first step), not finite, or labels that the margins contradict."""
+    ledger = PairLedger(4)
+    ledger.update(torch.tensor([0, 1]), torch.zeros(2))
+    ledger.update(torch.tensor([0, 1]), torch.tensor([math.nan, math.inf]))
+    ledger.update(torch.tensor([0, 1, 2, 3]), torch.tensor([-1.0, -2.0, -1.5, 0.5]))
+    assert ledger.visits.tolist() == [0, 0, 0, 0]
+    assert ledger.minority().tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert ledger.moments.isfinite().all()
+
+
+def test_one_vote_never_decides_alone():
+    ledger = PairLedger(1000)
+    for _ in range(5):
+        ledger.update(torch.arange(1000), torch.ones(1000))
+    assert ledger.total.max() <= 5 * CERTAIN / (1 - CERTAIN**2) + 1e-3
+
+
+def test_record_and_merge_are_one_update():
+    index, margin, timestep, _ = stream(60, 2)
+    one, two = PairLedger(60), PairLedger(60)
+    for step in range(4):
+        rows = slice(30 * step, 30 * step + 30)
+        one.update(index[rows], margin[rows], timestep[rows])
+        for part in range(rows.start, rows.stop, 7):
+            micro = slice(part, min(part + 7, rows.stop))
+            two.record(index[micro], margin[micro].requires_grad_(), timestep[micro])
+        with pytest.raises(RuntimeError, match="merge"):
+            two.state_dict()
+        two.merge()
+    assert all(torch.equal(one.state_dict()[k], two.state_dict()[k]) for k in one.state_dict())
+    two.merge()  # of nothing
     assert torch.equal(one.total, two.total)
 
 
-def test_a_zero_margin_is_no_vote():
-    """At the first step all margins are zero; a gate must not shut those pairs out."""
-    ledger = PairLedger(3)
-    ledger.update(torch.tensor([0, 1]), torch.zeros(2))
-    assert ledger.minority().tolist() == [0.0, 0.0, 0.0]
-    ledger.update(torch.tensor([0, 1]), torch.tensor([0.0, -1.0]))
-    assert ledger.visits.tolist() == [0, 1, 0]
-    assert ledger.minority()[0] == 0.0
+MERGING = """
+import sys
+import torch
+import torch.distributed as dist
+from fastpo.ledger import PairLedger
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+index, margin, timestep = torch.load(sys.argv[1])
+ledger = PairLedger(60)
+for step in range(3):
+    rows = torch.arange(20 * step, 20 * step + 20)
+    share = rows[:13] if rank == 0 else rows[13:]
+    if step == 2:  # one process without a pair
+        share = rows if rank == 0 else rows[:0]
+    for row in share:
+        ledger.record(index[row, None], margin[row, None], timestep[row, None])
+    ledger.merge()
+torch.save(ledger.state_dict(), f"{sys.argv[1]}.{rank}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_batches_of_one_pair_equal_one_with_all(tmp_path):
+    index, margin, timestep, _ = stream(60, 1)
+    torch.save((index, margin, timestep), tmp_path / "rows")
+    (tmp_path / "merging.py").write_text(MERGING)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    subprocess.run(
+        [sys.executable, *launcher, tmp_path / "merging.py", tmp_path / "rows"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        timeout=120,
+        capture_output=True,
+        check=False,
+    )
+    whole = fed(index, margin, timestep, step=20, pairs=60).state_dict()
+    for rank in range(2):
+        state = torch.load(tmp_path / f"rows.{rank}")
+        assert all(torch.equal(state[k], whole[k]) for k in whole)
 
 
 def test_state_goes_round_and_a_strangers_is_refused():
-    ledger = PairLedger(2)
-    ledger.update(torch.tensor([0, 1]), torch.tensor([1.0, -3.0]))
-    other = PairLedger(2)
+    index, margin, timestep, _ = stream(40, 2)
+    ledger, other = PairLedger(40), PairLedger(40)
+    ledger.update(index[:40], margin[:40], timestep[:40])
     other.load_state_dict({k: v.clone() for k, v in ledger.state_dict().items()})
+    for each in (ledger, other):
+        each.update(index[40:], margin[40:], timestep[40:])
     assert torch.equal(other.minority(), ledger.minority())
-    with pytest.raises(ValueError, match="holds 3 pairs, the saved one 2"):
+    with pytest.raises(ValueError, match="holds 3 pairs, the saved one 40"):
         PairLedger(3).load_state_dict(ledger.state_dict())
+    old = {"visits": torch.zeros(40, dtype=torch.int32), "total": torch.zeros(40)}
+    with pytest.raises(ValueError, match="another scale"):
+        other.load_state_dict(old)
 
 
 def test_bad_arguments_are_named():
@@ -74,3 +233,69 @@ def test_bad_arguments_are_named():
         PairLedger(0)
     with pytest.raises(ValueError, match="one length"):
         PairLedger(2).update(torch.tensor([0]), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"\[0, 4\), got 4 to 4"):
+        PairLedger(2, num_timesteps=4).update(torch.tensor([0]), torch.ones(1), torch.tensor([4]))
+
+
+def test_ten_million_pairs_take_eight_bytes_each_and_cost_a_step_nothing_more():
+    """Counted, not timed: the tensors' bytes, and the sizes that a step's operators touch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func._schema.is_mutable:
+                self.made = max(self.made, out.numel())
+            return out
+
+    ledger = PairLedger(10_000_000)
+    state = ledger.state_dict()
+    size = sum(t.numel() * t.element_size() for t in state.values())
+    assert size <= 8 * 10_000_000 + 1024
+    index = torch.randint(10_000_000, (128,))
+    with Largest() as largest:
+        ledger.update(index, torch.randn(128), torch.randint(1000, (128,)))
+        ledger.minority(index)
+    assert 128 <= largest.made <= 3 * 128
+
+
+def readme_example():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return next(b for b in blocks if "PairLedger(" in b)
+
+
+def test_the_readmes_example_runs_and_finds_the_wrong_labels():
+    """A linear denoiser; the winner's latents are darker, in a quarter of the pairs the loser's."""
+    torch.manual_seed(0)
+    pairs, flipped = 64, torch.arange(64) % 4 == 0
+    side = torch.where(flipped, 1.0, -1.0)[:, None]
+    model = torch.nn.Linear(8, 8)
+    reference = torch.nn.Linear(8, 8)
+    reference.load_state_dict(model.state_dict())
+    direction = torch.randn(8)
+
+    def batches():
+        for _ in range(12):
+            for rows in torch.randperm(pairs).split(4):
+                t, noise = torch.randint(1000, (4,)), torch.randn(4, 8)
+                shift = 0.5 * side[rows] * direction
+                latents = torch.cat([noise - shift, noise + shift])
+                with torch.no_grad():
+                    ref_pred = reference(latents)
+                yield rows, t, model(latents), ref_pred, noise
+
+    endless, example = batches(), readme_example()
+    assert len(example.strip().splitlines()) <= 16
+    scope = {
+        "num_pairs": pairs,
+        "steps": range(48),
+        "micro_batches": lambda: itertools.islice(endless, 4),
+        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
+    }
+    exec(example, scope)
+    ledger = scope["ledger"]
+    assert ledger.visits.max() > 4
+    assert auroc(ledger, flipped) > 0.9
