@@ -25,6 +25,7 @@ from fastpo.config import Config
 from fastpo.errors import CheckpointError
 from fastpo.files import whole_folder
 from fastpo.ledger import PairLedger
+from fastpo.statistics import RunningStatistics
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
 # results are kept, not what is computed.
@@ -56,6 +57,7 @@ class TrainingState:
         metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
         averages: Moving averages by role (`annotators`, `export`).
         scaler: The gradient scaler (fp16), or None.
+        statistics: Running batch statistics, where the run keeps any.
     """
 
     trainable: dict[str, nn.Parameter]
@@ -65,6 +67,7 @@ class TrainingState:
     metric: Tensor
     averages: dict[str, MovingAverages]
     scaler: Any = None
+    statistics: RunningStatistics | None = None
 
 
 def save_checkpoint(
@@ -89,9 +92,10 @@ def save_checkpoint(
         save_file(
             {n: p.detach() for n, p in state.trainable.items()}, folder / "trainable.safetensors"
         )
-        save_file(
-            {**state.ledger.state_dict(), "metric": state.metric}, folder / "ledger.safetensors"
-        )
+        votes = {**state.ledger.state_dict(), "metric": state.metric}
+        if state.statistics is not None:
+            votes |= state.statistics.state_dict()
+        save_file(votes, folder / "ledger.safetensors")
         for role, averages in state.averages.items():
             save_file(averages.state_dict(), folder / f"average-{role}.safetensors")
         rest = {
@@ -148,6 +152,8 @@ def load_checkpoint(
     ledger = _read(folder / "ledger.safetensors", load_file)
     state.metric.copy_(ledger.pop("metric"))
     state.ledger.load_state_dict(ledger)
+    if state.statistics is not None:
+        state.statistics.load_state_dict(ledger, next(iter(state.trainable.values())).device)
     for role, averages in state.averages.items():
         averages.load_state_dict(_read(folder / f"average-{role}.safetensors", load_file))
     rest = _read(

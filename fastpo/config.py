@@ -243,6 +243,8 @@ class TrainConfig(Section):
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig
     annotators: AnnotatorsConfig | None = None
+    # Over which pairs KTO's baseline, SDPO's factor, Adaptive-DPO's mean and scales run.
+    statistics: Literal["micro_batch", "processes", "running"] = "processes"
     optim: OptimConfig = OptimConfig()
     epochs: Positive | None = None
     max_steps: PositiveInt | None = None
@@ -278,6 +280,8 @@ class TrainConfig(Section):
                 f"train.annotators is used by adaptive_dpo and adaptive_ipo only, "
                 f"not by {self.objective.name}"
             )
+        if self.statistics == "running":
+            _check_running(self.objective)
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
         if self.weights == "bf16" and (self.method, self.precision) != ("full", "bf16"):
@@ -292,6 +296,19 @@ class TrainConfig(Section):
                 "train.max_timestep out"
             )
         return self
+
+
+def _check_running(objective: Section) -> None:
+    if getattr(objective, "name", None) == "sdpo":
+        raise ValueError(
+            "train.statistics: sdpo's safeguard holds for the batch at hand; use processes or "
+            "micro_batch, not running"
+        )
+    if getattr(objective, "normalize", "rms") == "l2":
+        raise ValueError(
+            "train.statistics: running has no batch over which to take an l2 norm; use "
+            "train.objective.normalize: rms"
+        )
 
 
 class EvaluateConfig(Section):

@@ -77,3 +77,8 @@ def _importable(name: str) -> bool:
 def gather(accelerator: Accelerator, rows: Tensor) -> Tensor:
     """Returns the rows of all processes, `(P * N, K)`; one collective, nothing with one process."""
     return rows if accelerator.num_processes == 1 else accelerator.gather(rows)  # pyright: ignore[reportReturnType]
+
+
+def all_reduce_sum(accelerator: Accelerator, vector: Tensor) -> Tensor:
+    """Returns the sum of the processes' vectors; one collective, nothing with one process."""
+    return vector if accelerator.num_processes == 1 else accelerator.reduce(vector)  # pyright: ignore[reportReturnType]

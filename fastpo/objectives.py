@@ -11,6 +11,7 @@ from torch import Tensor
 import fastpo.loss
 from fastpo.config import AdaptiveOptions, Section, TrainConfig
 from fastpo.loss import PairLoss
+from fastpo.statistics import Reduce
 from fastpo.types import PairPredictions
 
 LossFunction = Callable[[PairPredictions, Tensor, Tensor | None, Tensor | None], PairLoss]
@@ -22,14 +23,17 @@ def needs_reference(config: TrainConfig) -> bool:
     return config.objective.name not in REFERENCE_FREE
 
 
-def build_loss(config: TrainConfig) -> LossFunction:
+def build_loss(config: TrainConfig, reduce: Reduce | None = None) -> LossFunction:
     """Returns `loss(predictions, target, minority, pair_weight)` for the configured objective.
 
     `minority` is `(B,)`, a metric that takes the annotators' place, or None; objectives other than
     the adaptive ones have no use for it. `pair_weight` is `(B,)`, or None: it multiplies each
     pair's loss after the log-sigmoid, so margins, and the slope, stay on one scale.
+    `reduce` is the scope of the batch's statistics; see `fastpo.statistics`.
     """
     options = config.objective.model_dump(exclude={"name"})
+    if reduce is not None:
+        options["reduce"] = reduce
     function = partial(
         getattr(fastpo.loss, config.objective.name), impl=config.loss_impl, **options
     )

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, 
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, make_loader
-from fastpo.distributed import gather, setup_accelerator
+from fastpo.distributed import all_reduce_sum, gather, setup_accelerator
 from fastpo.encoders import vae_folder_of
 from fastpo.errors import NonFiniteLossError
 from fastpo.export import export_policy
@@ -49,6 +50,7 @@ from fastpo.noise import PairNoise, make_noise
 from fastpo.objectives import LossFunction, build_loss, needs_reference
 from fastpo.optim import setup_optimizer, setup_schedule
 from fastpo.run import RunFolder, StepTable, progress_bar, show_banner, table_rows
+from fastpo.statistics import RunningStatistics, make_statistics
 from fastpo.types import PairBatch, PairPredictions, pair_key
 
 
@@ -198,6 +200,8 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         averages["export"] = MovingAverages(trainable, [train.ema_decay])
     embeds, pooled = cache.empty_prompt()
     judged_after = getattr(train.annotators, "min_visits", 1)
+    span = partial(all_reduce_sum, accelerator) if accelerator.num_processes > 1 else None
+    reduce = make_statistics(train, span)
     state = TrainingState(
         trainable=trainable,
         optimizer=prepared,
@@ -206,6 +210,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         metric=torch.full((len(cache),), math.nan),
         averages=averages,
         scaler=accelerator.scaler,
+        statistics=reduce if isinstance(reduce, RunningStatistics) else None,
     )
     return Trainer(
         config=config,
@@ -216,7 +221,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         denoisers=denoisers,
         policy=policy,
         state=state,
-        loss=build_loss(train),
+        loss=build_loss(train, reduce),
         empty_prompt=(embeds.to(accelerator.device), _optional_to(pooled, accelerator.device)),
     )
 
@@ -326,6 +331,8 @@ def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) ->
                 )
             state.optimizer.step()
             state.optimizer.zero_grad()
+    if state.statistics is not None:
+        state.statistics.finish_step(partial(all_reduce_sum, accelerator))
     rate = float(state.schedule.get_last_lr()[0])
     if not accelerator.optimizer_step_was_skipped:  # only the fp16 scaler leaves steps out
         state.schedule.step()

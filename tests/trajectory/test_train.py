@@ -90,7 +90,12 @@ def test_the_same_run_twice_is_the_same_exactly(experiment, read_metrics):
 @pytest.mark.parametrize(
     "options",
     [
-        {"lora": {"rank": 2, "dropout": 0.2}, "objective": ADAPTIVE, "annotators": {"kind": "ema"}},
+        {
+            "lora": {"rank": 2, "dropout": 0.2},
+            "objective": ADAPTIVE,
+            "annotators": {"kind": "ema"},
+            "statistics": "running",
+        },
         {"method": "full", "objective": ADAPTIVE, "annotators": {"kind": "ledger"}},
     ],
     ids=["lora, ema", "full, ledger"],
@@ -130,6 +135,7 @@ def load_final(folder: Path):
 @pytest.mark.parametrize("annotators", [{"kind": "ledger"}, {"kind": "ema"}], ids=["ledger", "ema"])
 def test_two_processes_equal_accumulation_over_two(experiment, read_metrics, fastpo, annotators):
     options = {"objective": ADAPTIVE, "annotators": annotators, "max_steps": 8}
+    options["statistics"] = "running"  # processes, the default, judges over those that there are
     one = run(experiment, read_metrics, name="one", accumulation_steps=2, **options)
     path = experiment(name="two", **options)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
