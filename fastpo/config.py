@@ -269,7 +269,7 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     loss_impl: Literal["triton", "reference"] | None = None
-    loader_workers: Count = 0
+    loader_workers: Count = 2  # threads that read ahead; 0 reads when the step asks
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -83,8 +83,17 @@ class StepTable:
         """Returns the positions of the pairs in micro-batches whose loss is NaN or infinite."""
         return self.index[~torch.isfinite(self["loss"])].tolist()
 
-    def metrics(self, *, step: int, epoch: float, seconds: float) -> dict[str, float]:
-        """Returns the line of `metrics.jsonl`; keys whose column was not computed are left out."""
+    def metrics(
+        self, *, step: int, epoch: float, seconds: float, waited: float = 0.0
+    ) -> dict[str, float]:
+        """Returns the line of `metrics.jsonl`; keys whose column was not computed are left out.
+
+        Args:
+            step: Finished optimiser steps.
+            epoch: Finished epochs.
+            seconds: What the step took.
+            waited: How much of that it waited for data; `data/wait` is the share.
+        """
         margin = self["margin"]
         metrics = {
             "step": step,
@@ -97,6 +106,7 @@ class StepTable:
             "lr": self.learning_rate,
             "grad_norm": self.grad_norm,
             "pairs_per_second": len(margin) / seconds,
+            "data/wait": waited / seconds,
         }
         minority, weight = self["minority"], self["weight"]
         if not minority.isnan().any():

@@ -31,7 +31,8 @@ from fastpo.averages import MovingAverages
 from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
-from fastpo.data.sampler import PairSampler, make_loader
+from fastpo.data.loader import Waits, make_loader
+from fastpo.data.sampler import PairSampler
 from fastpo.distributed import all_reduce_sum, gather, setup_accelerator
 from fastpo.encoders import vae_folder_of
 from fastpo.errors import NonFiniteLossError
@@ -282,7 +283,7 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
     """The loop over optimiser steps `start..total_steps-1`."""
     config = trainer.config.train
     total = trainer.total_steps
-    batches = iter(
+    batches = Waits(
         make_loader(
             trainer.cache,
             trainer.sampler,
@@ -305,6 +306,7 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
                 step=step + 1,
                 epoch=(step + 1) * trainer.group / trainer.sampler.micro_batches_per_epoch,
                 seconds=time.perf_counter() - began,
+                waited=batches.taken(),
             )
             run.log(metrics)
             trainer.accelerator.log(metrics, step=step + 1)

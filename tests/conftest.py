@@ -142,7 +142,7 @@ def read_metrics(folder, *, timing=False):
     """The lines of `metrics.jsonl`; rates are left out unless asked for."""
     text = (Path(folder) / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    hidden = () if timing else ("pairs_per_second",)
+    hidden = () if timing else ("pairs_per_second", "data/wait")
     return [{k: v for k, v in line.items() if k not in hidden} for line in lines]
 
 

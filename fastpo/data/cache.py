@@ -7,28 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from fastpo.config import Config
 from fastpo.data.identity import cache_identity
+from fastpo.data.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow
 from fastpo.data.labels import is_flipped, write_flip_mask
 from fastpo.data.manifest import Manifest, check_files, check_identity, load_manifest
-from fastpo.data.shards import (
-    TensorFiles,
-    index_name,
-    latents_name,
-    prompts_name,
-    read_table,
-    text_name,
-)
+from fastpo.data.plan import finished_units
+from fastpo.data.tensor_files import TensorFiles
+from fastpo.data.units import LATENTS, TEXT, unit_name
 from fastpo.errors import CacheError
 from fastpo.types import PairBatch
 
 
 class PairCache:
-    """Latents and text embeddings of all pairs, on disk.
+    """Latents and text embeddings of all pairs, on disk; the index is mapped, not loaded.
 
     Attributes:
         folder: The cache's folder.
@@ -46,47 +41,45 @@ class PairCache:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: Config) -> None:
-        """Reads the index; use `PairCache.open`."""
+        """Maps the index; use `PairCache.open`."""
+        self._opened_as = (folder, manifest, config)
         self.folder = folder
         self.family = manifest.identity["model family"]
         self.fingerprint = manifest.fingerprint
         self.report = dict(manifest.report)
-        self._flips = (config.data.flip_rate, config.data.flip_seed)
+        self.quarantined = manifest.quarantined
+        self.latent_shapes = list(manifest.shapes)
         self._files = TensorFiles(folder)
-        shards = range(len(manifest.shards))
-        prompts = read_table(folder, [prompts_name(k) for k in shards])
-        self.prompts: list[str] = prompts["prompt"].to_pylist()
-        self._prompt_starts = np.cumsum([0, *(s.prompts for s in manifest.shards)])
-        index = read_table(folder, [index_name(k) for k in shards])
-        shard = np.repeat(np.arange(len(shards)), [s.pairs for s in manifest.shards])
-        if len(shard) != len(index) or self._prompt_starts[-1] != len(prompts):
+        self.prompts: Sequence[str] = Texts(open_arrow(folder / PROMPTS_FILE).column("prompt"))
+        self._text_starts = np.array([span.start for span in manifest.texts])
+        index = open_arrow(folder / INDEX_FILE)
+        if index.num_rows != manifest.pairs or len(self.prompts) != manifest.texts[-1].stop:
             raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
-        limit = config.data.limit
-        if limit is not None:
-            kept = index["position"].to_numpy() < limit
-            index, shard = index.filter(pa.array(kept)).combine_chunks(), shard[kept]
-        self.quarantined = sum(len(s.quarantined) for s in manifest.shards)
-        self._shard = shard
-        self._read_index(index)
-
-    def _read_index(self, index: pa.Table) -> None:
-        if not len(index):
+        if config.data.limit is not None:
+            position = index.column("position").to_numpy()
+            index = index.slice(0, int(np.searchsorted(position, config.data.limit)))
+        if not index.num_rows:
             raise CacheError(f"{self.folder}: no pair is left within data.limit")
-        self.pair_ids: list[str] = index["pair_id"].to_pylist()
-        self.pair_keys = _tensor(index["pair_key"])
-        if len(torch.unique(self.pair_keys)) != len(self.pair_keys):
-            raise CacheError(f"{self.folder}: two pairs have the same key; name them differently")
-        self.prompt_index = _tensor(index["prompt"])
-        self._slot = index["slot"].to_numpy()
-        shapes = np.stack([index[side].to_numpy() for side in ("height", "width")], axis=1)
-        distinct, bucket = np.unique(shapes, axis=0, return_inverse=True)
-        self.latent_shapes = [(int(h), int(w)) for h, w in distinct]
-        self.bucket = torch.from_numpy(bucket.reshape(-1).astype(np.int64))
-        times = index["add_time_ids"].combine_chunks().flatten().to_numpy()
-        self._add_time_ids = torch.from_numpy(times.reshape(-1, 6).copy())
-        rate, seed = self._flips
-        flips = [rate > 0 and is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids]
-        self.flipped = torch.tensor(flips, dtype=torch.bool)
+        self.pair_ids: Sequence[str] = Texts(index.column("pair_id"))
+        self.pair_keys = column(index, "pair_key")
+        self.prompt_index = column(index, "prompt")
+        self.bucket = column(index, "bucket")
+        self._shard, self._slot = column(index, "shard"), column(index, "slot")
+        times = index.column("add_time_ids")
+        self._add_time_ids = torch.from_dlpack(times.flatten()).view(-1, 6)
+        rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
+        flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)
+        self.flipped = torch.zeros(len(self), dtype=torch.bool)
+        if rate > 0:
+            self.flipped = torch.from_numpy(np.fromiter(flips, dtype=bool, count=len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the mapped index out: a copy maps it again."""
+        return {"opened_as": self._opened_as}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Opens the same cache."""
+        self.__init__(*state["opened_as"])
 
     @classmethod
     def open(cls, config: Config, *, verify: bool = False) -> PairCache:
@@ -110,16 +103,17 @@ class PairCache:
         check_identity(folder, identity.fields, manifest.identity)
         if not manifest.complete:
             raise CacheError(
-                f"the cache {folder} is unfinished ({manifest.source_pairs} pairs done): run "
-                f"`fastpo prepare` again, it continues where it stopped"
+                f"the cache {folder} is unfinished ({finished_units(folder, manifest)} of "
+                f"{len(manifest.shards) + len(manifest.texts)} parts done): run `fastpo prepare` "
+                f"again, it continues where it stopped"
             )
-        if not covers(manifest, config.data.limit):
+        if not manifest.covers(config.data.limit):
             raise CacheError(
                 f"the cache {folder} does not fit the configuration: data.limit: the configuration "
                 f"gives {config.data.limit}, the cache was made with {manifest.limit}. Run "
                 f"`fastpo prepare` again, it adds the missing pairs"
             )
-        check_files(folder, manifest, verify=verify)
+        check_files(folder, manifest.files, verify=verify)
         return cls(folder, manifest, config)
 
     def __len__(self) -> int:
@@ -144,16 +138,16 @@ class PairCache:
         buckets = set(self.bucket[index].tolist())
         if len(buckets) != 1:
             raise ValueError(f"indices must be of one bucket, got buckets {sorted(buckets)}")
-        shape = "x".join(map(str, self.latent_shapes[buckets.pop()]))
         flipped = self.flipped[index]
+        mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
         embeds, pooled = self._text(self.prompt_index[index].tolist())
         return PairBatch(
             index=index,
             pair_key=self.pair_keys[index],
             visit=torch.full_like(index, visit),
             flipped=flipped,
-            latent_mean=self._latents(index, f"{shape}.mean", flipped),
-            latent_logvar=self._latents(index, f"{shape}.logvar", flipped),
+            latent_mean=mean,
+            latent_logvar=logvar,
             prompt_embeds=embeds,
             pooled_prompt_embeds=pooled,
             add_time_ids=self._add_time_ids[index] if self.family == "sdxl" else None,
@@ -168,34 +162,34 @@ class PairCache:
         rate, seed = self._flips
         return write_flip_mask(self.folder, self.pair_ids, rate=rate, seed=seed)
 
-    def _latents(self, index: Tensor, key: str, flipped: Tensor) -> Tensor:
-        """Returns `(2B, C, h, w)`, winners first."""
-        pairs = torch.stack(
-            [
-                self._files.row(latents_name(int(self._shard[i])), key, int(self._slot[i]))
-                for i in index.tolist()
-            ]
-        )
-        pairs[flipped] = pairs[flipped].flip(1)
-        return pairs.transpose(0, 1).flatten(0, 1)
+    def _latents(
+        self, index: Tensor, shape: tuple[int, int], flipped: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns mean and log-variance, each `(2B, C, h, w)`, winners first."""
+        key = f"{shape[0]}x{shape[1]}"
+        names = [f"{unit_name('shard', k)}/{LATENTS}" for k in self._shard[index].tolist()]
+        rows, pairs = self._files.rows(names[0], key), len(names)
+        mean, logvar = (torch.empty((2 * pairs, *rows.shape[2:]), dtype=rows.dtype) for _ in "ml")
+        places = zip(names, self._slot[index].tolist(), flipped.tolist(), strict=True)
+        for i, (name, slot, turned) in enumerate(places):
+            sides = (pairs + i, i) if turned else (i, pairs + i)
+            parts = [statistic[side] for statistic in (mean, logvar) for side in sides]
+            self._files.read(name, key, slot, parts)
+        return mean, logvar
 
     def _text(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Returns states and pooled states of prompts by number."""
-        shards = np.searchsorted(self._prompt_starts, numbers, side="right") - 1
+        parts = np.searchsorted(self._text_starts, numbers, side="right") - 1
         places = [
-            (text_name(shard), number - int(self._prompt_starts[shard]))
-            for shard, number in zip(shards.tolist(), numbers, strict=True)
+            (f"{unit_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
+            for part, number in zip(parts.tolist(), numbers, strict=True)
         ]
-        embeds = torch.stack([self._files.row(n, "prompt_embeds", row) for n, row in places])
-        if self.family == "sd15":
-            return embeds, None
-        return embeds, torch.stack([self._files.row(n, "pooled", row) for n, row in places])
+        embeds = self._rows(places, "prompt_embeds")
+        return embeds, None if self.family == "sd15" else self._rows(places, "pooled")
 
-
-def covers(manifest: Manifest, limit: int | None) -> bool:
-    """Tells whether a cache holds every pair that a limit allows."""
-    return manifest.limit is None or (limit is not None and limit <= manifest.limit)
-
-
-def _tensor(column: Any) -> Tensor:
-    return torch.from_numpy(column.to_numpy().copy())
+    def _rows(self, places: Sequence[tuple[str, int]], key: str) -> Tensor:
+        rows = self._files.rows(places[0][0], key)
+        found = torch.empty((len(places), *rows.shape), dtype=rows.dtype)
+        for into, (name, row) in zip(found, places, strict=True):
+            self._files.read(name, key, row, [into])
+        return found

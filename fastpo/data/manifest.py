@@ -1,10 +1,11 @@
-"""The cache's table of contents: what it was made from, and its files with size and SHA-256."""
+"""The cache's table of contents: what it is made from, who makes which part, and its files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo.errors import CacheError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -37,22 +38,18 @@ class Quarantined(Record):
     reason: str
 
 
-class ShardRecord(Record):
-    """One finished stretch of the source.
+class Span(Record):
+    """A stretch that one process encodes at a time: positions of the source, or prompt numbers.
 
     Attributes:
-        source_pairs: Pairs it took from the source, those in quarantine included.
-        pairs: Pairs it holds.
-        prompts: Prompts that occur here for the first time.
-        files: Its files by name.
-        quarantined: The pairs left out.
+        start: The first one.
+        stop: One past the last.
     """
 
-    source_pairs: int
-    pairs: int
-    prompts: int
-    files: dict[str, FileRecord]
-    quarantined: list[Quarantined]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: int
+    stop: int
 
 
 class WeightsMemo(Record):
@@ -63,16 +60,22 @@ class WeightsMemo(Record):
 
 
 class Manifest(Record):
-    """Everything `manifest.json` holds.
+    """Everything `manifest.json` holds: the plan first, and the result once all of it is done.
 
     Attributes:
         format: Version of the layout.
         identity: What decides the content, by name; see `fastpo.data.identity`.
         weights: Memo that saves hashing the model again, by component.
         limit: `data.limit` of the last preparation.
-        complete: Whether the source was exhausted (or the limit reached).
+        complete: Whether every shard and text was done and they were merged.
         report: Counts of the source's scan.
-        shards: In the order of the source.
+        source_pairs: Pairs of the source within the limit, those in quarantine included.
+        shards: Stretches of the source; shard k stands in the folder `shard-k`.
+        texts: Stretches of the prompts; text k stands in the folder `text-k`.
+        shapes: `(h, w)` of the latents, by bucket number.
+        pairs: Usable pairs.
+        quarantined: How many pairs were left out as unusable.
+        files: The finished cache's files by their path in the folder.
     """
 
     format: int = FORMAT
@@ -81,29 +84,27 @@ class Manifest(Record):
     limit: int | None = None
     complete: bool = False
     report: dict[str, int] = {}
-    shards: list[ShardRecord] = []
-
-    @property
-    def source_pairs(self) -> int:
-        """Pairs of the source that are done."""
-        return sum(shard.source_pairs for shard in self.shards)
-
-    @property
-    def quarantined(self) -> list[Quarantined]:
-        """All pairs left out."""
-        return [pair for shard in self.shards for pair in shard.quarantined]
+    source_pairs: int = 0
+    shards: list[Span] = []
+    texts: list[Span] = []
+    shapes: list[tuple[int, int]] = []
+    pairs: int = 0
+    quarantined: int = 0
+    files: dict[str, FileRecord] = {}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the identity and every file's SHA-256."""
-        files = {name: r.sha256 for shard in self.shards for name, r in shard.files.items()}
+        files = {name: record.sha256 for name, record in self.files.items()}
         text = json.dumps([self.identity, files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def covers(self, limit: int | None) -> bool:
+        """Tells whether the plan spans every pair that a limit allows."""
+        return self.limit is None or (limit is not None and limit <= self.limit)
+
     def save(self, cache_dir: Path) -> None:
-        """Writes `manifest.json` and `quarantine.jsonl` atomically."""
-        lines = "".join(pair.model_dump_json() + "\n" for pair in self.quarantined)
-        write_atomically(cache_dir / "quarantine.jsonl", lambda p: p.write_text(lines))
+        """Writes `manifest.json` atomically."""
         text = self.model_dump_json(indent=1)
         write_atomically(cache_dir / MANIFEST, lambda p: p.write_text(text))
 
@@ -164,37 +165,50 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> FileRecord:
     Returns:
         Size and SHA-256 of what was written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
+    temporary = path.with_name(partial_name(path.name))
+    try:
+        write(temporary)
+        record = seal(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def partial_name(name: str) -> str:
+    """Returns a temporary name that no other process on any machine uses."""
+    return f".{name}.partial-{socket.gethostname()}-{os.getpid()}"
+
+
+def seal(path: Path) -> FileRecord:
+    """Flushes a file to disk and returns its size and SHA-256."""
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    size = temporary.stat().st_size
-    os.replace(temporary, path)
-    return FileRecord(bytes=size, sha256=digest)
+        return FileRecord(bytes=os.fstat(file.fileno()).st_size, sha256=digest)
 
 
-def check_files(cache_dir: Path, manifest: Manifest, *, verify: bool) -> None:
+def check_files(cache_dir: Path, files: Mapping[str, FileRecord], *, verify: bool) -> None:
     """Checks that every file is there with its size and, with `verify`, its SHA-256.
 
     Raises:
         CacheError: Naming the first file that is missing or differs.
     """
-    for shard in manifest.shards:
-        for name, record in shard.files.items():
-            path = cache_dir / name
-            if not path.is_file():
-                raise CacheError(f"missing file: {path}; prepare again into a new folder")
+    for name, record in files.items():
+        path = cache_dir / name
+        try:
             size = path.stat().st_size
-            if size != record.bytes:
-                raise CacheError(f"{path} is damaged: {size} bytes, expected {record.bytes}")
-            if verify:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != record.sha256:
-                    raise CacheError(
-                        f"{path} is damaged: SHA-256 {digest[:12]}, expected {record.sha256[:12]}"
-                    )
+        except OSError:
+            raise CacheError(f"missing file: {path}; prepare again into a new folder") from None
+        if size != record.bytes:
+            raise CacheError(f"{path} is damaged: {size} bytes, expected {record.bytes}")
+        if verify:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != record.sha256:
+                raise CacheError(
+                    f"{path} is damaged: SHA-256 {digest[:12]}, expected {record.sha256[:12]}"
+                )
 
 
 def _short(value: str | None) -> str:

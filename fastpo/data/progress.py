@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import (
@@ -11,6 +11,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -26,13 +27,28 @@ class _Speed(ProgressColumn):
         return Text(f"{speed:.1f} images/s" if speed else "- images/s")
 
 
+class Advance:
+    """Moves a bar: `advance(2)` by own work, `advance.to(n)` to what all processes have done."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        """Wraps one task of a bar."""
+        self._bar, self._task = bar, task
+
+    def __call__(self, count: int) -> None:
+        """Adds images."""
+        self._bar.advance(self._task, count)
+
+    def to(self, done: int) -> None:
+        """Sets the number of images that are done."""
+        self._bar.update(self._task, completed=done)
+
+
 @contextmanager
-def image_progress(total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Shows a bar with images/s and time left; gives a function that advances it.
+def image_progress(total: int, *, show: bool) -> Iterator[Advance]:
+    """Shows a bar with images/s and time left.
 
     Args:
         total: Images in all.
-        done: Images encoded by an earlier run.
         show: False shows nothing.
     """
     columns = (
@@ -43,5 +59,4 @@ def image_progress(total: int, *, done: int, show: bool) -> Iterator[Callable[[i
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("encoding images", total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+        yield Advance(bar, bar.add_task("encoding images", total=total))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpo.data.sampler import PairSampler, make_loader, micro_batch_numbers
+from fastpo.data.loader import make_loader, micro_batch_numbers
+from fastpo.data.sampler import PairSampler
 from fastpo.types import PairBatch
 
 BUCKETS = st.lists(st.integers(0, 3), min_size=1, max_size=40).map(torch.tensor)
@@ -165,7 +166,7 @@ def test_resuming_is_a_start_step(start):
     assert loaded(accumulation_steps=3, start_step=start) == whole[3 * start :]
 
 
-def test_worker_processes_give_the_same_batches_in_order():
+def test_reading_threads_give_the_same_batches_in_order():
     assert loaded(workers=2) == loaded()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from fastpo.config import DataConfig
 from fastpo.errors import DataError
@@ -41,8 +43,21 @@ class SourceReport:
         return ", ".join(f"{count} {name}" for name, count in self.as_dict().items())
 
 
+@dataclass(frozen=True)
+class PromptTable:
+    """The distinct prompts of a source and which pair has which.
+
+    Attributes:
+        prompts: In the order of their first appearance; number 0 is the empty prompt.
+        numbers: `(N,)` int32, the number of each pair's prompt.
+    """
+
+    prompts: list[str]
+    numbers: np.ndarray
+
+
 class PairSource(ABC):
-    """An iterable of preference pairs.
+    """Preference pairs by their position in the data set.
 
     Attributes:
         config: What was asked for.
@@ -72,15 +87,34 @@ class PairSource(ABC):
         """Yields the pairs in the order of the files; names are unique."""
         seen: dict[int, int] = {}
         self.report.duplicates = 0
-        for pair in self._pairs():
+        for pair in self.pairs():
             key = pair_key(pair.pair_id)
             seen[key] = seen.get(key, 0) + 1
-            if seen[key] == 1:
-                yield pair
-                continue
-            self.report.duplicates += 1
-            name = f"{pair.pair_id}#{seen[key]}"
-            yield PreferencePair(name, pair.prompt, pair.winner, pair.loser)
+            if seen[key] > 1:
+                self.report.duplicates += 1
+            yield replace(pair, pair_id=numbered(pair.pair_id, seen[key]))
+
+    def pairs(self, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        """Yields the pairs at positions `start` to `stop` - 1 without reading those before.
+
+        A name that the data set uses twice comes twice: only who sees all names can number them.
+        """
+        end = len(self) if stop is None else min(stop, len(self))
+        return self._pairs(start, end) if start < end else iter(())
+
+    def prompt_table(self) -> PromptTable:
+        """Returns every distinct prompt and each pair's, from the text alone.
+
+        Raises:
+            DataError: A prompt is not text.
+        """
+        known = {"": 0}
+        numbers = np.fromiter(
+            (known.setdefault(prompt, len(known)) for prompt in self._captions()),
+            dtype=np.int32,
+            count=len(self),
+        )
+        return PromptTable(list(known), numbers)
 
     def _full(self) -> bool:
         """Tells whether the limit is reached."""
@@ -91,13 +125,22 @@ class PairSource(ABC):
         """Reads the labels of all rows up to the limit and fills `report`."""
 
     @abstractmethod
-    def _pairs(self) -> Iterator[PreferencePair]:
-        """Yields the `report.pairs` pairs that the scan counted."""
+    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
+        """Yields the pairs at positions `start` to `stop` - 1, of those that the scan counted."""
+
+    @abstractmethod
+    def _captions(self) -> Iterable[str]:
+        """Yields the prompt of every pair that the scan counted; no image is read."""
 
     @classmethod
     @abstractmethod
     def digest(cls, config: DataConfig) -> str | None:
         """See `source_digest`."""
+
+
+def numbered(name: str, occurrence: int) -> str:
+    """Returns the name of a pair whose name occurs for the n-th time, n from 1 on."""
+    return name if occurrence == 1 else f"{name}#{occurrence}"
 
 
 def content_hash(*parts: bytes | str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
@@ -31,28 +34,36 @@ class FolderSource(PairSource):
                 f"missing file: {self._file}; expected one line per pair: {SCHEMA} "
                 f"(found: {found_in(folder)})"
             )
-        for number, entry in self._lines():
+        places: list[int] = []
+        for number, place, entry in self._lines():
             for side in ("winner", "loser"):
                 if not (folder / entry[side]).is_file():
                     raise DataError(
                         f"{self._file}: line {number}: {side} image not found: "
                         f"{folder / entry[side]}"
                     )
+            places.append(place)
             self.report.rows += 1
             self.report.pairs += 1
             if self._full():
                 break
+        self._places = np.array(places, dtype=np.int64)
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with self._file.open(encoding="utf-8") as file:
+    def _lines(self, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yields number, place in bytes and content of the lines from `place` on."""
+        with self._file.open("rb") as file:
+            file.seek(place)
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse(self._file, number, line)
+                    yield number, place, _parse(self._file, number, line)
+                place += len(line)
 
-    def _pairs(self) -> Iterator[PreferencePair]:
-        for count, (_, entry) in enumerate(self._lines()):
-            if count == self.report.pairs:
-                return
+    def _captions(self) -> Iterator[str]:
+        return (entry["prompt"] for _, _, entry in islice(self._lines(), len(self)))
+
+    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
+        lines = self._lines(int(self._places[start]))
+        for _, _, entry in islice(lines, stop - start):
             sides = (entry["winner"], entry["loser"])
             winner, loser = (partial(Path.read_bytes, self._file.parent / side) for side in sides)
             name = entry.get("id")
@@ -66,7 +77,7 @@ class FolderSource(PairSource):
         return digest_file(Path(config.path).expanduser() / "pairs.jsonl")
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     where = f"{path}: line {number}"
     try:
         entry = json.loads(line)

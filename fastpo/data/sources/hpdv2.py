@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
@@ -28,42 +31,47 @@ class HPDv2Source(PairSource):
         self._listing = _listing(self.config)
         self._entries = _read(self._listing)
         self._root = self._listing.parent
-        comparisons = self._comparisons()
-        for _, _, _, preference in comparisons:
+        kept = array("i")  # entry, winner and loser of each pair, as numbers
+        for entry, first, second, preference in self._comparisons():
             self.report.rows += 1
             self.report.ties += preference == 0
-            self.report.pairs += preference != 0
+            if preference != 0:
+                self.report.pairs += 1
+                kept.extend((entry, first, second) if preference > 0 else (entry, second, first))
             if self._full():
                 break
+        self._kept = np.array(kept, dtype=np.int32).reshape(-1, 3)
         if self.report.rows:
             self._root = self._image_root()
 
-    def _comparisons(self) -> Iterator[tuple[str, str, str, float]]:
-        """Yields prompt, two image paths and a number that is > 0 if the first is preferred."""
+    def _comparisons(self) -> Iterator[tuple[int, int, int, float]]:
+        """Yields entry, two images of it and a number that is > 0 if the first is preferred."""
         paths_key, scores_key = _KEYS[self.config.split]
         sign = -1 if scores_key == "rank" else 1
         for number, entry in enumerate(self._entries):
-            paths, scores = _checked(self._listing, number, entry, paths_key, scores_key)
-            for i in range(len(paths)):
-                for j in range(i + 1, len(paths)):
-                    preference = sign * (scores[i] - scores[j])
-                    yield entry["prompt"], paths[i], paths[j], preference
+            _, scores = _checked(self._listing, number, entry, paths_key, scores_key)
+            for i in range(len(scores)):
+                for j in range(i + 1, len(scores)):
+                    yield number, i, j, sign * (scores[i] - scores[j])
 
-    def _pairs(self) -> Iterator[PreferencePair]:
-        left = self.report.pairs
-        for prompt, first, second, preference in self._comparisons():
-            if preference == 0:
-                continue
-            if not left:
-                return
-            left -= 1
-            images = [partial(Path.read_bytes, self._root / name) for name in (first, second)]
-            winner = 0 if preference > 0 else 1
+    def _captions(self) -> Iterator[str]:
+        return (self._entries[number]["prompt"] for number in self._kept[:, 0].tolist())
+
+    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
+        paths_key, _ = _KEYS[self.config.split]
+        for number, winner, loser in self._kept[start:stop].tolist():
+            prompt, paths = self._entries[number]["prompt"], self._entries[number][paths_key]
+            first, second = (paths[image] for image in sorted((winner, loser)))
             name = f"{first}:{second}:{content_hash(prompt)[:8]}"
-            yield PreferencePair(name, prompt, images[winner], images[1 - winner])
+            read_winner, read_loser = (
+                partial(Path.read_bytes, self._root / paths[image]) for image in (winner, loser)
+            )
+            yield PreferencePair(name, prompt, read_winner, read_loser)
 
     def _image_root(self) -> Path:
-        first = next(self._comparisons())[1]
+        paths_key, _ = _KEYS[self.config.split]
+        number, image, _, _ = next(self._comparisons())
+        first = self._entries[number][paths_key][image]
         roots = (self._root, self._root / self.config.split)
         for root in roots:
             if (root / first).is_file():

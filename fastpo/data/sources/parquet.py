@@ -8,6 +8,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,16 @@ class ParquetSource(PairSource):
 
     def _scan(self) -> None:
         self.images = RowGroups()
-        self._files: list[Path] = []
+        self._groups: list[tuple[Path, int]] = []
+        self._winners: list[np.ndarray] = []  # int8 per row of each group
         for path in _files(self.config):
-            self._files.append(path)
             with _open(path) as file:
                 _check_schema(path, file.schema_arrow)
                 self._scan_file(path, file)
             if self._full():
-                return
+                break
+        counts = [int((winner >= 0).sum()) for winner in self._winners]
+        self._starts = np.cumsum([0, *counts])
 
     def _scan_file(self, path: Path, file: pq.ParquetFile) -> None:
         start = 0
@@ -96,6 +99,8 @@ class ParquetSource(PairSource):
                 taken = np.flatnonzero(winner >= 0)[:left]
                 if len(taken) == left:
                     winner = winner[: taken[-1] + 1]
+            self._groups.append((path, group))
+            self._winners.append(winner)
             self.report.rows += len(winner)
             self.report.ties += int((winner == _TIE).sum())
             self.report.unlabeled += int((winner == _UNLABELED).sum())
@@ -103,30 +108,44 @@ class ParquetSource(PairSource):
             if self._full():
                 return
 
-    def _pairs(self) -> Iterator[PreferencePair]:
-        left = self.report.pairs
-        for path in self._files:
-            with _open(path) as file:
-                names = set(file.schema_arrow.names)
-                columns = ["caption", *(c for c in _OPTIONAL if c in names)]
-                start = 0
-                for group in range(file.num_row_groups):
-                    winner = _winners(path, file, group, start)
-                    start += len(winner)
-                    rows = np.flatnonzero(winner >= 0)[:left]
-                    left -= len(rows)
-                    table = file.read_row_group(group, columns=columns).take(rows)
-                    for row, values in zip(rows.tolist(), table.to_pylist(), strict=True):
-                        yield self._pair(path, group, row, int(winner[row]), values)
-                    if not left:
-                        return
+    def _captions(self) -> Iterator[str]:
+        columns = self._columns(0, len(self), ["caption"])
+        return (values["caption"] for *_, values in columns)
+
+    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
+        for place, winner, values in self._columns(start, stop, ["caption", *_OPTIONAL]):
+            yield self._pair(*place, winner, values)
+
+    def _columns(
+        self, start: int, stop: int, columns: list[str]
+    ) -> Iterator[tuple[tuple[Path, int, int], int, dict[str, Any]]]:
+        """Yields file, row group and row, who won, and the columns' values, pair by pair."""
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        opened: Path | None = None
+        with ExitStack() as files:
+            for k in range(first, len(self._groups)):
+                before = int(self._starts[k])
+                if before >= stop:
+                    return
+                (path, group), winner = self._groups[k], self._winners[k]
+                if path != opened:
+                    files.close()
+                    file, opened = files.enter_context(_open(path)), path
+                rows = np.flatnonzero(winner >= 0)[max(0, start - before) : stop - before]
+                present = [name for name in columns if name in file.schema_arrow.names]
+                table = file.read_row_group(group, columns=present).take(rows)
+                for row, values in zip(rows.tolist(), table.to_pylist(), strict=True):
+                    if not isinstance(values["caption"], str):
+                        raise DataError(
+                            f"{path}: row group {group}, row {row}: caption is "
+                            f"{values['caption']!r}"
+                        )
+                    yield (path, group, row), int(winner[row]), values
 
     def _pair(
         self, path: Path, group: int, row: int, winner: int, values: dict[str, Any]
     ) -> PreferencePair:
         prompt = values["caption"]
-        if not isinstance(prompt, str):
-            raise DataError(f"{path}: row group {group}, row {row}: caption is {prompt!r}")
         images: list[Callable[[], bytes]] = [
             partial(self.images.image, path, group, row, column) for column in IMAGES
         ]
@@ -168,7 +187,7 @@ def _winners(path: Path, file: pq.ParquetFile, group: int, start: int) -> np.nda
             f"row group"
         )
     winner = np.where(labels[0] == 0.5, _TIE, np.where(labels[0] == 1.0, 0, 1))
-    return np.where(labeled, winner, _UNLABELED)
+    return np.where(labeled, winner, _UNLABELED).astype(np.int8)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

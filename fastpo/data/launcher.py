@@ -1,0 +1,54 @@
+"""Which of several processes this one is, as its launcher says; no process group is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastpo.errors import ConfigError
+
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch, deepspeed
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a launch.
+
+    Attributes:
+        rank: From 0 to `world_size` - 1.
+        world_size: Processes of the launch.
+        local_rank: Its number on its machine; chooses the GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_launch(cls, environment: Mapping[str, str] = os.environ) -> Worker:
+        """Reads what torchrun, accelerate, deepspeed or srun set; a single process without them.
+
+        Raises:
+            ConfigError: A variable is no number, or the rank is not below the number of processes.
+        """
+        for names in _LAUNCHERS:
+            if names[0] not in environment or names[1] not in environment:
+                continue
+            values = [environment.get(name, "0") for name in names]
+            if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+                shown = ", ".join(f"{n}={v!r}" for n, v in zip(names, values, strict=True))
+                raise ConfigError(f"the launcher's environment is wrong: {shown}; expected numbers")
+            return cls(*map(int, values))
+        return cls()
+
+    def device(self) -> str:
+        """Returns this process's GPU, taken in turn on its machine, or the CPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"

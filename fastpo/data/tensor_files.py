@@ -1,0 +1,184 @@
+"""Random access to rows of tensors in thousands of safetensors files.
+
+A row is read by one `preadv` straight into the batch: no map, no intermediate copy, no lock while
+reading. (`safetensors`' own slices cost five times as much per batch of SDXL latents; see
+`benchmarks/bench_data.py`.) Descriptors are bounded, so the number of files is not; what a file's
+header says is kept, so a file that is opened again is not parsed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo.errors import CacheError
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the rows of one tensor stand in its file.
+
+    Attributes:
+        start: Place of the first row in bytes.
+        count: Number of rows.
+        shape: Shape of a row.
+        dtype: Their dtype.
+    """
+
+    start: int
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFiles:
+    """Reads rows of the tensors in one folder's safetensors files.
+
+    Any number of threads may read at once. Each process opens its own files; a copy made by fork or
+    pickle starts afresh.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """Opens nothing yet.
+
+        Args:
+            folder: The folder.
+            keep: Most files open at a time; by default half of what the process may open, 64 to
+                4096.
+        """
+        self._folder = folder
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._keep = keep or min(max(limit // 2, 64), 4096)
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._open: OrderedDict[str, _File] = OrderedDict()
+        self._headers: dict[str, dict[str, Rows]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the open files out."""
+        return {"folder": self._folder, "keep": self._keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Starts with no open file."""
+        self.__init__(state["folder"], state["keep"])
+
+    @property
+    def open_files(self) -> int:
+        """Files that are open now."""
+        return len(self._open)
+
+    def rows(self, name: str, key: str) -> Rows:
+        """Returns where a tensor's rows are.
+
+        Raises:
+            CacheError: The file is damaged or lacks the tensor.
+        """
+        try:
+            header = self._headers.get(name)
+            if header is None:
+                header = self._headers[name] = _header(self._file(name))
+            return header[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self._folder / name}: cannot read {key}: {type(error).__name__}: {error}"
+            ) from error
+
+    def read(self, name: str, key: str, row: int, parts: Sequence[Tensor]) -> None:
+        """Reads one row into tensors that together have its size, one after the other.
+
+        Args:
+            name: The file.
+            key: The tensor.
+            row: The row.
+            parts: Contiguous tensors on the CPU, in the dtype of the file.
+
+        Raises:
+            CacheError: The file is damaged, or lacks the tensor or the row.
+        """
+        rows = self.rows(name, key)
+        views = [part.view(torch.uint8).reshape(-1).numpy().data for part in parts]
+        try:
+            if not 0 <= row < rows.count:
+                raise ValueError(f"it has {rows.count} rows")
+            if sum(view.nbytes for view in views) != rows.size:
+                raise ValueError(f"a row has {rows.size} bytes, {rows.shape} {rows.dtype}")
+            file, place = self._file(name), rows.start + row * rows.size
+            if os.preadv(file.descriptor, views, place) != rows.size:
+                _read_slowly(file, views, place)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{self._folder / name}: cannot read {key}[{row}]: {error}") from error
+
+    def _file(self, name: str) -> _File:
+        """Returns an open file; one that is let go stays open until its last reader is done."""
+        if self._process != os.getpid():  # another thread of the parent may have held the lock
+            self._process, self._open, self._lock = os.getpid(), OrderedDict(), threading.Lock()
+        with self._lock:
+            file = self._open.get(name)
+            if file is None:
+                file = self._open[name] = _File(self._folder / name)
+                if len(self._open) > self._keep:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(name)
+            return file
+
+
+class _File:
+    """A descriptor that is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _header(file: _File) -> dict[str, Rows]:
+    """Parses a safetensors header: eight bytes of length, then JSON."""
+    size = os.fstat(file.descriptor).st_size
+    length = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
+    if length > size - 8:
+        raise ValueError("no safetensors file")
+    found = {}
+    for key, entry in json.loads(os.pread(file.descriptor, length, 8)).items():
+        if key == "__metadata__":
+            continue
+        count, *shape = entry["shape"]
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        rows = Rows(start, count, tuple(shape), _DTYPES[entry["dtype"]])
+        if stop - start != count * rows.size or stop > size:
+            raise ValueError(f"{key} does not fit into the file")
+        found[key] = rows
+    return found
+
+
+def _read_slowly(file: _File, views: Sequence[memoryview], place: int) -> None:
+    """Reads part by part, where the system gave less than was asked for."""
+    for view in views:
+        done = 0
+        while done < view.nbytes:
+            got = os.preadv(file.descriptor, [view[done:]], place + done)
+            if got == 0:
+                raise ValueError("the file ends too early")
+            done += got
+        place += view.nbytes
