@@ -13,8 +13,9 @@ Every function takes
 known;
 * `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None;
-* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else
-  reference. An explicit choice never falls back.
+* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else the
+  reference's mathematics in fewer operators and passes, the default on a CPU. A name never falls
+  back.
 
 Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
 `policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
+from fastpo_kernels.pair_loss import portable
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 
 CASES = {
@@ -75,11 +76,11 @@ def eager_runs(call, x, **options):
         yield out, grad[:, order.argsort()].reshape(x.policy.shape)
 
 
-def check(call, x, **options):
-    """Every output and the gradient of the kernel within the budget."""
+def check(call, x, impl="triton", **options):
+    """Every output and the gradient within the budget."""
     truth, truth_grad = run(call, x.double(), "reference", **options)
     eager = list(eager_runs(call, x, **options))
-    actual, grad = run(call, x, "triton", **options)
+    actual, grad = run(call, x, impl, **options)
     rows = truth.policy_error.max().item()
     scales = {"margin": rows, "loss": loss_scale(truth, truth_grad, x)}
     for k, (name, a, t) in enumerate(zip(truth._fields, actual, truth, strict=True)):
@@ -228,3 +229,86 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(name, device, small_tile
     for a, b in zip(first, again, strict=True):
         assert a is b is None or (torch.equal(a, b) and torch.isfinite(a).all())
     assert torch.equal(first_grad, again_grad) and torch.isfinite(first_grad).all()
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def cpu_way(request, monkeypatch):
+    """The two ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
+    monkeypatch.setattr(portable, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_default_within_budget(name, dtype, cpu_way):
+    check(CASES[name], pair_inputs(5, (4, 7, 11), dtype, n_annotators=2), impl=None)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("size", [1, 7, 65537])
+def test_cpu_default_sizes(size, shared, cpu_way, monkeypatch):
+    if size > 1000 and cpu_way == "pieces":
+        monkeypatch.setattr(portable, "_PIECE", 1 << 14)
+    check(CASES["sdpo"], pair_inputs(3, (size,), torch.bfloat16, shared_target=shared), impl=None)
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_cpu_default_takes_strided_inputs(layout, cpu_way):
+    x = pair_inputs(2, (4, 6, 10), torch.float32)
+    x.policy, x.reference, x.target = STRIDED[layout](x)
+    check(CASES["sdpo"], x, impl=None)
+
+
+def test_cpu_default_takes_ready_errors_and_mixed_dtypes(cpu_way):
+    x = pair_inputs(3, (4, 50), torch.bfloat16, n_annotators=2)
+    live, live_grad = run(CASES["adaptive_dpo-annotators"], x, None)
+    x.annotators[0] = fl.pair_errors(x.annotators[0], x.target)
+    x.reference, x.target = x.reference.float(), x.target.float()
+    mixed, mixed_grad = run(CASES["adaptive_dpo-annotators"], x, None)
+    torch.testing.assert_close(live.loss, mixed.loss)
+    torch.testing.assert_close(live.minority, mixed.minority)
+    torch.testing.assert_close(live_grad, mixed_grad)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_default_is_exact_in_float64(name, cpu_way):
+    x = pair_inputs(3, (4, 50), torch.float64, n_annotators=2)
+    expected, expected_grad = run(CASES[name], x, "reference")
+    found, grad = run(CASES[name], x, None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sdpo", "adaptive_dpo-annotators"])
+def test_cpu_default_reruns_bitwise_and_reads_nothing_unset(name, cpu_way, nan_poisoned):
+    x = pair_inputs(3, (7, 31), torch.bfloat16, n_annotators=2)
+    first, first_grad = run(CASES[name], x, None)
+    again, again_grad = run(CASES[name], x, None)
+    for a, b in zip(first, again, strict=True):
+        assert a is b is None or (torch.equal(a, b) and torch.isfinite(a).all())
+    assert torch.equal(first_grad, again_grad) and torch.isfinite(first_grad).all()
+
+
+def test_cpu_default_is_differentiable_twice(cpu_way):
+    x = pair_inputs(2, (5, 10), torch.float64)
+
+    def loss(policy):
+        return fl.dpo(policy, x.reference, x.target, beta=20).loss
+
+    policy = x.policy.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (policy,))
+    assert torch.autograd.gradgradcheck(loss, (policy,))
+    errors = torch.autograd.functional.jacobian(lambda p: fl.pair_errors(p, x.target), policy)
+    assert errors.shape == (4, 4, 5, 10)
+
+
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+@pytest.mark.parametrize("name", ["dpo", "dmpo", "mapo", "sdpo"])
+def test_cpu_default_stays_finite_at_extreme_logits(name, gap, cpu_way):
+    x = pair_inputs(2, (40,), torch.float32)
+    rows = torch.ones(4)
+    rows[: 2 if gap < 0 else 4][-2:] += abs(gap) / 20
+    x.policy = x.target.repeat(2, 1) + rows.sqrt()[:, None]
+    x.reference = x.target.repeat(2, 1) + 1
+    out, grad = run(CASES[name], x, None)
+    assert torch.isfinite(out.loss) and torch.isfinite(grad).all()

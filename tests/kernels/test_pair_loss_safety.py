@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.pair_loss import ops, portable
 from fastpo_kernels.testing import pair_inputs
 
-IMPLS = ("triton", "reference")
+IMPLS = ("triton", "reference", None)
 
 
 def call(x, impl="triton", **options):
@@ -113,9 +113,15 @@ def test_operator_and_eager_path_agree_bitwise(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a GPU is triton")
-def test_none_chooses_the_reference_on_the_cpu():
+def test_none_chooses_the_portable_path_on_the_cpu(monkeypatch):
     x = pair_inputs(2, (40,))
-    assert torch.equal(call(x, None).loss, call(x, "reference").loss)
+    expected = call(x, "reference").loss
+    chosen = []
+    real = portable.pair_loss
+    monkeypatch.setattr(portable, "pair_loss", lambda *a, **k: chosen.append(1) or real(*a, **k))
+    torch.testing.assert_close(call(x, None).loss, expected)
+    call(x, "reference")
+    assert chosen == [1]
 
 
 def test_float64_is_for_the_reference(device):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo_kernels._impl import Impl, choose
-from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.pair_loss import ops, portable
 from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.pair_loss.reference import (
     Adaptive,
@@ -44,6 +44,8 @@ class PairLoss(NamedTuple):
 
 def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
     """`choose`, and a limit of the kernel's: its last program holds vectors of all pairs."""
+    if impl is None and not tensors[0].is_cuda:
+        return "reference"
     n_pairs = tensors[0].shape[0] // 2
     if impl is None and n_pairs > _MAX_PAIRS:
         return "reference"
@@ -65,10 +67,10 @@ def _check_predictions(policy: Tensor, target: Tensor) -> None:
             "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
             f"got {tuple(policy.shape)}"
         )
-    rows, shape = policy.shape[0], tuple(policy.shape)
-    if target.shape[1:] != policy.shape[1:] or target.shape[0] not in (rows, rows // 2):
+    rows, *dims = policy.shape
+    if target.shape not in ((rows // 2, *dims), (rows, *dims)):
         raise ValueError(
-            f"target must be {shape}, or {(rows // 2, *shape[1:])} shared by the pair; "
+            f"target must be {(rows, *dims)}, or {(rows // 2, *dims)} shared by the pair; "
             f"got {tuple(target.shape)}"
         )
     if target.device != policy.device:
@@ -162,8 +164,8 @@ def pair_loss(
             `sum d_m**2` of every annotator, the policy first, for adaptive, then `sum e_w` and
             `sum <pred_w - target, pred_l - target> / N` with a safeguard, last the pairs.
         impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD)
-            in a dtype it takes, with triton installed, at most 2048 pairs; else reference. Never
-            falls back.
+            in a dtype it takes, with triton installed, at most 2048 pairs; else `portable.py`, the
+            reference's mathematics in fewer passes. A name never falls back.
 
     Returns:
         `PairLoss`.
@@ -198,8 +200,9 @@ def pair_loss(
     tensors = [policy, target, *(s for _, s in named)]
     options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
     if _chosen(impl, [*tensors, *given]) == "reference":
+        plain = portable if impl is None else eager
         return PairLoss(
-            *eager.pair_loss(
+            *plain.pair_loss(
                 policy,
                 reference,
                 target,
@@ -296,5 +299,5 @@ def pair_errors(policy: Tensor, target: Tensor, *, impl: Impl | None = None) -> 
     """
     _check_predictions(policy, target)
     if _chosen(impl, [policy, target]) == "reference":
-        return eager.pair_errors(policy, target.detach())
+        return (portable if impl is None else eager).pair_errors(policy, target.detach())
     return ops.pair_errors(policy, target)

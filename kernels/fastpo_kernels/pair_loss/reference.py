@@ -266,14 +266,14 @@ def _safeguarded(e_l: Tensor, agreement: Sequence[Tensor], mu: float) -> Tensor:
     return e_l.detach() + scale * (e_l - e_l.detach())
 
 
-def pair_loss(
-    policy: Tensor,
-    reference: Tensor | None,
-    target: Tensor,
+def from_errors(
+    errors: Tensor,
+    reference_errors: Tensor | None,
+    annotator_errors: Sequence[Tensor],
+    dot: Tensor | None,
     *,
     objective: str,
     options: Sequence[float],
-    annotators: Sequence[Tensor] = (),
     minority: Tensor | None = None,
     statistics: Tensor | None = None,
     pair_weight: Tensor | None = None,
@@ -281,29 +281,31 @@ def pair_loss(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss`.
+    """What follows the reduction: statistics, weights and the loss, from a few numbers of a pair.
+
+    Args:
+        errors: `[2, B]` float32 or float64, the policy's; differentiable.
+        reference_errors: `[2, B]` of the same dtype, detached, or None.
+        annotator_errors: likewise, one of every annotator.
+        dot: `[B]`, mean product of winner's and loser's residual, detached; for a safeguard only.
+        objective: and the others as in `pair_loss`.
 
     Returns:
-        The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error
-        `[2B]` or None, minority metric `[B]` or None, weight `[B]` or None.
+        As `pair_loss`.
     """
-    target = target.detach()
-    diff = residual(policy, target)
-    errors = diff.square().flatten(2).mean(2)
-    policy_error = errors.detach().flatten()
+    policy_error = errors.detach()
     e_w, e_l = errors.unbind()
-    reference_error = None if reference is None else _errors_of(reference, target, e_w.dtype)
-    known = torch.zeros_like(errors) if reference_error is None else reference_error
-    r_w, r_l = known.detach().view_as(errors).unbind()
+    known = torch.zeros_like(policy_error) if reference_errors is None else reference_errors
+    r_w, r_l = known.unbind()
     d = _margin(e_w, e_l, r_w, r_l).detach()
     gain = (r_w + r_l - e_w - e_l).detach() / 2 if objective == "kto" else None
     margins = []
     if adaptive is not None:
-        judged = (_errors_of(a, target, e_w.dtype).view_as(errors) for a in annotators)
-        margins = [d, *((r_w - r_l) - (a[0] - a[1]) for a in judged)]
+        margins = [d, *((r_w - r_l) - (a[0] - a[1]) for a in annotator_errors)]
     agreement = []
     if safeguard is not None:
-        agreement = [e_w.detach(), (diff[0] * diff[1]).detach().flatten(1).mean(1)]
+        assert dot is not None, "a safeguard needs the residuals' product"
+        agreement = [policy_error[0], dot]
     sums = [x.sum() for x in agreement]
     if reduce is not None:
         totals = reduced(reduce, batch_sums(gain, margins, agreement, len(d)))
@@ -322,4 +324,32 @@ def pair_loss(
         e_l = _safeguarded(e_l, sums, safeguard)
     losses = OBJECTIVES[objective].function(e_w, e_l, r_w, r_l, shift, *options)
     loss = (losses if weight is None else weight * losses).mean()
-    return loss, d, policy_error, reference_error, u, weight
+    reference_error = None if reference_errors is None else reference_errors.flatten()
+    return loss, d, policy_error.flatten(), reference_error, u, weight
+
+
+def pair_loss(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    *,
+    annotators: Sequence[Tensor] = (),
+    safeguard: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss`.
+
+    `rest` are the keywords of `from_errors`.
+
+    Returns:
+        The loss (differentiable) and, detached, margin `[B]`, policy error `[2B]`, reference error
+        `[2B]` or None, minority metric `[B]` or None, weight `[B]` or None.
+    """
+    target = target.detach()
+    diff = residual(policy, target)
+    errors = diff.square().flatten(2).mean(2)
+    sources = annotators if reference is None else (reference, *annotators)
+    judged = [_errors_of(s, target, errors.dtype).view_as(errors) for s in sources]
+    known = None if reference is None else judged.pop(0)
+    dot = None if safeguard is None else (diff[0] * diff[1]).detach().flatten(1).mean(1)
+    return from_errors(errors, known, judged, dot, safeguard=safeguard, **rest)
