@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _nn
+from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastpo_kernels.pair_loss import reference as eager
 
