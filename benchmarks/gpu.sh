@@ -1,25 +1,64 @@
 #!/usr/bin/env bash
-# The CUDA tests, then every benchmark, in under nine minutes. CSV, tables and logs go to $OUT
-# (default: benchmarks/results/<device>). Run from the repository's root.
+# The CUDA tests, then every benchmark and the sweep of launch configurations, the most important
+# rows first, within a budget:
+#
+#     benchmarks/gpu.sh [--budget-seconds 530]
+#
+# CSV files, the table of launches and one log go to $OUT (default: benchmarks/results/<device>).
+# Runs from a checkout and installs nothing: torch, Triton, numpy and pytest (with PyYAML and
+# Pillow, which the tests' fixtures use) must be there, pytest-xdist is used where it is.
 set -uo pipefail
-PYTHON=${PYTHON:-python}
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-LOGS=${OUT:-$(mktemp -d)}
-mkdir -p "$LOGS"
+cd "$(dirname "$0")/.." || exit 2
+BUDGET=530
+if [ "${1:-}" = --budget-seconds ] && [ -n "${2:-}" ]; then BUDGET=$2; fi
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
-
-timeout 150 "$PYTHON" -m pytest tests/kernels tests/fastpo/test_loss.py -q -m "not slow" \
-  --deselect tests/kernels/test_aot.py 2>&1 | tee "$LOGS/tests.log" | tail -20
-failed=${PIPESTATUS[0]}
-if [ "$failed" -ne 0 ]; then
-  echo "tests failed ($failed): what follows is timed for diagnosis, not for publication"
+if [ -z "${OUT:-}" ]; then
+  OUT=$("$PYTHON" -c 'from fastpo.bench.script import results_path as p; print(p("x").parent)')
 fi
+mkdir -p "$OUT"
+LOG="$OUT/run.log"
+COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+failed=0
 
-timeout 200 "$PYTHON" benchmarks/bench_pair_loss.py --skip-tests --budget 170 --seconds 0.15 \
-  --objectives dpo --latents sdxl sd15 video --dtypes bf16 fp32 --pairs 1 16 256 \
-  --providers eager compile ours ours-graph 2>&1 | tee "$LOGS/pair_loss.log"
-timeout 70 "$PYTHON" benchmarks/bench_pair_noise.py --skip-tests --budget 50 --seconds 0.15 \
-  --predictions epsilon flow --latents sdxl video --dtypes bf16 --pairs 1 16 64 \
-  --providers randn eager compile ours ours-graph 2>&1 | tee "$LOGS/pair_noise.log"
-timeout 60 "$PYTHON" benchmarks/launch_table.py 2>&1 | tee "$LOGS/launches.log"
+# stage NAME SECONDS COMMAND...: the command under a limit, never past the budget, into the log.
+stage() {
+  local name=$1 limit=$2 left=$((BUDGET - SECONDS)) code
+  shift 2
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
+  if [ "$limit" -lt 20 ]; then
+    echo "== $name: left out, $left s of $BUDGET left" | tee -a "$LOG"
+    return
+  fi
+  echo "== $name: at most $limit s, from second $SECONDS" | tee -a "$LOG"
+  # What a stage measures must end by itself, so that its last rows are written.
+  timeout --kill-after=5 "$limit" "${@//@BUDGET@/$((limit - 15))}" 2>&1 | tee -a "$LOG" | tail -40
+  code=${PIPESTATUS[0]}
+  if [ "$code" -ne 0 ]; then
+    echo "== $name: exit code $code" | tee -a "$LOG"
+    failed=1
+  fi
+}
+
+: >"$LOG"
+"$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)' \
+  | tee -a "$LOG"
+spread=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then spread=(-n 6); fi
+# The slow GPU tests too; not what runs on the CPU alone.
+stage tests 170 "$PYTHON" -m pytest tests/kernels tests/fastpo/test_loss.py -q -p no:cacheprovider \
+  ${spread[@]+"${spread[@]}"} -m "gpu or not slow" -k "not cpu_default" \
+  --ignore tests/kernels/test_aot.py
+if [ "$failed" -ne 0 ]; then
+  echo "== tests failed: what follows is timed for diagnosis, not for publication" | tee -a "$LOG"
+fi
+stage pair_loss 230 "$PYTHON" benchmarks/bench_pair_loss.py --skip-tests --seconds 0.15 \
+  --budget-seconds @BUDGET@ --commit "$COMMIT" --out "$OUT/pair_loss.csv"
+stage tune 75 "$PYTHON" -m fastpo.bench.tune --budget-seconds @BUDGET@ --commit "$COMMIT" \
+  --out "$OUT/launch_configs.csv"
+stage pair_noise 50 "$PYTHON" benchmarks/bench_pair_noise.py --skip-tests --seconds 0.1 \
+  --budget-seconds @BUDGET@ --commit "$COMMIT" --out "$OUT/pair_noise.csv" --dtypes bf16
+stage launches 60 "$PYTHON" benchmarks/launch_table.py --out "$OUT/launches.md"
+echo "== done after $SECONDS s, failed: $failed" | tee -a "$LOG"
 exit "$failed"

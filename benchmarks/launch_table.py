@@ -2,10 +2,10 @@
 
     python benchmarks/launch_table.py [--out benchmarks/results/cpu/launches.md]
 
-Eager: every operator that is not a view counts as one launch and moves its tensors' bytes (a
-broadcast argument by its own size). torch.compile: Inductor's own count of kernels and of bytes.
-Ours: two launches, and the bytes that the kernels address. On a GPU the launches of all three come
-from the profiler.
+Eager is the loss as trainers write it, reference our oracle: every operator that is not a view
+counts as one launch and moves its tensors' bytes (a broadcast argument by its own size).
+torch.compile: Inductor's own count of kernels and of bytes. Ours: two launches, and the bytes that
+the kernels address. On a GPU the launches of all come from the profiler.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_pair_loss import OBJECTIVES, STREAMS, inputs, moved_bytes
-from common import DEVICE, DTYPES, LATENTS, Call
 from torch._inductor import config, metrics
 from torch._logging._internal import set_logs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastpo.bench.cases import Case
+from fastpo.bench.losses import OBJECTIVES, inputs, least_bytes, trainer_loss
+from fastpo.bench.measure import Call, device
+
+SHOWN = ("dpo", "mapo", "sdpo", "adaptive_dpo")
 
 
 class Counter(TorchDispatchMode):
@@ -60,6 +64,7 @@ def compiled_counts(loss: Callable, policy: torch.Tensor) -> tuple[int, int]:
 
 def device_launches(step: Call) -> int:
     """Kernels, copies and fills that one call puts on the GPU."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -67,31 +72,39 @@ def device_launches(step: Call) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages())
+    on_device = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
+    return sum(e.name != "Activity Buffer Request" for e in on_device)
 
 
 def rows(name: str, n_pairs: int) -> list[str]:
     """The table's lines for one objective at SDXL latents in bf16."""
-    dims, dtype, objective = LATENTS["sdxl"], DTYPES["bf16"], OBJECTIVES[name]
-    x = inputs(n_pairs, dims, dtype, STREAMS[name])
+    case, call = Case("pair_loss", name, "sdxl", "bf16", n_pairs), OBJECTIVES[name].call
+    x = inputs(case)
 
-    def step(impl):
-        return lambda: torch.autograd.grad(objective(x, impl).loss, x.policy)
+    def reference():
+        return call(x, "reference").loss
 
-    def loss():
-        return objective(x, "reference").loss
+    eager, least = trainer_loss(name, x), least_bytes(case)["both"]
 
-    counts = {"eager": eager_counts(step("reference")), "compile": compiled_counts(loss, x.policy)}
-    counts["ours"] = (2, moved_bytes(n_pairs, dims, dtype, STREAMS[name])["both"])
-    if DEVICE == "cuda":
-        compiled = torch.compile(loss, dynamic=False)
+    def step(loss):
+        return lambda: torch.autograd.grad(loss(), x.policy)
+
+    counts = {
+        "eager": eager_counts(step(eager)),
+        "reference": eager_counts(step(reference)),
+        "compile": compiled_counts(reference, x.policy),
+        "ours": (2, least),
+    }
+    if device() == "cuda":
         calls = {
-            "eager": step("reference"),
-            "compile": lambda: torch.autograd.grad(compiled(), x.policy),
-            "ours": step("triton"),
+            "eager": eager,
+            "reference": reference,
+            "compile": torch.compile(reference, dynamic=False),
+            "ours": lambda: call(x, "triton").loss,
         }
-        counts = {k: (device_launches(calls[k]), n_bytes) for k, (_, n_bytes) in counts.items()}
-    least = counts["ours"][1]
+        counts = {
+            k: (device_launches(step(calls[k])), n_bytes) for k, (_, n_bytes) in counts.items()
+        }
     return [
         f"| {name} | {n_pairs} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
         f"{n_bytes / least:.2f} |"
@@ -103,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    kind = "the profiler on a GPU" if DEVICE == "cuda" else "operators and generated CPU code"
+    kind = "the profiler on a GPU" if device() == "cuda" else "operators and generated CPU code"
     lines = [
         f"Launches and MiB per forward and backward, SDXL latents, bf16; launches from {kind}, "
         f"torch {torch.__version__}.",
@@ -111,7 +124,7 @@ def main() -> None:
         "| objective | pairs | provider | launches | MiB | of ours |",
         "|---|---|---|---|---|---|",
     ]
-    for name in OBJECTIVES:
+    for name in SHOWN:
         lines += rows(name, 8)
     print("\n".join(lines))
     if args.out:

@@ -1,47 +1,24 @@
 """Tables and figures from the CSV files, never typed.
 
-    python benchmarks/plot.py benchmarks/results/<device>/pair_loss.csv ...
+    python benchmarks/plot.py benchmarks/results/<device>/pair_loss.csv ... [--readme README.md]
 
-Writes `<op>.md`, a table, and `<op>.png`, time over pairs, beside each CSV.
+Writes `<op>.md`, a table, and `<op>.png`, time over pairs, beside each CSV. `--readme` rewrites the
+text between the README's marks `<!-- bench:begin -->` and `<!-- bench:end -->` from the pair
+losses' files, in the order given.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
+from fastpo.bench.table import conditions, full_table, read_csv, summary
+from fastpo.files import write_text
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def conditions(rows: list[dict[str, str]]) -> str:
-    """Device, versions, commit and date in one line."""
-    first = rows[0]
-    words = [first["device"], f"{first['threads']} CPU threads", f"torch {first['torch']}"]
-    words += [f"Triton {first['triton']}"]
-    words += [f"driver {first['driver']}"] if first["driver"] else []
-    return ", ".join([*words, f"commit {first['commit']}", first["date"]])
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """Median milliseconds (20th to 80th percentile) by case and provider, in Markdown."""
-    keys = ("case", "latents", "dtype", "pairs", "direction")
-    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    for row in rows:
-        p20, p50, p80 = (float(row[f"ms_p{q}"]) for q in (20, 50, 80))
-        share = f", {100 * float(row['share_of_copy']):.0f} %"
-        cells[tuple(row[k] for k in keys)][row["provider"]] = (
-            f"{p50:.3g} ({p20:.3g} to {p80:.3g}{share})"
-        )
-    lines = [f"| {' | '.join((*keys, *providers))} |", "|" + "---|" * (len(keys) + len(providers))]
-    for key, found in cells.items():
-        lines.append(f"| {' | '.join((*key, *(found.get(p, '') for p in providers)))} |")
-    return "\n".join(lines)
+MARKS = "<!-- bench:begin -->\n", "\n<!-- bench:end -->"
 
 
 def figure(rows: list[dict[str, str]], path: Path) -> None:
@@ -51,6 +28,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["ms_p50"]]
     rows = [r for r in rows if (r["case"], r["dtype"]) == (rows[0]["case"], rows[0]["dtype"])]
     panels = list(dict.fromkeys((r["latents"], r["direction"]) for r in rows))
     fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
@@ -60,26 +38,55 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
             if (r["latents"], r["direction"]) == panel:
                 lines[r["provider"]].append((int(r["pairs"]), float(r["ms_p50"])))
         for provider, points in lines.items():
-            axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
         axis.set(title=" ".join(panel), xlabel="pairs", xscale="log", yscale="log")
     axes[0][0].set_ylabel("ms (median)")
     axes[0][0].legend()
-    fig.suptitle(f"{rows[0]['case']}, {rows[0]['dtype']}; {conditions(rows)}", fontsize=8)
+    fig.suptitle(f"{rows[0]['case']}, {rows[0]['dtype']}; {conditions(rows[0])}", fontsize=8)
     fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(fig)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def readme_with(text: str, sections: list[str]) -> str:
+    """The README's text with the sections between its marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1].strip())}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(
+            f"the README must hold the marks {MARKS[0].strip()} and {MARKS[1].strip()}"
+        )
+    whole = MARKS[0] + "\n\n".join(sections) + MARKS[1]
+    return pattern.sub(lambda _: whole, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
-    for path in parser.parse_args().files:
-        rows = read(path)
-        head = f"# {rows[0]['op']}\n\nMedian milliseconds (20th to 80th percentile, share of the "
-        head += f"copy bandwidth measured in the same run). {conditions(rows)}.\n\n"
-        path.with_suffix(".md").write_text(head + table(rows) + "\n")
+    parser.add_argument("--readme", type=Path, help="rewrite its section")
+    args = parser.parse_args()
+    try:
+        tables = {path: read_csv(path) for path in args.files}
+        sections = [summary(rows) for rows in tables.values() if rows[0]["op"] == "pair_loss"]
+        readme = args.readme and readme_with(args.readme.read_text(), sections)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path, rows in tables.items():
+        measured = next(row for row in rows if row["ms_p50"])
+        head = f"# {measured['op']}\n\nMedian milliseconds (20th to 80th percentile, share of the "
+        head += f"copy bandwidth measured in the same run). {conditions(measured)}.\n\n"
+        write_text(path.with_suffix(".md"), head + full_table(rows) + "\n")
         figure(rows, path.with_suffix(".png"))
+    if args.readme:
+        write_text(args.readme, readme)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: `fastpo prepare | train | evaluate | report | demo`.
+"""The command line: `fastpo prepare | train | evaluate | report | demo | bench`.
 
 What a user can mend is told in one line, with exit code 2, and nothing half-written is left behind;
 `--debug` shows where it came from.
@@ -108,6 +108,28 @@ def demo(
     from fastpo.demo.run import run_demo
 
     run_demo(out, seed=seed, short=short)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Option(help="loss or noise.")] = "loss",
+    objective: Annotated[
+        list[str] | None, typer.Option(help="Objective (or prediction, for the noise); repeat.")
+    ] = None,
+    pairs: Annotated[list[int] | None, typer.Option(help="Pairs in the batch; repeat.")] = None,
+    latents: Annotated[list[str] | None, typer.Option(help="sdxl, sd15 or video; repeat.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16 or fp32; repeat.")] = None,
+    quick: Annotated[bool, typer.Option(help="One small case, a few seconds.")] = False,
+    budget_seconds: Annotated[float, typer.Option(help="Stop in time; important first.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="CSV file for all rows.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time the kernels on this machine against eager PyTorch and torch.compile."""
+    from fastpo.bench.select import select
+    from fastpo.bench.show import show
+
+    run = select(op, objective, pairs, latents, dtype, quick=quick, budget_seconds=budget_seconds)
+    show(run, out, Console())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

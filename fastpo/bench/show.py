@@ -1,0 +1,97 @@
+"""`fastpo bench`: a progress bar, a table, and the CSV file where one is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastpo.bench.cases import Case
+from fastpo.bench.measure import device
+from fastpo.bench.run import Run
+from fastpo.bench.table import Row, write_csv
+from fastpo.errors import FastPOError
+
+
+class BenchmarkError(FastPOError):
+    """A provider failed, or its numbers depart from the reference's."""
+
+
+def show(run: Run, out: Path | None, console: Console | None = None) -> None:
+    """Measures and prints; writes the rows so far after every case where `out` is given.
+
+    Raises:
+        BenchmarkError: a provider failed or disagreed; the others' rows are printed and written.
+    """
+    console = console or Console()
+    if device() == "cpu":
+        console.print("no GPU: eager and compiled CPU path, and ours, the default on a CPU")
+    where = run.where
+    console.print(
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"Triton {where['triton'] or 'absent'}; copy {run.copy:.1f} GB/s"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("cases", total=len(run.cases), rate="")
+        for case, _ in run:
+            seconds = progress.tasks[task].elapsed or 0.0
+            done = progress.tasks[task].completed + 1
+            rate = f"{seconds / done:.1f} s/case"
+            progress.update(task, advance=1, description=str(case), rate=rate)
+            if out is not None:
+                write_csv(run.rows, out)
+    console.print(_table(run.rows))
+    for row in run.rows:
+        if row.note:
+            console.print(f"{_name(row)} {row.provider}: {row.note}")
+    if run.unmeasured:
+        console.print(_out_of_time(run.unmeasured))
+    if out is not None and run.rows:
+        console.print(f"{len(run.rows)} rows in {out}")
+    if run.failures:
+        raise BenchmarkError("; ".join(run.failures))
+
+
+def _out_of_time(cases: list[Case]) -> str:
+    return f"out of time: {len(cases)} cases not measured, the first {cases[0]}"
+
+
+def _name(row: Row) -> str:
+    return f"{row.case} {row.latents} {row.dtype} {row.pairs}"
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="median milliseconds (20th to 80th percentile)")
+    for name in ("case", "latents", "dtype", "pairs", "pass", "provider"):
+        table.add_column(name)
+    for name in ("ms", "host µs", "GB/s", "of copy", "vs best other"):
+        table.add_column(name, justify="right")
+    previous = None
+    for row in rows:
+        if row.note:
+            continue
+        key = (row.case, row.latents, row.dtype, str(row.pairs), row.direction)
+        if previous is not None and key != previous:
+            table.add_section()
+        shown = key if key != previous else ("",) * len(key)
+        previous = key
+        ratio = "" if row.ratio_to_best_other == "" else f"{row.ratio_to_best_other:.2f}x"
+        table.add_row(
+            *shown,
+            row.provider,
+            f"{row.ms_p50:.3g} ({row.ms_p20:.3g} to {row.ms_p80:.3g})",
+            f"{row.host_us:.0f}",
+            f"{row.gb_per_s:.1f}",
+            f"{100 * float(row.share_of_copy):.0f} %",
+            ratio,
+        )
+    return table

@@ -1,0 +1,231 @@
+"""Rows, CSV files, and the Markdown that is generated from them."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from fastpo.bench.measure import Timing
+from fastpo.files import whole_file
+
+Number = float | str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case and direction; a number is empty where there is none to tell."""
+
+    op: str
+    case: str
+    latents: str
+    pairs: int
+    dtype: str
+    direction: str
+    provider: str
+    ms_p20: Number
+    ms_p50: Number
+    ms_p80: Number
+    latency_ms: Number
+    host_us: Number
+    gb_per_s: Number
+    share_of_copy: Number
+    copy_gb_per_s: Number
+    peak_mib: Number
+    ratio_to_best_other: Number
+    runs: int
+    note: str
+    clock: str
+    device: str
+    threads: int
+    version: str
+    torch: str
+    triton: str
+    driver: str
+    commit: str
+    date: str
+
+
+NUMBERS = [f.name for f in fields(Row) if f.type == "Number"]
+
+
+def family(provider: str) -> str:
+    """`ours` and `ours-graph` are one kind of provider, and so are both compiled ones."""
+    return provider.split("-")[0]
+
+
+def timed_rows(
+    timings: Mapping[str, Timing], n_bytes: int, copy: float, labels: Mapping[str, object]
+) -> list[Row]:
+    """One row a provider; `ratio_to_best_other` above 1 means faster than the best other kind."""
+    medians = {name: timing.median("ms") for name, timing in timings.items()}
+    rows = []
+    for name, timing in timings.items():
+        others = [ms for other, ms in medians.items() if family(other) != family(name)]
+        quintiles = statistics.quantiles((s.ms for s in timing.samples), n=5)
+        speed = n_bytes / medians[name] / 1e6
+        values = {
+            "provider": name,
+            "ms_p20": round(quintiles[0], 5),
+            "ms_p50": round(medians[name], 5),
+            "ms_p80": round(quintiles[3], 5),
+            "latency_ms": round(timing.median("latency_ms"), 5),
+            "host_us": round(timing.median("host_us"), 1),
+            "gb_per_s": round(speed, 2),
+            "share_of_copy": round(speed / copy, 4),
+            "copy_gb_per_s": round(copy, 2),
+            "peak_mib": timing.peak_mib,
+            "ratio_to_best_other": round(min(others) / medians[name], 3) if others else "",
+            "runs": len(timing.samples),
+            "note": "",
+        }
+        rows.append(Row(**{**labels, **values}))  # pyright: ignore[reportArgumentType]
+    return rows
+
+
+def noted_row(note: str, labels: Mapping[str, object]) -> Row:
+    """A row without numbers: why there are none."""
+    empty = {"provider": "", "direction": "", **dict.fromkeys(NUMBERS, ""), "runs": 0}
+    return Row(**{**empty, **labels, "note": note})  # pyright: ignore[reportArgumentType]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes all rows anew, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Reads what `write_csv` wrote.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        expected = [f.name for f in fields(Row)]
+        if list(reader.fieldnames or []) != expected:
+            raise ValueError(f"{path} must have the columns {expected}, got {reader.fieldnames}")
+        rows = list(reader)
+    if not any(row["ms_p50"] for row in rows):
+        raise ValueError(f"{path} holds no measured row")
+    return rows
+
+
+def conditions(row: Mapping[str, str]) -> str:
+    """Device, versions, commit and date in one line."""
+    words = [row["device"]]
+    words += [f"{row['threads']} CPU threads"] if row["clock"] != "events" else []
+    words += [f"torch {row['torch']}", f"Triton {row['triton']}"]
+    words += [f"driver {row['driver']}"] if row["driver"] else []
+    return ", ".join([*words, f"FastPO {row['version']}, commit {row['commit']}", row["date"]])
+
+
+def _cells(rows: Iterable[Mapping[str, str]], keys: Sequence[str]) -> dict[tuple, dict[str, dict]]:
+    cells: dict[tuple, dict[str, dict]] = defaultdict(dict)
+    for row in rows:
+        if row["ms_p50"]:
+            cells[tuple(row[k] for k in keys)][row["provider"]] = dict(row)
+    return cells
+
+
+def full_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Median milliseconds (20th to 80th percentile, share of copy) by case and provider."""
+    keys = ("case", "latents", "dtype", "pairs", "direction")
+    cells = _cells(rows, keys)
+    providers = list(dict.fromkeys(name for found in cells.values() for name in found))
+    lines = [f"| {' | '.join((*keys, *providers))} |", "|---" * (len(keys) + len(providers)) + "|"]
+    for key, found in cells.items():
+        words = []
+        for provider in providers:
+            row = found.get(provider)
+            if row is None:
+                words.append("")
+                continue
+            low, middle, high = (float(row[f"ms_p{q}"]) for q in (20, 50, 80))
+            share = f"{100 * float(row['share_of_copy']):.0f} %"
+            words.append(f"{middle:.3g} ({low:.3g} to {high:.3g}, {share})")
+        lines.append(f"| {' | '.join((*key, *words))} |")
+    return "\n".join(lines + [""] * bool(notes(rows)) + [f"- {note}" for note in notes(rows)])
+
+
+def notes(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """What was not measured, and why."""
+    return [
+        f"{r['case']} {r['latents']} {r['dtype']}, {r['pairs']} pairs"
+        + (f", {r['provider']}" if r["provider"] else "")
+        + f": {r['note']}"
+        for r in rows
+        if r["note"]
+    ]
+
+
+def _ratio(found: Mapping[str, Mapping[str, str]], kind: str) -> float | None:
+    """How many times the fastest of our providers is faster than the fastest of a kind."""
+    ours = [float(r["ms_p50"]) for name, r in found.items() if family(name) == "ours"]
+    theirs = [float(r["ms_p50"]) for name, r in found.items() if family(name) == kind]
+    return min(theirs) / min(ours) if ours and theirs else None
+
+
+def summary(rows: Sequence[Mapping[str, str]]) -> str:
+    """The README's section on one device: both passes together, and shares of the copy bandwidth.
+
+    Args:
+        rows: of `pair_loss`, as `read_csv` gives them.
+    """
+    keys = ("case", "latents", "dtype", "pairs")
+    measured = [r for r in rows if r["ms_p50"]]
+    first = measured[0]
+    graph = any(r["provider"] == "ours-graph" for r in measured)
+    lines = [
+        f"Times faster than eager as trainers write it and than `torch.compile`, forward and "
+        f"backward together, medians; {'the better of ours and ours in a CUDA graph; ' * graph}"
+        f"share of the copy bandwidth ({float(first['copy_gb_per_s']):,.0f} GB/s) that the bytes "
+        f"which must move reach. {conditions(first)}.",
+        "",
+        "| objective | latents | dtype | pairs | vs eager | vs compile | forward | backward |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_direction = {
+        d: _cells((r for r in rows if r["direction"] == d), keys) for d in ("both", "fwd", "bwd")
+    }
+    for key, found in by_direction["both"].items():
+        ratios = [_ratio(found, kind) for kind in ("eager", "compile")]
+        shares = [
+            by_direction[d].get(key, {}).get("ours", {}).get("share_of_copy")
+            for d in ("fwd", "bwd")
+        ]
+        words = ["" if r is None else f"{r:.2f}x" for r in ratios]
+        words += ["" if s is None else f"{100 * float(s):.0f} %" for s in shares]
+        lines.append(f"| {' | '.join((*key, *words))} |")
+    return "\n".join([*lines, "", _shortfalls(measured), *_left_out(rows)])
+
+
+def _shortfalls(rows: Sequence[Mapping[str, str]]) -> str:
+    """How many rows of all directions fall short of eager and of torch.compile, and the worst."""
+    cells = _cells(rows, ("case", "latents", "dtype", "pairs", "direction"))
+    sentences = []
+    for kind, name in (("eager", "eager"), ("compile", "`torch.compile`")):
+        ratios = {key: r for key, found in cells.items() if (r := _ratio(found, kind)) is not None}
+        if not ratios:
+            continue
+        slower = [key for key, ratio in ratios.items() if ratio < 1]
+        worst = min(ratios, key=lambda key: ratios[key])
+        case, latents, dtype, pairs, direction = worst
+        sentences.append(
+            f"Slower than {name} on {len(slower)} of {len(ratios)} rows, all directions counted; "
+            f"the lowest ratio is {ratios[worst]:.2f} ({case}, {latents}, {dtype}, {pairs} pairs, "
+            f"{direction})."
+        )
+    return " ".join(sentences)
+
+
+def _left_out(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    found = notes(rows)
+    return ["", "Not measured: " + "; ".join(found) + "."] if found else []
