@@ -196,6 +196,7 @@ class EmaAnnotators(Section):
     kind: Literal["ema"]
     decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.9999, 0.5)
     warmup_steps: Count = 2  # optimiser steps in which nothing is judged
+    batched: bool | Literal["auto"] = "auto"  # one forward with the reference (LoRA only)
 
 
 class LedgerAnnotators(Section):
@@ -282,6 +283,8 @@ class TrainConfig(Section):
             )
         if self.statistics == "running":
             _check_running(self.objective)
+        if self.method == "full" and getattr(self.annotators, "batched", False) is True:
+            raise ValueError("train.annotators.batched: true needs train.method: lora")
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
         if self.weights == "bf16" and (self.method, self.precision) != ("full", "bf16"):

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
+from fastpo.annotators import in_one_pass, predict_together
 from fastpo.averages import MovingAverages
 from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
@@ -134,11 +135,17 @@ class Trainer:
     def _judges(self, noised, batch: PairBatch, step: int) -> tuple[Tensor | None, tuple]:
         """The reference's and the moving averages' predictions; call under `no_grad`."""
         config, reference, annotators = self.config.train, None, []
+        ema = config.annotators
+        judged = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
+        if judged and in_one_pass(config, noised):
+            averages = self.state.averages["annotators"]
+            with without_dropout(self.denoisers.policy) as model, self.accelerator.autocast():
+                reference, *annotators = predict_together(model, averages, noised, batch)
+            return reference, tuple(annotators)
         if needs_reference(config):
             with self.denoisers.reference() as model, self.accelerator.autocast():
                 reference = predict(model, noised, batch)
-        ema = config.annotators
-        if isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps:
+        if judged:
             averages = self.state.averages["annotators"]
             with without_dropout(self.denoisers.policy) as model:
                 for which in range(len(averages.decays)):

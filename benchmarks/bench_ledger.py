@@ -1,0 +1,325 @@
+"""Who finds the wrong labels, what that saves of the gain, and what it costs a step.
+
+    python benchmarks/bench_ledger.py --work FOLDER [--seeds 0 1] [--flips 0.2 0.4]
+
+The demo's digits through the real trainer, in small: 700 rows of preferences (a quarter of them
+ties), four epochs, batches of 16. A finished run stands in the CSV and is not repeated. The votes
+of each run are kept in FOLDER; `ledger_scales.py` replays them on other scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from common import environment, results_path
+from rich.progress import track
+from sklearn.metrics import roc_auc_score
+
+import fastpo.train
+from fastpo.config import Config, parse_config
+from fastpo.data.prepare import prepare
+from fastpo.demo.base import build_base
+from fastpo.demo.preferences import FILE, write_preferences
+from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
+from fastpo.evaluate import evaluate
+from fastpo.files import write_text
+from fastpo.models import predict
+from fastpo.run import StepTable
+from fastpo.types import pair_key
+
+ROWS = 700
+SOFT = merged(LEDGER, {"objective": {"weight_kind": "linear"}})
+METHODS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "moving averages": RELEASED,
+    "ledger, soft": SOFT,
+    "ledger, gate": LEDGER,
+}
+SMALL = {
+    "train": {"epochs": 4, "micro_batch_size": 16},
+    "evaluate": {"seeds_per_prompt": 2, "batch_size": 80},
+}
+FIELDS = (
+    "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "gain", "kept",
+    "step_ratio", "device", "threads", "torch", "commit", "date",
+)  # fmt: skip
+Label = Callable[[dict[str, Any]], bool]
+
+
+def bradley_terry(row: dict[str, Any]) -> bool:
+    """Wrong with probability 1/2 where both hold as much ink, 0.12 at a difference of 0.02."""
+    return chance(row) < 1.0 / (1.0 + math.exp(abs(row["ink"]) / 0.01))
+
+
+def taste(row: dict[str, Any]) -> bool:
+    """Three people in ten prefer ink in the lower half, whatever its amount."""
+    return minority(row) and (row["ink"] > 0) != (row["lower"] > 0)
+
+
+def minority(row: dict[str, Any]) -> bool:
+    """Whether one of the three in ten judged the pair; what `taste` is scored against."""
+    return chance(row) < 0.3
+
+
+def subtle(row: dict[str, Any]) -> bool:
+    """One label in five wrong, among pairs that differ by less than 0.02 in ink."""
+    return chance(row) < 0.2
+
+
+CASES: dict[str, tuple[Label, Label, float]] = {  # wrong label, what is looked for, largest gap
+    "Bradley-Terry": (bradley_terry, bradley_terry, math.inf),
+    "two tastes, 70/30": (taste, minority, math.inf),
+    "subtle, 20 % flipped": (subtle, subtle, 0.02),
+}
+
+
+def chance(row: dict[str, Any]) -> float:
+    """A number in [0, 1) that depends on the pair alone."""
+    return pair_key(f"chance {row['ranking_id']}") / 2.0**63
+
+
+def relabel(folder: Path, case: str) -> set[int]:
+    """Rewrites the labels of a clean data set; returns the ranking ids of what is looked for."""
+    import io
+
+    from PIL import Image
+
+    from fastpo.demo.digits import to_grey
+
+    wrong, looked_for, gap = CASES[case]
+    path = folder / "data" / FILE
+    table = pq.read_table(path)
+    rows, found = [], set()
+    for row in table.to_pylist():
+        greys = [1 - to_grey(Image.open(io.BytesIO(row[k]))) / 255.0 for k in ("jpg_0", "jpg_1")]
+        lower = [g[16:].mean() - g[:16].mean() for g in greys]
+        facts = {
+            "ranking_id": row["ranking_id"],
+            "ink": float(greys[0].mean() - greys[1].mean()),
+            "lower": float(lower[0] - lower[1]),
+        }
+        if row["label_0"] == 0.5 or abs(facts["ink"]) >= gap:
+            continue
+        if looked_for(facts):
+            found.add(row["ranking_id"])
+        if wrong(facts):
+            row["label_0"], row["label_1"] = row["label_1"], row["label_0"]
+            row["best_image_uid"] = row[f"image_{int(row['label_1'])}_uid"]
+        rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return found
+
+
+@contextmanager
+def recorded(path: Path) -> Iterator[list[np.ndarray]]:
+    """Keeps every vote of the runs inside: step, pair, timestep, margin; writes them to `path`."""
+    votes: list[np.ndarray] = []
+    original = fastpo.train.record
+
+    def record(trainer, table: StepTable) -> None:
+        step = torch.full((len(table.rows),), float(len(votes)))
+        columns = (step, table["index"], table["timestep"], table["margin"])
+        votes.append(torch.stack([c.double() for c in columns], dim=1).numpy())
+        original(trainer, table)
+
+    fastpo.train.record = record
+    try:
+        yield votes
+    finally:
+        fastpo.train.record = original
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.concatenate(votes))
+
+
+def configure(
+    base: Path, work: Path, name: str, train: Mapping[str, Any], *, flip_rate: float, seed: int
+) -> Config:
+    """One run's configuration: the demo's, in small."""
+    paths = {"base": base, "preferences": work / "preferences", "work": work}
+    raw = demo_config("dpo", paths, seed=seed, short=False).model_dump(mode="json")
+    out = work / f"{name}-{flip_rate}".replace(" ", "").replace(",", "-")
+    changes = {"data": {"flip_rate": flip_rate}, "train": {"output_dir": str(out), **train}}
+    return parse_config(merged(merged(raw, SMALL), changes))
+
+
+def minority_columns(run: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
+    """Pair ids, flipped labels, and the metric of both judges, NaN where not judged."""
+    with (run / "minority.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    judges = {
+        "ledger": [r["ledger_minority"] if r["visits"] != "0" else "" for r in rows],
+        "ema": [r["metric_minority"] for r in rows],
+    }
+    numbers = {k: np.array([float(v or "nan") for v in column]) for k, column in judges.items()}
+    return [r["pair_id"] for r in rows], np.array([r["flipped"] == "1" for r in rows]), numbers
+
+
+def area(wrong: np.ndarray, metric: np.ndarray) -> float:
+    """AUROC over all pairs; one that was not judged counts as unsuspicious."""
+    return float(roc_auc_score(wrong, np.nan_to_num(metric, nan=0.0)))
+
+
+class Results:
+    """The CSV, written after every run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []
+        if path.is_file():
+            with path.open() as file:
+                self.rows = list(csv.DictReader(file))
+
+    def has(self, **labels: object) -> bool:
+        """Whether a row with these labels is there."""
+        return any(all(row[k] == str(v) for k, v in labels.items()) for row in self.rows)
+
+    def find(self, key: str, **labels: object) -> float:
+        """Returns one number of the row with these labels."""
+        for row in self.rows:
+            if all(row[k] == str(v) for k, v in labels.items()):
+                return float(row[key])
+        raise KeyError(labels)
+
+    def add(self, **values: object) -> None:
+        """Appends a row and writes the file whole."""
+        about = environment()
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        row = {f: str(rounded.get(f, about.get(f, ""))) for f in FIELDS}
+        self.rows.append(row)
+        lines = [",".join(FIELDS)]
+        lines += [",".join(f'"{r[f]}"' if "," in r[f] else r[f] for f in FIELDS) for r in self.rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, "\n".join(lines) + "\n")
+
+
+def run_methods(
+    base: Path, root: Path, flips: list[float], seeds: list[int], results: Results
+) -> None:
+    """Every method at every rate and seed; plain DPO on clean labels is what could be had."""
+    for seed in seeds:
+        work = root / f"seed-{seed}"
+        runs = [("dpo", 0.0), *((m, rate) for rate in flips for m in METHODS)]
+        for number, (method, rate) in enumerate(runs):
+            labels = {"part": "methods", "method": method, "flip_rate": rate, "seed": seed}
+            if results.has(**labels):
+                continue
+            config = configure(base, work, method, METHODS[method], flip_rate=rate, seed=seed)
+            if not number:
+                write_preferences(work / "preferences", n_pairs=ROWS, seed=seed)
+                prepare(config, progress=False)
+            with recorded(root / "votes" / f"{method}-{rate}-{seed}.npy"):
+                run = fastpo.train.train(config, overwrite=True, progress=False)
+            evaluation = evaluate(config, base_samples=work / "base-samples")
+            gain = evaluation.metrics["ink_reward"].gain
+            clean = gain
+            if rate:
+                clean = results.find("gain", part="methods", flip_rate=0.0, seed=seed)
+            ids, flipped, metrics = minority_columns(run)
+            np.save(root / "votes" / f"flipped-{rate}-{seed}.npy", flipped)
+            judge = "ema" if method == "moving averages" else "ledger"
+            results.add(
+                **labels,
+                case="digits",
+                pairs=len(ids),
+                wrong=float(flipped.mean()),
+                auroc=area(flipped, metrics[judge]) if rate else "",
+                gain=gain,
+                kept=gain / clean,
+            )
+
+
+def run_cases(base: Path, root: Path, seed: int, results: Results) -> None:
+    """Errors that are not coin flips, judged by the gate's ledger."""
+    for case in CASES:
+        labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
+        if results.has(**labels):
+            continue
+        work = root / f"case-{list(CASES).index(case)}-{seed}"
+        write_preferences(work / "preferences", n_pairs=ROWS, seed=seed)
+        found = relabel(work / "preferences", case)
+        config = configure(base, work, "gate", LEDGER, flip_rate=0.0, seed=seed)
+        prepare(config, progress=False)
+        run = fastpo.train.train(config, overwrite=True, progress=False)
+        ids, _, metrics = minority_columns(run)
+        wrong = np.array([int(name.split(":")[0]) in found for name in ids])
+        results.add(
+            **labels,
+            pairs=len(ids),
+            wrong=float(wrong.mean()),
+            auroc=area(wrong, metrics["ledger"]),
+        )
+
+
+def step_costs(base: Path, root: Path, results: Results) -> None:
+    """Micro-batches of each method beside the policy's bare forward and backward, interleaved."""
+    if results.has(part="cost"):
+        return
+    calls = {}
+    for method in METHODS:
+        config = configure(base, root / "seed-0", method, METHODS[method], flip_rate=0.2, seed=0)
+        trainer = fastpo.train.setup_trainer(config, fastpo.train.setup_accelerator(config.train))
+        batch = trainer.cache.read(list(range(16)), visit=0)
+        calls[method] = _step_of(trainer, batch)
+        if method == "dpo":
+            calls["bare"] = _bare(trainer, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in track(range(12), "step cost"):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - start)
+    bare = np.array(seconds.pop("bare")[2:])
+    for method, spent in seconds.items():
+        ratio = float(np.median(np.array(spent[2:]) / bare))
+        results.add(part="cost", case="digits", method=method, pairs=16, step_ratio=ratio)
+
+
+def _step_of(trainer, batch) -> Callable[[], None]:
+    """One micro-batch and its entry into the ledger, without the optimiser."""
+
+    def call() -> None:
+        loss, rows = trainer.training_step(batch, step=10)
+        loss.backward()
+        fastpo.train.record(trainer, StepTable.read(rows, 0.0, 0.0))
+
+    return call
+
+
+def _bare(trainer, batch) -> Callable[[], None]:
+    """Plain fine-tuning on cached latents: noise, policy, squared error, backward."""
+
+    def call() -> None:
+        noised = trainer.noise.noised_pair(batch)
+        answer = predict(trainer.policy, noised, batch)
+        (answer - noised.target).square().mean().backward()
+
+    return call
+
+
+def main() -> None:
+    """Runs what the CSV lacks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for base, data and runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--flips", type=float, nargs="+", default=[0.2, 0.4])
+    options = parser.parse_args()
+    results = Results(results_path("ledger"))
+    base = build_base(options.work / "base")
+    run_methods(base, options.work, options.flips[:1], options.seeds, results)
+    step_costs(base, options.work, results)
+    run_cases(base, options.work, 0, results)
+    run_methods(base, options.work, options.flips, options.seeds, results)
+
+
+if __name__ == "__main__":
+    main()
