@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +89,13 @@ def save_checkpoint(
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     with whole_folder(target) as folder:
-        save_file(
-            {n: p.detach() for n, p in state.trainable.items()}, folder / "trainable.safetensors"
-        )
+        _save(state.trainable, folder / "trainable.safetensors")
         votes = {**state.ledger.state_dict(), "metric": state.metric}
         if state.statistics is not None:
             votes |= state.statistics.state_dict()
         save_file(votes, folder / "ledger.safetensors")
         for role, averages in state.averages.items():
-            save_file(averages.state_dict(), folder / f"average-{role}.safetensors")
+            _save(averages.state_dict(), folder / f"average-{role}.safetensors")
         rest = {
             "optimizer": state.optimizer.state_dict(),
             "schedule": state.schedule.state_dict(),
@@ -110,6 +108,11 @@ def save_checkpoint(
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file, whatever the tensors' memory format."""
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from fastpo.config_base import (
     Section,
 )
 from fastpo.config_errors import explain
+from fastpo.config_objectives import AdaptiveOptions, ObjectiveConfig
 from fastpo.config_timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
 from fastpo.errors import ConfigError
 
@@ -69,125 +70,6 @@ class LoraConfig(Section):
     alpha: Positive = 8.0
     dropout: Rate = 0.0
     target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
-
-
-class DpoObjective(Section):
-    """`fastpo.loss.dpo`."""
-
-    name: Literal["dpo"]
-    beta: Positive = 2500.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-
-
-class RobustDpoObjective(Section):
-    """`fastpo.loss.robust_dpo`."""
-
-    name: Literal["robust_dpo"]
-    beta: Positive = 2500.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
-
-
-class IpoObjective(Section):
-    """`fastpo.loss.ipo`."""
-
-    name: Literal["ipo"]
-    tau: Positive = 100.0
-
-
-class HingeObjective(Section):
-    """`fastpo.loss.hinge`."""
-
-    name: Literal["hinge"]
-    beta: Positive = 2500.0
-
-
-class KtoObjective(Section):
-    """`fastpo.loss.kto`."""
-
-    name: Literal["kto"]
-    beta: Positive = 1000.0
-
-
-class DmpoObjective(Section):
-    """`fastpo.loss.dmpo`."""
-
-    name: Literal["dmpo"]
-    beta: Positive = 1000.0
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-
-
-class LinearDpoObjective(Section):
-    """`fastpo.loss.linear_dpo`."""
-
-    name: Literal["linear_dpo"]
-    beta: Positive = 100.0
-    eta: Annotated[float, Field(ge=0.0, lt=0.5)] = 1e-3
-
-
-class SdpoObjective(Section):
-    """`fastpo.loss.sdpo`."""
-
-    name: Literal["sdpo"]
-    beta: Positive = 2500.0
-    mu: Rate = 0.9
-
-
-class SftObjective(Section):
-    """`fastpo.loss.sft`: fine-tuning on the winners alone."""
-
-    name: Literal["sft"]
-
-
-class MapoObjective(Section):
-    """`fastpo.loss.mapo`: no reference model."""
-
-    name: Literal["mapo"]
-    beta: Positive = 0.1
-    snr: Positive = 0.5
-    num_timesteps: PositiveInt = 1000
-
-
-class AdaptiveOptions(Section):
-    """What both Adaptive objectives share (arXiv 2503.16921)."""
-
-    beta: Positive = 1000.0
-    normalize: Literal["rms", "l2"] = "rms"  # of annotators' margins; the ledger has its own scale
-    rho: Positive = 3.75  # likewise
-    weight_kind: Literal["linear", "quadratic", "sqrt", "exponential", "gate"] = "linear"
-    weight_scale: Annotated[float, Field(ge=0.0)] = 10.0
-    weight_intercept: Positive = 1.0
-    margin_kind: Literal["quadratic", "linear"] = "quadratic"
-    margin_scale: Annotated[float, Field(ge=0.0)] = 1.0
-
-
-class AdaptiveDpoObjective(AdaptiveOptions):
-    """`fastpo.loss.adaptive_dpo`."""
-
-    name: Literal["adaptive_dpo"]
-
-
-class AdaptiveIpoObjective(AdaptiveOptions):
-    """`fastpo.loss.adaptive_ipo`."""
-
-    name: Literal["adaptive_ipo"]
-    tau: Positive = 100.0
-
-
-ObjectiveConfig = Annotated[
-    DpoObjective
-    | RobustDpoObjective
-    | IpoObjective
-    | HingeObjective
-    | KtoObjective
-    | DmpoObjective
-    | LinearDpoObjective
-    | SdpoObjective
-    | SftObjective
-    | MapoObjective
-    | AdaptiveDpoObjective
-    | AdaptiveIpoObjective,
-    Field(discriminator="name"),
-]
 
 
 class EmaAnnotators(Section):
@@ -256,7 +138,12 @@ class TrainConfig(Section):
     # rounded at random, on average exactly; 4 bytes less per weight and gradient
     weights: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "xformers"] = "sdpa"
+    # sdpa: torch chooses the kernel; flash: torch's flash kernel or an error; xformers
+    attention: Literal["sdpa", "flash", "xformers"] = "sdpa"
+    channels_last: bool = False  # the weights' memory format; convolutions on tensor cores like it
+    # torch.compile of the transformer blocks; a reference or averages that share the policy's
+    # weights run without it
+    compile: bool = False
     sample_latents: bool = True  # draw from the VAE's posterior; else its mean
     empty_prompt_rate: Rate = 0.0  # of the visits, the same for both sides of a pair
     min_timestep: Count = 0
@@ -287,6 +174,12 @@ class TrainConfig(Section):
             raise ValueError("train.annotators.batched: true needs train.method: lora")
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
+        master = (self.method, self.weights) == ("full", "fp32")
+        if self.channels_last and master and self.optim.name == "adamw_8bit":
+            raise ValueError(
+                "train.channels_last: adamw_8bit would turn fp32 weights back to the contiguous "
+                "format; use train.weights: bf16, or another train.optim.name"
+            )
         if self.weights == "bf16" and (self.method, self.precision) != ("full", "bf16"):
             raise ValueError(
                 "train.weights: bf16 is for train.method: full with train.precision: bf16; "

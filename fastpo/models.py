@@ -20,6 +20,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 
+from fastpo.attention import check_attention, use_attention
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.types import NoisedPair, PairBatch
@@ -98,15 +99,30 @@ class Denoisers:
         policy: The UNet in training.
         frozen: The frozen copy (full fine-tuning), or None where the reference is the policy
             without its adapters, or where no reference is needed.
+        compiled: Whether the models run compiled.
     """
 
     policy: UNet2DConditionModel
     frozen: UNet2DConditionModel | None
+    compiled: bool = False
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's trainable parameters by name."""
         return {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Runs the block without compiled code where judges share the policy's modules.
+
+        An adapter switched off, or an average in the weights' place, then needs no trust in the
+        compiler's guards and no second compilation. A frozen copy is a model of its own.
+        """
+        if self.compiled and self.frozen is None:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
 
     @contextmanager
     def reference(self) -> Iterator[UNet2DConditionModel]:
@@ -141,6 +157,8 @@ def setup_denoisers(
     """
     frozen = None
     dtype = DTYPES[config.precision]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_attention(unet, config.attention, device=device, dtype=dtype)
     if config.method == "lora":
         unet.requires_grad_(False)
         _cast(unet, dtype)
@@ -154,14 +172,24 @@ def setup_denoisers(
             _restore_norms(frozen, unet)
         if config.weights == "bf16":
             _round_matrices(unet)
-    if config.attention == "xformers":
-        _use_xformers(unet)
-        if frozen is not None:
-            _use_xformers(frozen)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    for model in (unet,) if frozen is None else (unet, frozen):
+        _make_fast(model, config)
     unet.train()
-    return Denoisers(policy=unet, frozen=frozen)
+    return Denoisers(policy=unet, frozen=frozen, compiled=config.compile)
+
+
+def _make_fast(unet: UNet2DConditionModel, config: TrainConfig) -> None:
+    """Attention, memory format and compilation; weights, names and results stay what they are."""
+    use_attention(unet, config.attention)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.compile:
+        # All blocks of a type share one code object. Their sizes, the micro-batch's shapes and
+        # no_grad each need a variant of it; beyond the limit a block would silently run eagerly.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        unet.compile_repeated_blocks()
 
 
 def _restore_norms(frozen: nn.Module, unet: nn.Module) -> None:
@@ -200,13 +228,3 @@ def _add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"train.lora.target_modules: {error}") from None
-
-
-def _use_xformers(unet: UNet2DConditionModel) -> None:
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"train.attention: xformers does not work here ({error}); it needs a CUDA device and "
-            "`pip install fastpo[xformers]`, or use train.attention: sdpa"
-        ) from None

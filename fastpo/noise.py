@@ -104,8 +104,8 @@ class PairNoise:
         coin = pair_uniform(batch.pair_key, batch.visit, seed=self.seed, stream=Stream.EMPTY_PROMPT)
         return coin < rate
 
-    def snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """The min-SNR weight of each pair's loss, `(B,)` float32 in [0, 1].
+    def snr_weight(self, timesteps: Tensor, gamma: float | None) -> Tensor | None:
+        """The min-SNR weight of each pair's loss, `(B,)` float32 in [0, 1]; None without gamma.
 
         With `snr = signal_t^2 / sigma_t^2`: `min(snr, gamma) / snr` where the noise is predicted,
         `min(snr, gamma) / (snr + 1)` where the velocity is. Hang et al. 2023 (arXiv 2303.09556),
@@ -116,6 +116,8 @@ class PairNoise:
             timesteps: `(B,)` int64.
             gamma: The greatest weight of an error in the image itself; usually 5.
         """
+        if gamma is None:
+            return None
         snr = (self.signal[timesteps] / self.sigma[timesteps]).square()
         if self.prediction == "epsilon":
             return (gamma / snr).clamp(max=1.0)

@@ -26,7 +26,7 @@ def setup_optimizer(
     config: OptimConfig,
     *,
     seed: int = 0,
-    fused: bool | None = None,
+    fused: bool = False,
 ) -> Optimizer:
     """AdamW, 8-bit AdamW, or Adafactor; with stochastic rounding where weights are bfloat16.
 
@@ -37,8 +37,8 @@ def setup_optimizer(
         parameters: The trainable weights.
         config: The options.
         seed: The run's seed; keys the rounding.
-        fused: Run AdamW as one kernel; it cannot tell the fp16 scaler that it skipped a step. None
-            leaves the choice to torch.
+        fused: Run AdamW as one kernel; it cannot tell the fp16 scaler that it skipped a step. Else
+            the choice is torch's.
 
     Raises:
         ConfigError: 8-bit AdamW was asked for and bitsandbytes is not installed.
@@ -50,7 +50,7 @@ def setup_optimizer(
     return build(weights)
 
 
-def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool | None) -> Optimizer:
+def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool) -> Optimizer:
     if config.name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -70,7 +70,7 @@ def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool | No
     }
     if config.name == "adamw_8bit":
         return _adamw_8bit()(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=fused, **options)
+    return torch.optim.AdamW(parameters, fused=fused or None, **options)
 
 
 def _adamw_8bit() -> type[Optimizer]:

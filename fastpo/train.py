@@ -109,13 +109,12 @@ class Trainer:
         batch = batch.to(self.accelerator.device)
         noised = self.noise.noised_pair(batch)
         batch = self._drop_captions(batch)
-        with torch.no_grad():
+        with torch.no_grad(), self.denoisers.judging():
             reference, annotators = self._judges(noised, batch, step)
         with self.accelerator.autocast():
             policy = predict(self.policy, noised, batch)
         predictions = PairPredictions(policy, reference, annotators)
-        gamma = self.config.train.snr_gamma
-        weight = None if gamma is None else self.noise.snr_weight(noised.timesteps, gamma)
+        weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
         out = self.loss(predictions, noised.target, minority, weight)
         rows = table_rows(batch, noised.timesteps, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.

@@ -76,6 +76,14 @@ def test_a_wrong_key_is_named(key, value, complaint):
         parse_config(changed(key, value))
 
 
+def test_a_memory_format_that_an_optimiser_undoes_is_refused():
+    raw = changed("train.optim", {"name": "adamw_8bit"})
+    raw["train"] |= {"channels_last": True, "method": "full"}
+    with pytest.raises(ConfigError, match=r"train\.channels_last: adamw_8bit.*weights: bf16"):
+        parse_config(raw)
+    assert parse_config({**raw, "train": {**raw["train"], "weights": "bf16"}})
+
+
 def test_a_list_of_timesteps_and_a_range_are_refused_together():
     raw = changed("train.timesteps", {"kind": "list", "values": [249, 999]})
     assert parse_config(raw).train.timesteps.kind == "list"

@@ -179,13 +179,6 @@ def test_lora_targets_that_match_nothing_are_refused(pipeline):
         )
 
 
-def test_xformers_that_cannot_run_is_refused_with_a_way_out(pipeline):
-    if torch.cuda.is_available():
-        pytest.skip("xformers may well work here")
-    with pytest.raises(ConfigError, match="attention: sdpa"):
-        setup_denoisers(load_unet(pipeline[0]), config(attention="xformers"), needs_reference=True)
-
-
 def test_a_folder_without_a_unet_is_refused(tmp_path):
     with pytest.raises(ModelError, match="unet"):
         load_unet(tmp_path)

@@ -287,10 +287,12 @@ def test_another_runs_folder_or_checkpoint_is_not_touched(experiment):
             "method": "full",
             "precision": "bf16",
             "weights": "bf16",
+            "channels_last": True,
+            "ema_decay": 0.9,
             "optim": {"name": "adamw_8bit", "lr": 1e-3},
         },
     ],
-    ids=["lora", "full, bf16 weights, 8-bit"],
+    ids=["lora", "full, bf16 weights, 8-bit, channels-last"],
 )
 def test_a_run_may_be_prolonged(experiment, read_metrics, options):
     whole = run(experiment, read_metrics, name="whole", max_steps=6, **options)
