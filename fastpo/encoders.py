@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config, Precision
-from fastpo.errors import ModelError
+from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.hub import (
     Family,
     component_variant,
@@ -55,6 +55,7 @@ class Encoders:
 
         Raises:
             ModelError: A folder or a part of it is missing, or the family is not supported.
+            ConfigError: The VAE is known to overflow in the precision asked for.
         """
         model, prepare = config.model, config.prepare
         folder = resolve_model_folder(model.path, model.revision, model.variant)
@@ -64,6 +65,12 @@ class Encoders:
         tokenizers, texts = _load_texts(
             folder, family, model.variant, DTYPES[prepare.text_precision]
         )
+        if family == "sdxl" and vae.dtype == torch.float16 and vae.config.force_upcast:
+            raise ConfigError(
+                "prepare.vae_precision: fp16 overflows in this VAE (its config.json asks for "
+                "force_upcast, as SDXL's original one does); set prepare.vae_precision=fp32 or "
+                "bf16, or model.vae to an fp16-fix VAE"
+            )
         for module in (vae, *texts):
             module.to(place).eval().requires_grad_(False)
         return cls(family, vae, tokenizers, texts, place)
@@ -84,15 +91,18 @@ class Encoders:
             Mean and log-variance, each `(N, C, h, w)` float32.
 
         Raises:
-            ModelError: The VAE answered with NaN or infinity.
+            NonFiniteLatentsError: The VAE answered with NaN or infinity; its `rows` say for which.
         """
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
-            raise ModelError(
+        # The raw output: the posterior clamps its log-variance, which would hide an infinity.
+        finite = torch.isfinite(posterior.parameters).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            raise NonFiniteLatentsError(
                 f"the VAE produced NaN or infinity in {self.vae.dtype}; SDXL's original VAE does "
                 f"so in fp16: set prepare.vae_precision=fp32 (or bf16), or set model.vae to an "
-                f"fp16-fix VAE"
+                f"fp16-fix VAE",
+                rows=(~finite).nonzero().flatten().tolist(),
             )
         return mean, logvar
 

@@ -21,6 +21,18 @@ class ModelError(FastPOError):
     """A model folder is missing a part or is of a kind that FastPO does not train."""
 
 
+class NonFiniteLatentsError(ModelError):
+    """The VAE answered with NaN or infinity.
+
+    Attributes:
+        rows: Which images of the batch it did so for.
+    """
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 class CheckpointError(FastPOError):
     """A checkpoint is damaged or belongs to another configuration."""
 

@@ -25,7 +25,7 @@ from fastpo.data.units import (
     tensor_writer,
 )
 from fastpo.encoders import DTYPES, Encoders
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, ModelError, NonFiniteLatentsError
 from fastpo.types import PreferencePair
 
 
@@ -48,7 +48,7 @@ class ShardBuilder:
         self._position = position
         self._batch_size = config.prepare.batch_size
         self._dtype = DTYPES[config.prepare.store_precision]
-        self._waiting: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        self._waiting: dict[tuple[int, int], list[tuple[str, Tensor]]] = defaultdict(list)
         self._slots: dict[str, int] = defaultdict(int)
         self._latents: dict[str, list[Tensor]] = defaultdict(list)
         self._rows: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ class ShardBuilder:
             }
         )
         self._slots[shape] += 1
-        self._waiting[size].append(images.pixels)
+        self._waiting[size].append((pair.pair_id, images.pixels))
         if 2 * len(self._waiting[size]) >= self._batch_size:
             self._encode(size)
 
@@ -97,12 +97,17 @@ class ShardBuilder:
 
     def _encode(self, size: tuple[int, int]) -> None:
         """Encodes the waiting pairs of one image size."""
-        pairs = self._waiting.pop(size)
+        names, pairs = zip(*self._waiting.pop(size), strict=True)
         pixels = torch.stack(pairs).flatten(0, 1)
-        encoded = [
-            self._encoders.encode_images(to_model_range(part.to(self._encoders.device)))
-            for part in pixels.split(self._batch_size)
-        ]
+        encoded = []
+        for number, part in enumerate(pixels.split(self._batch_size)):
+            images = to_model_range(part.to(self._encoders.device))
+            try:
+                encoded.append(self._encoders.encode_images(images))
+            except NonFiniteLatentsError as error:
+                rows = (number * self._batch_size + row for row in error.rows)
+                bad = ", ".join(dict.fromkeys(names[row // 2] for row in rows))
+                raise ModelError(f"{error}; seen in the pairs {bad}") from None
         statistics = []
         for name, parts in zip(("mean", "logvar"), zip(*encoded, strict=True), strict=True):
             values = store(torch.cat(parts), self._dtype, f"latent {name}")

@@ -9,7 +9,7 @@ from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 
 from fastpo.config import parse_config
 from fastpo.encoders import Encoders
-from fastpo.errors import ModelError
+from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.hub import (
     component_files,
     detect_family,
@@ -87,11 +87,30 @@ def test_images_give_the_posterior(tiny_pipelines, family):
     assert torch.equal(logvar, expected.logvar)
 
 
-def test_nan_latents_are_refused_with_advice(tiny_pipelines):
-    encoders = Encoders.load(config_for(tiny_pipelines["sdxl"], vae_precision="fp16"), device="cpu")
-    encoders.vae.quant_conv.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"float16.*vae_precision=fp32.*fp16-fix"):
-        encoders.encode_images(torch.zeros(1, 3, 16, 16))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("channel", [0, 7], ids=["mean", "logvar"])
+def test_latents_that_are_not_finite_are_refused_with_advice(tiny_pipelines, value, channel):
+    """Of the moments' channels the first half are means; the posterior clamps the second."""
+    config = config_for(tiny_pipelines["sd15"], vae_precision="fp16")
+    encoders = Encoders.load(config, device="cpu")
+
+    def spoil(module, inputs, output):
+        output[1, channel, 0, 0] = value
+        return output
+
+    encoders.vae.quant_conv.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteLatentsError, match=r"float16.*vae_precision=fp32.*fp16-fix") as e:
+        encoders.encode_images(torch.zeros(3, 3, 16, 16))
+    assert e.value.rows == [1]
+
+
+def test_an_sdxl_vae_that_asks_for_upcasting_is_refused_in_fp16(tiny_pipelines, copy_of):
+    """diffusers' SDXL pipelines upcast such a VAE; an fp16-fix VAE says false."""
+    with pytest.raises(ConfigError, match=r"vae_precision: fp16.*force_upcast.*bf16.*model\.vae"):
+        Encoders.load(config_for(tiny_pipelines["sdxl"], vae_precision="fp16"), device="cpu")
+    fixed = copy_of("sdxl", "vae", force_upcast=False)
+    assert Encoders.load(config_for(fixed, vae_precision="fp16"), device="cpu").vae is not None
+    Encoders.load(config_for(tiny_pipelines["sd15"], vae_precision="fp16"), device="cpu")
 
 
 def test_weights_are_frozen_and_in_the_asked_precision(tiny_pipelines):

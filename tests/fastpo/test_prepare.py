@@ -270,18 +270,27 @@ def test_values_beyond_the_stored_dtype_are_refused(config_for, tmp_path, monkey
         prepare(config_for(prepare={"store_precision": "fp16"}), progress=False)
 
 
-def test_nan_from_the_vae_stops_the_preparation(config_for, tmp_path, monkeypatch):
-    write_folder(tmp_path / "data", 1)
+def test_nan_from_the_vae_stops_the_preparation_and_names_the_pair(
+    config_for, tmp_path, monkeypatch
+):
+    write_folder(tmp_path / "data", 4)
     original = Encoders.load
+    batches = []
+
+    def spoil(module, inputs, output):
+        batches.append(len(output))
+        if len(batches) == 2:
+            output[1] = float("nan")  # the loser of the fourth pair: three pairs fill a batch
 
     def broken(config, device):
         encoders = original(config, device=device)
-        encoders.vae.quant_conv.weight.fill_(float("nan"))
+        encoders.vae.quant_conv.register_forward_hook(spoil)
         return encoders
 
     monkeypatch.setattr(Encoders, "load", broken)
-    with pytest.raises(ModelError, match="NaN or infinity"):
-        prepare(config_for(), progress=False)
+    with pytest.raises(ModelError, match=r"NaN or infinity.*seen in the pairs p3$"):
+        prepare(config_for(prepare={"shard_size": 4, "batch_size": 6}), progress=False)
+    assert batches == [6, 2]
 
 
 def test_the_progress_bar_shows_the_speed(config_for, tmp_path, capsys):
