@@ -36,6 +36,7 @@ FREE_KEYS = (
     "train.trackers",
     "train.loader_workers",
     "train.accumulation_steps",  # only its product with the processes matters, and is compared
+    "train.reference",  # the same errors, to rounding; a cache of others is refused
     "prepare.cache_dir",
     "prepare.batch_size",
     "prepare.workers",

@@ -48,12 +48,42 @@ def _root(
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|auto",
+            help="Also compute the reference's errors on K visits of each pair, for "
+            "train.reference: cached; auto: on what the configured run draws.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="For --reference auto: processes that will train [this launch's]"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
     from fastpo.data.prepare import prepare
 
-    prepare(load_config(config, overrides or ()))
+    visits = _visits(reference)
+    resolved = load_config(config, overrides or ())
+    prepare(resolved)
+    if reference is not None:
+        from fastpo.reference_cache import prepare_reference
+
+        prepare_reference(resolved, visits, processes=processes)
+
+
+def _visits(reference: str | None) -> int | None:
+    if reference is None or reference == "auto":
+        return None
+    if reference.isdecimal() and int(reference) > 0:
+        return int(reference)
+    raise typer.BadParameter(f"must be a number of visits, or auto; got {reference!r}")
 
 
 @app.command()

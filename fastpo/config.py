@@ -128,6 +128,8 @@ class TrainConfig(Section):
     annotators: AnnotatorsConfig | None = None
     # Over which pairs KTO's baseline, SDPO's factor, Adaptive-DPO's mean and scales run.
     statistics: Literal["micro_batch", "processes", "running"] = "processes"
+    # cached: its errors come from `fastpo prepare CONFIG --reference K`, no reference model is held
+    reference: Literal["live", "cached"] = "live"
     optim: OptimConfig = OptimConfig()
     epochs: Positive | None = None
     max_steps: PositiveInt | None = None

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from fastpo.config import Config
 from fastpo.config_timesteps import (
     BinTimesteps,
     ListTimesteps,
@@ -26,7 +29,9 @@ from fastpo.config_timesteps import (
     TimestepsConfig,
     UniformTimesteps,
 )
+from fastpo.encoders import vae_folder_of
 from fastpo.errors import ConfigError, ModelError
+from fastpo.hub import read_json
 from fastpo.types import NoisedPair, PairBatch
 from fastpo_kernels.pair_noise import Prediction, Stream, noised_pair, pair_uniform
 
@@ -252,4 +257,26 @@ def make_noise(
         max_timestep=high,
         sample_latents=sample_latents,
         table=table,
+    )
+
+
+def setup_noise(config: Config, folder: Path, device: torch.device | str = "cpu") -> PairNoise:
+    """Makes the noise source of a run from its configuration and its pipeline's folder.
+
+    Raises:
+        ModelError: A configuration file of the model is missing, or its schedule is not supported.
+        ConfigError: As in `make_noise`.
+    """
+    train = config.train
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler: Any = DDPMScheduler.from_config(schedule)  # pyright: ignore[reportArgumentType]
+    return make_noise(
+        scheduler,
+        read_json(vae_folder_of(config, folder) / "config.json"),
+        seed=config.seed,
+        min_timestep=train.min_timestep,
+        max_timestep=train.max_timestep,
+        sample_latents=train.sample_latents,
+        timesteps=train.timesteps,
+        device=device,
     )

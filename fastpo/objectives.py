@@ -23,6 +23,11 @@ def needs_reference(config: TrainConfig) -> bool:
     return config.objective.name not in REFERENCE_FREE
 
 
+def runs_reference(config: TrainConfig) -> bool:
+    """Whether training holds a reference model and runs it at each step."""
+    return needs_reference(config) and config.reference == "live"
+
+
 def build_loss(config: TrainConfig, reduce: Reduce | None = None) -> LossFunction:
     """Returns `loss(predictions, target, minority, pair_weight)` for the configured objective.
 

@@ -26,7 +26,7 @@ from fastpo.errors import CheckpointError
 from fastpo.files import sweep, write_text
 from fastpo.ledger import PairLedger
 from fastpo.loss import PairLoss
-from fastpo.objectives import describe_slope, initial_loss
+from fastpo.objectives import describe_slope, initial_loss, needs_reference
 from fastpo.optim import optimizer_bytes
 from fastpo.types import PairBatch
 
@@ -220,6 +220,7 @@ def _banner(trainer: Trainer, start: int) -> Table:
         "objective": config.objective.name + judged,
         "slope": describe_slope(config.objective),
         "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
+        "reference": _reference(trainer),
         "pairs": f"{len(trainer.cache):,}" + (f", {flipped:,} labels flipped" if flipped else ""),
         "batch": f"{pairs} pairs = {config.micro_batch_size} x {config.accumulation_steps} "
         f"accumulation x {accelerator.num_processes} process(es)",
@@ -233,6 +234,14 @@ def _banner(trainer: Trainer, start: int) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", value)
     return table
+
+
+def _reference(trainer: Trainer) -> str:
+    if not needs_reference(trainer.config.train):
+        return "none"
+    if trainer.reference_errors is not None:
+        return f"cached, {trainer.reference_errors.visits} visits"
+    return "live, " + ("adapters off" if trainer.denoisers.frozen is None else "a frozen copy")
 
 
 def _device_name(device: torch.device) -> str:

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from fastpo.annotators import in_one_pass, predict_together
@@ -33,12 +32,12 @@ from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, 
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import Waits, make_loader
-from fastpo.data.sampler import PairSampler
+from fastpo.data.reference_errors import ReferenceErrors
+from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.distributed import all_reduce_sum, gather, setup_accelerator
-from fastpo.encoders import vae_folder_of
 from fastpo.errors import NonFiniteLossError
 from fastpo.export import export_policy
-from fastpo.hub import read_json, resolve_model_folder
+from fastpo.hub import resolve_model_folder
 from fastpo.ledger import PairLedger
 from fastpo.models import (
     Denoisers,
@@ -48,9 +47,10 @@ from fastpo.models import (
     setup_denoisers,
     without_dropout,
 )
-from fastpo.noise import PairNoise, make_noise
-from fastpo.objectives import LossFunction, build_loss, needs_reference
+from fastpo.noise import PairNoise, setup_noise
+from fastpo.objectives import LossFunction, build_loss, runs_reference
 from fastpo.optim import setup_optimizer, setup_schedule
+from fastpo.reference_cache import open_for_run
 from fastpo.run import RunFolder, StepTable, progress_bar, show_banner, table_rows
 from fastpo.statistics import RunningStatistics, make_statistics
 from fastpo.types import PairBatch, PairPredictions, pair_key
@@ -71,6 +71,7 @@ class Trainer:
         state: Everything a checkpoint holds.
         loss: The objective.
         empty_prompt: The empty prompt's states, `(1, L, D)` and `(1, P)` or None.
+        reference_errors: The reference's errors, where they were computed before.
     """
 
     config: Config
@@ -83,6 +84,7 @@ class Trainer:
     state: TrainingState
     loss: LossFunction
     empty_prompt: tuple[Tensor, Tensor | None]
+    reference_errors: ReferenceErrors | None = None
 
     @property
     def group(self) -> int:
@@ -106,11 +108,12 @@ class Trainer:
             that a short micro-batch leaves over hold the index -1.
         """
         minority = self._minority(batch, step)
+        known = None if self.reference_errors is None else self.reference_errors.lookup(batch)
         batch = batch.to(self.accelerator.device)
         noised = self.noise.noised_pair(batch)
         batch = self._drop_captions(batch)
         with torch.no_grad(), self.denoisers.judging():
-            reference, annotators = self._judges(noised, batch, step)
+            reference, annotators = self._judges(noised, batch, step, known)
         with self.accelerator.autocast():
             policy = predict(self.policy, noised, batch)
         predictions = PairPredictions(policy, reference, annotators)
@@ -131,17 +134,21 @@ class Trainer:
             return torch.zeros(len(batch), device=self.accelerator.device)
         return None
 
-    def _judges(self, noised, batch: PairBatch, step: int) -> tuple[Tensor | None, tuple]:
-        """The reference's and the moving averages' predictions; call under `no_grad`."""
-        config, reference, annotators = self.config.train, None, []
-        ema = config.annotators
+    def _judges(
+        self, noised, batch: PairBatch, step: int, reference: Tensor | None
+    ) -> tuple[Tensor | None, tuple]:
+        """The reference's errors, if known, or predictions; the moving averages' predictions."""
+        config, annotators = self.config.train, []
+        live, ema = runs_reference(config), config.annotators
+        if reference is not None:
+            reference = reference.to(noised.target.device, non_blocking=True)
         judged = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
         if judged and in_one_pass(config, noised):
             averages = self.state.averages["annotators"]
             with without_dropout(self.denoisers.policy) as model, self.accelerator.autocast():
-                reference, *annotators = predict_together(model, averages, noised, batch)
-            return reference, tuple(annotators)
-        if needs_reference(config):
+                judges = predict_together(model, averages, noised, batch, reference=live)
+            return (judges[0] if live else reference), tuple(judges[live:])
+        if live:
             with self.denoisers.reference() as model, self.accelerator.autocast():
                 reference = predict(model, noised, batch)
         if judged:
@@ -160,33 +167,17 @@ class Trainer:
         return drop_captions(batch, dropped, self.empty_prompt)
 
 
-def count_steps(config: Config, sampler: PairSampler, group: int) -> int:
-    """Optimiser steps of the run: `max_steps`, or enough to reach the end of the last epoch."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.epochs is not None
-    return math.ceil(config.train.epochs * sampler.micro_batches_per_epoch / group)
-
-
 def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Loads the cache and the models and puts everything together, in the order data flows."""
     train = config.train
     cache = PairCache.open(config)
     sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
     folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
-    noise = make_noise(
-        DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json")),  # pyright: ignore[reportArgumentType]
-        read_json(vae_folder_of(config, folder) / "config.json"),
-        seed=config.seed,
-        min_timestep=train.min_timestep,
-        max_timestep=train.max_timestep,
-        sample_latents=train.sample_latents,
-        timesteps=train.timesteps,
-        device=accelerator.device,
-    )
+    noise = setup_noise(config, folder, accelerator.device)
+    known = open_for_run(config, cache, noise, sampler, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the adapters' first values
     denoisers = setup_denoisers(
-        load_unet(folder, config.model.variant), train, needs_reference=needs_reference(train)
+        load_unet(folder, config.model.variant), train, needs_reference=runs_reference(train)
     )
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
@@ -205,7 +196,6 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
     if train.ema_decay is not None:
         averages["export"] = MovingAverages(trainable, [train.ema_decay])
-    embeds, pooled = cache.empty_prompt()
     judged_after = getattr(train.annotators, "min_visits", 1)
     span = partial(all_reduce_sum, accelerator) if accelerator.num_processes > 1 else None
     reduce = make_statistics(train, span)
@@ -229,12 +219,9 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         policy=policy,
         state=state,
         loss=build_loss(train, reduce),
-        empty_prompt=(embeds.to(accelerator.device), _optional_to(pooled, accelerator.device)),
+        empty_prompt=cache.empty_prompt(accelerator.device),
+        reference_errors=known,
     )
-
-
-def _optional_to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 def train(
@@ -307,7 +294,7 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
             began = time.perf_counter()
             table = optimizer_step(trainer, batches, step)
             check_finite(trainer, run, table, step)
-            record(trainer, table)
+            record(trainer, table, step)
             metrics = table.metrics(
                 step=step + 1,
                 epoch=(step + 1) * trainer.group / trainer.sampler.micro_batches_per_epoch,
@@ -374,9 +361,14 @@ def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) 
     )
 
 
-def record(trainer: Trainer, table: StepTable) -> None:
+def record(trainer: Trainer, table: StepTable, step: int) -> None:
     """Enters the step's margins into the ledger, on every process alike."""
-    trainer.state.ledger.update(table.index, table["margin"], table["timestep"])
+    margin = table["margin"]
+    if trainer.reference_errors is not None and step == 0:
+        # Before the first update policy and reference agree; cached errors differ by rounding,
+        # which must not count as a vote.
+        margin = torch.zeros_like(margin)
+    trainer.state.ledger.update(table.index, margin, table["timestep"])
     if isinstance(trainer.config.train.annotators, EmaAnnotators):
         trainer.state.metric[table.index] = table["minority"].float()
 

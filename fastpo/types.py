@@ -106,7 +106,8 @@ class PairPredictions:
 
     Attributes:
         policy: `(2B, C, h, w)`, carries the gradient.
-        reference: `(2B, C, h, w)`, or None for objectives without a reference.
+        reference: `(2B, C, h, w)`, or its `(2B,)` float32 errors where they were computed before,
+            or None for objectives without a reference.
         annotators: Further models' predictions, each `(2B, C, h, w)`.
     """
 

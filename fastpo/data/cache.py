@@ -153,9 +153,10 @@ class PairCache:
             add_time_ids=self._add_time_ids[index] if self.family == "sdxl" else None,
         )
 
-    def empty_prompt(self) -> tuple[Tensor, Tensor | None]:
+    def empty_prompt(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
         """Returns the empty prompt's `(1, L, D)` states and `(1, P)` pooled states (or None)."""
-        return self._text([0])
+        embeds, pooled = self._text([0])
+        return embeds.to(device), None if pooled is None else pooled.to(device)
 
     def write_flip_mask(self) -> Path:
         """Writes which pairs are flipped beside the cache; see `fastpo.data.labels`."""

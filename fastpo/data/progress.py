@@ -1,9 +1,9 @@
-"""The progress bar of `prepare`."""
+"""The progress bars of `prepare`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.progress import (
     BarColumn,
@@ -19,12 +19,17 @@ from rich.text import Text
 
 
 class _Speed(ProgressColumn):
-    """Images per second."""
+    """Things done per second."""
+
+    def __init__(self, unit: str) -> None:
+        """Names what is counted."""
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         """Returns the speed, a dash while it is unknown."""
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} images/s" if speed else "- images/s")
+        return Text(f"{speed:.1f} {self._unit}/s" if speed else f"- {self._unit}/s")
 
 
 class Advance:
@@ -35,28 +40,35 @@ class Advance:
         self._bar, self._task = bar, task
 
     def __call__(self, count: int) -> None:
-        """Adds images."""
+        """Adds what was just done."""
         self._bar.advance(self._task, count)
 
     def to(self, done: int) -> None:
-        """Sets the number of images that are done."""
+        """Sets how much is done."""
         self._bar.update(self._task, completed=done)
 
 
 @contextmanager
-def image_progress(total: int, *, show: bool) -> Iterator[Advance]:
-    """Shows a bar with images/s and time left.
+def rate_progress(doing: str, unit: str, total: int, *, show: bool) -> Iterator[Advance]:
+    """Shows a bar with a rate and time left.
 
     Args:
-        total: Images in all.
+        doing: What is being done, in front of the bar.
+        unit: What is counted, in the plural.
+        total: How many in all.
         show: False shows nothing.
     """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Speed(),
+        _Speed(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not show) as bar:
-        yield Advance(bar, bar.add_task("encoding images", total=total))
+        yield Advance(bar, bar.add_task(doing, total=total))
+
+
+def image_progress(total: int, *, show: bool) -> AbstractContextManager[Advance]:
+    """Shows how far the encoding of images is; see `rate_progress`."""
+    return rate_progress("encoding images", "images", total, show=show)

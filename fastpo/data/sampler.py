@@ -7,8 +7,12 @@ modulo W. The pairs of a step therefore do not depend on how they are spread.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
+
+from fastpo.config import Config
 
 
 class PairSampler:
@@ -104,3 +108,17 @@ def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         ends.append(np.minimum(first + size, offset + count))
         offset += count
     return np.concatenate(starts), np.concatenate(ends)
+
+
+def count_steps(config: Config, sampler: PairSampler, group: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or enough to reach the end of the last epoch.
+
+    Args:
+        config: Gives `train.max_steps` or `train.epochs`.
+        sampler: The run's stream.
+        group: Micro-batches of one optimiser step, over all processes.
+    """
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.epochs is not None
+    return math.ceil(config.train.epochs * sampler.micro_batches_per_epoch / group)
