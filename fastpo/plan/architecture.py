@@ -97,7 +97,7 @@ def _text_parts(family: Family) -> tuple[str, ...]:
 
 
 def _packaged_family(model: ModelConfig) -> Family:
-    known = {name.lower(): family for name, family in PACKAGED.items()}
+    known: dict[str, Family] = {name.lower(): family for name, family in PACKAGED.items()}
     if model.path.lower() in known:
         return known[model.path.lower()]
     if not is_hub_id(model.path):
@@ -123,7 +123,8 @@ def _vae_config(model: ModelConfig, own: Path | None, family: Family) -> dict[st
         found = _cached(model.vae, name, None)
         if found is not None:
             return read_json(found)
-    known = {name.lower(): kind for name, kind in {**PACKAGED, **PACKAGED_VAES}.items()}
+    named = PACKAGED | PACKAGED_VAES
+    known: dict[str, Family] = {name.lower(): family for name, family in named.items()}
     if model.vae.lower() in known:
         return _packaged(known[model.vae.lower()], "vae")
     raise ModelError(

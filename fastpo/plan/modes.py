@@ -42,11 +42,9 @@ class CudaForward(TorchFunctionMode):
         self._casts.clear()
         super().__exit__(*exception)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Casts as autocast does, then calls; attention goes to the fused kernel."""
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
         attention = func is F.scaled_dot_product_attention
         if self.dtype is not None and (attention or func in _LOWER):
             args = tuple(self._lower(a) for a in args)
@@ -145,9 +143,7 @@ class StorageTracker(TorchDispatchMode):
                     parameter.register_post_accumulate_grad_hook(self._leave_gradient_out)
                 )
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the operator and counts the storages it made."""
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else (out,):
