@@ -57,8 +57,9 @@ def find_size(config: Config, pairs: int | None) -> DataSize:
 def _known_size(config: Config) -> DataSize:
     manifest = load_manifest(config.prepare.cache_dir)
     if manifest is not None and manifest.complete:
-        counted = (sum(getattr(s, kind) for s in manifest.shards) for kind in ("pairs", "prompts"))
-        return DataSize(*counted, source=f"the cache {config.prepare.cache_dir}")
+        source = f"the cache {config.prepare.cache_dir}"
+        prompts = max((span.stop for span in manifest.texts), default=0)
+        return DataSize(manifest.pairs, prompts, source)
     listing = Path(config.data.path).expanduser() / "pairs.jsonl"
     if config.data.source == "folder" and listing.is_file():
         lines = [json.loads(line) for line in listing.read_text().splitlines() if line.strip()]

@@ -93,12 +93,11 @@ def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bo
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     # What a kernel does not change here and what would start a compiler or a GPU is left out.
-    plain = {"attention": "sdpa", "compile": None, "channels_last": False}
-    known = {key: value for key, value in plain.items() if key in TrainConfig.model_fields}
+    plain = {"attention": "sdpa", "compile": False, "channels_last": False}
     with META, _quiet():
         unet = UNet2DConditionModel.from_config(architecture.unet)
         assert isinstance(unet, UNet2DConditionModel)
-        denoisers = setup_denoisers(unet, train.model_copy(update=known), needs_reference=reference)
+        denoisers = setup_denoisers(unet, train.model_copy(update=plain), needs_reference=reference)
         vae: Any = AutoencoderKL.from_config(architecture.vae)
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
         texts = tuple(
