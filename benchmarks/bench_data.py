@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from common import environment, results_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fastpo.bench.measure import environment
+from fastpo.bench.script import results_path
 from fastpo.config import DataConfig, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import make_loader, micro_batch_numbers
