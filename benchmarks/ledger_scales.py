@@ -71,7 +71,7 @@ SCALES: dict[str, Scale | None] = {
 def replay(votes: np.ndarray, pairs: int, scale: Scale | None, group: int | None, visits: int):
     """Returns each pair's doubt after `visits` votes of every pair."""
     votes = votes[: pairs * visits]
-    cuts = np.flatnonzero(np.diff(votes[:, 0])) + 1 if group is None else None
+    cuts = np.flatnonzero(np.diff(votes[:, 0])) + 1
     parts = np.split(votes, cuts if group is None else np.arange(group, len(votes), group))
     if scale is None:
         ledger = PairLedger(pairs)
