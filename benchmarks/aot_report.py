@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from fastpo_kernels.pair_loss import device, kernel
 from fastpo_kernels.pair_noise import kernel as noise_kernel
+from fastpo_kernels.pair_target import PARTS
 
 TARGETS = {f"sm_{c}": GPUTarget("cuda", c, 32) for c in (80, 86, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -37,13 +38,58 @@ HEAVIEST = {
     "adaptive, 2048 pairs",
     "sdpo, tile 4096",
     "separate targets, tile 4096",
+    "v and posterior redrawn, tile 2048",
+    "v and posterior redrawn, tile 4096",
     "flow, drawn",
 }
-PREDICTIONS = ("epsilon", "v_prediction", "flow")
+WRITTEN = ("epsilon", "v_prediction", "flow", "none")
 DIVISIBLE = [["tt.divisibility", 16]]
 ALIGNED_SIZES = {"n_elements", "sizes", "strides", "target_strides", "policy_strides"}
-ALIGNED_SIZES |= {"grad_strides"}
+ALIGNED_SIZES |= {"grad_strides", "latents_strides", "logvar_strides", "noisy_strides"}
 DEFAULT = kernel.launch_config(16, 1 << 18, 2)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a target comes to the kernel: the formula and the parts that are given."""
+
+    formula: str
+    parts: tuple[str, ...]
+
+    @property
+    def streams(self) -> int:
+        """Loads of a tile: one of noise or of a shared target, two of what both sides have."""
+        noise = ("noise" in self.parts) * (2 if self.formula == "separate" else 1)
+        return noise + 2 * (("latents" in self.parts) + ("logvar" in self.parts))
+
+    @property
+    def n_streams(self) -> int:
+        """As `KernelTarget.n_streams`."""
+        return ("latents" in self.parts) + ("logvar" in self.parts) + ("noise" not in self.parts)
+
+    def arguments(self, dtype: str) -> dict[str, Any]:
+        """The kernels' arguments: latents in `dtype`, what the noise kernel wrote in float32."""
+        ready = self.formula in ("shared", "separate") and len(self.parts) == 1
+        types = {"noise": f"*{dtype if ready else 'fp32'}", "latents": f"*{dtype}"}
+        types |= {"logvar": f"*{dtype}", "signal": "*fp32", "sigma": "*fp32"}
+        types |= {"pair_key": "*i64", "visit": "*i64"}
+        return {
+            "target": tuple(types[name] if name in self.parts else None for name in PARTS),
+            "target_strides": (("i32", 1),) * 3, "seed": "i64", "shift": "fp32", "scale": "fp32",
+            "TARGET": self.formula,
+        }  # fmt: skip
+
+
+SHARED, SEPARATE = Target("shared", ("noise",)), Target("separate", ("noise",))
+SCHEDULE, DRAW = ("signal", "sigma"), ("pair_key", "visit")
+FORMED = {
+    "v from noise": Target("v_prediction", ("noise", "latents", *SCHEDULE)),
+    "flow from noise": Target("flow", ("noise", "latents")),
+    "epsilon redrawn": Target("shared", DRAW),
+    "v redrawn": Target("v_prediction", ("latents", *SCHEDULE, *DRAW)),
+    "flow redrawn": Target("flow", ("latents", *DRAW)),
+    "v and posterior redrawn": Target("v_prediction", ("latents", "logvar", *SCHEDULE, *DRAW)),
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +133,7 @@ def pair_loss_forward(
     sources: tuple[str, ...] = ("full", "full"),
     adaptive: tuple[str, str, str] | None = None,
     safeguard: bool = False,
-    shared_target: bool = True,
+    target: Target = SHARED,
     config: kernel.LaunchConfig = DEFAULT,
     block_p: int = 16,
     block_b: int = 16,
@@ -97,21 +143,21 @@ def pair_loss_forward(
     kinds = adaptive or (None, None, None)
     arguments = {
         "sources": tuple(f"*{dtype}" if s == "full" else "*fp32" for s in sources),
-        "target_ptr": f"*{dtype}", "minority_ptr": None, "statistics_ptr": None,
+        **target.arguments(dtype), "minority_ptr": None, "statistics_ptr": None,
         "pair_weight_ptr": None, "partials_ptr": "*fp32", "ticket_ptr": "*i32",
         "loss_ptr": "*fp32" if objective else None, "stats_ptr": "*fp32",
         "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "sizes": ("i32",),
-        "strides": (("i32", 1),) * n, "target_strides": ("i32", 1),
+        "strides": (("i32", 1),) * n,
         "options": ("fp32",) * 3, "adaptive_options": ("fp32",) * (5 if adaptive else 1),
         "mu": "fp32", "READY": sum(1 << k for k, s in enumerate(sources) if s == "errors"),
         "OBJECTIVE": device.OBJECTIVES[objective] if objective else None,
-        "HAS_REFERENCE": n > 1, "SHARED_TARGET": shared_target, "NORMALIZE": kinds[0],
+        "HAS_REFERENCE": n > 1, "NORMALIZE": kinds[0],
         "WEIGHT_KIND": kinds[1], "MARGIN_KIND": kinds[2], "BATCH_BASELINE": objective == "kto",
         "SAFEGUARD": safeguard, "BLOCK_SIZE": config.block_size, "BLOCK_P": block_p,
         "BLOCK_B": block_b,
     }  # fmt: skip
     # Every stream's load is 16 bytes or more a thread, twice over for the two sides.
-    streams = 2 * sum(s == "full" for s in sources) + (1 if shared_target else 2)
+    streams = 2 * sum(s == "full" for s in sources) + target.streams
     function = kernel._pair_loss_fwd_kernel
     return Case("pair_loss_fwd", variant, dtype, function, arguments, config.num_warps, streams)
 
@@ -132,17 +178,16 @@ def pair_loss_finish(variant: str, objective: str, adaptive: tuple[str, str, str
 
 
 def pair_loss_backward(
-    variant: str, dtype: str, *, shared_target: bool, config: kernel.LaunchConfig
+    variant: str, dtype: str, *, target: Target, config: kernel.LaunchConfig
 ) -> Case:
     """The backward kernel as `launch_backward` would compile it."""
     arguments = {
-        "policy_ptr": f"*{dtype}", "target_ptr": f"*{dtype}", "coefficient_ptr": "*fp32",
+        "policy_ptr": f"*{dtype}", **target.arguments(dtype), "coefficient_ptr": "*fp32",
         "grad_loss_ptr": "*fp32", "grad_policy_ptr": f"*{dtype}",
         "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "sizes": ("i32",),
-        "policy_strides": ("i32", 1), "target_strides": ("i32", 1), "grad_strides": ("i32", 1),
-        "SHARED_TARGET": shared_target, "BLOCK_SIZE": config.block_size,
+        "policy_strides": ("i32", 1), "grad_strides": ("i32", 1), "BLOCK_SIZE": config.block_size,
     }  # fmt: skip
-    streams = 3 if shared_target else 4
+    streams = 2 + target.streams
     function = kernel._pair_loss_bwd_kernel
     return Case("pair_loss_bwd", variant, dtype, function, arguments, config.num_warps, streams)
 
@@ -160,21 +205,24 @@ def cases() -> Iterator[Case]:
         "partial sums": {"objective": None, "sources": three, "adaptive": adaptive},
         "cached reference": {"sources": ("full", "errors")},
         "sdpo": {"safeguard": True},
-        "separate targets": {"shared_target": False},
+        "separate targets": {"target": SEPARATE},
         "adaptive, two annotators": {"sources": three, "adaptive": adaptive},
     }
     for dtype, n_elements in itertools.product(("bf16", "fp32"), (1 << 14, 1 << 18)):
-        for name, options in forward.items():
-            full = sum(s == "full" for s in options.get("sources", ("full", "full")))
-            config = kernel.launch_config(16, n_elements, full)
+        # A formed target is heaviest with large tiles.
+        formed = FORMED if n_elements > 1 << 14 else {}
+        for name, options in (forward | {k: {"target": v} for k, v in formed.items()}).items():
+            n_streams = sum(s == "full" for s in options.get("sources", ("full", "full")))
+            n_streams += options.get("target", SHARED).n_streams
+            config = kernel.launch_config(16, n_elements, n_streams)
             variant = f"{name}, tile {config.block_size}"
             yield pair_loss_forward(variant, dtype, config=config, **options)
         config = kernel.launch_config(16, n_elements, 1)
-        for shared in (True, False):
-            kind = "shared target" if shared else "separate targets"
-            variant = f"{kind}, tile {config.block_size}"
-            yield pair_loss_backward(variant, dtype, shared_target=shared, config=config)
-    for dtype, prediction in itertools.product(("bf16", "fp32"), PREDICTIONS):
+        targets = {"shared target": SHARED, "separate targets": SEPARATE, **formed}
+        for name, target in targets.items():
+            variant = f"{name}, tile {config.block_size}"
+            yield pair_loss_backward(variant, dtype, target=target, config=config)
+    for dtype, prediction in itertools.product(("bf16", "fp32"), WRITTEN):
         yield pair_noise(f"{prediction}, means", dtype, prediction, drawn=False)
         yield pair_noise(f"{prediction}, drawn", dtype, prediction, drawn=True)
     yield pair_loss_finish("adaptive, 2048 pairs", "dpo", adaptive)
@@ -192,10 +240,12 @@ def pair_noise(variant: str, dtype: str, prediction: str, *, drawn: bool) -> Cas
     arguments = {
         "latents_ptr": f"*{dtype}", "logvar_ptr": f"*{dtype}" if drawn else None,
         "pair_key_ptr": "*i64", "visit_ptr": "*i64", "signal_ptr": "*fp32", "sigma_ptr": "*fp32",
-        "noisy_ptr": "*bf16", "target_ptr": "*fp32", "timesteps_ptr": "*i64",
-        "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "seed": "i64", "low": "i32",
-        "count": "i32", "shift": "fp32", "scale": "fp32",
-        "PREDICTION": prediction, "BLOCK_SIZE": 1024,
+        "noisy_ptr": "*bf16", "target_ptr": None if prediction == "none" else "*fp32",
+        "timesteps_ptr": "*i64", "schedule_ptr": "*fp32",
+        "n_pairs": "i32", "n_chunks": "i32", "n_elements": "i32", "sizes": ("i32",), "seed": "i64",
+        **{f"{name}_strides": ("i32", 1) for name in ("latents", "logvar", "noisy", "target")},
+        "low": "i32", "count": "i32", "shift": "fp32", "scale": "fp32", "TARGET": prediction,
+        "BLOCK_SIZE": 1024,
     }  # fmt: skip
     function = noise_kernel._noised_pair_kernel
     return Case("noised_pair", variant, dtype, function, arguments, 4, 4 if drawn else 2)

@@ -59,6 +59,8 @@ stage tune 75 "$PYTHON" -m fastpo.bench.tune --budget-seconds @BUDGET@ --commit 
   --out "$OUT/launch_configs.csv"
 stage pair_noise 50 "$PYTHON" benchmarks/bench_pair_noise.py --skip-tests --seconds 0.1 \
   --budget-seconds @BUDGET@ --commit "$COMMIT" --out "$OUT/pair_noise.csv" --dtypes bf16
+stage redraw 40 "$PYTHON" benchmarks/bench_redraw.py --seconds 0.1 --budget-seconds @BUDGET@ \
+  --commit "$COMMIT" --out "$OUT/redraw.csv"
 stage launches 60 "$PYTHON" benchmarks/launch_table.py --out "$OUT/launches.md"
 echo "== done after $SECONDS s, failed: $failed" | tee -a "$LOG"
 exit "$failed"

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastpo.checks import require_positive
-from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, pair_loss
+from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, pair_loss
 from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
 
 
 def adaptive_dpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     annotators: Sequence[Tensor] = (),
@@ -83,7 +83,7 @@ def adaptive_dpo(
 def adaptive_ipo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     tau: float,
     beta: float,

@@ -11,7 +11,8 @@ Every function takes
 * `policy`: `[2B, *dims]` float32, bfloat16 or float16 predictions; it alone gets a gradient;
 * `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already
 known;
-* `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it;
+* `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`, which the
+  kernels form in registers from latents, noise (or its counters) and the schedule;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None;
 * `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else the
   reference's mathematics in fewer operators and passes, the default on a CPU. A name never falls
@@ -41,11 +42,23 @@ from torch import Tensor
 
 from fastpo.adaptive_loss import adaptive_dpo, adaptive_ipo
 from fastpo.checks import require, require_positive
-from fastpo_kernels.pair_loss import Impl, PairLoss, Reduce, pair_errors, pair_loss
+from fastpo_kernels.pair_loss import (
+    Impl,
+    PairDraw,
+    PairLoss,
+    PairTarget,
+    Reduce,
+    Target,
+    pair_errors,
+    pair_loss,
+)
 
 __all__ = [
+    "PairDraw",
     "PairLoss",
+    "PairTarget",
     "Reduce",
+    "Target",
     "adaptive_dpo",
     "adaptive_ipo",
     "dmpo",
@@ -65,7 +78,7 @@ __all__ = [
 def dpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     label_smoothing: float = 0.0,
@@ -86,7 +99,7 @@ def dpo(
 def robust_dpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     label_smoothing: float,
@@ -110,7 +123,7 @@ def robust_dpo(
 def ipo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     tau: float,
     pair_weight: Tensor | None = None,
@@ -127,7 +140,7 @@ def ipo(
 def hinge(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     pair_weight: Tensor | None = None,
@@ -144,7 +157,7 @@ def hinge(
 def kto(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     baseline: Tensor | None = None,
@@ -178,7 +191,7 @@ def kto(
 def dmpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     alpha: float = 0.01,
@@ -195,7 +208,7 @@ def dmpo(
 def linear_dpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     eta: float = 1e-3,
@@ -214,7 +227,7 @@ def linear_dpo(
 def sdpo(
     policy: Tensor,
     reference: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float,
     mu: float,
@@ -246,7 +259,7 @@ def sdpo(
 
 def sft(
     policy: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
@@ -257,7 +270,7 @@ def sft(
 
 def mapo(
     policy: Tensor,
-    target: Tensor,
+    target: Target,
     *,
     beta: float = 0.1,
     snr: float = 0.5,

@@ -182,8 +182,12 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
     trainable = denoisers.trainable
-    fused = accelerator.device.type == "cuda" and train.precision != "fp16"
-    optimizer = setup_optimizer(trainable.values(), train.optim, seed=config.seed, fused=fused)
+    optimizer = setup_optimizer(
+        trainable.values(),
+        train.optim,
+        seed=config.seed,
+        fused=(accelerator.device.type == "cuda" and train.precision != "fp16") or None,
+    )
     steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
     schedule = setup_schedule(optimizer, train.optim, steps)
     policy, prepared = accelerator.prepare(denoisers.policy, optimizer)

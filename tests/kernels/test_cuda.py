@@ -118,6 +118,67 @@ def test_fp16_gradient_scaler():
     torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_targets_formed_in_the_loss_equal_stored_ones_bitwise(prediction):
+    """A compiler could contract a draw with what follows it; the draws' `fma` must prevent it."""
+    latents = torch.randn(8, *SDXL, device="cuda", dtype=torch.bfloat16)
+    logvar = torch.randn_like(latents) - 3
+    keys = torch.arange(4, device="cuda") * 2**60 + 3
+    power = torch.linspace(0.99, 0.01, 1000, device="cuda")
+    results = []
+    for form in ("ready", "redrawn"):
+        pair = noised_pair(
+            latents, keys, keys % 5, power.sqrt(), (1 - power).sqrt(), seed=2**32 - 1, low=0,
+            high=1000, prediction=prediction, target=form, logvar=logvar, shift=0.1, scale=0.13,
+        )  # fmt: skip
+        policy = pair.noisy_latents.bfloat16().requires_grad_()
+        # One row each: the gradient is (policy - target) times a number that is the same.
+        errors = fl.pair_errors(policy, pair.target)
+        (grad,) = torch.autograd.grad(errors.sum(), policy)
+        results.append((pair.noisy_latents, grad, errors))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def test_formed_targets_in_a_graph_without_synchronisation():
+    latents = torch.randn(8, *SDXL, device="cuda", dtype=torch.bfloat16)
+    keys = torch.arange(4, device="cuda")
+    power = torch.linspace(0.99, 0.01, 1000, device="cuda")
+    tables = power.sqrt(), (1 - power).sqrt()
+    x = pair_inputs(4, SDXL, torch.bfloat16, "cuda")
+    x.policy.requires_grad_()
+
+    def noised_step():
+        x.target = noised_pair(
+            latents, keys, keys, *tables, seed=1, low=0, high=1000, prediction="v_prediction",
+            target="redrawn",
+        ).target  # fmt: skip
+        return step(x)
+
+    expected = noised_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        noised_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = noised_step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_statistics_by_reduce_equal_the_batchs_own():
+    x = pair_inputs(16, SDXL, torch.bfloat16, "cuda", n_annotators=2)
+    x.policy.requires_grad_()
+    grads = []
+    for options in ({}, {"reduce": lambda sums: 3 * sums}):
+        out = fl.adaptive_dpo(x.policy, x.reference, x.target, beta=20.0, annotators=x.annotators,
+                              impl="triton", **options)  # fmt: skip
+        grads.append(torch.autograd.grad(out.loss, x.policy)[0])
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.slow
 def test_offsets_beyond_two_to_the_31():
     n_pairs, dims = 520, (4, 1024, 1024)

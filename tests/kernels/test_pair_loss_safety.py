@@ -19,6 +19,11 @@ def call(x, impl="triton", **options):
     return fl.dpo(x.policy, x.reference, x.target, beta=20.0, impl=impl, **options)
 
 
+def shared(x):
+    """The operators' arguments for a target that is a tensor."""
+    return [x.target], "shared noise", [0.0, 0.0, 1.0]
+
+
 def gradient(x, impl="triton"):
     policy = x.policy.detach().requires_grad_()
     x.policy = policy
@@ -32,13 +37,13 @@ def test_operators_pass_opcheck(device):
     plain = (None, None, weight, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
     adapted = ([20.0, 0.0, 0.0], "rms linear quadratic", [3.75, 10.0, 1.0, 1.0, 20.0], None, None)
     for args in (
-        (policy, x.reference, x.target, [], *plain),
-        (policy, x.reference, x.target, x.annotators, None, None, None, "dpo", *adapted),
+        (policy, x.reference, *shared(x), [], *plain),
+        (policy, x.reference, *shared(x), x.annotators, None, None, None, "dpo", *adapted),
     ):
         torch.library.opcheck(ops.pair_loss_fwd, args)
-    torch.library.opcheck(ops.pair_errors_fwd, (policy, x.target))
+    torch.library.opcheck(ops.pair_errors_fwd, (policy, *shared(x)))
     torch.library.opcheck(
-        ops.pair_loss_bwd, (x.policy.detach(), x.target, ONES(4, device=device), None)
+        ops.pair_loss_bwd, (x.policy.detach(), *shared(x), ONES(4, device=device), None)
     )
 
 
@@ -97,7 +102,7 @@ def test_double_backward_is_refused(device):
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
     options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
-    loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
+    loss, _ = ops.pair_loss_fwd(policy, x.reference, *shared(x), [], *options)
     (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
@@ -107,7 +112,7 @@ def test_operator_and_eager_path_agree_bitwise(device):
     x = pair_inputs(2, (40,), torch.bfloat16, device)
     policy = x.policy.requires_grad_()
     options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
-    loss, _ = ops.pair_loss_fwd(policy, x.reference, x.target, [], *options)
+    loss, _ = ops.pair_loss_fwd(policy, x.reference, *shared(x), [], *options)
     assert torch.equal(loss, call(x).loss)
     assert torch.equal(torch.autograd.grad(loss, policy)[0], gradient(x))
 

@@ -76,11 +76,33 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(device, nan_poisoned):
         assert torch.equal(a, b) and torch.isfinite(a.double()).all()
 
 
+STRIDED = {
+    "channels-last": lambda t: t.to(memory_format=torch.channels_last),
+    "sliced": lambda t: t[..., ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_latents_are_read_as_they_are(layout, device):
+    arguments, logvar = inputs(device, (4, 6, 10))
+    latents = STRIDED[layout](arguments[0])
+    logvar = logvar[:, :, : latents.shape[2], : latents.shape[3]]
+    arguments[0], options = latents, {"logvar": logvar, "prediction": "flow"}
+    actual = call(arguments, **options)
+    arguments[0], options["logvar"] = latents.contiguous(), logvar.contiguous()
+    expected = call(arguments, **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    if layout == "channels-last":
+        assert actual.noisy_latents.stride() == latents.stride() == actual.target.stride()
+
+
 def test_operator_passes_opcheck(device):
     arguments, logvar = inputs(device, (40,))
     latents, *rest = arguments
     for prediction, drawn in (("epsilon", None), ("flow", logvar)):
-        options = (prediction, 3, 0, 1000, 0.0, 1.0, torch.float32)
+        options = (prediction, True, 3, 0, 1000, 0.0, 1.0, torch.float32)
         torch.library.opcheck(ops.noised_pair_op, (latents, drawn, *rest, *options))
 
 
@@ -104,7 +126,8 @@ REFUSED = [
     (ValueError, "logvar must match", None, None, {"logvar": torch.ones(6, 3)}),
     (TypeError, "dtype must be float32", None, None, {"dtype": torch.float64}),
     (ValueError, "impl must be None", None, None, {"impl": "cuda"}),
-    (ValueError, "needs latents contiguous", 0, torch.ones(6, 8)[:, ::2], {}),
+    (ValueError, "needs signal contiguous", 3, torch.ones(2000)[::2], {}),
+    (ValueError, "target must be one of", None, None, {"target": "lazy"}),
 ]
 
 

@@ -126,14 +126,15 @@ def test_compiles_as_one_graph(impl, device):
 
 def test_operator_passes_opcheck(device):
     x = pair_inputs(2, (40,), torch.float32, device, n_annotators=1)
-    common = (x.policy, x.reference, x.target, x.annotators, "dpo", "rms linear quadratic")
+    target = ([x.target], "shared noise", [0.0, 0.0, 1.0])
+    common = (x.policy, x.reference, *target, x.annotators, "dpo", "rms linear quadratic")
     torch.library.opcheck(ops.pair_loss_partials, (*common, 0.9))
     partial = ops.pair_loss_partials(*common, 0.9)
     errors, sums = partial[:12].split(4), partial[12:]
     rest = (None, sums, None, "dpo", [20.0, 0.0, 0.0], "rms linear quadratic",
             [3.75, 10.0, 1.0, 1.0, 20.0], 0.9, errors[0])  # fmt: skip
     policy = x.policy.requires_grad_()
-    torch.library.opcheck(ops.pair_loss_fwd, (policy, errors[1], x.target, [errors[2]], *rest))
+    torch.library.opcheck(ops.pair_loss_fwd, (policy, errors[1], *target, [errors[2]], *rest))
 
 
 REFUSED = [

@@ -1,7 +1,7 @@
 """Preference losses of a batch of pairs, fused. See README.md for the derivation."""
 
 from fastpo_kernels._impl import Impl
-from fastpo_kernels.pair_loss.api import PairLoss, pair_errors, pair_loss
+from fastpo_kernels.pair_loss.api import PairLoss, Target, pair_errors, pair_loss
 from fastpo_kernels.pair_loss.reference import (
     OBJECTIVES,
     Adaptive,
@@ -9,13 +9,17 @@ from fastpo_kernels.pair_loss.reference import (
     minority_metric,
     pair_weights,
 )
+from fastpo_kernels.pair_target import PairDraw, PairTarget
 
 __all__ = [
     "OBJECTIVES",
     "Adaptive",
     "Impl",
+    "PairDraw",
     "PairLoss",
+    "PairTarget",
     "Reduce",
+    "Target",
     "minority_metric",
     "pair_errors",
     "pair_loss",

@@ -18,8 +18,10 @@ from fastpo_kernels.pair_loss.reference import (
     Reduce,
     WeightKind,
 )
+from fastpo_kernels.pair_target import EncodedTarget, PairTarget, encode_ready
 
 _MAX_PAIRS = 2048
+Target = Tensor | PairTarget
 
 
 class PairLoss(NamedTuple):
@@ -55,18 +57,18 @@ def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
     return chosen
 
 
-def _check_predictions(policy: Tensor, target: Tensor) -> None:
+def _check_predictions(policy: Tensor, target: Target) -> None:
     """The rules on policy and target."""
-    for name, t in (("policy", policy), ("target", target)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    _check_floating("policy", policy)
     if policy.ndim < 2 or policy.shape[0] % 2 or policy.numel() == 0:
         raise ValueError(
             "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
             f"got {tuple(policy.shape)}"
         )
+    if isinstance(target, PairTarget):
+        target.check(policy)
+        return
+    _check_floating("target", target)
     rows, *dims = policy.shape
     if target.shape not in ((rows // 2, *dims), (rows, *dims)):
         raise ValueError(
@@ -75,6 +77,28 @@ def _check_predictions(policy: Tensor, target: Tensor) -> None:
         )
     if target.device != policy.device:
         raise ValueError(f"target must be on policy's {policy.device}, got {target.device}")
+
+
+def _check_floating(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+
+
+def _floats(target: Target) -> list[Tensor]:
+    """The floating-point tensors that make the target."""
+    parts = target.parts().values() if isinstance(target, PairTarget) else [target]
+    return [part for part in parts if part.is_floating_point()]
+
+
+def _encoded(target: Target, n_pairs: int) -> EncodedTarget:
+    """What the operators take."""
+    if not isinstance(target, PairTarget):
+        return encode_ready(target, n_pairs)
+    for name, part in target.parts().items():
+        _check_kernel_vector(f"target's {name}", part)
+    return target.encode()
 
 
 def _check_source(name: str, source: Tensor, policy: Tensor) -> None:
@@ -126,7 +150,7 @@ def _check_adaptive(adaptive: Adaptive, minority: Tensor | None, annotators) -> 
 def pair_loss(
     policy: Tensor,
     reference: Tensor | None,
-    target: Tensor,
+    target: Target,
     objective: str,
     options: Sequence[float] = (),
     *,
@@ -147,7 +171,8 @@ def pair_loss(
     Args:
         policy: `[2B, *dims]` float32, bfloat16 or float16, winners first; it alone gets a gradient.
         reference: `[2B, *dims]` predictions, or `[2B]` float32 errors; None where none is needed.
-        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it.
+        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`: formed
+            inside the kernels, never written.
         objective: a name in `reference.OBJECTIVES`.
         options: up to three numbers, in the order of the scalar function.
         annotators: other judges of the same pairs, each like `reference`; needs `adaptive`.
@@ -197,7 +222,7 @@ def pair_loss(
             given.append(vector)
     if reduce is not None:
         _check_reduce(objective, adaptive, safeguard, statistics)
-    tensors = [policy, target, *(s for _, s in named)]
+    tensors = [policy, *_floats(target), *(s for _, s in named)]
     options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
     if _chosen(impl, [*tensors, *given]) == "reference":
         plain = portable if impl is None else eager
@@ -205,7 +230,7 @@ def pair_loss(
             *plain.pair_loss(
                 policy,
                 reference,
-                target,
+                target.form(policy) if isinstance(target, PairTarget) else target,
                 objective=objective,
                 options=options,
                 annotators=annotators,
@@ -221,14 +246,15 @@ def pair_loss(
         _check_kernel_vector(name, vector)
     kinds = "" if adaptive is None else adaptive.kinds
     error = None
+    encoded = _encoded(target, n_pairs)
     if reduce is not None:
         error, reference, annotators, statistics = _globally(
-            reduce, policy, reference, target, annotators, objective, kinds, safeguard
+            reduce, policy, reference, encoded, annotators, objective, kinds, safeguard
         )
     loss, stats = ops.pair_loss(
         policy,
         reference,
-        target,
+        *encoded,
         list(annotators),
         minority,
         statistics,
@@ -254,7 +280,7 @@ def _globally(reduce, policy, reference, target, annotators, objective, kinds, s
     """Errors of policy, reference and annotators, and the sums of all processes; one launch."""
     with torch.no_grad():
         partial = ops.pair_partials(
-            policy, reference, target, list(annotators), objective, kinds, safeguard
+            policy, reference, *target, list(annotators), objective, kinds, safeguard
         )
     n_sources = 1 + (reference is not None) + len(annotators)
     errors = partial.narrow(0, 0, n_sources * len(policy)).split(len(policy))
@@ -282,12 +308,13 @@ def _unpack(loss, stats, n_pairs, n_sources, reference, adaptive, pair_weight) -
     )
 
 
-def pair_errors(policy: Tensor, target: Tensor, *, impl: Impl | None = None) -> Tensor:
+def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> Tensor:
     """Mean squared error of every row, the fused reduction alone; differentiable in `policy`.
 
     Args:
         policy: `[2B, *dims]` float32, bfloat16 or float16, winners first.
-        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it.
+        target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`: formed
+            inside the kernels, never written.
         impl: as in `pair_loss`.
 
     Returns:
@@ -298,6 +325,7 @@ def pair_errors(policy: Tensor, target: Tensor, *, impl: Impl | None = None) -> 
         ValueError: a shape, device or `impl` that breaks the rules above.
     """
     _check_predictions(policy, target)
-    if _chosen(impl, [policy, target]) == "reference":
-        return (portable if impl is None else eager).pair_errors(policy, target.detach())
-    return ops.pair_errors(policy, target)
+    if _chosen(impl, [policy, *_floats(target)]) == "reference":
+        formed = target.form(policy) if isinstance(target, PairTarget) else target
+        return (portable if impl is None else eager).pair_errors(policy, formed.detach())
+    return ops.pair_errors(policy, *_encoded(target, policy.shape[0] // 2))

@@ -10,7 +10,6 @@ coefficients.
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastpo_kernels._layout import device_guard
 from fastpo_kernels._triton import strided_offsets
 from fastpo_kernels.pair_loss import device
 from fastpo_kernels.pair_loss.finish import finish, partial_results
+from fastpo_kernels.pair_loss.target import target_tile
+from fastpo_kernels.pair_target import EncodedTarget, KernelTarget
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class LaunchConfig:
 def launch_config(n_pairs: int, n_elements: int, n_streams: int) -> LaunchConfig:
     """Small tiles while the batch is too small to fill a GPU; about a thousand programs at most.
 
-    `n_streams` counts policy, reference and annotators that are read as predictions. Chosen from
+    `n_streams` counts what a program holds: policy, reference and annotators that are read as
+    predictions, latents and drawn noise of a target that is formed. Chosen from
     compiled register counts (benchmarks/results/aot.csv, 2026-11); not yet tuned on a GPU.
     """
     block_size, num_warps = (1024, 4) if n_pairs * n_elements < 1 << 20 else (4096, 8)
@@ -55,7 +58,7 @@ def launch_config(n_pairs: int, n_elements: int, n_streams: int) -> LaunchConfig
 @triton.jit
 def _squared_errors(
     sources,
-    target_ptr,
+    target,
     pair,
     chunk,
     n_pairs,
@@ -64,8 +67,11 @@ def _squared_errors(
     sizes,
     strides,
     target_strides,
+    seed,
+    shift,
+    scale,
     READY: tl.constexpr,
-    SHARED_TARGET: tl.constexpr,
+    TARGET: tl.constexpr,
     SAFEGUARD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -77,12 +83,10 @@ def _squared_errors(
     for tile in range(chunk, tl.cdiv(n_elements, BLOCK_SIZE), n_chunks):
         index = tile * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = index < n_elements
-        at = strided_offsets(index, sizes, target_strides[1:]) + pair * target_strides[0]
-        target_w = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        target_l = target_w
-        if not SHARED_TARGET:
-            at += n_pairs * target_strides[0]
-            target_l = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        target_w, target_l = target_tile(
+            target, pair, tile, n_pairs, index, mask, sizes, target_strides, seed, shift, scale,
+            TARGET, BLOCK_SIZE,
+        )  # fmt: skip
         new = ()
         dot = sums[2 * len(sources)]
         for s in tl.static_range(len(sources)):
@@ -100,10 +104,10 @@ def _squared_errors(
     return sums
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed"])
 def _pair_loss_fwd_kernel(
     sources,  # policy, then reference and annotators: each [2B, N], or errors [2B] where READY
-    target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
+    target,  # [B, N] or [2B, N] or None: drawn; latents and logvar [2B, N]; four times [B]
     minority_ptr,  # [B] or None
     statistics_ptr,  # [1] or [1 + M] or None
     pair_weight_ptr,  # [B] or None
@@ -120,10 +124,13 @@ def _pair_loss_fwd_kernel(
     options,
     adaptive_options,
     mu,
+    seed,
+    shift,
+    scale,
     READY: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
-    SHARED_TARGET: tl.constexpr,
+    TARGET: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WEIGHT_KIND: tl.constexpr,
     MARGIN_KIND: tl.constexpr,
@@ -137,8 +144,8 @@ def _pair_loss_fwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     pair, chunk = program // n_chunks, (program % n_chunks).to(tl.int32)
     sums = _squared_errors(
-        sources, target_ptr, pair, chunk, n_pairs, n_chunks, n_elements, sizes, strides,
-        target_strides, READY, SHARED_TARGET, SAFEGUARD, BLOCK_SIZE,
+        sources, target, pair, chunk, n_pairs, n_chunks, n_elements, sizes, strides,
+        target_strides, seed, shift, scale, READY, TARGET, SAFEGUARD, BLOCK_SIZE,
     )  # fmt: skip
     for s in tl.static_range(len(sources)):
         if (READY >> s) & 1 == 0:
@@ -199,10 +206,10 @@ def _pair_loss_finish_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed"])
 def _pair_loss_bwd_kernel(
     policy_ptr,  # [2B, N]
-    target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
+    target,  # as in the forward kernel
     coefficient_ptr,  # [2B]: dloss/de
     grad_loss_ptr,  # [] or None
     grad_policy_ptr,  # [2B, N]
@@ -213,61 +220,31 @@ def _pair_loss_bwd_kernel(
     policy_strides,
     target_strides,
     grad_strides,
-    SHARED_TARGET: tl.constexpr,
+    seed,
+    shift,
+    scale,
+    TARGET: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """dloss/dpred = grad_loss * dloss/de * 2/N * (pred - target)."""
     program = tl.program_id(0).to(tl.int64)
-    pair = program // n_chunks
-    index = (program % n_chunks).to(tl.int32) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    pair, tile = program // n_chunks, (program % n_chunks).to(tl.int32)
+    index = tile * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = index < n_elements
-    scale = tl.div_rn(2.0, tl.cast(n_elements, tl.float32))
+    upstream = tl.div_rn(2.0, tl.cast(n_elements, tl.float32))
     if grad_loss_ptr is not None:
-        scale *= tl.load(grad_loss_ptr).to(tl.float32)
-    target_at = strided_offsets(index, sizes, target_strides[1:]) + pair * target_strides[0]
-    target = tl.load(target_ptr + target_at, mask=mask, other=0.0).to(tl.float32)
+        upstream *= tl.load(grad_loss_ptr).to(tl.float32)
+    targets = target_tile(
+        target, pair, tile, n_pairs, index, mask, sizes, target_strides, seed, shift, scale,
+        TARGET, BLOCK_SIZE,
+    )  # fmt: skip
     for side in tl.static_range(2):
         row = pair + side * n_pairs
-        if side == 1 and not SHARED_TARGET:
-            target_at += n_pairs * target_strides[0]
-            target = tl.load(target_ptr + target_at, mask=mask, other=0.0).to(tl.float32)
         at = strided_offsets(index, sizes, policy_strides[1:]) + row * policy_strides[0]
-        diff = tl.load(policy_ptr + at, mask=mask, other=0.0).to(tl.float32) - target
-        grad = (scale * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
+        diff = tl.load(policy_ptr + at, mask=mask, other=0.0).to(tl.float32) - targets[side]
+        grad = (upstream * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
         at = strided_offsets(index, sizes, grad_strides[1:]) + row * grad_strides[0]
         tl.store(grad_policy_ptr + at, grad.to(grad_policy_ptr.dtype.element_ty), mask=mask)
-
-
-def _joint_layout(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes of one sample and, per tensor, (row stride, inner strides).
-
-    With as few dimensions as describe all tensors: one where they are equally permuted and dense.
-    """
-    if all(t.is_contiguous() for t in tensors):
-        n_elements = tensors[0][0].numel()
-        return (n_elements,), [(t.stride(0) if t.shape[0] > 1 else n_elements, 1) for t in tensors]
-    shape, first = tensors[0].shape, tensors[0]
-    dims = sorted((k for k in range(1, first.ndim) if shape[k] > 1), key=lambda k: -first.stride(k))
-    sizes: list[int] = []
-    inner: list[list[int]] = [[] for _ in tensors]
-    for k in dims:
-        strides = [t.stride(k) for t in tensors]
-        if sizes and all(s[-1] == shape[k] * t for s, t in zip(inner, strides, strict=True)):
-            sizes[-1] *= shape[k]
-            for s, t in zip(inner, strides, strict=True):
-                s[-1] = t
-        else:
-            sizes.append(shape[k])
-            for s, t in zip(inner, strides, strict=True):
-                s.append(t)
-    if not sizes:
-        sizes, inner = [1], [[1] for _ in tensors]
-    rows = [(t.stride(0), *s) for t, s in zip(tensors, inner, strict=True)]
-    return tuple(sizes), rows
-
-
-def _device_guard(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 _tickets: dict[tuple[int, int], Tensor] = {}
@@ -289,7 +266,7 @@ def ticket(device: torch.device, *, fresh: bool) -> Tensor:
 
 def launch_forward(
     sources: Sequence[Tensor],
-    target: Tensor,
+    target: EncodedTarget,
     minority: Tensor | None,
     statistics: Tensor | None,
     pair_weight: Tensor | None,
@@ -307,26 +284,27 @@ def launch_forward(
     policy = sources[0]
     n_pairs = policy.shape[0] // 2
     full = [s for s in sources if s.ndim > 1]
-    sizes, rows = _joint_layout([*full, target])
-    by_id = {id(s): r for s, r in zip(full, rows, strict=False)}
+    formed = KernelTarget.decode(*target)
+    sizes, rows, target_strides = formed.layout(full)
+    by_id = {id(s): r for s, r in zip(full, rows, strict=True)}
     n_elements = math.prod(sizes)
-    config = launch_config(n_pairs, n_elements, len(full))
+    config = launch_config(n_pairs, n_elements, len(full) + formed.n_streams)
     n_chunks = config.programs_per_pair
     normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
-    with _device_guard(policy):
+    with device_guard(policy):
         partials = torch.empty(
             (len(sources) + 1) * n_chunks * 2 * n_pairs, dtype=torch.float32, device=policy.device
         )
         _pair_loss_fwd_kernel[(n_pairs * n_chunks,)](
-            tuple(sources), target, minority, statistics, pair_weight,
+            tuple(sources), formed.tensors, minority, statistics, pair_weight,
             partials, ticket_counter, loss, stats,
             n_pairs, n_chunks, n_elements, sizes,
-            tuple(by_id.get(id(s), rows[0]) for s in sources), rows[-1],
-            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,
+            tuple(by_id.get(id(s), target_strides[0]) for s in sources), target_strides,
+            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0, *formed.scalars,
             READY=sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
             OBJECTIVE=None if loss is None else device.OBJECTIVES[objective],
             HAS_REFERENCE=has_reference,
-            SHARED_TARGET=target.shape[0] == n_pairs,
+            TARGET=formed.kind,
             NORMALIZE=normalize,
             WEIGHT_KIND=weight_kind,
             MARGIN_KIND=margin_kind,
@@ -356,7 +334,7 @@ def launch_finish(
     """Fills `loss` and `stats` from the errors `[2B]` of every source and sums of all processes."""
     n_pairs = errors[0].shape[0] // 2
     normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
-    with _device_guard(errors[0]):
+    with device_guard(errors[0]):
         _pair_loss_finish_kernel[(1,)](
             tuple(errors), minority, sums, pair_weight,
             loss, stats,
@@ -376,22 +354,26 @@ def launch_finish(
 
 
 def launch_backward(
-    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+    policy: Tensor,
+    target: EncodedTarget,
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
 ) -> Tensor:
     """The policy's gradient, in its dtype and, where it is dense, its layout."""
     n_pairs = policy.shape[0] // 2
-    with _device_guard(policy):
+    with device_guard(policy):
         grad_policy = torch.empty_like(policy)
-        sizes, rows = _joint_layout([policy, grad_policy, target])
+        formed = KernelTarget.decode(*target)
+        sizes, rows, target_strides = formed.layout([policy, grad_policy])
         n_elements = math.prod(sizes)
         config = launch_config(n_pairs, n_elements, 1)
         n_chunks = triton.cdiv(n_elements, config.block_size)
         _pair_loss_bwd_kernel[(n_pairs * n_chunks,)](
-            policy, target, coefficients, grad_loss,
+            policy, formed.tensors, coefficients, grad_loss,
             grad_policy,
             n_pairs, n_chunks, n_elements, sizes,
-            rows[0], rows[2], rows[1],
-            SHARED_TARGET=target.shape[0] == n_pairs,
+            rows[0], target_strides, rows[1], *formed.scalars,
+            TARGET=formed.kind,
             BLOCK_SIZE=config.block_size,
             num_warps=config.num_warps,
         )  # fmt: skip

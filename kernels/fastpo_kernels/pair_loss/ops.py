@@ -8,6 +8,8 @@ through the operators.
 `kernel.py` is imported inside the operators, when one first runs on data: importing Triton costs a
 second, and CPU users, tracing and documentation tools need none of it.
 
+A target is `pair_target.PairTarget.encode()`: tensors, a word list that names them, three numbers.
+
 `stats` is one float32 vector, so that a step allocates once:
 `margin [B] | errors of policy, reference, annotators [S, 2B] | minority [B] | weight [B] |
 dloss/de [2B]`.
@@ -45,7 +47,9 @@ def _sources(policy: Tensor, reference: Tensor | None, annotators: Sequence[Tens
 def _forward(
     policy: Tensor,
     reference: Tensor | None,
-    target: Tensor,
+    target: Sequence[Tensor],
+    target_kind: str,
+    target_scalars: Sequence[float],
     annotators: Sequence[Tensor],
     minority: Tensor | None,
     statistics: Tensor | None,
@@ -63,14 +67,16 @@ def _forward(
     no prediction is read.
     """
     return _launch_forward(
-        True, policy, reference, target, annotators, minority, statistics, pair_weight,
-        objective, options, adaptive_kinds, adaptive_scalars, safeguard, policy_error,
+        True, policy, reference, target, target_kind, target_scalars, annotators, minority,
+        statistics, pair_weight, objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+        policy_error,
     )  # fmt: skip
 
 
 def _launch_forward(
-    traced, policy, reference, target, annotators, minority, statistics, pair_weight,
-    objective, options, adaptive_kinds, adaptive_scalars, safeguard, policy_error,
+    traced, policy, reference, target, target_kind, target_scalars, annotators, minority,
+    statistics, pair_weight, objective, options, adaptive_kinds, adaptive_scalars, safeguard,
+    policy_error,
 ):  # fmt: skip
     """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
     from fastpo_kernels.pair_loss import kernel
@@ -88,7 +94,8 @@ def _launch_forward(
         )  # fmt: skip
         return loss, stats
     kernel.launch_forward(
-        sources, target, minority, statistics, pair_weight, loss, stats,
+        sources, (target, target_kind, target_scalars), minority, statistics, pair_weight, loss,
+        stats,
         objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
         safeguard, kernel.ticket(policy.device, fresh=traced),
     )  # fmt: skip
@@ -99,7 +106,7 @@ pair_loss_fwd = torch.library.custom_op("fastpo::pair_loss_fwd", _forward, mutat
 
 
 @pair_loss_fwd.register_fake
-def _(policy, reference, target, annotators, *_: Any):
+def _(policy, reference, target, target_kind, target_scalars, annotators, *_: Any):
     size = stats_size(policy.shape[0] // 2, len(_sources(policy, reference, annotators)))
     return (
         policy.new_empty((), dtype=torch.float32),
@@ -110,7 +117,9 @@ def _(policy, reference, target, annotators, *_: Any):
 def _partials(
     policy: Tensor,
     reference: Tensor | None,
-    target: Tensor,
+    target: Sequence[Tensor],
+    target_kind: str,
+    target_scalars: Sequence[float],
     annotators: Sequence[Tensor],
     objective: str,
     adaptive_kinds: str,
@@ -118,20 +127,22 @@ def _partials(
 ) -> Tensor:
     """Errors of policy, reference and annotators `[S, 2B]`, flat, and this batch's sums."""
     return _launch_partials(
-        True, policy, reference, target, annotators, objective, adaptive_kinds, safeguard
-    )
+        True, policy, reference, target, target_kind, target_scalars, annotators, objective,
+        adaptive_kinds, safeguard,
+    )  # fmt: skip
 
 
 def _launch_partials(
-    traced, policy, reference, target, annotators, objective, adaptive_kinds, safeguard
-):
+    traced, policy, reference, target, target_kind, target_scalars, annotators, objective,
+    adaptive_kinds, safeguard,
+):  # fmt: skip
     from fastpo_kernels.pair_loss import kernel
 
     sources = _sources(policy, reference, annotators)
     size = _partials_size(sources, annotators, objective, adaptive_kinds, safeguard)
     results = torch.empty(size, dtype=torch.float32, device=policy.device)
     kernel.launch_forward(
-        sources, target, None, None, None, None, results,
+        sources, (target, target_kind, target_scalars), None, None, None, None, results,
         objective, (0.0,), adaptive_kinds.split(), (), reference is not None, safeguard,
         kernel.ticket(policy.device, fresh=traced),
     )  # fmt: skip
@@ -149,34 +160,42 @@ pair_loss_partials = torch.library.custom_op(
 
 
 @pair_loss_partials.register_fake
-def _(policy, reference, target, annotators, *options):
+def _(policy, reference, target, target_kind, target_scalars, annotators, *options):
     size = _partials_size(_sources(policy, reference, annotators), annotators, *options)
     return policy.new_empty(size, dtype=torch.float32)
 
 
 def _backward(
-    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+    policy: Tensor,
+    target: Sequence[Tensor],
+    target_kind: str,
+    target_scalars: Sequence[float],
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
 ) -> Tensor:
     """`grad_loss * dloss/de * 2/N * (policy - target)`; `coefficients` is dloss/de, `[2B]`."""
     from fastpo_kernels.pair_loss import kernel
 
-    return kernel.launch_backward(policy, target, coefficients, grad_loss)
+    encoded = (target, target_kind, target_scalars)
+    return kernel.launch_backward(policy, encoded, coefficients, grad_loss)
 
 
 pair_loss_bwd = torch.library.custom_op("fastpo::pair_loss_bwd", _backward, mutates_args=())
 
 
 @pair_loss_bwd.register_fake
-def _(policy, target, coefficients, grad_loss):
+def _(policy, *_: Any):
     return torch.empty_like(policy)
 
 
-def _errors(policy: Tensor, target: Tensor) -> Tensor:
+def _errors(
+    policy: Tensor, target: Sequence[Tensor], target_kind: str, target_scalars: Sequence[float]
+) -> Tensor:
     """Mean squared error of every row, `[2B]` float32."""
-    return _launch_errors(True, policy, target)
+    return _launch_errors(True, policy, target, target_kind, target_scalars)
 
 
-def _launch_errors(traced: bool, policy: Tensor, target: Tensor) -> Tensor:
+def _launch_errors(traced: bool, policy: Tensor, *target: Any) -> Tensor:
     from fastpo_kernels.pair_loss import kernel
 
     errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
@@ -191,19 +210,26 @@ pair_errors_fwd = torch.library.custom_op("fastpo::pair_errors_fwd", _errors, mu
 
 
 @pair_errors_fwd.register_fake
-def _(policy, target):
+def _(policy, *_: Any):
     return policy.new_empty(policy.shape[0], dtype=torch.float32)
 
 
+def _save(ctx, policy, target, target_kind, target_scalars, *others: Tensor) -> None:
+    ctx.save_for_backward(policy, *others, *target)
+    ctx.target_kind, ctx.target_scalars = target_kind, target_scalars
+
+
+def _no_grads(inputs: Sequence[Any]) -> list[Any]:
+    """A gradient has its input's structure, and an empty list counts as one of no tensors."""
+    lists = [isinstance(x, (list, tuple)) and all(isinstance(t, Tensor) for t in x) for x in inputs]
+    return [[None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True)]
+
+
 def _loss_context(ctx, inputs, output) -> None:
-    policy, _, target, annotators = inputs[:4]
+    policy, _, *target = inputs[:5]
     _, stats = output
-    # A gradient has its input's structure, and an empty list counts as one of no tensors.
-    ctx.no_grads = [
-        [None] * len(x) if x is annotators or (isinstance(x, list) and not x) else None
-        for x in inputs[1:]
-    ]
-    ctx.save_for_backward(policy, target, stats)
+    ctx.no_grads = _no_grads(inputs[1:])
+    _save(ctx, policy, *target, stats)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
@@ -211,9 +237,9 @@ def _loss_context(ctx, inputs, output) -> None:
 def _policy_gradient(ctx, grad_loss, backward):
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return None
-    policy, target, stats = ctx.saved_tensors
+    policy, stats, *target = ctx.saved_tensors
     coefficients = stats.narrow(0, stats.shape[0] - policy.shape[0], policy.shape[0])
-    return backward(policy, target, coefficients, grad_loss)
+    return backward(policy, target, ctx.target_kind, ctx.target_scalars, coefficients, grad_loss)
 
 
 def _loss_backward(ctx, grad_loss, _):
@@ -221,12 +247,18 @@ def _loss_backward(ctx, grad_loss, _):
 
 
 def _errors_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.no_grads = _no_grads(inputs[1:])
+    _save(ctx, *inputs)
+
+
+def _errors_gradient(ctx, grad_errors, backward):
+    policy, *target = ctx.saved_tensors
+    kind, scalars = ctx.target_kind, ctx.target_scalars
+    return backward(policy, target, kind, scalars, grad_errors.contiguous(), None)
 
 
 def _errors_backward(ctx, grad_errors):
-    policy, target = ctx.saved_tensors
-    return pair_loss_bwd(policy, target, grad_errors.contiguous(), None), None
+    return _errors_gradient(ctx, grad_errors, pair_loss_bwd), *ctx.no_grads
 
 
 def _no_context(ctx, inputs, output) -> None:
@@ -254,31 +286,31 @@ class _EagerLoss(torch.autograd.Function):
     """`pair_loss_fwd` without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, policy, reference, target, *rest):
-        loss, stats = _launch_forward(False, policy, reference, target, *rest)
-        ctx.save_for_backward(policy, target, stats)
+    def forward(ctx, policy, reference, target, target_kind, target_scalars, *rest):
+        encoded = (target, target_kind, target_scalars)
+        loss, stats = _launch_forward(False, policy, reference, *encoded, *rest)
+        _save(ctx, policy, *encoded, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.n_inputs = 3 + len(rest)
+        ctx.n_others = 4 + len(rest)
         return loss, stats
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        return _policy_gradient(ctx, grad_loss, _eager_backward()), *[None] * (ctx.n_inputs - 1)
+        return _policy_gradient(ctx, grad_loss, _eager_backward()), *[None] * ctx.n_others
 
 
 class _EagerErrors(torch.autograd.Function):
     """`pair_errors_fwd` without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, policy, target):
-        ctx.save_for_backward(policy, target)
-        return _launch_errors(False, policy, target)
+    def forward(ctx, policy, target, target_kind, target_scalars):
+        _save(ctx, policy, target, target_kind, target_scalars)
+        return _launch_errors(False, policy, target, target_kind, target_scalars)
 
     @staticmethod
     def backward(ctx, grad_errors):
-        policy, target = ctx.saved_tensors
-        return _eager_backward()(policy, target, grad_errors.contiguous(), None), None
+        return _errors_gradient(ctx, grad_errors, _eager_backward()), None, None, None
 
 
 def _is_traced(policy: Tensor) -> bool:
@@ -290,11 +322,11 @@ def pair_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return pair_loss_fwd(policy, *rest) if _is_traced(policy) else _EagerLoss.apply(policy, *rest)
 
 
-def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
+def pair_errors(policy: Tensor, *target: Any) -> Tensor:
     """`pair_errors_fwd`, by the shorter way where nothing traces."""
     if _is_traced(policy):
-        return pair_errors_fwd(policy, target)
-    return _EagerErrors.apply(policy, target)
+        return pair_errors_fwd(policy, *target)
+    return _EagerErrors.apply(policy, *target)
 
 
 def pair_partials(policy: Tensor, *rest: Any) -> Tensor:

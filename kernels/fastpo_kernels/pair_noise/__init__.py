@@ -1,7 +1,6 @@
 """Counter-based noise, timesteps and coins shared by the two sides of a pair."""
 
-from fastpo_kernels.pair_noise.api import NoisedPair, Prediction, noised_pair
-from fastpo_kernels.pair_noise.reference import (
+from fastpo_kernels._counters import (
     MAX_SEED,
     Stream,
     pair_bits,
@@ -10,10 +9,14 @@ from fastpo_kernels.pair_noise.reference import (
     pair_uniform,
     philox,
 )
+from fastpo_kernels.pair_noise.api import NoisedPair, noised_pair
+from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
 
 __all__ = [
     "MAX_SEED",
     "NoisedPair",
+    "PairDraw",
+    "PairTarget",
     "Prediction",
     "Stream",
     "noised_pair",

@@ -7,11 +7,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fastpo_kernels._counters import MAX_SEED
 from fastpo_kernels._impl import Impl, choose
 from fastpo_kernels.pair_noise import ops
 from fastpo_kernels.pair_noise import reference as eager
+from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
 
-Prediction = Literal["epsilon", "v_prediction", "flow"]
+TargetForm = Literal["ready", "stored", "redrawn"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,12 +22,13 @@ class NoisedPair(NamedTuple):
 
     Attributes:
         noisy_latents: `[2B, *dims]`, winners first; a pair's sides share noise and timestep.
-        target: float32, `[B, *dims]` for epsilon, where the pair shares it, else `[2B, *dims]`.
+        target: float32, `[B, *dims]` for epsilon, where the pair shares it, else `[2B, *dims]`; or
+            a `PairTarget` that a loss forms it from.
         timesteps: `[B]` int64.
     """
 
     noisy_latents: Tensor
-    target: Tensor
+    target: Tensor | PairTarget
     timesteps: Tensor
 
 
@@ -54,11 +57,13 @@ def _check_counters(pair_key: Tensor, visit: Tensor, seed: int) -> None:
         raise ValueError(
             f"pair_key and visit must be of one length, got {len(pair_key)} and {len(visit)}"
         )
-    if not 0 <= seed <= eager.MAX_SEED:
+    if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed must lie in [0, 2^32), got {seed}")
 
 
-def _check_schedule(signal: Tensor, sigma: Tensor, low: int, high: int, prediction: str) -> None:
+def _check_schedule(
+    signal: Tensor, sigma: Tensor, low: int, high: int, prediction: str, target: str
+) -> None:
     if signal.ndim != 1 or signal.shape != sigma.shape:
         raise ValueError(
             f"signal and sigma must be vectors of one length, got {tuple(signal.shape)} and "
@@ -68,6 +73,8 @@ def _check_schedule(signal: Tensor, sigma: Tensor, low: int, high: int, predicti
         raise ValueError(f"0 <= low < high <= {len(signal)} must hold, got {low} and {high}")
     if prediction not in get_args(Prediction):
         raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {prediction!r}")
+    if target not in get_args(TargetForm):
+        raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
 
 
 def noised_pair(
@@ -81,6 +88,7 @@ def noised_pair(
     low: int,
     high: int,
     prediction: Prediction = "epsilon",
+    target: TargetForm = "ready",
     logvar: Tensor | None = None,
     shift: float = 0.0,
     scale: float = 1.0,
@@ -95,7 +103,7 @@ def noised_pair(
     seed, pair and visit alone. One launch on a GPU.
 
     Args:
-        latents: `[2B, *dims]` float32, bfloat16 or float16, winners first; contiguous for triton.
+        latents: `[2B, *dims]` float32, bfloat16 or float16, winners first; read as they lie.
         pair_key: `[B]` int64 in [0, 2^63).
         visit: `[B]` int64 in [0, 2^32).
         signal: `[T]` factor of the latents at each timestep.
@@ -104,6 +112,9 @@ def noised_pair(
         low: first timestep drawn.
         high: first timestep not drawn.
         prediction: what the denoiser predicts.
+        target: `ready` writes the target. `stored` writes the noise alone, `[B, *dims]`, and
+            `redrawn` nothing: both return a `PairTarget`, from which the losses form the target in
+            registers (for epsilon the stored noise is the target). README.md counts the bytes.
         logvar: like `latents`, the posterior's log-variance; the sides' draws n' differ. None: no
             draw.
         shift: subtracted from the latents.
@@ -121,26 +132,35 @@ def noised_pair(
     """
     _check_counters(pair_key, visit, seed)
     _check_latents(latents, logvar, pair_key)
-    _check_schedule(signal, sigma, low, high, prediction)
+    _check_schedule(signal, sigma, low, high, prediction, target)
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    for name, t in (("logvar", logvar), ("pair_key", pair_key), ("visit", visit),
-                    ("signal", signal), ("sigma", sigma)):  # fmt: skip
+    vectors = [("pair_key", pair_key), ("visit", visit), ("signal", signal), ("sigma", sigma)]
+    for name, t in (("logvar", logvar), *vectors):
         if t is not None and t.device != latents.device:
             raise ValueError(f"{name} must be on latents' {latents.device}, got {t.device}")
+    written = {"ready": prediction, "stored": "epsilon", "redrawn": "none"}[target]
+    with_schedule = target != "ready" and prediction == "v_prediction"
+    inputs = (latents, logvar, pair_key, visit, signal, sigma, written, with_schedule)
+    numbers = (seed, low, high, shift, scale, dtype)
     if choose(impl, [latents]) == "reference":
-        noisy, target, timesteps = eager.noised_pair(
-            latents, logvar, pair_key, visit, signal, sigma, prediction=prediction,
-            seed=seed, low=low, high=high, shift=shift, scale=scale,
-        )  # fmt: skip
-        return NoisedPair(noisy.to(dtype), target, timesteps)
-    for name, t in (("latents", latents), ("logvar", logvar), ("pair_key", pair_key),
-                    ("visit", visit), ("signal", signal), ("sigma", sigma)):  # fmt: skip
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"impl='triton' needs {name} contiguous, got strides {t.stride()}")
-    return NoisedPair(
-        *ops.noised_pair(
-            latents, logvar, pair_key, visit, signal, sigma, prediction, seed, low, high,
-            shift, scale, dtype,
-        )
-    )  # fmt: skip
+        results = eager.noised_pair(*inputs, *numbers)
+    else:
+        for name, t in vectors:
+            if not t.is_contiguous():
+                raise ValueError(f"impl='triton' needs {name} contiguous, got {t.stride()}")
+        results = ops.noised_pair(*inputs, *numbers)
+    noisy, ready, timesteps, schedule = results
+    if target == "ready" or (target == "stored" and prediction == "epsilon"):
+        return NoisedPair(noisy, ready, timesteps)
+    formed = PairTarget(
+        prediction,
+        ready if target == "stored" else None,
+        latents if prediction != "epsilon" else None,
+        *(schedule.unbind() if with_schedule else (None, None)),
+        draw=PairDraw(seed, pair_key, visit),
+        logvar=logvar if prediction != "epsilon" else None,
+        shift=shift,
+        scale=scale,
+    )
+    return NoisedPair(noisy, formed, timesteps)
