@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastpo.config import EmaAnnotators, TrainConfig
+from fastpo.weights import PolicyWeights
 
 
 class MovingAverages:
@@ -17,12 +20,20 @@ class MovingAverages:
     storage pointers: nothing is copied, and nothing passes through host memory.
 
     Args:
-        parameters: The trainable parameters by name.
+        parameters: The tensors that hold the trainable weights by name: the parameters, or, where
+            processes share them, this one's parts.
         decays: One decay per average.
+        settle: Called before each exchange; must drop all other copies of the weights.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decays: Sequence[float]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        decays: Sequence[float],
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.parameters = parameters
+        self.settle = settle
         self.decays = tuple(decays)
         self.shadows = [
             [p.detach().clone().float() for p in parameters.values()] for _ in self.decays
@@ -52,8 +63,13 @@ class MovingAverages:
             self._swap(self.shadows[which])
 
     def _swap(self, shadow: list[Tensor]) -> None:
+        self.settle()
         for i, parameter in enumerate(self.parameters.values()):
             parameter.data, shadow[i] = shadow[i], parameter.data
+
+    def named(self, which: int) -> dict[str, Tensor]:
+        """Returns average number `which`, by the parameters' names."""
+        return dict(zip(self.parameters, self.shadows[which], strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averages, named `<number>.<parameter>`."""
@@ -63,7 +79,25 @@ class MovingAverages:
             for name, tensor in zip(self.parameters, shadow, strict=True)
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the averages in place."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
+
+def setup_averages(config: TrainConfig, weights: PolicyWeights) -> dict[str, MovingAverages]:
+    """The averages that a run keeps, by role: `annotators`, and `export` for `train.ema_decay`."""
+    decays: dict[str, Sequence[float]] = {}
+    if isinstance(config.annotators, EmaAnnotators):
+        decays["annotators"] = config.annotators.decays
+    if config.ema_decay is not None:
+        decays["export"] = (config.ema_decay,)
+    return {
+        role: MovingAverages(weights.stores, several, weights.settle)
+        for role, several in decays.items()
+    }
+
+
+def exported_weights(
+    weights: PolicyWeights, averages: Mapping[str, MovingAverages]
+) -> dict[str, dict[str, Tensor]]:
+    """This process's parts of what a run exports, by folder: `final`, and `ema` if it keeps one."""
+    folders = {"final": weights.stores}
+    if "export" in averages:
+        folders["ema"] = averages["export"].named(0)
+    return folders

@@ -3,13 +3,18 @@
 A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed
 when complete: a killed run never leaves a half-written one. Noise, timesteps, dropout and the order
 of the data come from counters, so the step's number is all there is to say about them.
+
+Weights, averages and the optimiser's state lie there whole, in float32, by parameter name: any
+number of processes goes on from it, under any ZeRO stage or none. Where processes share them, the
+main process gathers them one by one into its host memory: 21 GB at a time for SDXL's 2.57 billion
+weights under AdamW, and 31 GB on disk.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from fastpo.errors import CheckpointError
 from fastpo.files import whole_folder
 from fastpo.ledger import PairLedger
 from fastpo.statistics import RunningStatistics
+from fastpo.weights import PolicyWeights
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
 # results are kept, not what is computed.
@@ -35,6 +41,7 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "train.trackers",
     "train.loader_workers",
+    "train.deepspeed",
     "train.accumulation_steps",  # only its product with the processes matters, and is compared
     "train.reference",  # the same errors, to rounding; a cache of others is refused
     "prepare.cache_dir",
@@ -52,6 +59,7 @@ class TrainingState:
 
     Attributes:
         trainable: The policy's trainable parameters by name.
+        weights: Where these and their optimiser's state lie.
         optimizer: Their optimiser.
         schedule: The learning-rate schedule.
         ledger: Every pair's votes.
@@ -62,6 +70,7 @@ class TrainingState:
     """
 
     trainable: dict[str, nn.Parameter]
+    weights: PolicyWeights
     optimizer: Optimizer
     schedule: LRScheduler
     ledger: PairLedger
@@ -76,6 +85,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint after optimiser step `step` and removes the oldest beyond `keep`.
 
+    All processes must call it, since each may hold a part of the weights; the main one writes.
+
     Args:
         run: The run's folder.
         step: Number of finished optimiser steps.
@@ -89,20 +100,20 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
+    if not state.weights.main:
+        for _ in _parts(state):
+            pass
+        return target
     with whole_folder(target) as folder:
-        _save(state.trainable, folder / "trainable.safetensors")
+        for name, content in _parts(state):
+            if name.endswith(".pt"):
+                torch.save(content, folder / name)
+            else:
+                save_file(content, folder / name)
         votes = {**state.ledger.state_dict(), "metric": state.metric}
         if state.statistics is not None:
             votes |= state.statistics.state_dict()
         save_file(votes, folder / "ledger.safetensors")
-        for role, averages in state.averages.items():
-            _save(averages.state_dict(), folder / f"average-{role}.safetensors")
-        rest = {
-            "optimizer": state.optimizer.state_dict(),
-            "schedule": state.schedule.state_dict(),
-            "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        }
-        torch.save(rest, folder / "optimizer.pt")
         about = {"step": step, "cache": cache, "group": group}
         about["config"] = config.model_dump(mode="json")
         (folder / "state.json").write_text(json.dumps(about, indent=1))
@@ -111,9 +122,20 @@ def save_checkpoint(
     return target
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file, whatever the tensors' memory format."""
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gathers file after file, so that host memory holds one at a time (collective)."""
+    weights = state.weights
+    yield "trainable.safetensors", weights.collect(weights.stores)
+    for role, averages in state.averages.items():
+        yield f"average-{role}.safetensors", weights.collect(averages.state_dict())
+    yield (
+        "optimizer.pt",
+        {
+            "optimizer": weights.optimizer_state(),
+            "schedule": state.schedule.state_dict(),
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        },
+    )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -150,22 +172,24 @@ def load_checkpoint(
     weights = _read(folder / "trainable.safetensors", load_file)
     if weights.keys() != state.trainable.keys():
         raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
-    with torch.no_grad():
-        for name, parameter in state.trainable.items():
-            parameter.copy_(weights[name])
+    state.weights.load(weights)
     ledger = _read(folder / "ledger.safetensors", load_file)
     state.metric.copy_(ledger.pop("metric"))
     state.ledger.load_state_dict(ledger)
     if state.statistics is not None:
         state.statistics.load_state_dict(ledger, next(iter(state.trainable.values())).device)
     for role, averages in state.averages.items():
-        averages.load_state_dict(_read(folder / f"average-{role}.safetensors", load_file))
+        whole = _read(folder / f"average-{role}.safetensors", load_file)
+        state.weights.spread(whole, averages.state_dict())
     rest = _read(
         folder / "optimizer.pt",
-        lambda path: torch.load(path, map_location="cpu", weights_only=True),
+        lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
     )
-    state.optimizer.load_state_dict(rest["optimizer"])
+    state.weights.load_optimizer_state(rest["optimizer"])
     state.schedule.load_state_dict(rest["schedule"])
+    rates = state.schedule.get_last_lr()
+    for options, rate in zip(state.schedule.optimizer.param_groups, rates, strict=True):
+        options["lr"] = rate
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])
     return about["step"]

@@ -1,4 +1,4 @@
-"""The command line: `fastpo prepare | train | evaluate | report | demo | bench`.
+"""The command line: `fastpo prepare | train | consolidate | evaluate | report | demo | bench`.
 
 What a user can mend is told in one line, with exit code 2, and nothing half-written is left behind;
 `--debug` shows where it came from.
@@ -99,6 +99,23 @@ def train(
     from fastpo.train import train
 
     train(load_config(config, overrides or ()), resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def consolidate(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or a checkpoint's.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    average: Annotated[
+        bool, typer.Option("--average", help="Take the moving average (train.ema_decay).")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint's weights as a folder that stock diffusers loads."""
+    from fastpo.consolidate import consolidate
+
+    print(consolidate(source, out, average=average))
 
 
 @app.command()

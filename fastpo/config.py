@@ -23,6 +23,7 @@ from fastpo.config_base import (
     Rate,
     Section,
 )
+from fastpo.config_checks import check_deepspeed, check_running
 from fastpo.config_errors import explain
 from fastpo.config_objectives import AdaptiveOptions, ObjectiveConfig
 from fastpo.config_timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
@@ -139,6 +140,8 @@ class TrainConfig(Section):
     # Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
     # rounded at random, on average exactly; 4 bytes less per weight and gradient
     weights: Literal["fp32", "bf16"] = "fp32"
+    # zero1 | zero2 | zero3 | zero2_offload | zero3_offload | a DeepSpeed JSON file; else plain DDP
+    deepspeed: Name | None = None
     gradient_checkpointing: bool = False
     # sdpa: torch chooses the kernel; flash: torch's flash kernel or an error; xformers
     attention: Literal["sdpa", "flash", "xformers"] = "sdpa"
@@ -171,9 +174,10 @@ class TrainConfig(Section):
                 f"not by {self.objective.name}"
             )
         if self.statistics == "running":
-            _check_running(self.objective)
+            check_running(self.objective)
         if self.method == "full" and getattr(self.annotators, "batched", False) is True:
             raise ValueError("train.annotators.batched: true needs train.method: lora")
+        check_deepspeed(self)
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
         master = (self.method, self.weights) == ("full", "fp32")
@@ -194,19 +198,6 @@ class TrainConfig(Section):
                 "train.max_timestep out"
             )
         return self
-
-
-def _check_running(objective: Section) -> None:
-    if getattr(objective, "name", None) == "sdpo":
-        raise ValueError(
-            "train.statistics: sdpo's safeguard holds for the batch at hand; use processes or "
-            "micro_batch, not running"
-        )
-    if getattr(objective, "normalize", "rms") == "l2":
-        raise ValueError(
-            "train.statistics: running has no batch over which to take an l2 norm; use "
-            "train.objective.normalize: rms"
-        )
 
 
 class EvaluateConfig(Section):

@@ -162,7 +162,7 @@ def setup_denoisers(
     if config.method == "lora":
         unet.requires_grad_(False)
         _cast(unet, dtype)
-        _add_lora(unet, config.lora)
+        add_lora(unet, config.lora)
         cast_training_params(unet, dtype=torch.float32)
     else:
         unet.requires_grad_(True)
@@ -215,7 +215,12 @@ def _round_matrices(unet: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+def add_lora(unet: UNet2DConditionModel, config: LoraConfig) -> None:
+    """Adds trainable adapters.
+
+    Raises:
+        ConfigError: Nothing in the UNet matches the targets.
+    """
     try:
         unet.add_adapter(
             PeftLoraConfig(

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastpo.config import Config, dump_config
-from fastpo.errors import CheckpointError
+from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.files import sweep, write_text
 from fastpo.ledger import PairLedger
 from fastpo.loss import PairLoss
@@ -202,6 +202,25 @@ class RunFolder:
         for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
             writer.writerow([pair_id, *("" if v != v else v for v in values)])
         write_text(self.path / "minority.csv", text.getvalue())
+
+
+def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
+    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept."""
+    bad, what = table.non_finite(), "loss"
+    # fp16 gradients overflow now and then; the scaler leaves such a step out.
+    if not bad and not math.isfinite(table.grad_norm) and trainer.state.scaler is None:
+        bad, what = table.index.tolist(), "gradient"
+    if not bad:
+        return
+    names = [trainer.cache.pair_ids[i] for i in bad[:8]]
+    more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+    kept = sorted((run.path / "checkpoints").glob("step-*"))
+    raise NonFiniteLossError(
+        f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
+        f"{', '.join(names)}{more}; "
+        + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
+        + ". A lower train.optim.lr or slope usually helps."
+    )
 
 
 def show_banner(trainer: Trainer, start: int) -> None:

@@ -4,6 +4,7 @@
     python -m fastpo.train CONFIG
     torchrun --nproc_per_node 2 -m fastpo.train CONFIG
     accelerate launch -m fastpo.train CONFIG
+    deepspeed --num_gpus 2 --module fastpo.train CONFIG
 
 An optimiser step s takes micro-batches `[s W A, (s + 1) W A)` of one endless stream (W processes,
 A accumulation steps); process r takes those whose number is r modulo W. The host reads the device
@@ -27,15 +28,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastpo.annotators import in_one_pass, predict_together
-from fastpo.averages import MovingAverages
+from fastpo.averages import exported_weights, setup_averages
 from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import Waits, make_loader
 from fastpo.data.reference_errors import ReferenceErrors
 from fastpo.data.sampler import PairSampler, count_steps
-from fastpo.distributed import all_reduce_sum, gather, setup_accelerator
-from fastpo.errors import NonFiniteLossError
+from fastpo.distributed import (
+    all_reduce_sum,
+    autocast,
+    choose_optimizer,
+    gather,
+    gradient_norm,
+    leave,
+    prepare_policy,
+    setup_accelerator,
+)
 from fastpo.export import export_policy
 from fastpo.hub import resolve_model_folder
 from fastpo.ledger import PairLedger
@@ -49,9 +58,9 @@ from fastpo.models import (
 )
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.objectives import LossFunction, build_loss, runs_reference
-from fastpo.optim import setup_optimizer, setup_schedule
+from fastpo.optim import setup_schedule
 from fastpo.reference_cache import open_for_run
-from fastpo.run import RunFolder, StepTable, progress_bar, show_banner, table_rows
+from fastpo.run import RunFolder, StepTable, check_finite, progress_bar, show_banner, table_rows
 from fastpo.statistics import RunningStatistics, make_statistics
 from fastpo.types import PairBatch, PairPredictions, pair_key
 
@@ -114,7 +123,7 @@ class Trainer:
         batch = self._drop_captions(batch)
         with torch.no_grad(), self.denoisers.judging():
             reference, annotators = self._judges(noised, batch, step, known)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.config.train):
             policy = predict(self.policy, noised, batch)
         predictions = PairPredictions(policy, reference, annotators)
         weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
@@ -143,19 +152,20 @@ class Trainer:
         if reference is not None:
             reference = reference.to(noised.target.device, non_blocking=True)
         judged = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
-        if judged and in_one_pass(config, noised):
+        if judged and self.state.weights.whole and in_one_pass(config, noised):
             averages = self.state.averages["annotators"]
-            with without_dropout(self.denoisers.policy) as model, self.accelerator.autocast():
+            precision = autocast(self.accelerator, config)
+            with without_dropout(self.denoisers.policy) as model, precision:
                 judges = predict_together(model, averages, noised, batch, reference=live)
             return (judges[0] if live else reference), tuple(judges[live:])
         if live:
-            with self.denoisers.reference() as model, self.accelerator.autocast():
+            with self.denoisers.reference() as model, autocast(self.accelerator, config):
                 reference = predict(model, noised, batch)
         if judged:
             averages = self.state.averages["annotators"]
             with without_dropout(self.denoisers.policy) as model:
                 for which in range(len(averages.decays)):
-                    with averages.applied(which), self.accelerator.autocast():
+                    with averages.applied(which), autocast(self.accelerator, self.config.train):
                         annotators.append(predict(model, noised, batch))
         return reference, tuple(annotators)
 
@@ -182,30 +192,21 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
     trainable = denoisers.trainable
-    optimizer = setup_optimizer(
-        trainable.values(),
-        train.optim,
-        seed=config.seed,
-        fused=(accelerator.device.type == "cuda" and train.precision != "fp16") or None,
-    )
+    optimizer = choose_optimizer(accelerator, trainable, train, seed=config.seed)
     steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
     schedule = setup_schedule(optimizer, train.optim, steps)
-    policy, prepared = accelerator.prepare(denoisers.policy, optimizer)
-    averages = {}
-    if isinstance(train.annotators, EmaAnnotators):
-        averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
-    if train.ema_decay is not None:
-        averages["export"] = MovingAverages(trainable, [train.ema_decay])
+    policy, prepared, weights = prepare_policy(accelerator, denoisers.policy, trainable, optimizer)
     judged_after = getattr(train.annotators, "min_visits", 1)
     span = partial(all_reduce_sum, accelerator) if accelerator.num_processes > 1 else None
     reduce = make_statistics(train, span)
     state = TrainingState(
         trainable=trainable,
+        weights=weights,
         optimizer=prepared,
         schedule=schedule,
         ledger=PairLedger(len(cache), min_visits=judged_after, num_timesteps=len(noise.signal)),
         metric=torch.full((len(cache),), math.nan),
-        averages=averages,
+        averages=setup_averages(train, weights),
         scaler=accelerator.scaler,
         statistics=reduce if isinstance(reduce, RunningStatistics) else None,
     )
@@ -242,7 +243,17 @@ def train(
         FastPOError: Anything the user can mend: the configuration, the cache, the model, a
             checkpoint of another run, a run already in the folder, or a non-finite loss.
     """
+    keep_group = torch.distributed.is_initialized()
     accelerator = setup_accelerator(config.train)
+    try:
+        return _train(config, accelerator, resume=resume, overwrite=overwrite, progress=progress)
+    finally:
+        leave(accelerator, keep_group=keep_group)
+
+
+def _train(
+    config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, progress: bool
+) -> Path:
     main = accelerator.is_main_process
     run = RunFolder(config.train.output_dir, main=main)
     run.check_free(resume=resume, overwrite=overwrite)
@@ -262,13 +273,9 @@ def train(
     if main and progress:
         show_banner(trainer, start)
     accelerator.init_trackers("fastpo")
-    try:
-        run_steps(trainer, run, start, progress=progress and main)
-        if main:
-            finish(trainer, run)
-        accelerator.wait_for_everyone()
-    finally:
-        accelerator.end_training()  # closes the trackers and the process group
+    run_steps(trainer, run, start, progress=progress and main)
+    finish(trainer, run)
+    accelerator.wait_for_everyone()
     return run.path
 
 
@@ -333,32 +340,13 @@ def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) ->
         state.schedule.step()
         for averages in state.averages.values():
             averages.update(step + 1)
-    return StepTable.read(gather(accelerator, torch.cat(rows)), norm, rate)
+    return StepTable.read(gather(accelerator, torch.cat(rows)), gradient_norm(norm), rate)
 
 
 def seed_dropout(trainer: Trainer, local: int) -> None:
     """Keys dropout by the micro-batch's number in the stream, so that a resumed run repeats it."""
     number = local * trainer.accelerator.num_processes + trainer.accelerator.process_index
     torch.manual_seed(pair_key(f"dropout {trainer.config.seed} {number}"))
-
-
-def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
-    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept."""
-    bad, what = table.non_finite(), "loss"
-    # fp16 gradients overflow now and then; the scaler leaves such a step out.
-    if not bad and not math.isfinite(table.grad_norm) and trainer.state.scaler is None:
-        bad, what = table.index.tolist(), "gradient"
-    if not bad:
-        return
-    names = [trainer.cache.pair_ids[i] for i in bad[:8]]
-    more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-    kept = list_checkpoints(run.path)
-    raise NonFiniteLossError(
-        f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
-        f"{', '.join(names)}{more}; "
-        + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
-        + ". A lower train.optim.lr or slope usually helps."
-    )
 
 
 def record(trainer: Trainer, table: StepTable, step: int) -> None:
@@ -375,31 +363,28 @@ def record(trainer: Trainer, table: StepTable, step: int) -> None:
 
 def checkpoint(trainer: Trainer, run: RunFolder, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
-    if trainer.accelerator.is_main_process:
-        save_checkpoint(
-            run.path,
-            step,
-            trainer.state,
-            trainer.config,
-            trainer.cache.fingerprint,
-            trainer.group,
-            keep=trainer.config.train.keep_checkpoints,
-        )
+    config, cache = trainer.config, trainer.cache.fingerprint
+    keep = config.train.keep_checkpoints
+    save_checkpoint(run.path, step, trainer.state, config, cache, trainer.group, keep=keep)
     trainer.accelerator.wait_for_everyone()
 
 
 def finish(trainer: Trainer, run: RunFolder) -> None:
-    """Writes what other programs load: the policy, its moving average, the minority table."""
-    unet = trainer.denoisers.policy
-    export_policy(unet, run.path / "final", trainer.config.train.method)
-    averages = trainer.state.averages.get("export")
-    if averages is not None:
-        with averages.applied(0):
-            export_policy(unet, run.path / "ema", trainer.config.train.method)
-    run.write_minority(trainer.cache, trainer.state.ledger, trainer.state.metric)
+    """Writes what other programs load: the policy, its moving average, the minority table.
+
+    Called by all processes, which give their parts of the weights; the main one writes.
+    """
+    unet, state, method = trainer.denoisers.policy, trainer.state, trainer.config.train.method
+    for name, parts in exported_weights(state.weights, state.averages).items():
+        whole = state.weights.collect(parts)
+        if run.main:
+            export_policy(unet, run.path / name, method, whole)
+    if run.main:
+        run.write_minority(trainer.cache, state.ledger, state.metric)
 
 
 if __name__ == "__main__":
     from fastpo.cli import main
 
-    main(["train", *sys.argv[1:]])
+    # The `deepspeed` launcher gives each process its rank as an argument, and in LOCAL_RANK.
+    main(["train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))])

@@ -1,0 +1,50 @@
+"""Runs several trainings in one set of processes: `torchrun ... many_runs.py JOBS.json`.
+
+Starting Python and importing everything takes longer than training a tiny model, so the tests of
+two processes launch once for all their runs. A job is `{"name", "config", "set"}`, and, to go on
+from another run's checkpoint, `"after": [folder, step]`. `JOBS.done` says how each job ended.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from fastpo.config import load_config
+from fastpo.errors import FastPOError
+from fastpo.train import train
+
+
+def main(jobs):
+    torch.distributed.init_process_group("gloo")
+    main = torch.distributed.get_rank() == 0
+    for job in json.loads(jobs.read_text()):
+        config = load_config(Path(job["config"]), job["set"])
+        if main and "after" in job:
+            interrupt(*job["after"], config.train.output_dir)
+        torch.distributed.barrier()
+        try:
+            train(config, resume="after" in job, progress=False)
+            outcome = "ok"
+        except FastPOError as error:
+            outcome = f"{type(error).__name__}: {error}"
+        if main:
+            with jobs.with_suffix(".done").open("a") as file:
+                file.write(json.dumps([job["name"], outcome]) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+def interrupt(folder, step, target):
+    """Copies what a run had left behind when it was killed after a step."""
+    name = f"step-{step:08d}"
+    shutil.copytree(Path(folder) / "checkpoints" / name, target / "checkpoints" / name)
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[:step]))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main(Path(sys.argv[1]))
