@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from common import environment, results_path
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
 import fastpo.train
+from fastpo.bench.measure import environment
+from fastpo.bench.script import results_path
 from fastpo.config import Config, parse_config
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import build_base
@@ -45,6 +46,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "moving averages": RELEASED,
     "ledger, soft": SOFT,
     "ledger, gate": LEDGER,
+}
+VARIANTS: dict[str, tuple[float, dict[str, Any]]] = {  # flipped labels, changes
+    "dpo, batch 32": (0.2, {"epochs": 6, "micro_batch_size": 32}),
+    "dpo, batch 32, 40 %": (0.4, {"epochs": 6, "micro_batch_size": 32}),
+    "dpo, batch 4": (0.2, {"epochs": 3, "micro_batch_size": 4, "optim": {"lr": 2e-5}}),
+    "dpo, batch 1": (0.2, {"epochs": 2, "micro_batch_size": 1, "optim": {"lr": 1e-5}}),
+    "dpo, LoRA": (
+        0.2,
+        {"epochs": 4, "micro_batch_size": 32, "method": "lora", "optim": {"lr": 1e-3}},
+    ),
 }
 SMALL = {
     "train": {"epochs": 4, "micro_batch_size": 16},
@@ -122,8 +133,8 @@ def relabel(folder: Path, case: str) -> set[int]:
 
 
 @contextmanager
-def recorded(path: Path) -> Iterator[list[np.ndarray]]:
-    """Keeps every vote of the runs inside: step, pair, timestep, margin; writes them to `path`."""
+def recorded() -> Iterator[list[np.ndarray]]:
+    """Gives every vote of the run inside: step, pair, timestep, margin."""
     votes: list[np.ndarray] = []
     original = fastpo.train.record
 
@@ -138,8 +149,12 @@ def recorded(path: Path) -> Iterator[list[np.ndarray]]:
         yield votes
     finally:
         fastpo.train.record = original
+
+
+def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
+    """Writes a run's votes for `ledger_scales.py`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.concatenate(votes))
+    np.savez(path, votes=np.concatenate(votes), flipped=flipped)
 
 
 def configure(
@@ -148,6 +163,10 @@ def configure(
     """One run's configuration: the demo's, in small."""
     paths = {"base": base, "preferences": work / "preferences", "work": work}
     raw = demo_config("dpo", paths, seed=seed, short=False).model_dump(mode="json")
+    train = dict(train)
+    if "objective" in train:  # another objective has other options; the slope stays
+        beta = raw["train"].pop("objective")["beta"]
+        train["objective"] = {"beta": beta, **train["objective"]}
     out = work / f"{name}-{flip_rate}".replace(" ", "").replace(",", "-")
     changes = {"data": {"flip_rate": flip_rate}, "train": {"output_dir": str(out), **train}}
     return parse_config(merged(merged(raw, SMALL), changes))
@@ -174,7 +193,7 @@ class Results:
     """The CSV, written after every run."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
+        self.path, self.rows, self.about = path, [], environment()
         if path.is_file():
             with path.open() as file:
                 self.rows = list(csv.DictReader(file))
@@ -192,7 +211,7 @@ class Results:
 
     def add(self, **values: object) -> None:
         """Appends a row and writes the file whole."""
-        about = environment()
+        about = self.about
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
         row = {f: str(rounded.get(f, about.get(f, ""))) for f in FIELDS}
         self.rows.append(row)
@@ -203,12 +222,17 @@ class Results:
 
 
 def run_methods(
-    base: Path, root: Path, flips: list[float], seeds: list[int], results: Results
+    base: Path,
+    root: Path,
+    flips: list[float],
+    seeds: list[int],
+    methods: list[str],
+    results: Results,
 ) -> None:
     """Every method at every rate and seed; plain DPO on clean labels is what could be had."""
     for seed in seeds:
         work = root / f"seed-{seed}"
-        runs = [("dpo", 0.0), *((m, rate) for rate in flips for m in METHODS)]
+        runs = [("dpo", 0.0), *((m, rate) for rate in flips for m in methods)]
         for number, (method, rate) in enumerate(runs):
             labels = {"part": "methods", "method": method, "flip_rate": rate, "seed": seed}
             if results.has(**labels):
@@ -217,7 +241,7 @@ def run_methods(
             if not number:
                 write_preferences(work / "preferences", n_pairs=ROWS, seed=seed)
                 prepare(config, progress=False)
-            with recorded(root / "votes" / f"{method}-{rate}-{seed}.npy"):
+            with recorded() as votes:
                 run = fastpo.train.train(config, overwrite=True, progress=False)
             evaluation = evaluate(config, base_samples=work / "base-samples")
             gain = evaluation.metrics["ink_reward"].gain
@@ -225,7 +249,8 @@ def run_methods(
             if rate:
                 clean = results.find("gain", part="methods", flip_rate=0.0, seed=seed)
             ids, flipped, metrics = minority_columns(run)
-            np.save(root / "votes" / f"flipped-{rate}-{seed}.npy", flipped)
+            if rate and method == "dpo":
+                keep(root / "votes" / f"dpo-{rate}-{seed}.npz", votes, flipped)
             judge = "ema" if method == "moving averages" else "ledger"
             results.add(
                 **labels,
@@ -236,6 +261,22 @@ def run_methods(
                 gain=gain,
                 kept=gain / clean,
             )
+
+
+def run_variants(base: Path, root: Path, seed: int) -> None:
+    """Plain DPO on twice as many pairs, in other ways of training: votes alone, for the scales."""
+    work = root / f"variants-{seed}"
+    for name, (rate, train) in VARIANTS.items():
+        path = root / "votes" / f"{name}-{rate}-{seed}.npz"
+        if path.is_file():
+            continue
+        config = configure(base, work, name, train, flip_rate=rate, seed=seed)
+        if not (work / "preferences").is_dir():
+            write_preferences(work / "preferences", n_pairs=2 * ROWS, seed=seed)
+        prepare(config, progress=False)
+        with recorded() as votes:
+            run = fastpo.train.train(config, overwrite=True, progress=False)
+        keep(path, votes, minority_columns(run)[1])
 
 
 def run_cases(base: Path, root: Path, seed: int, results: Results) -> None:
@@ -312,13 +353,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for base, data and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--flips", type=float, nargs="+", default=[0.2, 0.4])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     results = Results(results_path("ledger"))
     base = build_base(options.work / "base")
-    run_methods(base, options.work, options.flips[:1], options.seeds, results)
+    run_methods(base, options.work, options.flips, options.seeds, options.methods, results)
     step_costs(base, options.work, results)
     run_cases(base, options.work, 0, results)
-    run_methods(base, options.work, options.flips, options.seeds, results)
+    run_variants(base, options.work, 0)
 
 
 if __name__ == "__main__":

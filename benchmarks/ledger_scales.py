@@ -1,6 +1,6 @@
 """On which scale should a margin vote? Replays recorded votes, and writes the tables.
 
-    python benchmarks/ledger_scales.py --work FOLDER
+    python benchmarks/ledger_scales.py [--work FOLDER]
 
 FOLDER is that of `bench_ledger.py`, whose CSV this completes and turns into `ledger.md` beside it
 and into the README's table. Plain DPO's votes are replayed, since no ledger had a hand in them.
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_ledger import Results, area
-from common import ROOT, results_path
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from fastpo.bench.measure import ROOT
+from fastpo.bench.script import results_path
 from fastpo.demo.base import SCHEDULE
 from fastpo.ledger import BINS, PairLedger
 
@@ -71,7 +72,7 @@ SCALES: dict[str, Scale | None] = {
 def replay(votes: np.ndarray, pairs: int, scale: Scale | None, group: int | None, visits: int):
     """Returns each pair's doubt after `visits` votes of every pair."""
     votes = votes[: pairs * visits]
-    cuts = np.flatnonzero(np.diff(votes[:, 0])) + 1 if group is None else None
+    cuts = np.flatnonzero(np.diff(votes[:, 0])) + 1
     parts = np.split(votes, cuts if group is None else np.arange(group, len(votes), group))
     if scale is None:
         ledger = PairLedger(pairs)
@@ -89,10 +90,11 @@ def scales(work: Path, results: Results) -> None:
     """AUROC of every scale on every recorded run of plain DPO, after one visit and after all."""
     signal2 = DDPMScheduler(**SCHEDULE).alphas_cumprod.double().numpy()
     results.rows = [row for row in results.rows if row["part"] != "scale"]
-    for path in sorted((work / "votes").glob("dpo*-0.[1-9]*-*.npy")):
+    for path in sorted((work / "votes").glob("dpo*.npz")):
         name, rate, seed = path.stem.rsplit("-", 2)
-        flipped = np.load(work / "votes" / f"flipped-{rate}-{seed}.npy")
-        recorded, pairs = np.load(path), len(flipped)
+        kept = np.load(path)
+        recorded, flipped = kept["votes"], kept["flipped"]
+        pairs = len(flipped)
         last = len(recorded) // pairs
         for view in ("velocity", "noise"):
             votes = recorded.copy()
@@ -169,14 +171,16 @@ def cases_table(results: Results) -> str:
 def main() -> None:
     """Completes the CSV, writes `ledger.md`, refreshes the README's table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    results = Results(results_path("ledger"))
-    scales(parser.parse_args().work, results)
-    row = results.rows[0]
+    parser.add_argument("--work", type=Path, help="without it, only the tables are written anew")
+    work, results = parser.parse_args().work, Results(results_path("ledger"))
+    if work is not None:
+        scales(work, results)
+    row = next(r for r in results.rows if r["part"] == "methods")
     about = f"{row['device']}, {row['threads']} thread(s), torch {row['torch']}, {row['commit']}, "
     about += f"{row['date']}; {row['pairs']} pairs of digits, 4 visits. Mean over seeds (range)."
+    wide = "Rows below that name a batch or LoRA come from 1,045 pairs, votes alone."
     tables = [methods_table(results), scales_table(results), cases_table(results)]
-    text = f"# The ledger\n\n{about}\n\n" + "\n\n".join(tables) + "\n"
+    text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join(tables) + "\n"
     results.path.with_suffix(".md").write_text(text)
     readme = (ROOT / "README.md").read_text()
     block = f"<!-- ledger:begin -->\n{about}\n\n{tables[0]}\n<!-- ledger:end -->"

@@ -1,4 +1,4 @@
-"""The command line: `fastpo prepare | train | consolidate | evaluate | report | demo | bench`.
+"""The commands `fastpo plan | prepare | train | consolidate | evaluate | report | demo | bench`.
 
 What a user can mend is told in one line, with exit code 2, and nothing half-written is left behind;
 `--debug` shows where it came from.
@@ -45,6 +45,36 @@ def _root(
     if version:
         print(__version__)
         raise typer.Exit
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, rtx4090, ...")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's dense peak.")] = 0.4,
+    world_size: Annotated[int, typer.Option(help="Processes, one GPU each.")] = 1,
+    pairs: Annotated[int | None, typer.Option(help="Pairs in the data.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will cost: FLOPs, memory, disk, hours. Needs no weights, data or GPU."""
+    from fastpo.config import load_config
+    from fastpo.plan import make_plan, print_plan
+
+    with Console(stderr=True).status("planning") as spinner:
+        planned = make_plan(
+            load_config(config, overrides or ()),
+            gpu=gpu,
+            utilisation=utilisation,
+            world_size=world_size,
+            pairs=pairs,
+            status=spinner.update,
+        )
+    if as_json:
+        print(planned.model_dump_json(indent=2))
+    else:
+        print_plan(planned, Console())
 
 
 @app.command()

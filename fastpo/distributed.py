@@ -136,7 +136,7 @@ def choose_optimizer(
     if plugin is not None and zero.offloads_optimizer(plugin.deepspeed_config):
         return zero.cpu_adam(list(trainable.values()), config.optim)
     fused = accelerator.device.type == "cuda" and config.precision != "fp16"
-    return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused or None)
+    return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused)
 
 
 def prepare_policy(

@@ -23,9 +23,9 @@ neutral value. A vote of exactly zero is none: before the first update policy an
 the bit, and a gate would take that for doubt. Where labels are wrong more often than right, s is 0
 and nobody votes.
 
-It costs no forward pass and eight bytes a pair. How the scale was chosen stands in the table of
-`benchmarks/README.md`: dividing by the step's own rms, as an earlier version did, leaves only the
-sign in steps of one pair, and lets the loudest timesteps drown the telling ones.
+It costs no forward pass and eight bytes a pair. How the scale was chosen stands in the tables of
+`benchmarks/results/cpu/ledger.md`: dividing by the step's own rms, as an earlier version did,
+leaves only the sign in steps of one pair, and lets loud timesteps drown the telling ones.
 """
 
 from __future__ import annotations
@@ -157,10 +157,12 @@ class PairLedger:
     def merge(self, group: dist.ProcessGroup | None = None) -> None:
         """Enters what was recorded since the last merge, by all processes of a running group.
 
-        One call of `torch.distributed` with 24 bytes per recorded pair; every process must call
-        it equally often, also one that recorded nothing. Best once per optimiser step. Called more
-        rarely, the votes since the last merge are entered as one step's: until then a pair is
-        judged without them, which matters little where it comes back once an epoch.
+        `torch.distributed` carries 24 bytes per recorded pair; every process must call it equally
+        often, also one that recorded nothing. Best once per optimiser step: beside the gradients of
+        even a small adapter that is nothing. Called more rarely, the votes since the last merge are
+        entered as one step's; until then a pair is judged without them, which matters little where
+        it comes back once an epoch. The trainer gathers its table of metrics once a step and
+        updates from that, so it has no use for an interval.
         """
         rows = torch.zeros(0, 3, dtype=torch.float64)
         if self._recorded:

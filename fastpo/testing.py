@@ -138,6 +138,98 @@ def write_pickapic(path: Path, rows: Sequence[dict[str, Any]], *, group_size: in
     return path
 
 
+def write_pickapic_columns(
+    path: Path, rows: int, *, files: int, prompts: int, group_size: int = 1000, image: bytes = b"x"
+) -> Path:
+    """Writes a data set of Pick-a-Pic's schema and size whose images are all the same few bytes.
+
+    Args:
+        path: Folder to create.
+        rows: Comparisons in all; about an eighth are ties.
+        files: Number of files of equal length; what does not divide evenly is left out.
+        prompts: Number of distinct captions.
+        group_size: Rows per row group.
+        image: Content of every image.
+
+    Returns:
+        `path`.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.mkdir(parents=True, exist_ok=True)
+    captions = pa.array(
+        [f"prompt {i}: {'a castle in the fog, ' * (i % 7)}" for i in range(prompts)]
+    )
+    images = pa.array([image] * (rows // files), pa.binary())
+    generator = np.random.default_rng(0)
+    for k in range(files):
+        numbers = np.arange(k * len(images), (k + 1) * len(images))
+        label = generator.choice([0.0, 0.5, 1.0], len(images), p=[0.44, 0.12, 0.44])
+        columns = {
+            "caption": captions.take(pa.array(generator.integers(0, prompts, len(images)))),
+            "jpg_0": images,
+            "jpg_1": images,
+            "label_0": label,
+            "label_1": 1 - label,
+            "has_label": np.ones(len(images), dtype=bool),
+            "ranking_id": numbers,
+            "image_0_uid": [f"{2 * n:032x}" for n in numbers],
+            "image_1_uid": [f"{2 * n + 1:032x}" for n in numbers],
+        }
+        name = f"train-{k:05d}-of-{files:05d}.parquet"
+        pq.write_table(pa.table(columns), path / name, row_group_size=group_size)
+    return path
+
+
+def write_index(folder: Path, pairs: int, *, shard_size: int = 1024, prompts: int = 38_000) -> Any:
+    """Writes the index of an SDXL cache of many pairs without their tensors.
+
+    Args:
+        folder: Folder to create.
+        pairs: Number of pairs, of nine latent shapes.
+        shard_size: Pairs per shard.
+        prompts: Number of distinct prompts.
+
+    Returns:
+        The manifest, for `PairCache(folder, manifest, config)`.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from fastpo.data.index import INDEX_FILE, INDEX_TYPES, PROMPTS_FILE, write_arrow
+    from fastpo.data.manifest import Manifest
+    from fastpo.data.plan import plan_spans
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    number = np.arange(pairs)
+    columns = {
+        "pair_id": [f"{n:09d}:{n:032x}" for n in range(pairs)],
+        "pair_key": generator.permutation(pairs),
+        "position": number,
+        "prompt": generator.integers(0, prompts, pairs),
+        "bucket": generator.integers(0, 9, pairs),
+        "shard": number // shard_size,
+        "slot": number % shard_size,
+        "add_time_ids": pa.FixedSizeListArray.from_arrays(np.zeros(6 * pairs, dtype=np.float32), 6),
+    }
+    arrays = [pa.array(columns[name], type=kind) for name, kind in INDEX_TYPES.items()]
+    write_arrow(folder / INDEX_FILE, pa.record_batch(arrays, names=list(INDEX_TYPES)))
+    texts = pa.array(["", *(f"prompt {n}" for n in range(1, prompts))], pa.large_string())
+    write_arrow(folder / PROMPTS_FILE, pa.record_batch([texts], names=["prompt"]))
+    return Manifest(
+        identity={"model family": "sdxl"},
+        complete=True,
+        shards=plan_spans(pairs, shard_size, [], []),
+        texts=plan_spans(prompts, shard_size, [], []),
+        shapes=[(128 + 8 * k, 128 - 8 * k) for k in range(9)],
+        source_pairs=pairs,
+        pairs=pairs,
+    )
+
+
 def write_folder(
     path: Path, pairs: int, *, sizes: Sequence[tuple[int, int]] = ((48, 48),), prompts: int = 3
 ) -> Path:

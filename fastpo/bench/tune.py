@@ -70,8 +70,8 @@ class Trial:
 def configurations(n_pairs: int, n_elements: int, direction: str) -> Iterator[tuple[int, int, int]]:
     """Block size, programs per pair, warps; the backward pass has a program for every tile."""
     for block, warps in itertools.product(BLOCKS, WARPS):
-        # Fewer than two elements a thread, or more than sixty-four, never paid.
-        if not 2 <= block // (32 * warps) <= 64:
+        # Elements a thread: one 16-byte load of bf16 at least, and registers for the sums left.
+        if not 8 <= block // (32 * warps) <= 32:
             continue
         tiles = -(-n_elements // block)
         if direction == "bwd":

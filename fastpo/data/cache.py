@@ -16,7 +16,7 @@ from fastpo.data.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arro
 from fastpo.data.labels import is_flipped, write_flip_mask
 from fastpo.data.manifest import Manifest, check_files, check_identity, load_manifest
 from fastpo.data.plan import finished_units
-from fastpo.data.tensor_files import TensorFiles
+from fastpo.data.tensor_files import TensorFiles, bytes_of
 from fastpo.data.units import LATENTS, TEXT, unit_name
 from fastpo.errors import CacheError
 from fastpo.types import PairBatch
@@ -171,10 +171,11 @@ class PairCache:
         names = [f"{unit_name('shard', k)}/{LATENTS}" for k in self._shard[index].tolist()]
         rows, pairs = self._files.rows(names[0], key), len(names)
         mean, logvar = (torch.empty((2 * pairs, *rows.shape[2:]), dtype=rows.dtype) for _ in "ml")
+        into = bytes_of(mean), bytes_of(logvar)
         places = zip(names, self._slot[index].tolist(), flipped.tolist(), strict=True)
         for i, (name, slot, turned) in enumerate(places):
             sides = (pairs + i, i) if turned else (i, pairs + i)
-            parts = [statistic[side] for statistic in (mean, logvar) for side in sides]
+            parts = [statistic[side] for statistic in into for side in sides]
             self._files.read(name, key, slot, parts)
         return mean, logvar
 
@@ -191,6 +192,6 @@ class PairCache:
     def _rows(self, places: Sequence[tuple[str, int]], key: str) -> Tensor:
         rows = self._files.rows(places[0][0], key)
         found = torch.empty((len(places), *rows.shape), dtype=rows.dtype)
-        for into, (name, row) in zip(found, places, strict=True):
+        for into, (name, row) in zip(bytes_of(found), places, strict=True):
             self._files.read(name, key, row, [into])
         return found

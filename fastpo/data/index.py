@@ -26,7 +26,7 @@ from fastpo.errors import CacheError
 from fastpo.types import pair_key
 
 INDEX_FILE, PROMPTS_FILE, QUARANTINE = "index.arrow", "prompts.arrow", "quarantine.jsonl"
-_COLUMNS = {
+INDEX_TYPES = {
     "pair_id": pa.large_string(),
     "pair_key": pa.int64(),
     "position": pa.int64(),
@@ -130,9 +130,9 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
         for unit, record in records.items()
         for name, file in record.files.items()
     }
-    manifest.files[INDEX_FILE] = _write_arrow(folder / INDEX_FILE, index)
+    manifest.files[INDEX_FILE] = write_arrow(folder / INDEX_FILE, index)
     prompts = pa.record_batch([texts], names=["prompt"])
-    manifest.files[PROMPTS_FILE] = _write_arrow(folder / PROMPTS_FILE, prompts)
+    manifest.files[PROMPTS_FILE] = write_arrow(folder / PROMPTS_FILE, prompts)
     return left_out
 
 
@@ -165,9 +165,9 @@ def _merge_index(
         "slot": table["slot"].to_numpy(),
         "add_time_ids": table["add_time_ids"].combine_chunks(),
     }
-    arrays = [pa.array(columns[name], type=kind) for name, kind in _COLUMNS.items()]
+    arrays = [pa.array(columns[name], type=kind) for name, kind in INDEX_TYPES.items()]
     pairs = [(int(shape >> 32), int(shape & 0xFFFFFFFF)) for shape in distinct]
-    return pa.record_batch(arrays, names=list(_COLUMNS)), pairs, duplicates
+    return pa.record_batch(arrays, names=list(INDEX_TYPES)), pairs, duplicates
 
 
 def _number_names(
@@ -206,7 +206,9 @@ def _number_names(
     return names, keys, len(repeats)
 
 
-def _write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:
+def write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:
+    """Writes a file that `open_arrow` maps, atomically."""
+
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as file:
             file.write_batch(batch)

@@ -44,11 +44,11 @@ class PairSampler:
             raise ValueError(f"bucket must be (N,) with N > 0, got {tuple(bucket.shape)}")
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
-        distinct, numbers, counts = np.unique(
-            bucket.cpu().numpy(), return_inverse=True, return_counts=True
-        )
-        # Numbers of two bytes are sorted by radix, an order of magnitude faster than wider ones.
-        self._bucket = numbers.astype(np.uint16 if len(distinct) < 2**16 else np.int64)
+        self._bucket = bucket.long().cpu().numpy()
+        if self._bucket.min() < 0 or self._bucket.max() >= 2**16:
+            _, self._bucket = np.unique(self._bucket, return_inverse=True)
+        counts = np.bincount(self._bucket)
+        self._bucket = self._bucket.astype(np.uint16 if len(counts) <= 2**16 else np.uint32)
         self._size = micro_batch_size
         self._seed = seed
         self._starts, self._ends = _cut(counts, micro_batch_size)
@@ -78,25 +78,31 @@ class PairSampler:
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the pairs, permuted and grouped by bucket, and the order of the batches.
 
-        Sorting raw Philox output keeps the order the same in every version of numpy.
+        Raw Philox output is the same in every version of numpy.
         """
         raw = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)).random_raw
-        pairs = _order(raw(len(self._bucket)))
-        if self._bucket.max():
-            pairs = pairs[np.argsort(self._bucket[pairs], kind="stable")]
-        return pairs, _order(raw(self.micro_batches_per_epoch))
+        pairs = _shuffled(raw(len(self._bucket)), self._bucket)
+        return pairs, _shuffled(raw(self.micro_batches_per_epoch))
 
 
-def _order(values: np.ndarray) -> np.ndarray:
-    """Returns the stable order of random values, as 32-bit numbers where they suffice.
+def _shuffled(raw: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """Returns `0..N-1` in the order of random 64-bit numbers, group by group.
 
-    The faster, unstable sort gives the same unless two values are equal.
+    Group, upper bits of the number, and position share one word, so one sort of plain integers does
+    it in place; where the upper bits are equal, the position decides.
     """
-    order = np.argsort(values)
-    ordered = values[order]
-    if (ordered[1:] == ordered[:-1]).any():
-        order = np.argsort(values, kind="stable")
-    return order.astype(np.int32) if len(order) < 2**31 else order
+    position_bits = (len(raw) - 1).bit_length()
+    mask = np.uint64((1 << position_bits) - 1)
+    if group is not None:
+        group_bits = int(group.max()).bit_length()
+        raw >>= np.uint64(group_bits)
+        if group_bits:
+            raw |= group.astype(np.uint64) << np.uint64(64 - group_bits)
+    raw &= ~mask
+    raw |= np.arange(len(raw), dtype=np.uint64)
+    raw.sort()
+    raw &= mask
+    return raw.astype(np.int32 if len(raw) < 2**31 else np.int64)
 
 
 def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -101,28 +101,27 @@ class TensorFiles:
                 f"{self._folder / name}: cannot read {key}: {type(error).__name__}: {error}"
             ) from error
 
-    def read(self, name: str, key: str, row: int, parts: Sequence[Tensor]) -> None:
-        """Reads one row into tensors that together have its size, one after the other.
+    def read(self, name: str, key: str, row: int, parts: Sequence[memoryview]) -> None:
+        """Reads one row into buffers that together have its size, one after the other.
 
         Args:
             name: The file.
             key: The tensor.
             row: The row.
-            parts: Contiguous tensors on the CPU, in the dtype of the file.
+            parts: Writable bytes, such as rows of `bytes_of` a tensor of the file's dtype.
 
         Raises:
             CacheError: The file is damaged, or lacks the tensor or the row.
         """
         rows = self.rows(name, key)
-        views = [part.view(torch.uint8).reshape(-1).numpy().data for part in parts]
         try:
             if not 0 <= row < rows.count:
                 raise ValueError(f"it has {rows.count} rows")
-            if sum(view.nbytes for view in views) != rows.size:
+            if sum(part.nbytes for part in parts) != rows.size:
                 raise ValueError(f"a row has {rows.size} bytes, {rows.shape} {rows.dtype}")
             file, place = self._file(name), rows.start + row * rows.size
-            if os.preadv(file.descriptor, views, place) != rows.size:
-                _read_slowly(file, views, place)
+            if os.preadv(file.descriptor, parts, place) != rows.size:
+                _read_slowly(file, parts, place)
         except (OSError, ValueError) as error:
             raise CacheError(f"{self._folder / name}: cannot read {key}[{row}]: {error}") from error
 
@@ -139,6 +138,13 @@ class TensorFiles:
             else:
                 self._open.move_to_end(name)
             return file
+
+
+def bytes_of(tensor: Tensor) -> list[memoryview]:
+    """Returns the bytes of each row of a contiguous tensor on the CPU, on the same memory."""
+    rows = tensor.view(len(tensor), -1).view(torch.uint8).numpy().data
+    flat, size = rows.cast("B"), rows.nbytes // len(tensor)
+    return [flat[start : start + size] for start in range(0, rows.nbytes, size)]
 
 
 class _File:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastpo.data.tensor_files import TensorFiles
+from fastpo.data.tensor_files import TensorFiles, bytes_of
 from fastpo.errors import CacheError
 
 FILES, ROWS = 40, 3
@@ -24,9 +24,9 @@ def folder(tmp_path):
 
 
 def read(files, k, row, key="full", dtype=torch.float32):
-    parts = [torch.empty(5, dtype=dtype) for _ in range(2)]
-    files.read(f"{k}.safetensors", key, row, parts)
-    return torch.stack(parts)
+    found = torch.empty(2, 5, dtype=dtype)
+    files.read(f"{k}.safetensors", key, row, bytes_of(found))
+    return found
 
 
 @pytest.mark.parametrize(

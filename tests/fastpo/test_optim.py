@@ -174,6 +174,38 @@ def test_the_states_are_as_large_as_stated(name, dtype):
     assert total == optimizer_bytes(parameters, config)
 
 
+RANK = """
+import torch
+import torch.distributed as dist
+from fastpo.config import OptimConfig
+from fastpo.optim import setup_optimizer
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Linear(128, 64).to(torch.bfloat16)
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = setup_optimizer(model.parameters(), OptimConfig(name="adamw_8bit", lr=1e-3), seed=1)
+torch.manual_seed(dist.get_rank())  # every process has its own data, and its own random state
+for _ in range(3):
+    ddp(torch.randn(8, 128).bfloat16()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+weights = [torch.empty_like(model.weight) for _ in range(2)]
+dist.all_gather(weights, model.weight.detach())
+torch.manual_seed(0)
+start = torch.nn.Linear(128, 64).to(torch.bfloat16).weight
+print("EQUAL", torch.equal(*weights) and not torch.equal(weights[0], start), flush=True)
+"""
+
+
+def test_processes_with_data_of_their_own_keep_equal_weights(tmp_path, fastpo):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = fastpo(script, launcher=launcher, env={"OMP_NUM_THREADS": "1"}, check=False)
+    assert done.stdout.count("EQUAL True") == 2, done.stdout + done.stderr
+
+
 def test_8bit_without_bitsandbytes_is_refused_with_how_to_get_it(monkeypatch):
     import sys
 

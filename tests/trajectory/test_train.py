@@ -206,6 +206,19 @@ def test_micro_batches_of_one_equal_one_of_four(experiment, read_metrics):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_equals_a_plain_one(experiment, read_metrics):
+    """Under accelerate's own wrapping of the forward pass, with checkpointing and adapters off."""
+    options = {"max_steps": 2, "gradient_checkpointing": True, "data": {"limit": 2}}
+    plain = run(experiment, read_metrics, name="plain", **options)
+    torch._dynamo.utils.counters.clear()
+    compiled = run(experiment, read_metrics, name="compiled", compile=True, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for a, b in zip(plain, compiled, strict=True):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
+
+
 def test_flipped_labels_are_recorded_beside_the_data_and_the_run(experiment, tiny_caches):
     path = experiment(data={"flip_rate": 0.4, "flip_seed": 1}, max_steps=1)
     folder = train(load_config(path), progress=False)

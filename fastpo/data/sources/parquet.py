@@ -8,8 +8,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -109,38 +109,34 @@ class ParquetSource(PairSource):
                 return
 
     def _captions(self) -> Iterator[str]:
-        columns = self._columns(0, len(self), ["caption"])
-        return (values["caption"] for *_, values in columns)
+        for _, _, table in self._tables(0, len(self), ["caption"]):
+            yield from table["caption"].to_pylist()
 
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
-        for place, winner, values in self._columns(start, stop, ["caption", *_OPTIONAL]):
-            yield self._pair(*place, winner, values)
+        tables = self._tables(start, stop, ["caption", *_OPTIONAL])
+        for k, rows, table in tables:
+            (path, group), winner = self._groups[k], self._winners[k][rows]
+            places = zip(rows.tolist(), winner.tolist(), table.to_pylist(), strict=True)
+            for row, won, values in places:
+                yield self._pair(path, group, row, won, values)
 
-    def _columns(
+    def _tables(
         self, start: int, stop: int, columns: list[str]
-    ) -> Iterator[tuple[tuple[Path, int, int], int, dict[str, Any]]]:
-        """Yields file, row group and row, who won, and the columns' values, pair by pair."""
+    ) -> Iterator[tuple[int, np.ndarray, pa.Table]]:
+        """Yields row group, rows and the columns' values of the pairs `start` to `stop` - 1."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        opened: Path | None = None
-        with ExitStack() as files:
-            for k in range(first, len(self._groups)):
-                before = int(self._starts[k])
-                if before >= stop:
-                    return
-                (path, group), winner = self._groups[k], self._winners[k]
-                if path != opened:
-                    files.close()
-                    file, opened = files.enter_context(_open(path)), path
-                rows = np.flatnonzero(winner >= 0)[max(0, start - before) : stop - before]
+        last = int(np.searchsorted(self._starts, stop, side="left"))
+        for path, groups in groupby(range(first, last), lambda k: self._groups[k][0]):
+            with _open(path) as file:
                 present = [name for name in columns if name in file.schema_arrow.names]
-                table = file.read_row_group(group, columns=present).take(rows)
-                for row, values in zip(rows.tolist(), table.to_pylist(), strict=True):
-                    if not isinstance(values["caption"], str):
-                        raise DataError(
-                            f"{path}: row group {group}, row {row}: caption is "
-                            f"{values['caption']!r}"
-                        )
-                    yield (path, group, row), int(winner[row]), values
+                for k in groups:
+                    group, before = self._groups[k][1], int(self._starts[k])
+                    rows = np.flatnonzero(self._winners[k] >= 0)
+                    rows = rows[max(0, start - before) : stop - before]
+                    table = file.read_row_group(group, columns=present, use_threads=False)
+                    table = table.take(rows)
+                    _check_captions(path, group, rows, table["caption"])
+                    yield k, rows, table
 
     def _pair(
         self, path: Path, group: int, row: int, winner: int, values: dict[str, Any]
@@ -188,6 +184,18 @@ def _winners(path: Path, file: pq.ParquetFile, group: int, start: int) -> np.nda
         )
     winner = np.where(labels[0] == 0.5, _TIE, np.where(labels[0] == 1.0, 0, 1))
     return np.where(labeled, winner, _UNLABELED).astype(np.int8)
+
+
+def _check_captions(path: Path, group: int, rows: np.ndarray, captions: pa.ChunkedArray) -> None:
+    text = pa.types.is_string(captions.type) or pa.types.is_large_string(captions.type)
+    if text and not captions.null_count:
+        return
+    row, found = next(
+        (row, value)
+        for row, value in zip(rows.tolist(), captions.to_pylist(), strict=True)
+        if not isinstance(value, str)
+    )
+    raise DataError(f"{path}: row group {group}, row {row}: caption is {found!r}")
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

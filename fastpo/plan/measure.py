@@ -1,0 +1,259 @@
+"""FLOPs and memory of the real modules, from passes on the meta device: no weights, no data.
+
+A pass costs some ten thousand Python calls whatever the resolution and the batch, a few seconds
+on one core. The peak is that of the allocations in the order of the run, recomputation and
+temporaries included; what kernels take for themselves and the allocator's losses are not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastpo.config import Precision, TrainConfig
+from fastpo.encoders import DTYPES
+from fastpo.models import Denoisers, setup_denoisers
+from fastpo.plan.architecture import Architecture
+from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+
+META = torch.device("meta")
+VAE_BATCH = 8
+"""Images a pass, as the released SDXL trainers' `vae_encode_batch_size`."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over a batch costs.
+
+    Attributes:
+        flops: Floating-point operations, a multiply-add as two.
+        peak: Most bytes that the pass holds at once, beside weights and finished gradients.
+        kept: Bytes held when the forward pass has ended, its output included.
+    """
+
+    flops: int
+    peak: int
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of one micro-batch.
+
+    Attributes:
+        pairs: Pairs in it.
+        height: Of the latent, and so on.
+        width: Likewise.
+        vae_factor: Image pixels per latent pixel and side.
+        tokens: Of a prompt.
+    """
+
+    pairs: int
+    height: int
+    width: int
+    vae_factor: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pipeline's modules on the meta device.
+
+    Attributes:
+        denoisers: Policy and reference, as training sets them up.
+        vae: The VAE.
+        texts: The text encoders.
+    """
+
+    denoisers: Denoisers
+    vae: nn.Module
+    texts: tuple[nn.Module, ...]
+
+
+def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bool) -> Parts:
+    """Makes the modules without weights, trainable where and in the dtypes that training chooses.
+
+    Args:
+        architecture: The parts' configurations.
+        train: The run.
+        reference: Whether a frozen reference is held (LoRA's is the policy itself).
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    # What a kernel does not change here and what would start a compiler or a GPU is left out.
+    plain = {"attention": "sdpa", "compile": False, "channels_last": False}
+    with META, _quiet():
+        unet = UNet2DConditionModel.from_config(architecture.unet)
+        assert isinstance(unet, UNet2DConditionModel)
+        denoisers = setup_denoisers(unet, train.model_copy(update=plain), needs_reference=reference)
+        vae: Any = AutoencoderKL.from_config(architecture.vae)
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        texts = tuple(
+            kind(CLIPTextConfig.from_dict(text))
+            for kind, text in zip(kinds, architecture.texts, strict=False)
+        )
+    for module in (vae, *texts):
+        module.eval().requires_grad_(False)
+    return Parts(denoisers, vae, texts)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """The dtype autocast computes in; None where it is off."""
+    return None if precision == "fp32" else DTYPES[precision]
+
+
+def unet_inputs(unet: UNet2DConditionModel, shapes: Shapes, device: torch.device) -> dict[str, Any]:
+    """Both sides of a micro-batch as the UNet takes them; random on a real device."""
+    rows, config = 2 * shapes.pairs, unet.config
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, device=device)
+
+    inputs: dict[str, Any] = {
+        "sample": draw(rows, config["in_channels"], shapes.height, shapes.width),
+        "timestep": torch.full((rows,), 500, device=device),
+        "encoder_hidden_states": draw(rows, shapes.tokens, config["cross_attention_dim"]),
+    }
+    if config["addition_embed_type"] == "text_time":
+        sizes = 6
+        pooled = config["projection_class_embeddings_input_dim"]
+        pooled -= sizes * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": draw(rows, pooled),
+            "time_ids": draw(rows, sizes),
+        }
+    return inputs
+
+
+def measure_training(
+    unet: UNet2DConditionModel, shapes: Shapes, precision: Precision, *, checkpointing: bool
+) -> tuple[Pass, Pass, int]:
+    """Forward and backward of a policy on a micro-batch.
+
+    Returns:
+        The forward pass alone (`kept` are the activations), forward and backward together, and the
+        FLOPs of the latter that gradient checkpointing repeats. It repeats less than the forward
+        pass: nothing outside the checkpointed blocks, and of each block nothing behind the last
+        tensor that its backward needs.
+    """
+    dtype = autocast_dtype(precision)
+    inputs = unet_inputs(unet, shapes, META)
+    counter, tracker = flop_counter(), StorageTracker(unet.parameters(), _tensors(inputs))
+    repeats = _Repeats(counter)
+    if checkpointing:
+        unet.enable_gradient_checkpointing(
+            partial(
+                checkpoint,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), repeats.counting(dtype)),
+            )
+        )
+    try:
+        with counter, tracker:
+            with CudaForward(dtype):
+                prediction = unet(**inputs, return_dict=False)[0]
+            forward = Pass(counter.get_total_flops(), tracker.peak, tracker.live)
+            prediction.backward(torch.empty_like(prediction))
+            whole = Pass(counter.get_total_flops(), tracker.peak)
+    finally:
+        tracker.close()
+        unet.zero_grad(set_to_none=True)
+    return forward, whole, repeats.flops
+
+
+class _Repeats:
+    """Adds up the FLOPs of the blocks that gradient checkpointing computes again."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.flops = 0
+        self._counter = counter
+
+    @contextlib.contextmanager
+    def counting(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Runs one block's recomputation under the forward pass's precision."""
+        before = self._counter.get_total_flops()
+        try:
+            with CudaForward(dtype):
+                yield
+        finally:  # an exception ends a recomputation as soon as nothing more is needed
+            self.flops += self._counter.get_total_flops() - before
+
+
+@torch.no_grad()
+def measure_forward(unet: UNet2DConditionModel, shapes: Shapes, precision: Precision) -> Pass:
+    """A forward pass of a judge."""
+    inputs = unet_inputs(unet, shapes, META)
+    with _watched(unet, inputs, autocast_dtype(precision)) as (counter, tracker):
+        unet(**inputs, return_dict=False)
+        return Pass(counter.get_total_flops(), tracker.peak)
+
+
+@torch.no_grad()
+def measure_vae(vae: Any, shapes: Shapes, precision: Precision) -> Pass:
+    """Encoding both images of every pair, at most `VAE_BATCH` images at a time."""
+    nn.Module.to(vae, DTYPES[precision])
+    images = 2 * shapes.pairs
+    height, width = (side * shapes.vae_factor for side in (shapes.height, shapes.width))
+    batch = min(images, VAE_BATCH)
+    pixels = torch.empty(batch, 3, height, width, device=META, dtype=DTYPES[precision])
+    with _watched(vae, pixels, None) as (counter, tracker):
+        vae.encode(pixels)
+        # Every image costs the same, so that a part of the batch tells the whole.
+        return Pass(counter.get_total_flops() * images // batch, tracker.peak)
+
+
+@torch.no_grad()
+def measure_texts(texts: tuple[Any, ...], shapes: Shapes) -> Pass:
+    """Encoding every pair's prompt with all text encoders."""
+    flops, peak = 0, 0
+    tokens = torch.zeros(shapes.pairs, shapes.tokens, device=META, dtype=torch.int64)
+    for text in texts:
+        with _watched(text, tokens, None) as (counter, tracker):
+            text(tokens)
+            flops, peak = flops + counter.get_total_flops(), max(peak, tracker.peak)
+    return Pass(flops, peak)
+
+
+@contextlib.contextmanager
+def _watched(
+    module: nn.Module, inputs: Any, dtype: torch.dtype | None
+) -> Iterator[tuple[FlopCounterMode, StorageTracker]]:
+    tracker = StorageTracker(module.parameters(), _tensors(inputs))
+    try:
+        with flop_counter() as counter, tracker, CudaForward(dtype):
+            yield counter, tracker
+    finally:
+        tracker.close()
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def module_bytes(module: nn.Module, precision: Precision | None = None) -> int:
+    """Bytes of a module's weights, as they are or in a precision."""
+    if precision is None:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters()) * DTYPES[precision].itemsize

@@ -1,0 +1,350 @@
+"""Puts a plan together: measures each part once, and adds the parts up for every recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastpo.config import Config, Precision, TrainConfig
+from fastpo.data.images import make_geometry
+from fastpo.encoders import vae_factor
+from fastpo.errors import ConfigError
+from fastpo.plan.architecture import Architecture, resolve_architecture
+from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
+from fastpo.plan.gpus import Gpu, find_gpu
+from fastpo.plan.measure import (
+    Parts,
+    Pass,
+    Shapes,
+    autocast_dtype,
+    build_parts,
+    measure_forward,
+    measure_texts,
+    measure_training,
+    measure_vae,
+    module_bytes,
+)
+from fastpo.plan.memory import (
+    Sharding,
+    Trained,
+    count_trained,
+    held,
+    peak,
+    read_sharding,
+)
+from fastpo.plan.recipes import (
+    BARE,
+    RELEASED,
+    Recipe,
+    describe_own,
+    own_recipe,
+    reads_reference_cache,
+)
+from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan
+from fastpo.plan.verdict import make_notes, make_verdict
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where the run is planned for.
+
+    Attributes:
+        gpu: Its data sheet.
+        utilisation: Share of the peak that is reached, in (0, 1].
+        processes: Their number, one GPU each.
+    """
+
+    gpu: Gpu
+    utilisation: float
+    processes: int
+
+    def seconds(self, tflop: float, precision: Precision, *, convolutions: bool = False) -> float:
+        """Seconds for some TFLOP in a precision."""
+        return tflop / (self.gpu.rate(precision, convolutions=convolutions) * self.utilisation)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What each part costs for one micro-batch, and what is held for it.
+
+    Attributes:
+        forward: The policy's forward pass.
+        training: Its forward and backward.
+        recompute: FLOPs of the backward that gradient checkpointing repeats.
+        reference: A judge's forward pass with the adapters off.
+        vae: Encoding the images in float32.
+        text: Encoding the prompts.
+        trained: The policy's weights.
+        reference_bytes: Of a frozen copy, 0 where the policy without adapters serves.
+        average_bytes: Of a float32 average of the trainable weights.
+        whole_average_bytes: Of one of all weights in half precision.
+        encoder_bytes: Of a float32 VAE and half-precision text encoders.
+        batch_bytes: Of latents, embeddings, noise and target.
+        prediction_bytes: Of one model's answer.
+    """
+
+    forward: Pass
+    training: Pass
+    recompute: int
+    reference: Pass
+    vae: Pass
+    text: Pass
+    trained: Trained
+    reference_bytes: int
+    average_bytes: int
+    whole_average_bytes: int
+    encoder_bytes: int
+    batch_bytes: int
+    prediction_bytes: int
+
+
+def make_plan(
+    config: Config,
+    *,
+    gpu: str = "h100",
+    utilisation: float = 0.4,
+    world_size: int = 1,
+    pairs: int | None = None,
+    status: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Plans a run: FLOPs, memory, disk and hours, beside the released recipes'.
+
+    Args:
+        config: The experiment; nothing of it need exist but, for a local model, its folder.
+        gpu: A short name of `fastpo.plan.gpus`.
+        utilisation: Share of the GPU's dense peak that is reached.
+        world_size: Processes, one GPU each.
+        pairs: Pairs in the data; None takes them from the cache, the folder or the publication.
+        status: Called with what is being counted.
+
+    Raises:
+        ConfigError: An unknown GPU, a number out of range, a resolution that the model cannot
+            have, or DeepSpeed settings that cannot be read.
+        ModelError: The model is neither here nor packaged.
+    """
+    _check(utilisation, world_size, pairs)
+    hardware = Hardware(find_gpu(gpu), utilisation, world_size)
+    sharding = read_sharding(config.train, world_size)
+    architecture = resolve_architecture(config)
+    shapes = _shapes(config, architecture)
+    measured = measure(architecture, config, shapes, status)
+    size = find_size(config, pairs)
+    visits = count_visits(config, size.pairs, world_size)
+    own = own_recipe(config.train)
+    costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]
+    base = costs[0].seconds_per_pair
+    costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
+    costs[0] = costs[0].model_copy(update={"what": describe_own(config.train, own)})
+    assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
+    hours = _prepare_hours(config, measured, hardware, size.pairs, visits)
+    cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)
+    return Plan(
+        family=architecture.family,
+        architecture=architecture.source,
+        method=config.train.method,
+        objective=config.train.objective.name,
+        assumptions=assumptions,
+        costs=tuple(costs),
+        cache=cache,
+        verdict=make_verdict(tuple(costs), assumptions),
+        notes=make_notes(config, assumptions, cache, size),
+    )
+
+
+def _check(utilisation: float, world_size: int, pairs: int | None) -> None:
+    if not 0.0 < utilisation <= 1.0:
+        raise ConfigError(f"--utilisation must be in (0, 1], got {utilisation:g}")
+    if world_size < 1:
+        raise ConfigError(f"--world-size must be at least 1, got {world_size}")
+    if pairs is not None and pairs < 1:
+        raise ConfigError(f"--pairs must be at least 1, got {pairs}")
+
+
+def _shapes(config: Config, architecture: Architecture) -> Shapes:
+    """The square bucket's sizes; the other buckets have about as many pixels."""
+    factor = vae_factor(architecture.vae)
+    make_geometry(
+        config.prepare.resolution,
+        use_buckets=config.prepare.buckets,
+        vae_factor=factor,
+        unet_factor=2 ** (len(architecture.unet["block_out_channels"]) - 1),
+    )
+    side = config.prepare.resolution // factor
+    tokens = architecture.texts[0].get("max_position_embeddings", 77)
+    return Shapes(config.train.micro_batch_size, side, side, factor, tokens)
+
+
+def measure(
+    architecture: Architecture,
+    config: Config,
+    shapes: Shapes,
+    status: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Runs every part once on the meta device."""
+    train = config.train
+    status("building the modules without weights")
+    copied = train.method == "full"  # the recipes hold a frozen copy even where we hold none
+    parts = build_parts(architecture, train, reference=copied)
+    policy = parts.denoisers.policy
+    status("counting the encoders")
+    vae = measure_vae(parts.vae, shapes, "fp32")
+    text = measure_texts(parts.texts, shapes)
+    status("counting the reference's forward pass")
+    with parts.denoisers.reference() as model:
+        reference = measure_forward(model, shapes, train.precision)
+    status("counting the policy's forward and backward")
+    forward, training, recompute = measure_training(
+        policy, shapes, train.precision, checkpointing=train.gradient_checkpointing
+    )
+    latent = 2 * shapes.pairs * architecture.vae["latent_channels"] * shapes.height * shapes.width
+    trained = count_trained(policy.parameters(), train)
+    return Measured(
+        forward=forward,
+        training=training,
+        recompute=recompute,
+        reference=reference,
+        vae=vae,
+        text=text,
+        trained=trained,
+        reference_bytes=module_bytes(parts.denoisers.frozen) if parts.denoisers.frozen else 0,
+        average_bytes=4 * trained.count,
+        whole_average_bytes=2 * trained.parameters,
+        encoder_bytes=_encoder_bytes(parts, train),
+        batch_bytes=_batch_bytes(config, architecture, shapes, latent),
+        prediction_bytes=latent * _answer_size(train),
+    )
+
+
+def _encoder_bytes(parts: Parts, train: TrainConfig) -> int:
+    texts = sum(module_bytes(text, train.precision) for text in parts.texts)
+    return module_bytes(parts.vae, "fp32") + texts
+
+
+def _answer_size(train: TrainConfig) -> int:
+    dtype = autocast_dtype(train.precision)
+    return 4 if dtype is None else dtype.itemsize
+
+
+def _batch_bytes(config: Config, architecture: Architecture, shapes: Shapes, latent: int) -> int:
+    """Mean and log-variance and embeddings as stored; noisy latents and target in float32."""
+    stored = {"fp32": 4}.get(config.prepare.store_precision, 2)
+    width = shapes.tokens * architecture.unet["cross_attention_dim"]
+    text = shapes.pairs * width * (stored + 2 * 4)  # as stored, and for both sides in float32
+    return 2 * latent * stored + 2 * latent * 4 + text
+
+
+def _flops(recipe: Recipe, m: Measured, pairs: int) -> Flops:
+    each = TERA * pairs
+    return Flops(
+        policy_forward=m.forward.flops / each,
+        policy_backward=(m.training.flops - m.forward.flops - m.recompute) / each,
+        policy_recompute=m.recompute / each,
+        reference=recipe.reference * m.reference.flops / each,
+        annotators=recipe.averages * m.forward.flops / each,
+        vae=recipe.encodes * m.vae.flops / each,
+        text=recipe.encodes * m.text.flops / each,
+    )
+
+
+def _memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
+    """A process's parts; averages of the trainable weights are shared as the weights are."""
+    average = sharding.part(m.average_bytes, 3)
+    judge = m.whole_average_bytes if recipe.whole_averages else average
+    step = sharding.part(m.trained.step, 1) if not sharding.offload_optimizer else 0
+    phases = {
+        "policy's forward and backward": m.training.peak,
+        "optimiser's step": step,
+        "reference's forward": m.reference.peak if recipe.reference else 0,
+        "VAE's encoding": max(m.vae.peak, m.text.peak) if recipe.encodes else 0,
+    }
+    answers = 1 + recipe.reference + recipe.averages
+    parts = held(m.trained, sharding) | {
+        "reference": m.reference_bytes if recipe.reference else 0,
+        "annotators": recipe.averages * judge,
+        "averages": average if recipe.exports_average else 0,
+        "encoders": m.encoder_bytes if recipe.encodes else 0,
+        "batch": m.batch_bytes + answers * m.prediction_bytes,
+    }
+    return peak(parts, phases)
+
+
+def _cost(
+    recipe: Recipe,
+    m: Measured,
+    config: Config,
+    hardware: Hardware,
+    sharding: Sharding,
+    visits: int | None,
+) -> Cost:
+    flops = _flops(recipe, m, config.train.micro_batch_size)
+    memory = _memory(recipe, m, sharding)
+    half: Precision = "bf16"
+    unet = flops.policy + flops.reference + flops.annotators
+    seconds = (
+        hardware.seconds(unet, config.train.precision)
+        + hardware.seconds(flops.vae, recipe.vae_precision, convolutions=True)
+        + hardware.seconds(flops.text, half)
+    )
+    rate = hardware.processes / seconds
+    return Cost(
+        name=recipe.name,
+        what=recipe.what,
+        flops=flops,
+        tflop=flops.total,
+        memory=memory,
+        peak_bytes=memory.total,
+        fits=memory.total <= hardware.gpu.memory_gb * 1e9,
+        seconds_per_pair=seconds,
+        pairs_per_second=rate,
+        hours=None if visits is None else visits / rate / 3600,
+        slower=1.0,
+    )
+
+
+def _prepare_hours(
+    config: Config, m: Measured, hardware: Hardware, pairs: int | None, visits: int | None
+) -> float | None:
+    """Encoding once on all processes, and the cached reference's passes, one for each visit."""
+    if pairs is None:
+        return None
+    each, prepare = TERA * config.train.micro_batch_size, config.prepare
+    seconds = pairs * (
+        hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
+        + hardware.seconds(m.text.flops / each, prepare.text_precision)
+    )
+    if reads_reference_cache(config.train) and visits is not None:
+        passes = pairs * math.ceil(visits / pairs)
+        seconds += passes * hardware.seconds(m.reference.flops / each, config.train.precision)
+    return seconds / hardware.processes / 3600
+
+
+def _assumptions(
+    config: Config,
+    hardware: Hardware,
+    sharding: Sharding,
+    m: Measured,
+    size: DataSize,
+    visits: int | None,
+) -> Assumptions:
+    train = config.train
+    return Assumptions(
+        gpu=hardware.gpu.name,
+        bf16_tflops=hardware.gpu.bf16,
+        memory_gb=hardware.gpu.memory_gb,
+        utilisation=hardware.utilisation,
+        world_size=hardware.processes,
+        sharding=str(sharding),
+        micro_batch_size=train.micro_batch_size,
+        accumulation_steps=train.accumulation_steps,
+        pairs=size.pairs,
+        prompts=size.prompts,
+        visits=visits,
+        resolution=config.prepare.resolution,
+        precision=train.precision,
+        checkpointing=train.gradient_checkpointing,
+        trainable=m.trained.count,
+        parameters=m.trained.parameters,
+    )

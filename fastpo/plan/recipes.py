@@ -1,0 +1,94 @@
+"""What a training step runs: this configuration's, and the released trainers' as described.
+
+The released trainers encode images (in float32) and prompts in every step and hold the encoders for
+it. All but MaPO's run a reference. Adaptive-DPO's also runs two moving averages of the whole UNet,
+which it keeps in half precision and swaps in through host memory; the swaps are not counted here,
+nor is that its averages' passes build a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastpo.config import EmaAnnotators, LedgerAnnotators, Precision, TrainConfig
+from fastpo.objectives import needs_reference
+
+RELEASED_AVERAGES = 2
+"""Moving averages of the released Adaptive-DPO."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is run for a pair beside the policy's forward and backward.
+
+    Attributes:
+        name: How the table calls it.
+        reference: Whether the reference's forward pass runs.
+        averages: Moving averages that judge, one forward pass each.
+        whole_averages: Whether they are of all weights in half precision, not of the trainable
+            ones in float32.
+        encodes: Whether images and prompts are encoded in the step.
+        vae_precision: Of the VAE, where it runs.
+        exports_average: Whether a further average of the trainable weights is kept.
+    """
+
+    name: str
+    reference: bool = False
+    averages: int = 0
+    whole_averages: bool = False
+    encodes: bool = False
+    vae_precision: Precision = "fp32"
+    exports_average: bool = False
+
+    @property
+    def what(self) -> str:
+        """What it runs, in words."""
+        parts = ["policy"]
+        if self.reference:
+            parts.append("reference")
+        if self.averages:
+            parts.append(f"{self.averages} moving averages")
+        if self.encodes:
+            parts.append(f"VAE ({self.vae_precision}) and text")
+        return ", ".join(parts)
+
+
+BARE = Recipe("plain fine-tuning")
+RELEASED = (
+    Recipe("Diffusion-DPO, released", reference=True, encodes=True),
+    Recipe("MaPO, released", encodes=True),
+    Recipe(
+        "Adaptive-DPO, released",
+        reference=True,
+        averages=RELEASED_AVERAGES,
+        whole_averages=True,
+        encodes=True,
+    ),
+)
+
+
+def own_recipe(train: TrainConfig) -> Recipe:
+    """The step that a configuration asks for."""
+    annotators = train.annotators
+    averages = len(annotators.decays) if isinstance(annotators, EmaAnnotators) else 0
+    return Recipe(
+        "this configuration",
+        reference=needs_reference(train) and not reads_reference_cache(train),
+        averages=averages,
+        exports_average=train.ema_decay is not None,
+    )
+
+
+def reads_reference_cache(train: TrainConfig) -> bool:
+    """Whether the reference's errors come from the cache, so that no reference runs or is held."""
+    return needs_reference(train) and getattr(train, "reference", "live") == "cached"
+
+
+def describe_own(train: TrainConfig, recipe: Recipe) -> str:
+    """What this configuration runs, with what it reads instead."""
+    cached = ["cached latents"]
+    if reads_reference_cache(train):
+        cached.append("cached reference")
+    if isinstance(train.annotators, LedgerAnnotators):
+        cached.append("ledger")
+    return f"{recipe.what}; {', '.join(cached)}"

@@ -1,0 +1,91 @@
+"""The plan in sentences: whether it fits, how fast it is, what dominates, what is assumed."""
+
+from __future__ import annotations
+
+from fastpo.config import Config
+from fastpo.plan.dataset import DataSize
+from fastpo.plan.recipes import reads_reference_cache
+from fastpo.plan.schema import Assumptions, CacheSize, Cost
+
+PARTS = {
+    "policy_forward": "the policy's forward pass",
+    "policy_backward": "the policy's backward pass",
+    "policy_recompute": "the policy's recomputation",
+    "reference": "the reference's forward pass",
+    "annotators": "the annotators' forward passes",
+    "vae": "the VAE",
+    "text": "the text encoders",
+}
+
+
+def make_verdict(costs: tuple[Cost, ...], assumed: Assumptions) -> tuple[str, ...]:
+    """Fit, rate, ratios and the part that dominates.
+
+    Args:
+        costs: This configuration, plain fine-tuning, the released recipes.
+        assumed: The GPU and its memory.
+    """
+    own, bare, *released = costs
+    share, part = max((value / own.tflop, name) for name, value in own.flops.model_dump().items())
+    held = own.memory.parts
+    largest = max(held, key=held.__getitem__)
+    room = assumed.memory_gb - own.peak_bytes / 1e9
+    fit = f"fits in {assumed.memory_gb:g} GB" if own.fits else "does NOT fit"
+    spare = f"{room:.1f} GB to spare" if own.fits else f"{-room:.1f} GB too much"
+    advice = "" if own.fits else f"; {_advice(assumed)}"
+    return (
+        f"{fit} of {assumed.gpu}: {own.peak_bytes / 1e9:.1f} GB at the peak, {spare}{advice}",
+        f"{own.pairs_per_second:.3g} pairs/s on {assumed.world_size} GPU(s) at "
+        f"{assumed.utilisation:.0%} of the peak"
+        + ("" if own.hours is None else f", {own.hours:.3g} h for {assumed.visits:,} visits"),
+        f"{own.seconds_per_pair / bare.seconds_per_pair:.2f}x the bare policy's forward and "
+        f"backward; the released recipes: "
+        + ", ".join(f"{c.name.split(',')[0]} {c.slower:.2f}x ours" for c in released),
+        f"most of the time goes to {PARTS[part]} ({share:.0%}), "
+        f"most of the memory to {largest} ({held[largest] / own.peak_bytes:.0%})",
+    )
+
+
+def _advice(assumed: Assumptions) -> str:
+    ways = []
+    if not assumed.checkpointing:
+        ways.append("train.gradient_checkpointing: true")
+    if assumed.micro_batch_size > 1:
+        ways.append("a smaller train.micro_batch_size")
+    if assumed.trainable == assumed.parameters:
+        ways.append("train.optim.name: adamw_8bit or adafactor")
+        ways.append("ZeRO on more processes, or train.method: lora")
+    return "try " + ", ".join(ways) if ways else "a GPU with more memory is needed"
+
+
+def make_notes(
+    config: Config, assumed: Assumptions, cache: CacheSize, size: DataSize
+) -> tuple[str, ...]:
+    """What is estimated, assumed or left out."""
+    notes = [
+        "FLOPs: torch's counter on the real modules; a fused attention's second pass over the "
+        "scores is not in them (2 % at SDXL's 1024 x 1024).",
+        "Activations: an estimate, the largest sum of live tensors in the order of the run, with "
+        "fused attention and autocast's casts; kernels' workspaces and fragmentation are not in "
+        "it. GB are 1e9 bytes; 1 GB is assumed for the CUDA context and libraries.",
+        "Hours: FLOPs at the stated share of the data sheet's dense peak; float32 convolutions "
+        "(the recipes' VAE) at its TF32 peak. Optimiser, loss, data and collectives are not in "
+        "them.",
+        "Released recipes: on this model, method, batch and sharding, as their code is described; "
+        "swaps through host memory and graphs built for nothing are not held against them.",
+    ]
+    if config.train.gradient_checkpointing:
+        notes.append(
+            "Checkpointing repeats less than the whole forward pass: torch stops a block's "
+            "recomputation at the last tensor that its backward needs."
+        )
+    if reads_reference_cache(config.train) and cache.prepare_hours is not None:
+        notes.append(
+            "The reference cache costs one forward pass for each visit, once; it is in the hours "
+            "of preparing, and saves time where it serves more than one run."
+        )
+    if assumed.pairs is None:
+        notes.append("The number of pairs is not known: --pairs gives cache size and hours.")
+    else:
+        notes.append(f"Pairs: {assumed.pairs:,}, from {size.source}.")
+    return tuple(notes)

@@ -1,0 +1,339 @@
+"""Plans: counts against torch's own on real tensors, against arithmetic, and against the models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from fastpo.cli import main
+from fastpo.config import load_config, parse_config
+from fastpo.errors import ConfigError, ModelError
+from fastpo.plan import Plan, make_plan, print_plan
+from fastpo.plan.architecture import resolve_architecture
+from fastpo.plan.gpus import GPUS, find_gpu
+from fastpo.plan.memory import ALLOWANCE, Sharding, Trained, held, read_sharding
+from fastpo.plan.table import gigabytes, tflop
+
+CONFIGS = sorted((Path(__file__).parents[2] / "fastpo" / "configs").glob("*.yaml"))
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+CPU = torch.device("cpu")
+
+
+def raw(path=SDXL, *, resolution=1024, data=None, **train):
+    """A configuration; `train` overrides."""
+    return {
+        "model": {"path": str(path)},
+        "data": data or {"source": "pickapic", "path": "yuvalkirstain/pickapic_v2"},
+        "prepare": {"cache_dir": "no-cache", "resolution": resolution},
+        "train": {
+            "output_dir": "no-run",
+            "method": "full",
+            "objective": {"name": "dpo"},
+            "max_steps": 10,
+            **train,
+        },
+    }
+
+
+def config(*args, **options):
+    return parse_config(raw(*args, **options))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_pipelines):
+    """Plans the tiny SDXL: `tiny(world_size=8, **train_options)`."""
+
+    made = {}
+
+    def plan(*, gpu="h100", world_size=1, utilisation=0.4, **train):
+        key = repr((gpu, world_size, utilisation, train))
+        if key not in made:
+            chosen = config(tiny_pipelines["sdxl"], resolution=32, **train)
+            made[key] = make_plan(chosen, gpu=gpu, world_size=world_size, utilisation=utilisation)
+        return made[key]
+
+    return plan
+
+
+# Memory.
+
+THOUSAND = Trained(1000, 1500, trainable=4000, frozen=1000, states=8000, step=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [
+        (0, 5000, 4000, 8000),
+        (1, 5000, 4000, 1500),  # (8000 + 4000) / 8
+        (2, 5000, 500, 1500),
+        (3, 625, 500, 1500),
+    ],
+)
+def test_zero_shares_what_its_paper_says(stage, weights, gradients, optimizer):
+    """1,000 trainable float32 weights and 500 frozen bf16 ones on 8 processes, by hand."""
+    parts = held(THOUSAND, Sharding(8, stage, bucket=10, live=150))
+    assert (parts["weights"], parts["gradients"]) == (weights, gradients)
+    assert parts["optimizer"] == optimizer
+    # The copies of DDP's buckets; DeepSpeed's bucket; 150 of 1,500 weights of 10/3 bytes each.
+    assert parts["communication"] == {0: 4000, 1: 40, 2: 40, 3: 40 + 500}[stage]
+
+
+def test_offloading_moves_parts_to_the_host():
+    one = held(THOUSAND, Sharding(8, 2, offload_optimizer=True))
+    assert (one["optimizer"], one["gradients"], one["host"]) == (0, 0, 2000)
+    two = held(THOUSAND, Sharding(8, 3, offload_optimizer=True, offload_param=True))
+    assert (two["weights"], two["host"]) == (0, 2625)
+
+
+def test_every_stage_and_every_process_holds_less():
+    def held_by(processes, stage):
+        parts = held(THOUSAND, Sharding(processes, stage, bucket=0, live=0))
+        return sum(parts[k] for k in ("weights", "gradients", "optimizer"))
+
+    by_stage = [held_by(16, stage) for stage in (0, 1, 2, 3)]
+    assert by_stage == sorted(by_stage, reverse=True)
+    by_processes = [held_by(n, 3) for n in (1, 2, 4, 8, 16)]
+    assert by_processes == sorted(by_processes, reverse=True)
+
+
+def settings(tmp_path, **zero):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return str(path)
+
+
+def test_deepspeed_s_file_is_read(tmp_path):
+    train = config().train
+    away = {"device": "cpu"}
+    name = settings(tmp_path, stage=2, overlap_comm=True, offload_optimizer=away)
+    sharding = read_sharding(train.model_copy(update={"deepspeed": name}), 4)
+    assert sharding == Sharding(4, 2, offload_optimizer=True, buckets=2)
+    assert "ZeRO-2" in str(sharding)
+    assert read_sharding(train, 4) == Sharding(4)
+
+
+@pytest.mark.parametrize("text", ["[]", "not json", '{"zero_optimization": {"stage": 7}}'])
+def test_a_bad_deepspeed_file_is_refused(tmp_path, text):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    train = config().train.model_copy(update={"deepspeed": str(path)})
+    with pytest.raises(ConfigError, match="bad"):
+        read_sharding(train, 1)
+
+
+# Whole plans.
+
+
+def test_sd15_costs_its_published_forward_pass():
+    """About 0.4 T multiply-adds an image at 512 x 512, of which a pair has two."""
+    plan = make_plan(config(SD15, resolution=512))
+    assert plan.costs[0].flops.policy_forward == pytest.approx(1.6, rel=0.01)
+    assert plan.costs[0].flops.policy == pytest.approx(3 * 1.6, rel=0.02)
+    assert plan.family == "sd15"
+    assert "packaged" in plan.architecture
+
+
+def test_checkpointing_holds_less_and_batches_hold_in_proportion(tiny):
+    plain, less = tiny(precision="bf16"), tiny(precision="bf16", gradient_checkpointing=True)
+    more = tiny(precision="bf16", micro_batch_size=8)
+    one, other, eight = (p.costs[0].memory.activations for p in (plain, less, more))
+    assert other < one < eight <= 8 * one
+    assert more.costs[0].flops == plain.costs[0].flops
+
+
+def test_full_training_holds_sixteen_bytes_a_weight(tiny):
+    memory = tiny(precision="bf16").costs[0].memory
+    count = tiny(precision="bf16").assumptions.trainable
+    assert memory.weights == memory.gradients == 4 * count
+    assert memory.optimizer == 8 * count
+    assert 2 * count <= memory.reference < 2.1 * count  # norms are float32
+    assert memory.allowance == ALLOWANCE
+
+
+def test_lora_holds_its_base_in_half_precision_and_no_reference(tiny):
+    plan = tiny(method="lora", precision="bf16")
+    memory, a = plan.costs[0].memory, plan.assumptions
+    assert memory.weights == 2 * (a.parameters - a.trainable) + 4 * a.trainable
+    assert memory.optimizer == 8 * a.trainable
+    assert memory.reference == 0
+
+
+def test_the_parts_add_up_and_the_rates_follow(tiny):
+    plan = tiny(world_size=4, utilisation=0.5, micro_batch_size=2, precision="bf16")
+    own, bare, *released = plan.costs
+    parts = own.flops.model_dump()
+    assert own.tflop == pytest.approx(sum(parts.values()))
+    assert own.seconds_per_pair == pytest.approx(own.tflop / (989.4 * 0.5))
+    assert own.pairs_per_second == pytest.approx(4 / own.seconds_per_pair)
+    assert plan.assumptions.visits == 10 * 4 * 2
+    assert own.hours == pytest.approx(80 / own.pairs_per_second / 3600)
+    assert bare.tflop == pytest.approx(own.flops.policy)
+    assert bare.peak_bytes < own.peak_bytes
+    dpo, mapo, adaptive = released
+    assert dpo.flops.reference == own.flops.reference > 0
+    assert dpo.flops.vae == mapo.flops.vae == adaptive.flops.vae > 0
+    assert mapo.flops.reference == mapo.memory.reference == 0
+    assert adaptive.flops.annotators == pytest.approx(2 * own.flops.policy_forward)
+    vae = dpo.flops.vae / (494.7 * 0.5)  # float32 convolutions run in TF32
+    assert dpo.seconds_per_pair == pytest.approx(
+        (dpo.flops.policy + dpo.flops.reference + dpo.flops.text) / (989.4 * 0.5) + vae
+    )
+    assert dpo.slower == pytest.approx(dpo.seconds_per_pair / own.seconds_per_pair)
+
+
+def test_moving_averages_cost_passes_and_the_ledger_none(tiny):
+    adaptive = {"name": "adaptive_dpo"}
+    ema = tiny(objective=adaptive, annotators={"kind": "ema", "decays": [0.9, 0.5, 0.1]})
+    ledger = tiny(objective=adaptive, annotators={"kind": "ledger"})
+    assert ema.costs[0].flops.annotators == pytest.approx(3 * ema.costs[0].flops.policy_forward)
+    assert ema.costs[0].memory.annotators == 3 * 4 * ema.assumptions.trainable
+    assert ledger.costs[0].flops.annotators == ledger.costs[0].memory.annotators == 0
+    assert "ledger" in ledger.costs[0].what
+
+
+def test_mapo_costs_what_fine_tuning_costs(tiny):
+    plan = tiny(objective={"name": "mapo"})
+    assert plan.costs[0].tflop == pytest.approx(plan.costs[1].tflop)
+    assert "1.00x the bare policy" in " ".join(plan.verdict)
+
+
+def test_the_cache_is_counted_by_hand(tiny_pipelines, tiny_data, tmp_path):
+    """8 x 8 latents of 4 channels and 77 x 40 + 20 text values, in fp16; 11 pairs, 3 prompts."""
+    chosen = config(
+        tiny_pipelines["sdxl"],
+        resolution=32,
+        data={"source": "folder", "path": str(tiny_data)},
+    )
+    cache = make_plan(chosen).cache
+    assert cache.latent_bytes_per_pair == 2 * 2 * 4 * 8 * 8 * 2
+    assert cache.latents == 11 * cache.latent_bytes_per_pair
+    assert cache.text_bytes_per_prompt == (77 * 40 + 20) * 2
+    assert cache.text == 4 * cache.text_bytes_per_prompt
+    assert cache.total == cache.latents + cache.text
+
+
+def test_the_prepared_cache_tells_the_number_of_pairs(experiment):
+    plan = make_plan(load_config(experiment()))
+    assert plan.assumptions.pairs == 11
+    assert plan.assumptions.prompts == 4  # the empty one is prepared too
+    assert make_plan(load_config(experiment()), pairs=5).assumptions.pairs == 5
+
+
+def test_a_small_gpu_is_told_from_a_large_one(tiny):
+    assert "fits in 24 GB" in tiny(gpu="RTX 4090").verdict[0]
+    plan = tiny(gpu="rtx4090", micro_batch_size=2_000_000)
+    assert not plan.costs[0].fits
+    assert "does NOT fit" in plan.verdict[0]
+    assert "gradient_checkpointing" in plan.verdict[0]
+
+
+# The command.
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *map(str, arguments)])
+    out = capsys.readouterr()
+    return stopped.value.code, out.out, out.err
+
+
+def written(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_json_is_the_table(capsys, tiny_pipelines, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = written(tmp_path, raw(tiny_pipelines["sdxl"], resolution=32))
+    options = ("--gpu", "a100", "--world-size", 2, "--pairs", 1000)
+    code, out, _ = call(capsys, path, *options, "--json")
+    assert code == 0
+    plan = Plan.model_validate_json(out)
+    assert plan == make_plan(load_config(path), gpu="a100", world_size=2, pairs=1000)
+    print_plan(plan, Console())
+    table = capsys.readouterr().out
+    for cost in plan.costs:
+        assert tflop(cost.tflop) in table
+        assert gigabytes(cost.peak_bytes) in table
+        assert f"{cost.pairs_per_second:.3g}" in table
+    assert gigabytes(plan.cache.total) in table
+    for line in plan.verdict:
+        assert line in " ".join(table.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--gpu", "h1000"), "did you mean h100?"),
+        (("--utilisation", "1.5"), "(0, 1]"),
+        (("--world-size", "0"), "--world-size"),
+        (("--pairs", "0"), "--pairs"),
+        (("--set", "model.path=someone/unknown"), "downloads nothing"),
+        (("--set", "model.path=/no/such/folder"), "no such folder"),
+        (("--set", "model.vae=someone/unknown"), "model.vae"),
+        (("--set", "prepare.resolution=1001"), "not a multiple"),
+    ],
+)
+def test_mistakes_are_named(capsys, tmp_path, options, expected):
+    code, _, err = call(capsys, written(tmp_path, raw()), *options)
+    assert code == 2
+    assert expected in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_hub_id_is_known_in_any_case_and_with_another_vae():
+    changed = raw(SDXL.upper())
+    changed["model"]["vae"] = "madebyollin/sdxl-vae-fp16-fix"
+    architecture = resolve_architecture(parse_config(changed))
+    assert architecture.family == "sdxl"
+    assert architecture.vae["scaling_factor"] == 0.13025
+    with pytest.raises(ModelError, match="downloads nothing"):
+        resolve_architecture(config("stabilityai/stable-diffusion-3"))
+
+
+def test_the_hub_s_copy_on_this_machine_comes_before_the_packaged_one(
+    tiny_pipelines, tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+
+    repo = tmp_path / f"models--{SDXL.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots").mkdir()
+    (repo / "snapshots" / "abc").symlink_to(tiny_pipelines["sdxl"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    architecture = resolve_architecture(config())
+    assert "copy on this machine" in architecture.source
+    assert architecture.unet["block_out_channels"] == [16, 24]
+
+
+def test_every_gpu_is_faster_in_half_precision():
+    for name, gpu in GPUS.items():
+        assert find_gpu(name.upper()) is gpu
+        assert gpu.rate("bf16") > gpu.rate("fp32", convolutions=True) >= gpu.rate("fp32")
+
+
+def is_hub_config(path):
+    return "/" in yaml.safe_load(path.read_text())["model"]["path"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_packaged_configuration_plans_on_a_tiny_model(path, tiny_pipelines):
+    family = "sd15" if "sd15" in path.stem else "sdxl"
+    small = (f"model.path={tiny_pipelines[family]}", "prepare.resolution=32", "model.vae=null")
+    plan = make_plan(load_config(path, small), world_size=8)
+    assert plan.costs[0].fits
+    assert plan.costs[0].flops.vae == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in CONFIGS if is_hub_config(p)], ids=lambda p: p.stem)
+def test_every_packaged_configuration_plans_at_its_real_size(path):
+    plan = make_plan(load_config(path), world_size=8)
+    assert "packaged" in plan.architecture
+    assert plan.costs[0].slower <= plan.costs[-1].slower
