@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_ledger import Results, area
+from bench_ledger import METHODS, Results, area
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from fastpo.bench.measure import ROOT
@@ -137,7 +137,7 @@ def methods_table(results: Results) -> str:
     head = ["method", "cost of a step"]
     head += [f"{what}, {float(r):.0%} flipped" for r in rates for what in ("AUROC", "gain kept")]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for method in dict.fromkeys(r["method"] for r in results.rows if r["part"] == "methods"):
+    for method in METHODS:
         cells = [method, mean(results, "step_ratio", part="cost", method=method) + "x"]
         for rate in rates:
             labels = {"part": "methods", "method": method, "flip_rate": rate}
