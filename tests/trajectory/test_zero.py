@@ -68,7 +68,7 @@ def launch(jobs, processes=2):
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=1200,
+        timeout=2400,
         check=False,
     )
     file = jobs.with_suffix(".done")
