@@ -155,7 +155,8 @@ def prepare_policy(
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return wrapped, prepared, PolicyWeights(trainable, prepared, main=main)
-    weights = zero.ZeroWeights(trainable, wrapped.optimizer, plugin.zero_stage, main=main)
+    stage, device = plugin.zero_stage, accelerator.device
+    weights = zero.ZeroWeights(trainable, wrapped.optimizer, stage, device=device, main=main)
     return wrapped, prepared, weights
 
 

@@ -28,6 +28,7 @@ from fastpo.ledger import PairLedger
 from fastpo.loss import PairLoss
 from fastpo.objectives import describe_slope, initial_loss, needs_reference
 from fastpo.optim import optimizer_bytes
+from fastpo.plan.memory import read_sharding
 from fastpo.types import PairBatch
 
 if TYPE_CHECKING:
@@ -270,22 +271,35 @@ def _device_name(device: torch.device) -> str:
 
 
 def _memory(trainer: Trainer) -> str:
-    """Weights, gradients, optimiser, reference and averages; activations depend on the kernel."""
-    trainable = list(trainer.state.trainable.values())
-    weights = sum(p.numel() * p.element_size() for p in trainer.denoisers.policy.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in trainable)
+    """What this process holds on its device; activations depend on the kernel."""
+    config, state = trainer.config.train, trainer.state
+    sharding = read_sharding(config, trainer.accelerator.num_processes)
+    policy, trainable = trainer.denoisers.policy.parameters(), list(state.trainable.values())
+    count = sum(map(_numel, trainable))
+    gradients = sum(_numel(p) * p.element_size() for p in trainable)
+    # DeepSpeed's engine steps on its own copy of the weights, and on AdamW's states alone.
+    states = 12 * count if sharding.stage else optimizer_bytes(trainable, config.optim)
     frozen = trainer.denoisers.frozen
     parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimiser": optimizer_bytes(trainable, trainer.config.train.optim),
+        "weights": sharding.part(sum(_numel(p) * p.element_size() for p in policy), 3),
+        "gradients": sharding.part(gradients, 2),
+        "optimiser": 0 if sharding.offload_optimizer else sharding.part(states, 1),
         "reference": 0
         if frozen is None
         else sum(p.numel() * p.element_size() for p in frozen.parameters()),
-        "averages": gradients * sum(len(a.decays) for a in trainer.state.averages.values()),
+        "averages": sharding.part(4 * count, 3)
+        * sum(len(a.decays) for a in state.averages.values()),
     }
+    if sharding.offload_param:
+        parts["weights"] = 0
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    return f"{_size(sum(parts.values()))} + activations ({listed})"
+    mode = f"; {sharding}" if sharding.stage else ""
+    return f"{_size(sum(parts.values()))} + activations ({listed}){mode}"
+
+
+def _numel(parameter: Any) -> int:
+    """Elements of a whole weight, also where this process keeps a part of it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _size(size: float) -> str:

@@ -195,13 +195,21 @@ class ZeroWeights(PolicyWeights):
         trainable: The policy's trainable parameters by name.
         zero: The engine's optimiser, which knows where everything lies.
         stage: 1, 2 or 3.
+        device: What processes send one another lies there; parts may lie in host memory.
         main: Whether this is the main process.
     """
 
     def __init__(
-        self, trainable: dict[str, nn.Parameter], zero: Any, stage: int, *, main: bool
+        self,
+        trainable: dict[str, nn.Parameter],
+        zero: Any,
+        stage: int,
+        *,
+        device: torch.device,
+        main: bool,
     ) -> None:
         super().__init__(trainable, zero.optimizer, main=main)
+        self.device = device
         self.zero = zero
         self.stage = stage
 
@@ -235,8 +243,7 @@ class ZeroWeights(PolicyWeights):
         return whole
 
     def _gather(self, part: Tensor, parameter: Any) -> Tensor:
-        device = self.zero.device  # parts may lie in host memory, which nccl does not read
-        mine = part.detach().to(device)
+        mine = part.detach().to(self.device)
         pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(pieces, mine)
         return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape).cpu()

@@ -39,7 +39,7 @@ AVERAGES = [
     ADAPTIVE,
     "train.annotators={kind: ema, decays: [0.9, 0.5]}",
     "train.ema_decay=0.9",
-    "train.optim.lr=1e-3",  # or averages and policy differ by little more than rounding
+    "train.optim={lr: 1e-3}",  # or averages and policy differ by little more than rounding
 ]
 EXTRAS = {
     "lora ema": AVERAGES,
@@ -171,7 +171,7 @@ def assert_same_steps(a, b, *, exactly=False, rel=5e-3):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
-        for key in x.keys() - {"pairs_per_second"}:
+        for key in x.keys() - {"pairs_per_second", "data/wait"}:
             judged = key.startswith(("minority", "weight"))
             expected = pytest.approx(x[key], rel=rel, abs=1e-2 if judged else 2e-5)
             assert y[key] == (x[key] if exactly else expected), (key, x["step"])
@@ -242,7 +242,7 @@ def test_moving_averages_judge_and_are_exported_where_weights_are_shared(runs, m
     assert metrics(sharded)[-1]["minority/q90"] > 1e-2
     for file in ("average-annotators.safetensors", "average-export.safetensors"):
         a, b = (checkpoint(f, STEPS, file) for f in (plain, sharded))
-        assert_same_update(checkpoint(plain, MIDDLE, file), a, b)
+        assert_same_update(checkpoint(plain, MIDDLE, file), a, b, tolerance=0.1)
     assert exported(plain, "ema").keys() == exported(sharded, "ema").keys()
     assert_same_steps(metrics(sharded), metrics(runs[mode, f"{what}, resumed"]), exactly=True)
 
