@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastpo.annotators import in_one_pass, predict_together
 from fastpo.averages import exported_weights, setup_averages
@@ -299,9 +300,10 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
     with progress_bar(total, start, enabled=progress) as advance:
         for step in range(start, total):
             began = time.perf_counter()
+            moved = has_moved(trainer.state)
             table = optimizer_step(trainer, batches, step)
             check_finite(trainer, run, table, step)
-            record(trainer, table, step)
+            record(trainer, table, moved=moved)
             metrics = table.metrics(
                 step=step + 1,
                 epoch=(step + 1) * trainer.group / trainer.sampler.micro_batches_per_epoch,
@@ -349,13 +351,23 @@ def seed_dropout(trainer: Trainer, local: int) -> None:
     torch.manual_seed(pair_key(f"dropout {trainer.config.seed} {number}"))
 
 
-def record(trainer: Trainer, table: StepTable, step: int) -> None:
-    """Enters the step's margins into the ledger, on every process alike."""
-    margin = table["margin"]
-    if trainer.reference_errors is not None and step == 0:
-        # Before the first update policy and reference agree; cached errors differ by rounding,
-        # which must not count as a vote.
-        margin = torch.zeros_like(margin)
+def has_moved(state: TrainingState) -> bool:
+    """Whether an update has changed the weights: a warm-up's first has a rate of zero.
+
+    The schedule counts updates; those that the fp16 scaler left out are not among them.
+    """
+    schedule = state.schedule
+    assert isinstance(schedule, LambdaLR), "diffusers' schedules are factors of the rate"
+    return any(schedule.lr_lambdas[0](k) > 0.0 for k in range(schedule.last_epoch))
+
+
+def record(trainer: Trainer, table: StepTable, *, moved: bool) -> None:
+    """Enters the step's margins into the ledger, on every process alike.
+
+    Before the weights have moved, policy and reference agree. What a margin then holds is the
+    rounding of cached errors or of compiled code, and must not count as a vote.
+    """
+    margin = table["margin"] if moved else torch.zeros_like(table["margin"])
     trainer.state.ledger.update(table.index, margin, table["timestep"])
     if isinstance(trainer.config.train.annotators, EmaAnnotators):
         trainer.state.metric[table.index] = table["minority"].float()

@@ -243,14 +243,19 @@ def _merge_visit(
     folder: Path, visit: int, before: VisitRecord | None, parts: Sequence[Path], num_pairs: int
 ) -> VisitRecord:
     known = np.empty((0, 2), np.float32) if before is None else _map_table(folder, before)
-    table = np.full((max(num_pairs, len(known)), 2), np.nan, dtype=np.float32)
-    table[: len(known)] = known
+    found, rows = [], max(num_pairs, len(known))
     for path in parts:
         try:
             part = load_file(path)
-            table[part["positions"]] = part["errors"]
+            found.append((part["positions"], part["errors"]))
         except Exception as error:  # safetensors raises its own type
             raise CacheError(f"{path} is damaged ({error}); delete it") from error
+        # A run with a larger data.limit may have left it.
+        rows = max(rows, int(part["positions"].max()) + 1)
+    table = np.full((rows, 2), np.nan, dtype=np.float32)
+    table[: len(known)] = known
+    for positions, errors in found:
+        table[positions] = errors
     computed = int((~np.isnan(table[:, 0])).sum())
     name = f"visit-{visit:05d}-{computed}.npy"
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 
 import fastpo.reference_cache as module
+from fastpo.checkpoint import list_checkpoints
 from fastpo.cli import main
 from fastpo.config import ObjectiveConfig, TrainConfig, load_config
 from fastpo.data.cache import PairCache
-from fastpo.data.reference_errors import MANIFEST, reference_root
+from fastpo.data.reference_errors import MANIFEST, ReferenceErrors, reference_root
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.hub import resolve_model_folder
@@ -333,6 +335,57 @@ def test_pairs_beyond_a_smaller_limit_are_missing_until_computed(alone, settle, 
     assert sum(computed) == PAIRS
     opened(settle(alone, max_steps=6))
     opened(settle(alone, overrides=["data.limit=6"]))
+
+
+def test_blocks_of_a_larger_limit_are_merged_under_a_smaller_one(alone, settle, monkeypatch):
+    """A killed preparation may leave blocks of pairs that the next run's `data.limit` ends before.
+
+    What they hold stays; a run without the limit goes on from there.
+    """
+    monkeypatch.setattr(module, "BLOCK_PAIRS", 4)
+    config = settle(alone)
+    merge = module.merge_parts
+    done = []
+
+    def merge_once(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return merge(*args)
+
+    monkeypatch.setattr(module, "merge_parts", merge_once)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_reference(config, 1, progress=False)
+    monkeypatch.setattr(module, "merge_parts", merge)
+    errors = prepare_reference(settle(alone, overrides=["data.limit=6"]), 1, progress=False)
+    assert errors.complete_visits(PAIRS) == 1
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_rounding_is_no_vote_before_the_weights_move(shared, settle, monkeypatch, warmup):
+    """A warm-up's first update has a rate of zero, so the second step's margins are rounding."""
+    lookup = ReferenceErrors.lookup
+    off = torch.tensor([1e-7, 0.0, -1e-7, 0.0])
+    monkeypatch.setattr(
+        ReferenceErrors, "lookup", lambda self, batch: lookup(self, batch) + off[: 2 * len(batch)]
+    )
+    still = 2 if warmup else 1
+    config = settle(
+        shared,
+        objective=ADAPTIVE,
+        annotators={"kind": "ledger"},
+        optim={"lr": 1e-3, "warmup_steps": warmup},
+        max_steps=still + 1,
+        checkpoint_every=1,
+        keep_checkpoints=still + 1,
+    )
+    prepare_reference(config, 1, progress=False)
+    saved = [
+        folder / "ledger.safetensors" for folder in list_checkpoints(train(config, progress=False))
+    ]
+    counted = [load_file(path)["moments"][0].sum().item() for path in saved]
+    assert counted[:still] == [0.0] * still
+    assert counted[still] > 0
 
 
 def test_a_failing_block_leaves_the_finished_ones(alone, settle, computed, monkeypatch):
