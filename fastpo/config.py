@@ -23,7 +23,7 @@ from fastpo.config_base import (
     Rate,
     Section,
 )
-from fastpo.config_checks import check_deepspeed, check_running
+from fastpo.config_checks import check_deepspeed, check_gate, check_running
 from fastpo.config_errors import explain
 from fastpo.config_objectives import AdaptiveOptions, ObjectiveConfig
 from fastpo.config_timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
@@ -177,6 +177,7 @@ class TrainConfig(Section):
             check_running(self.objective)
         if self.method == "full" and getattr(self.annotators, "batched", False) is True:
             raise ValueError("train.annotators.batched: true needs train.method: lora")
+        check_gate(self)
         check_deepspeed(self)
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")

@@ -28,6 +28,23 @@ def check_running(objective: Section) -> None:
         )
 
 
+def check_gate(config: TrainConfig) -> None:
+    """Refuses a gate that nobody opens.
+
+    A pair's margin alone gives u = 1/2 before the first update: every weight, and with them the
+    gradient, would be zero from then on.
+
+    Raises:
+        ValueError: There are no annotators.
+    """
+    gated = getattr(config.objective, "weight_kind", None) == "gate"
+    if gated and config.annotators is None:
+        raise ValueError(
+            "train.objective.weight_kind: gate needs train.annotators (ledger, or ema): without "
+            "them every pair starts outside and no weight ever changes"
+        )
+
+
 def check_deepspeed(config: TrainConfig) -> None:
     """Refuses what DeepSpeed's engine would compute wrongly or not at all.
 

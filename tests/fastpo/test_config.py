@@ -84,6 +84,16 @@ def test_a_memory_format_that_an_optimiser_undoes_is_refused():
     assert parse_config({**raw, "train": {**raw["train"], "weights": "bf16"}})
 
 
+def test_a_gate_without_annotators_is_refused():
+    """Policy and reference agree at first, so a pair's margin alone would shut it out for good."""
+    raw = changed("train.objective", {"name": "adaptive_ipo", "weight_kind": "gate"})
+    raw["train"]["annotators"] = None
+    with pytest.raises(ConfigError, match=r"weight_kind: gate needs train\.annotators \(ledger"):
+        parse_config(raw)
+    raw["train"]["annotators"] = {"kind": "ledger"}
+    assert parse_config(raw)
+
+
 def test_a_list_of_timesteps_and_a_range_are_refused_together():
     raw = changed("train.timesteps", {"kind": "list", "values": [249, 999]})
     assert parse_config(raw).train.timesteps.kind == "list"
