@@ -100,6 +100,8 @@ def prepare(
     from fastpo.data.prepare import prepare
 
     visits = _visits(reference)
+    if processes is not None and reference != "auto":
+        raise typer.BadParameter("--processes is for --reference auto alone")
     resolved = load_config(config, overrides or ())
     prepare(resolved)
     if reference is not None:

@@ -34,7 +34,7 @@ class ModelConfig(Section):
     """The diffusers pipeline to align: a local folder or a hub id, SD1.5 or SDXL."""
 
     path: Name
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None
     vae: str | None = None  # another VAE folder or hub id, e.g. an fp16-safe one
 
@@ -47,7 +47,7 @@ class DataConfig(Section):
     split: Name = "train"
     limit: PositiveInt | None = None
     flip_rate: Rate = 0.0
-    flip_seed: Count = 0
+    flip_seed: Count = 0  # which labels flip_rate exchanges
 
 
 class PrepareConfig(Section):
@@ -69,7 +69,8 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 8
     alpha: Positive = 8.0
-    dropout: Rate = 0.0
+    dropout: Rate = 0.0  # of the adapters' inputs; judges run without it
+    # how the names of the adapted layers end; these are the attention's projections
     target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -105,7 +106,7 @@ class OptimConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
     warmup_steps: Count = 0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive = 1.0  # of all gradients together; longer ones are shortened to it
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
@@ -151,7 +152,7 @@ class TrainConfig(Section):
     compile: bool = False
     sample_latents: bool = True  # draw from the VAE's posterior; else its mean
     empty_prompt_rate: Rate = 0.0  # of the visits, the same for both sides of a pair
-    min_timestep: Count = 0
+    min_timestep: Count = 0  # the first that is drawn
     max_timestep: PositiveInt | None = None  # exclusive; default: the schedule's length
     timesteps: TimestepsConfig = UniformTimesteps()  # how often each of the range is drawn
     # min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
@@ -159,8 +160,9 @@ class TrainConfig(Section):
     snr_gamma: Positive | None = None
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # exported moving average
     checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2  # the newest ones; older ones are removed
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    # None: triton where the tensors are on a GPU that it supports
     loss_impl: Literal["triton", "reference"] | None = None
     loader_workers: Count = 2  # threads that read ahead; 0 reads when the step asks
 
@@ -215,7 +217,7 @@ class EvaluateConfig(Section):
     batch_size: PositiveInt = 4
     precision: Precision = "fp32"
     scorers: tuple[str, ...] = ()  # names from `fastpo.scorers`
-    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95  # of the win rates' intervals
 
 
 class Config(Section):

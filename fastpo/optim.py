@@ -11,7 +11,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fastpo.config import OptimConfig
 from fastpo.errors import ConfigError
@@ -92,6 +92,18 @@ def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) 
         num_warmup_steps=config.warmup_steps,
         num_training_steps=total_steps,
     )
+
+
+def has_moved(schedule: LRScheduler) -> bool:
+    """Whether an update has changed the weights: a warm-up's first has a rate of zero.
+
+    The schedule counts updates; those that the fp16 scaler left out are not among them. Until then
+    policy and reference agree, and a margin is the rounding of cached errors, of another batch or
+    of compiled code.
+    """
+    assert isinstance(schedule, LambdaLR), "diffusers' schedules are factors of the rate"
+    factor = schedule.lr_lambdas[0]
+    return any(factor(update) > 0.0 for update in range(schedule.last_epoch))
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastpo.annotators import in_one_pass, predict_together
 from fastpo.averages import exported_weights, setup_averages
@@ -59,7 +58,7 @@ from fastpo.models import (
 )
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.objectives import LossFunction, build_loss, runs_reference
-from fastpo.optim import setup_schedule
+from fastpo.optim import has_moved, setup_schedule
 from fastpo.reference_cache import open_for_run
 from fastpo.run import RunFolder, StepTable, check_finite, progress_bar, show_banner, table_rows
 from fastpo.statistics import RunningStatistics, make_statistics
@@ -140,19 +139,24 @@ class Trainer:
             return self.state.ledger.minority(batch.index).to(
                 self.accelerator.device, non_blocking=True
             )
-        if isinstance(annotators, EmaAnnotators) and step < annotators.warmup_steps:
+        if isinstance(annotators, EmaAnnotators) and not self._averages_judge(step):
             return torch.zeros(len(batch), device=self.accelerator.device)
         return None
+
+    def _averages_judge(self, step: int) -> bool:
+        """Whether averages do: past their warm-up, where more than rounding tells them apart."""
+        ema = self.config.train.annotators
+        warm = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
+        return warm and has_moved(self.state.schedule)
 
     def _judges(
         self, noised, batch: PairBatch, step: int, reference: Tensor | None
     ) -> tuple[Tensor | None, tuple]:
         """The reference's errors, if known, or predictions; the moving averages' predictions."""
         config, annotators = self.config.train, []
-        live, ema = runs_reference(config), config.annotators
+        live, judged = runs_reference(config), self._averages_judge(step)
         if reference is not None:
             reference = reference.to(noised.target.device, non_blocking=True)
-        judged = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
         if judged and self.state.weights.whole and in_one_pass(config, noised):
             averages = self.state.averages["annotators"]
             precision = autocast(self.accelerator, config)
@@ -300,7 +304,7 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
     with progress_bar(total, start, enabled=progress) as advance:
         for step in range(start, total):
             began = time.perf_counter()
-            moved = has_moved(trainer.state)
+            moved = has_moved(trainer.state.schedule)
             table = optimizer_step(trainer, batches, step)
             check_finite(trainer, run, table, step)
             record(trainer, table, moved=moved)
@@ -349,16 +353,6 @@ def seed_dropout(trainer: Trainer, local: int) -> None:
     """Keys dropout by the micro-batch's number in the stream, so that a resumed run repeats it."""
     number = local * trainer.accelerator.num_processes + trainer.accelerator.process_index
     torch.manual_seed(pair_key(f"dropout {trainer.config.seed} {number}"))
-
-
-def has_moved(state: TrainingState) -> bool:
-    """Whether an update has changed the weights: a warm-up's first has a rate of zero.
-
-    The schedule counts updates; those that the fp16 scaler left out are not among them.
-    """
-    schedule = state.schedule
-    assert isinstance(schedule, LambdaLR), "diffusers' schedules are factors of the rate"
-    return any(schedule.lr_lambdas[0](k) > 0.0 for k in range(schedule.last_epoch))
 
 
 def record(trainer: Trainer, table: StepTable, *, moved: bool) -> None:

@@ -361,14 +361,19 @@ def test_blocks_of_a_larger_limit_are_merged_under_a_smaller_one(alone, settle, 
     assert errors.complete_visits(PAIRS) == 1
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_rounding_is_no_vote_before_the_weights_move(shared, settle, monkeypatch, warmup):
-    """A warm-up's first update has a rate of zero, so the second step's margins are rounding."""
-    lookup = ReferenceErrors.lookup
-    off = torch.tensor([1e-7, 0.0, -1e-7, 0.0])
+@pytest.fixture
+def rounded(monkeypatch):
+    """Reference errors that are off by rounding, as another device's may be."""
+    lookup, off = ReferenceErrors.lookup, torch.tensor([1e-7, 0.0, -1e-7, 0.0])
     monkeypatch.setattr(
         ReferenceErrors, "lookup", lambda self, batch: lookup(self, batch) + off[: 2 * len(batch)]
     )
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.usefixtures("rounded")
+def test_rounding_is_no_vote_before_the_weights_move(shared, settle, warmup):
+    """A warm-up's first update has a rate of zero, so the second step's margins are rounding."""
     still = 2 if warmup else 1
     config = settle(
         shared,
@@ -386,6 +391,21 @@ def test_rounding_is_no_vote_before_the_weights_move(shared, settle, monkeypatch
     counted = [load_file(path)["moments"][0].sum().item() for path in saved]
     assert counted[:still] == [0.0] * still
     assert counted[still] > 0
+
+
+@pytest.mark.usefixtures("rounded")
+def test_averages_do_not_judge_before_the_weights_move(shared, settle, read_metrics):
+    """They agree with the policy then, and their scale over the batch makes rounding an opinion."""
+    config = settle(
+        shared,
+        objective={**ADAPTIVE, "weight_kind": "linear"},
+        annotators={"kind": "ema", "warmup_steps": 0, "batched": True},
+        optim={"lr": 1e-3, "warmup_steps": 2},
+    )
+    prepare_reference(config, 1, progress=False)
+    lines = read_metrics(train(config, progress=False))
+    assert [line["weight/mean"] for line in lines[:2]] == [1.0, 1.0]
+    assert lines[2]["weight/mean"] < 1.0
 
 
 def test_a_failing_block_leaves_the_finished_ones(alone, settle, computed, monkeypatch):
@@ -463,7 +483,7 @@ UNRELATED = {
     *("output_dir", "lora", "objective", "annotators", "statistics", "reference", "optim"),
     *("epochs", "max_steps", "micro_batch_size", "accumulation_steps", "gradient_checkpointing"),
     *("weights", "ema_decay", "snr_gamma", "checkpoint_every", "keep_checkpoints", "trackers"),
-    *("loss_impl", "loader_workers", "channels_last", "compile"),
+    *("loss_impl", "loader_workers", "channels_last", "compile", "deepspeed"),
 }
 
 
@@ -481,6 +501,15 @@ def test_a_wrong_number_of_visits_is_named(settle, shared, capsys, value):
         main(["prepare", str(path), f"--reference={value}"])
     assert stopped.value.code == 2
     assert "or auto" in capsys.readouterr().err
+
+
+def test_processes_without_auto_are_refused(settle, shared, capsys):
+    path = settle(shared).train.output_dir.parent / "run.yaml"
+    for reference in ([], ["--reference=2"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["prepare", str(path), "--processes=2", *reference])
+        assert stopped.value.code == 2
+        assert "--reference auto" in capsys.readouterr().err
 
 
 @pytest.mark.slow
