@@ -55,6 +55,7 @@ class PairCache:
         index = open_arrow(folder / INDEX_FILE)
         if index.num_rows != manifest.pairs or len(self.prompts) != manifest.texts[-1].stop:
             raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
+        self._all_pair_ids: Sequence[str] = Texts(index.column("pair_id"))
         if config.data.limit is not None:
             position = index.column("position").to_numpy()
             index = index.slice(0, int(np.searchsorted(position, config.data.limit)))
@@ -159,9 +160,9 @@ class PairCache:
         return embeds.to(device), None if pooled is None else pooled.to(device)
 
     def write_flip_mask(self) -> Path:
-        """Writes which pairs are flipped beside the cache; see `fastpo.data.labels`."""
+        """Writes which pairs are flipped beside the cache, those beyond `data.limit` included."""
         rate, seed = self._flips
-        return write_flip_mask(self.folder, self.pair_ids, rate=rate, seed=seed)
+        return write_flip_mask(self.folder, self._all_pair_ids, rate=rate, seed=seed)
 
     def _latents(
         self, index: Tensor, shape: tuple[int, int], flipped: Tensor

@@ -161,6 +161,13 @@ def test_limit_takes_the_first_pairs(open_with):
     assert len(cache.bucket) == len(cache.flipped) == len(cache.pair_keys) == 3
 
 
+def test_a_smaller_limit_leaves_the_mask_of_flips_whole(open_with):
+    """Rate and seed name the mask, so runs of every limit share it."""
+    whole = open_with(data={"flip_rate": 0.4}).write_flip_mask().read_text()
+    path = open_with(data={"flip_rate": 0.4, "limit": 3}).write_flip_mask()
+    assert path.read_text() == whole
+
+
 def test_mixed_or_no_pairs_are_refused(open_with):
     cache = open_with()
     with pytest.raises(ValueError, match=r"one bucket, got buckets \[0, 1\]"):
