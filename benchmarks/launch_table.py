@@ -3,28 +3,40 @@
     python benchmarks/launch_table.py [--out benchmarks/results/cpu/launches.md]
 
 Eager is the loss as trainers write it, reference our oracle: every operator that is not a view
-counts as one launch and moves its tensors' bytes (a broadcast argument by its own size).
-torch.compile: Inductor's own count of kernels and of bytes. Ours: two launches, and the bytes that
-the kernels address. On a GPU the launches of all come from the profiler.
+counts as one launch and moves its tensors' bytes (a broadcast argument by its own size, a slice by
+the slice's). torch.compile: Inductor's own count of kernels and of bytes. Ours: two launches, and
+the bytes that the kernels address. On a GPU the launches of all come from the profiler.
+
+The target is a tensor in the predictions' dtype, or a `PairTarget`: formed from float32 noise that
+is stored, or from noise that is drawn again. Eager draws nothing again: it has the noise, repeated
+for both sides and in the predictions' dtype, and forms the velocity from it as schedulers do. What
+comes before the loss, writing the noise or a target, is not counted for anyone.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._inductor import config, metrics
 from torch._logging._internal import set_logs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpo.bench.cases import Case
-from fastpo.bench.losses import OBJECTIVES, inputs, least_bytes, trainer_loss
+from fastpo.bench.losses import OBJECTIVES, inputs, trainer_loss
 from fastpo.bench.measure import Call, device
+from fastpo_kernels.pair_loss import PairDraw, PairTarget
+from fastpo_kernels.pair_target import Prediction
+from fastpo_kernels.testing import PairInputs
 
 SHOWN = ("dpo", "mapo", "sdpo", "adaptive_dpo")
+FORMED: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+PAIRS = 8
 
 
 class Counter(TorchDispatchMode):
@@ -38,9 +50,9 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         allocates = func.overloadpacket.__name__.startswith(("empty", "detach", "new_empty"))
         if not (func.is_view or allocates):
-            leaves = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            leaves = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
             self.launches += 1
-            self.bytes += sum(t.untyped_storage().nbytes() for t in leaves)
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in leaves)
         return out
 
 
@@ -50,7 +62,7 @@ def eager_counts(step: Call) -> tuple[int, int]:
     return counter.launches, counter.bytes
 
 
-def compiled_counts(loss: Callable, policy: torch.Tensor) -> tuple[int, int]:
+def compiled_counts(loss: Callable, policy: Tensor) -> tuple[int, int]:
     """Kernels that Inductor generated for forward and backward, and its count of their bytes."""
     torch._dynamo.reset()
     metrics.reset()
@@ -76,39 +88,96 @@ def device_launches(step: Call) -> int:
     return sum(e.name != "Activity Buffer Request" for e in on_device)
 
 
-def rows(name: str, n_pairs: int) -> list[str]:
-    """The table's lines for one objective at SDXL latents in bf16."""
-    case, call = Case("pair_loss", name, "sdxl", "bf16", n_pairs), OBJECTIVES[name].call
-    x = inputs(case)
+def our_bytes(case: Case, target: Tensor | PairTarget) -> int:
+    """Predictions and the target's parts, read forward and backward, and the gradient written."""
+    parts = [target] if isinstance(target, Tensor) else target.parts().values()
+    streams = OBJECTIVES[case.name].streams
+    return (2 * streams + 4) * case.sample_bytes + 2 * sum(part.nbytes for part in parts)
 
-    def reference():
+
+def targets(x: PairInputs, prediction: Prediction) -> dict[str, PairTarget]:
+    """The same target of `x`'s predictions, from stored noise and from drawn noise."""
+    where, n_pairs = x.policy.device, len(x.target)
+    keys = torch.arange(n_pairs, device=where)
+    drawn = PairTarget(prediction, draw=PairDraw(0, keys, keys))
+    noise = PairTarget("epsilon", draw=drawn.draw).form(x.policy)
+    if prediction == "v_prediction":
+        power = torch.linspace(0.99, 0.01, n_pairs, device=where)
+        latents = torch.randn_like(x.policy, requires_grad=False)
+        drawn = replace(drawn, latents=latents, signal=power.sqrt(), sigma=(1 - power).sqrt())
+    return {"stored": replace(drawn, noise=noise, draw=None), "redrawn": drawn}
+
+
+def trainer_formed(name: str, x: PairInputs, stored: PairTarget) -> Callable[[], Tensor]:
+    """The loss as a trainer writes it, the target formed from noise that both sides hold."""
+    assert stored.noise is not None
+    noise = stored.noise.to(x.policy.dtype)
+    if stored.latents is None or stored.signal is None or stored.sigma is None:
+        return trainer_loss(name, replace(x, target=noise))
+    latents, shape = stored.latents, (-1, *[1] * (noise.ndim - 1))
+    signal, sigma = (
+        t.to(latents.dtype).repeat(2).view(shape) for t in (stored.signal, stored.sigma)
+    )
+    noise = noise.repeat(2, *[1] * (noise.ndim - 1))
+
+    def loss() -> Tensor:
+        velocity = signal * noise - sigma * latents
+        return trainer_loss(name, replace(x, target=velocity))()
+
+    return loss
+
+
+def counts(
+    case: Case, x: PairInputs, eager: Callable[[], Tensor]
+) -> Iterator[tuple[str, int, int]]:
+    """Provider, launches and bytes."""
+    call = OBJECTIVES[case.name].call
+
+    def reference() -> Tensor:
         return call(x, "reference").loss
 
-    eager, least = trainer_loss(name, x), least_bytes(case)["both"]
-
-    def step(loss):
+    def step(loss: Callable[[], Tensor]) -> Call:
         return lambda: torch.autograd.grad(loss(), x.policy)
 
-    counts = {
+    found = {
         "eager": eager_counts(step(eager)),
         "reference": eager_counts(step(reference)),
         "compile": compiled_counts(reference, x.policy),
-        "ours": (2, least),
+        "ours": (2, our_bytes(case, x.target)),
     }
-    if device() == "cuda":
-        calls = {
-            "eager": eager,
-            "reference": reference,
-            "compile": torch.compile(reference, dynamic=False),
-            "ours": lambda: call(x, "triton").loss,
-        }
-        counts = {
-            k: (device_launches(step(calls[k])), n_bytes) for k, (_, n_bytes) in counts.items()
-        }
+    calls = {
+        "eager": eager,
+        "reference": reference,
+        "compile": torch.compile(reference, dynamic=False),
+        "ours": lambda: call(x, "triton").loss,
+    }
+    for provider, (launches, n_bytes) in found.items():
+        on_gpu = device() == "cuda"
+        yield provider, device_launches(step(calls[provider])) if on_gpu else launches, n_bytes
+
+
+def rows() -> Iterator[list[str]]:
+    """The table's lines for one objective and one target at SDXL latents in bf16."""
+    for name in SHOWN:
+        case = Case("pair_loss", name, "sdxl", "bf16", PAIRS)
+        x = inputs(case)
+        yield lines_of(case, "a tensor", x, trainer_loss(name, x))
+    case = Case("pair_loss", "dpo", "sdxl", "bf16", PAIRS)
+    for prediction in FORMED:
+        x = inputs(case)
+        given = targets(x, prediction)
+        eager = trainer_formed(case.name, x, given["stored"])
+        for way, target in given.items():
+            yield lines_of(case, f"{prediction}, {way}", replace(x, target=target), eager)
+
+
+def lines_of(case: Case, target: str, x: PairInputs, eager: Callable[[], Tensor]) -> list[str]:
+    """One line a provider."""
+    least = our_bytes(case, x.target)
     return [
-        f"| {name} | {n_pairs} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
+        f"| {case.name} | {target} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
         f"{n_bytes / least:.2f} |"
-        for provider, (launches, n_bytes) in counts.items()
+        for provider, launches, n_bytes in counts(case, x, eager)
     ]
 
 
@@ -118,18 +187,21 @@ def main() -> None:
     args = parser.parse_args()
     kind = "the profiler on a GPU" if device() == "cuda" else "operators and generated CPU code"
     lines = [
-        f"Launches and MiB per forward and backward, SDXL latents, bf16; launches from {kind}, "
-        f"torch {torch.__version__}.",
+        f"Launches and MiB per forward and backward, {PAIRS} pairs of SDXL latents, bf16; launches "
+        f"from {kind}, torch {torch.__version__}. Eager forms a target from bf16 noise that it "
+        "keeps; the others from float32 noise, stored or drawn again.",
         "",
-        "| objective | pairs | provider | launches | MiB | of ours |",
+        "| objective | target | provider | launches | MiB | of ours |",
         "|---|---|---|---|---|---|",
     ]
-    for name in SHOWN:
-        lines += rows(name, 8)
     print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n")
+    for found in rows():
+        lines += found
+        print("\n".join(found), flush=True)
+        if args.out:
+            # After every target: a run that is cut short keeps what it has counted.
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -119,9 +119,10 @@ def _trainer_errors(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
-    """The loss as a trainer writes it; the target is repeated before the clock runs."""
-    objective = OBJECTIVES[name]
-    target = x.target.repeat(2, *[1] * (x.target.ndim - 1))
+    """The loss as a trainer writes it; a shared target is repeated before the clock runs."""
+    objective, target = OBJECTIVES[name], x.target
+    if len(target) != len(x.policy):
+        target = target.repeat(2, *[1] * (target.ndim - 1))
 
     def known(source: Tensor) -> Tensor:
         with torch.no_grad():
