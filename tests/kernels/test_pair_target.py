@@ -25,7 +25,7 @@ CALLS = {
 }
 
 
-def make(kind, dims=(3, 5, 9), dtype=torch.float32, device="cpu", n_pairs=2):
+def make(kind, dims=(3, 5, 5), dtype=torch.float32, device="cpu", n_pairs=2):
     """Predictions near the target of `kind`, which is a `PairTarget`, and annotators."""
     rng = torch.Generator().manual_seed(1)
 
@@ -97,8 +97,15 @@ def check(call, x):
     assert_within_budget(grad, [g for _, g in eager], truth_grad, name="gradient")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+# Every part in every dtype: the first has no noise, the second no schedule, which is float32.
+ALL_PARTS = ("v-posterior", "flow-stored-posterior")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, d) for k in KINDS for d in (DTYPES if k in ALL_PARTS else DTYPES[:1])],
+    ids=str,
+)
 def test_every_kind_within_budget(kind, dtype, device, small_tiles):
     check(CALLS["dpo"], make(kind, dtype=dtype, device=device))
 
@@ -108,11 +115,17 @@ SIZES = [("v-posterior", 1), ("v-posterior", 7), ("epsilon-drawn", 1000), ("flow
 
 @pytest.mark.parametrize(("kind", "size"), SIZES)
 def test_sizes_within_budget(kind, size, device):
-    check(CALLS["dpo"], make(kind, (size,), torch.bfloat16, device, n_pairs=2))
+    # A long row is many programs, and each costs the interpreter the same.
+    n_pairs = 1 if size > 1000 else 2
+    check(CALLS["dpo"], make(kind, (size,), torch.bfloat16, device, n_pairs=n_pairs))
 
 
-@pytest.mark.parametrize("kind", ["epsilon-drawn", "v-posterior"])
-@pytest.mark.parametrize("name", ["sdpo", "mapo", "adaptive_dpo"])
+# The safeguard's product has a path for a shared target and one for separate ones.
+OTHERS = [("sdpo", "epsilon-drawn"), ("sdpo", "v-posterior"), ("mapo", "epsilon-drawn")]
+OTHERS += [("adaptive_dpo", "v-posterior")]
+
+
+@pytest.mark.parametrize(("name", "kind"), OTHERS)
 def test_other_objectives_within_budget(name, kind, device, small_tiles):
     check(CALLS[name], make(kind, (5, 40), device=device))
 
@@ -154,8 +167,8 @@ def test_oracle_passes_gradcheck(kind):
 def sources(device, dims=(2, 5, 9)):
     """Latents, log-variances, keys, and a schedule's two tables."""
     rng = torch.Generator().manual_seed(0)
-    latents, logvar = (torch.randn(6, *dims, generator=rng).to(device) for _ in range(2))
-    keys = torch.tensor([5, 2**62 + 3, 2**31 + 1], device=device)
+    latents, logvar = (torch.randn(4, *dims, generator=rng).to(device) for _ in range(2))
+    keys = torch.tensor([2**62 + 3, 2**31 + 1], device=device)
     power = torch.linspace(0.99, 0.005, 50, device=device)
     return latents, logvar - 2, keys, power.sqrt(), (1 - power).sqrt()
 
@@ -177,7 +190,7 @@ def test_stored_and_redrawn_equal_the_ready_target_bitwise(impl, prediction, pos
     results = []
     for form in ("ready", "stored", "redrawn"):
         pair = noised(sources(device), prediction, form, impl, posterior=posterior)
-        x = pair_inputs(3, (2, 5, 9), torch.bfloat16, device)
+        x = pair_inputs(2, (2, 5, 9), torch.bfloat16, device)
         x.target = pair.target
         assert isinstance(x.target, PairTarget) == (
             form == "redrawn" or (form, prediction == "epsilon") == ("stored", False)
@@ -252,10 +265,11 @@ def test_operators_pass_opcheck(device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_noise_and_loss_compile_as_one_graph(impl, device):
-    x, given = pair_inputs(3, (2, 5, 9), device=device), sources(device)
+    x, given = pair_inputs(2, (2, 5, 9), device=device), sources(device)
 
     def step(policy):
-        pair = noised(given, "v_prediction", "redrawn", impl, posterior=True)
+        # A draw is a hundred operators of the reference to trace, and one launch of ours.
+        pair = noised(given, "v_prediction", "redrawn", impl, posterior=impl == "triton")
         return CALLS["dpo"](replace(x, policy=policy, target=pair.target), impl=impl).loss
 
     losses, grads = [], []
