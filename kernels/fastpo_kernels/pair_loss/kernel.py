@@ -43,9 +43,9 @@ def launch_config(n_pairs: int, n_elements: int, n_streams: int) -> LaunchConfig
     predictions, latents and drawn noise of a target that is formed. Chosen from
     compiled register counts (benchmarks/results/aot.csv, 2026-11); not yet tuned on a GPU.
     """
-    block_size, num_warps = (1024, 4) if n_pairs * n_elements < 1 << 20 else (4096, 8)
-    if n_streams > 2:
-        block_size = min(block_size, 2048)
+    # Five streams over 8 warps spill on sm_80: ptxas stays at 128 registers, over 4 it need not.
+    small = n_streams > 4 or n_pairs * n_elements < 1 << 20
+    block_size, num_warps = (1024, 4) if small else (2048 if n_streams > 2 else 4096, 8)
     if n_pairs > 1024:
         # The last program holds vectors of all pairs.
         block_size, num_warps = 4096, 16
