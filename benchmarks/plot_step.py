@@ -1,0 +1,142 @@
+"""Where a step's time goes: a stacked bar a provider, and the README's table, from `step.csv`.
+
+    python benchmarks/plot_step.py benchmarks/results/<device>/step.csv [--readme README.md]
+
+Writes `step.md` and `step.png` beside the CSV; with `--readme`, the text between the markers
+`<!-- step:begin -->` and `<!-- step:end -->` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from itertools import groupby
+from pathlib import Path
+
+COLOURS = {
+    "policy forward": "#4477aa",
+    "backward": "#66a3d2",
+    "optimizer": "#a8c8e4",
+    "reference": "#cc6677",
+    "annotators": "#ddaa33",
+    "VAE": "#882255",
+    "text": "#aa4499",
+    "noise": "#117733",
+    "loss": "#44aa99",
+    "ledger": "#999933",
+    "rest": "#bbbbbb",
+}
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def case_of(row: Row) -> tuple[str, ...]:
+    """What the rows of one panel share."""
+    return tuple(row[k] for k in ("size", "method", "pairs", "precision", "checkpointing"))
+
+
+def title_of(case: tuple[str, ...]) -> str:
+    """A panel's heading."""
+    size, method, pairs, precision, checkpointing = case
+    recompute = ", gradient checkpointing" if checkpointing == "True" else ""
+    return f"{size}, {method}, {pairs} pair{'s' * (pairs != '1')}, {precision}{recompute}"
+
+
+def conditions(rows: list[Row]) -> str:
+    """Device, versions, commit, date and rounds in one line."""
+    first = rows[0]
+    return (
+        f"{first['device']}, {first['threads']} CPU threads, torch {first['torch']}, "
+        f"{first['rounds']} interleaved rounds, commit {first['commit']}, {first['date']}"
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Times the bare policy, times faster than the recipe, peak memory, in Markdown."""
+    blocks = []
+    for case, group in groupby(rows, case_of):
+        lines = [
+            f"**{title_of(case)}**\n",
+            "| step | time, bare policy = 1 | faster than its recipe | peak memory, MiB |",
+            "|---|---|---|---|",
+        ]
+        for row in group:
+            faster = row["faster_than_recipe"] if row["provider"].startswith("FastPO") else ""
+            spread = f" ({row['faster_p20']} to {row['faster_p80']})" if faster else ""
+            lines.append(
+                f"| {row['provider']} | {row['times_floor']} "
+                f"({row['times_floor_p20']} to {row['times_floor_p80']}) | "
+                f"{faster}{'x' if faster else ''}{spread} | {row['peak_mib']} |"
+            )
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def figure(rows: list[Row], path: Path) -> None:
+    """One panel a case, one bar a provider, as long as its time over the bare policy's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(case, list(group)) for case, group in groupby(rows, case_of)]
+    bars = max(len(group) for _, group in panels)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(6.2 * len(panels), 0.42 * bars + 1.4), squeeze=False, sharey=True
+    )
+    for axis, (case, group) in zip(axes[0], panels, strict=True):
+        names = [row["provider"] for row in group]
+        starts = [0.0] * len(group)
+        for part, colour in COLOURS.items():
+            lengths = [
+                float(row[f"share_{part.replace(' ', '_')}"]) * float(row["times_floor"])
+                for row in group
+            ]
+            axis.barh(names, lengths, left=starts, color=colour, label=part)
+            starts = [s + max(length, 0.0) for s, length in zip(starts, lengths, strict=True)]
+        for place, (row, end) in enumerate(zip(group, starts, strict=True)):
+            axis.text(end + 0.03, place, f"{float(row['times_floor']):.2f}", va="center", size=8)
+        axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=title_of(case), xlabel="time of a step, bare policy = 1")
+        axis.set_xlim(right=1.1 * max(starts))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
+    fig.suptitle(conditions(rows), fontsize=8)
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def main() -> None:
+    """Writes the table and the figure beside every CSV, and into the README where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--readme", type=Path, help="rewrite the text between its step markers")
+    options = parser.parse_args()
+    for path in options.files:
+        rows = read(path)
+        text = f"{conditions(rows)}.\n\n{table(rows)}\n"
+        path.with_suffix(".md").write_text(f"# Whole training steps\n\n{text}")
+        figure(rows, path.with_suffix(".png"))
+        if options.readme:
+            old = options.readme.read_text()
+            new, found = re.subn(
+                r"(?s)(<!-- step:begin -->\n).*?(<!-- step:end -->)",
+                lambda match, text=text: match[1] + text + match[2],
+                old,
+            )
+            if not found:
+                raise SystemExit(f"{options.readme} has no <!-- step:begin --> marker")
+            options.readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

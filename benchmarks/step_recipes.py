@@ -1,0 +1,166 @@
+"""The steps that released trainers run, re-created from their description with stock diffusers.
+
+All three encode images (VAE in float32) and prompts in every step. Diffusion-DPO adds a forward of
+the reference. Adaptive-DPO adds two more, of moving averages that diffusers' `EMAModel` swaps in
+by way of host memory, the whole UNet both ways. MaPO has neither. Decoding and resizing the images,
+which those trainers do in their data loaders, is left out: pixels are on the device already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from step_models import Inputs, encode_text
+from torch import Tensor, nn
+
+from fastpo.models import Denoisers
+
+Part = Callable[[str], Any]
+
+
+@dataclass
+class Recipe:
+    """What a released trainer holds.
+
+    Attributes:
+        denoisers: Policy and reference, as FastPO sets them up.
+        optimizer: The policy's.
+        scheduler: diffusers' noise schedule.
+        vae: In float32, frozen.
+        text_encoders: In the precision of the run, frozen.
+        autocast: Context of the policy's and the reference's forward.
+        averages: diffusers' moving averages of the whole UNet, or none.
+        logged: Values that the trainer reads back to the host for its log.
+    """
+
+    denoisers: Denoisers
+    optimizer: torch.optim.Optimizer
+    scheduler: DDPMScheduler
+    vae: AutoencoderKL
+    text_encoders: list[nn.Module]
+    autocast: Callable[[], Any]
+    averages: list[EMAModel]
+    logged: list[float]
+
+    def encode(self, inputs: Inputs, part: Part) -> tuple[Tensor, dict[str, Any]]:
+        """Latents `(2B, ...)` and the UNet's conditioning, from pixels and tokens."""
+        with torch.no_grad():
+            with part("VAE"):
+                latents = self.vae.encode(inputs.pixels.float()).latent_dist.sample()  # pyright: ignore[reportAttributeAccessIssue]
+                latents = latents * self.vae.config["scaling_factor"]
+            with part("text"):
+                embeds, pooled = encode_text(self.text_encoders, inputs.tokens)
+        conditions: dict[str, Any] = {"encoder_hidden_states": embeds.repeat(2, 1, 1)}
+        if pooled is not None:
+            times = inputs.batch.add_time_ids
+            assert times is not None
+            times = times.to(pooled.device).repeat(2, 1)
+            conditions["added_cond_kwargs"] = {
+                "text_embeds": pooled.repeat(2, 1),
+                "time_ids": times,
+            }
+        return latents, conditions
+
+    def noised(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and noise, repeated for the loser."""
+        pairs = len(latents) // 2
+        noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
+        steps = torch.randint(1000, (pairs,), device=latents.device).repeat(2)
+        return self.scheduler.add_noise(latents, noise, steps), steps, noise  # pyright: ignore[reportArgumentType]
+
+    def predict(self, model: nn.Module, noisy: Tensor, steps: Tensor, conditions: dict) -> Tensor:
+        """One denoiser on both sides of all pairs; the bench's hooks time it."""
+        with self.autocast():
+            return model(noisy, steps, **conditions, return_dict=False)[0]
+
+    def finish(self, loss: Tensor, part: Part) -> None:
+        """Backward, clipping, update, the log's reads."""
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            nn.utils.clip_grad_norm_(list(self.denoisers.trainable.values()), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for average in self.averages:
+                average.step(self.denoisers.policy.parameters())
+        self.logged.append(loss.item())
+
+
+def _errors(prediction: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    squared = F.mse_loss(prediction.float(), noise.float(), reduction="none")
+    winner, loser = squared.mean(dim=(1, 2, 3)).chunk(2)
+    return winner, loser
+
+
+def diffusion_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
+    """VAE, text, policy, reference, sigmoid loss, update."""
+    latents, conditions = recipe.encode(inputs, part)
+    with part("noise"):
+        noisy, steps, noise = recipe.noised(latents)
+    prediction = recipe.predict(recipe.denoisers.policy, noisy, steps, conditions)
+    with part("loss"):
+        e_w, e_l = _errors(prediction, noise)
+    with torch.no_grad(), recipe.denoisers.reference() as reference:
+        answer = recipe.predict(reference, noisy, steps, conditions)
+    with part("loss"):
+        r_w, r_l = _errors(answer, noise)
+        margin = (r_w - r_l) - (e_w - e_l)
+        loss = -F.logsigmoid(2500.0 * margin).mean()
+        recipe.logged.append((margin > 0).float().mean().item())
+    recipe.finish(loss, part)
+
+
+def adaptive_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
+    """Diffusion-DPO's step, and the two moving averages' opinions as weights."""
+    latents, conditions = recipe.encode(inputs, part)
+    with part("noise"):
+        noisy, steps, noise = recipe.noised(latents)
+    unet = recipe.denoisers.policy
+    prediction = recipe.predict(unet, noisy, steps, conditions)
+    with part("loss"):
+        e_w, e_l = _errors(prediction, noise)
+    with torch.no_grad():
+        with recipe.denoisers.reference() as reference:
+            r_w, r_l = _errors(recipe.predict(reference, noisy, steps, conditions), noise)
+        margins = [((r_w - r_l) - (e_w - e_l)).detach()]
+        for average in recipe.averages:
+            with part("annotators"):
+                average.store(unet.parameters())
+                average.copy_to(unet.parameters())
+            a_w, a_l = _errors(recipe.predict(unet, noisy, steps, conditions), noise)
+            with part("annotators"):
+                average.restore(unet.parameters())
+            margins.append((r_w - r_l) - (a_w - a_l))
+    with part("loss"):
+        scaled = torch.stack([15.0 * d / d.norm().clamp_min(1e-12) for d in margins])
+        doubt = (torch.sigmoid(scaled).mean(0) - 1).abs() * scaled.std(0).clamp(max=1.0)
+        margin = (r_w - r_l) - (e_w - e_l)
+        shift = margins[0].mean() - doubt.square() / 1000.0
+        loss = -(F.logsigmoid(1000.0 * margin - shift) / (1.0 + 10.0 * doubt)).mean()
+        recipe.logged.append((margin > 0).float().mean().item())
+    recipe.finish(loss, part)
+
+
+def mapo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
+    """VAE, text, policy, MaPO's loss as released (with `exp(x) - 1`), update."""
+    latents, conditions = recipe.encode(inputs, part)
+    with part("noise"):
+        noisy, steps, noise = recipe.noised(latents)
+    prediction = recipe.predict(recipe.denoisers.policy, noisy, steps, conditions)
+    with part("loss"):
+        e_w, e_l = _errors(prediction, noise)
+        odds = [0.5 * e / (torch.exp(0.5 * e) - 1) for e in (e_w, e_l)]
+        ratio = F.logsigmoid(1000.0 * (odds[0] - odds[1]))
+        loss = e_w.mean() - (0.1 * ratio).mean()
+        recipe.logged.append((e_w < e_l).float().mean().item())
+    recipe.finish(loss, part)
+
+
+RECIPES = {"Diffusion-DPO": diffusion_dpo, "MaPO": mapo, "Adaptive-DPO": adaptive_dpo}
