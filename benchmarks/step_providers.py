@@ -1,0 +1,359 @@
+"""Every kind of step that `bench_step.py` times, on one shared model and optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from step_models import (
+    SIZES,
+    build_text_encoders,
+    build_unet,
+    build_vae,
+    endless,
+    make_inputs,
+)
+from step_recipes import RECIPES, Recipe
+from torch import Tensor, nn
+
+from fastpo.averages import MovingAverages
+from fastpo.bench.measure import device
+from fastpo.checkpoint import TrainingState
+from fastpo.config import Config, EmaAnnotators, parse_config
+from fastpo.distributed import setup_accelerator
+from fastpo.ledger import PairLedger
+from fastpo.models import DTYPES, Denoisers, predict, setup_denoisers
+from fastpo.noise import PairNoise, make_noise
+from fastpo.objectives import build_loss
+from fastpo.optim import setup_optimizer, setup_schedule
+from fastpo.train import Trainer, optimizer_step, record
+from fastpo.types import PairBatch
+
+DEVICE = device()
+FLOOR = "bare policy"
+LEDGER = {
+    "objective": {"name": "adaptive_dpo", "beta": 2500.0, "weight_kind": "gate"},
+    "annotators": {"kind": "ledger"},
+}
+OURS: dict[str, dict[str, Any]] = {
+    "MaPO": {"objective": {"name": "mapo"}},
+    "DPO, cached reference": {"objective": {"name": "dpo"}, "reference": "cached"},
+    "DPO, live reference": {"objective": {"name": "dpo"}},
+    "Adaptive-DPO, ledger, cached reference": {**LEDGER, "reference": "cached"},
+    "Adaptive-DPO, ledger, live reference": LEDGER,
+    "Adaptive-DPO, averages, live reference": {
+        "objective": {"name": "adaptive_dpo", "beta": 1000.0},
+        "annotators": {"kind": "ema", "warmup_steps": 0},
+    },
+}
+PROVIDERS = (FLOOR, *(f"FastPO {n}" for n in OURS), *(f"recipe {n}" for n in RECIPES))
+Step = Callable[[], None]
+
+
+class Parts:
+    """Seconds by part of a step; counts nothing until `on`."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    @staticmethod
+    def now() -> float:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, name: str, function: Callable) -> Callable:
+        """The function, timed as a part."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+class _Noised(NamedTuple):
+    noisy_latents: Tensor
+    timesteps: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured together: one model, method, precision and batch."""
+
+    size: str
+    method: str
+    pairs: int
+    precision: str
+    checkpointing: bool
+
+    def config(self, **train: Any) -> Config:
+        """The experiment's configuration; paths are not used."""
+        return parse_config(
+            {
+                "model": {"path": "unused"},
+                "data": {"source": "folder", "path": "unused"},
+                "prepare": {"cache_dir": "unused", "resolution": 8 * SIZES[self.size].latent},
+                "train": {
+                    "output_dir": "unused",
+                    "method": self.method,
+                    "micro_batch_size": self.pairs,
+                    "precision": self.precision,
+                    "gradient_checkpointing": self.checkpointing,
+                    "max_steps": 1_000_000,
+                    "optim": {"schedule": "constant"},
+                    "trackers": [],
+                    "objective": {"name": "dpo"},
+                    **train,
+                },
+            }
+        )
+
+
+class Bench:
+    """One model and its optimiser, and every kind of step on them.
+
+    Args:
+        case: The case.
+        names: The providers wanted; only what these need is allocated.
+    """
+
+    def __init__(self, case: Case, names: tuple[str, ...]) -> None:
+        self.case, self.size, self.parts = case, SIZES[case.size], Parts()
+        config = case.config()
+        self.accelerator = setup_accelerator(config.train)
+        device = self.accelerator.device
+        self.inputs = make_inputs(self.size, case.pairs, device)
+        self.denoisers = self._denoisers(config, any(_needs_reference(n) for n in names))
+        self.optimizer = self.accelerator.prepare(
+            setup_optimizer(
+                self.denoisers.trainable.values(),
+                config.train.optim,
+                seed=0,
+                fused=True if DEVICE == "cuda" else None,
+            )
+        )
+        self.scheduler = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
+        self.encoders: tuple[Any, list[nn.Module]] | None = None
+        if any(n.startswith("recipe") for n in names):
+            self.encoders = self._frozen_encoders(device)
+        self.steps: dict[str, Step] = {name: self._step(name) for name in names}
+
+    def _denoisers(self, config: Config, needs_reference: bool) -> Denoisers:
+        torch.manual_seed(0)
+        unet = build_unet(self.size)
+        denoisers = setup_denoisers(unet, config.train, needs_reference=needs_reference)
+        for module in (denoisers.policy, denoisers.frozen):
+            if module is not None:
+                nn.Module.to(module, self.accelerator.device)
+                module.register_forward_pre_hook(self._enter_model)
+                module.register_forward_hook(self._leave_model)
+        return denoisers
+
+    def _frozen_encoders(self, device: torch.device) -> tuple[Any, list[nn.Module]]:
+        vae = build_vae(self.size).to(device).requires_grad_(False).eval()
+        dtype = DTYPES[self.case.precision]
+        texts = [
+            t.to(device, dtype).requires_grad_(False).eval() for t in build_text_encoders(self.size)
+        ]
+        return vae, texts
+
+    # One module may be policy, reference and annotator in turn: a forward with gradients is the
+    # policy's, one of the frozen copy or with the adapters off the reference's.
+    def _enter_model(self, *_: Any) -> None:
+        if self.parts.on:
+            self._began = self.parts.now()
+
+    def _leave_model(self, module: nn.Module, *_: Any) -> None:
+        if not self.parts.on:
+            return
+        part = "annotators"
+        if torch.is_grad_enabled():
+            part = "policy forward"
+        elif module is self.denoisers.frozen or _adapters_off(module):
+            part = "reference"
+        self.parts.seconds[part] += self.parts.now() - self._began
+
+    def _step(self, name: str) -> Step:
+        if name == FLOOR:
+            return self._floor()
+        kind, _, which = name.partition(" ")
+        return self._ours(which) if kind == "FastPO" else self._recipe(which)
+
+    def _floor(self) -> Step:
+        """Plain fine-tuning on cached latents, as one would write it with diffusers."""
+        policy, device = self.denoisers.policy, self.accelerator.device
+        trainable = list(self.denoisers.trainable.values())
+
+        def step() -> None:
+            with self.parts("noise"):
+                batch = self.inputs.batch.to(device)
+                mean = batch.latent_mean.float()
+                std = torch.exp(0.5 * batch.latent_logvar.float())
+                latents = (mean + std * torch.randn_like(mean)) * 0.18215
+                noise = torch.randn_like(latents)
+                times = torch.randint(1000, (len(batch),), device=device)
+                noisy = self.scheduler.add_noise(latents, noise, times.repeat(2))  # pyright: ignore[reportArgumentType]
+            with self.accelerator.autocast():
+                answer = predict(policy, _Noised(noisy, times), batch)  # pyright: ignore[reportArgumentType]
+            with self.parts("loss"):
+                loss = F.mse_loss(answer.float(), noise)
+            with self.parts("backward"):
+                self.accelerator.backward(loss)
+            with self.parts("optimizer"):
+                self.accelerator.clip_grad_norm_(trainable, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+        return step
+
+    def _recipe(self, name: str) -> Step:
+        assert self.encoders is not None
+        averages = []
+        if name == "Adaptive-DPO":
+            policy = self.denoisers.policy
+            averages = [EMAModel(policy.parameters(), decay=d) for d in (0.9999, 0.5)]
+            for average in averages:
+                average.to(self.accelerator.device)
+        recipe = Recipe(
+            denoisers=self.denoisers,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            vae=self.encoders[0],
+            text_encoders=self.encoders[1],
+            autocast=self.accelerator.autocast,
+            averages=averages,
+            logged=[],
+        )
+        return lambda: RECIPES[name](recipe, self.inputs, self.parts)
+
+    def _ours(self, name: str) -> Step:
+        trainer = self._trainer(self.case.config(**OURS[name]))
+        batches, count = endless(self.inputs.batch), iter(range(1_000_000))
+        parts, accelerator = self.parts, self.accelerator
+
+        def step() -> None:
+            with contextlib.ExitStack() as stack:
+                if parts.on:
+                    for owner, attribute, part in (
+                        (accelerator, "backward", "backward"),
+                        (accelerator, "clip_grad_norm_", "optimizer"),
+                        (trainer.state.optimizer, "step", "optimizer"),
+                        (trainer.state.optimizer, "zero_grad", "optimizer"),
+                    ):
+                        stack.enter_context(_patched(owner, attribute, parts, part))
+                number = next(count)
+                table = optimizer_step(trainer, batches, number)
+                with parts("ledger"):
+                    record(trainer, table, number)
+
+        return step
+
+    def _trainer(self, config: Config) -> Trainer:
+        """The trainer as `setup_trainer` makes it, with this bench's model and data."""
+        train, device = config.train, self.accelerator.device
+        trainable = self.denoisers.trainable
+        averages = {}
+        if isinstance(train.annotators, EmaAnnotators):
+            averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
+        noise = make_noise(
+            self.scheduler,
+            {},
+            seed=0,
+            min_timestep=0,
+            max_timestep=None,
+            sample_latents=True,
+            device=device,
+        )
+        pairs = self.case.pairs
+        state = TrainingState(
+            trainable=trainable,
+            optimizer=self.optimizer,
+            schedule=setup_schedule(self.optimizer, train.optim, 1_000_000),
+            ledger=PairLedger(pairs),
+            metric=torch.zeros(pairs),
+            averages=averages,
+            scaler=self.accelerator.scaler,
+        )
+        known = _KnownErrors() if train.reference == "cached" else None
+        text = self.inputs.batch
+        pooled = text.pooled_prompt_embeds
+        return Trainer(
+            config=config,
+            accelerator=self.accelerator,
+            cache=None,  # pyright: ignore[reportArgumentType]
+            sampler=None,  # pyright: ignore[reportArgumentType]
+            noise=_TimedNoise(noise, self.parts),  # pyright: ignore[reportArgumentType]
+            denoisers=self.denoisers,
+            policy=self.denoisers.policy,
+            state=state,
+            loss=self.parts.wrap("loss", build_loss(train)),
+            empty_prompt=(text.prompt_embeds[:1], None if pooled is None else pooled[:1]),
+            reference_errors=known,  # pyright: ignore[reportArgumentType]
+        )
+
+
+class _TimedNoise:
+    """A noise source whose draws are timed as a part."""
+
+    def __init__(self, noise: PairNoise, parts: Parts) -> None:
+        self._noise = noise
+        self.noised_pair = parts.wrap("noise", noise.noised_pair)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._noise, name)
+
+
+class _KnownErrors:
+    """The reference's errors as `fastpo.data.reference_errors` reads them: from a mapped table."""
+
+    def __init__(self) -> None:
+        self._table = np.full((1024, 2), 0.1, dtype=np.float32)
+
+    def lookup(self, batch: PairBatch) -> Tensor:
+        pairs = self._table[batch.index.numpy()]
+        return torch.from_numpy(pairs.T.reshape(-1).copy())
+
+
+def _adapters_off(module: nn.Module) -> bool:
+    layers = (m for m in module.modules() if isinstance(m, BaseTunerLayer))
+    first = next(layers, None)
+    return first is not None and first.disable_adapters
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, attribute: str, parts: Parts, part: str) -> Iterator[None]:
+    """Times one method of an object inside the block."""
+    setattr(owner, attribute, parts.wrap(part, getattr(owner, attribute)))
+    try:
+        yield
+    finally:
+        delattr(owner, attribute)
+
+
+def _needs_reference(name: str) -> bool:
+    return not (name == FLOOR or "MaPO" in name or "cached reference" in name)
