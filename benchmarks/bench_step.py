@@ -8,7 +8,8 @@ Every step is an optimiser step on one micro-batch. Ours is `fastpo.train.optimi
 recipes are those of `step_recipes.py`; the floor is plain fine-tuning on cached latents: noise,
 policy forward, mean squared error, backward, clipping, update. All share one model and one
 optimiser and take turns; a ratio is formed within a round, so that a change of load meets both of
-its sides. Parts are timed in rounds of their own, with a synchronisation at every border. Peak
+its sides. On a CPU with one thread the clock is the process's own, which leaves out waits for other
+processes. Parts are timed in rounds of their own, with a synchronisation at every border. Peak
 memory is that of a process that runs one kind of step alone.
 """
 
@@ -28,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from step_models import SIZES
-from step_providers import DEVICE, FLOOR, PROVIDERS, Bench, Case, Parts
+from step_providers import CLOCK, DEVICE, FLOOR, PROVIDERS, Bench, Case, Parts
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
@@ -127,6 +128,7 @@ def rows_of(case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float
                 **share,
                 "share_rest": rest,
                 "rounds": len(timing["seconds"]),
+                "clock": CLOCK,
                 **about,
             }
         )

@@ -27,20 +27,21 @@ from step_models import (
 from step_recipes import RECIPES, Recipe
 from torch import Tensor, nn
 
-from fastpo.averages import MovingAverages
+from fastpo.averages import setup_averages
 from fastpo.bench.measure import device
 from fastpo.checkpoint import TrainingState
-from fastpo.config import Config, EmaAnnotators, parse_config
-from fastpo.distributed import setup_accelerator
+from fastpo.config import Config, parse_config
+from fastpo.distributed import choose_optimizer, prepare_policy, setup_accelerator
 from fastpo.ledger import PairLedger
 from fastpo.models import DTYPES, Denoisers, predict, setup_denoisers
 from fastpo.noise import PairNoise, make_noise
 from fastpo.objectives import build_loss
-from fastpo.optim import setup_optimizer, setup_schedule
+from fastpo.optim import setup_schedule
 from fastpo.train import Trainer, optimizer_step, record
 from fastpo.types import PairBatch
 
 DEVICE = device()
+CLOCK = "process" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall"
 FLOOR = "bare policy"
 LEDGER = {
     "objective": {"name": "adaptive_dpo", "beta": 2500.0, "weight_kind": "gate"},
@@ -79,9 +80,10 @@ class Parts:
 
     @staticmethod
     def now() -> float:
+        """Seconds: after all of a GPU's work, or, with one CPU thread, of work without waits."""
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.process_time() if CLOCK == "process" else time.perf_counter()
 
     def wrap(self, name: str, function: Callable) -> Callable:
         """The function, timed as a part."""
@@ -147,13 +149,10 @@ class Bench:
         device = self.accelerator.device
         self.inputs = make_inputs(self.size, case.pairs, device)
         self.denoisers = self._denoisers(config, any(_needs_reference(n) for n in names))
-        self.optimizer = self.accelerator.prepare(
-            setup_optimizer(
-                self.denoisers.trainable.values(),
-                config.train.optim,
-                seed=0,
-                fused=True if DEVICE == "cuda" else None,
-            )
+        trainable = self.denoisers.trainable
+        optimizer = choose_optimizer(self.accelerator, trainable, config.train, seed=0)
+        self.policy, self.optimizer, self.weights = prepare_policy(
+            self.accelerator, self.denoisers.policy, trainable, optimizer
         )
         self.scheduler = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -276,10 +275,6 @@ class Bench:
     def _trainer(self, config: Config) -> Trainer:
         """The trainer as `setup_trainer` makes it, with this bench's model and data."""
         train, device = config.train, self.accelerator.device
-        trainable = self.denoisers.trainable
-        averages = {}
-        if isinstance(train.annotators, EmaAnnotators):
-            averages["annotators"] = MovingAverages(trainable, train.annotators.decays)
         noise = make_noise(
             self.scheduler,
             {},
@@ -291,12 +286,13 @@ class Bench:
         )
         pairs = self.case.pairs
         state = TrainingState(
-            trainable=trainable,
+            trainable=self.denoisers.trainable,
+            weights=self.weights,
             optimizer=self.optimizer,
             schedule=setup_schedule(self.optimizer, train.optim, 1_000_000),
             ledger=PairLedger(pairs),
             metric=torch.zeros(pairs),
-            averages=averages,
+            averages=setup_averages(train, self.weights),
             scaler=self.accelerator.scaler,
         )
         known = _KnownErrors() if train.reference == "cached" else None
@@ -309,7 +305,7 @@ class Bench:
             sampler=None,  # pyright: ignore[reportArgumentType]
             noise=_TimedNoise(noise, self.parts),  # pyright: ignore[reportArgumentType]
             denoisers=self.denoisers,
-            policy=self.denoisers.policy,
+            policy=self.policy,
             state=state,
             loss=self.parts.wrap("loss", build_loss(train)),
             empty_prompt=(text.prompt_embeds[:1], None if pooled is None else pooled[:1]),
