@@ -265,10 +265,9 @@ class Bench:
                         (trainer.state.optimizer, "zero_grad", "optimizer"),
                     ):
                         stack.enter_context(_patched(owner, attribute, parts, part))
-                number = next(count)
-                table = optimizer_step(trainer, batches, number)
+                table = optimizer_step(trainer, batches, next(count))
                 with parts("ledger"):
-                    record(trainer, table, number)
+                    record(trainer, table, moved=True)
 
         return step
 

@@ -46,9 +46,9 @@ def text(summaries: dict[str, dict]) -> str:
         s["objectives"]["adaptive_dpo_ledger"]["win_rate_interval"][0] for s in summaries.values()
     )
     legible = min(o["legibility"] for s in summaries.values() for o in s["objectives"].values())
-    minutes, base = first["wall_s"] / 60, first["base"]["reward_mean"]
+    base = first["base"]["reward_mean"]
     lines = (
-        f"`make demo`, version {__version__}, two CPU cores, {minutes:.1f} minutes with the base:",
+        f"`make demo`, version {__version__}:",
         "pairs of handwritten digits, the bolder preferred,",
         f"{flips} of the labels flipped in all runs but the first.",
         f"Gain is mean ink over the base's ({base:.3f}) on held-out prompts and seeds;",

@@ -1,0 +1,50 @@
+"""The benchmark of whole steps runs as published, and its table and figure come from its rows."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_every_step_is_timed_part_by_part_and_drawn(tmp_path):
+    file = tmp_path / "step.csv"
+    options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
+    run("benchmarks/bench_step.py", *options)
+    with file.open() as lines:
+        rows = {row["provider"]: row for row in csv.DictReader(lines)}
+    assert len(rows) == 10
+    for name, row in rows.items():
+        shares = {k.removeprefix("share_"): float(v) for k, v in row.items() if "share_" in k}
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
+        recipe = name.startswith("recipe")
+        assert (shares["VAE"] > 0) == recipe == (shares["text"] > 0), name
+        live = "live" in name or name in ("recipe Diffusion-DPO", "recipe Adaptive-DPO")
+        assert (shares["reference"] > 0 or shares["annotators"] > 0) == live, name
+        assert shares["backward"] > 0 < shares["policy_forward"]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- step:begin -->\nold\n<!-- step:end -->\nafter\n")
+    run("benchmarks/plot_step.py", file, "--readme", readme)
+    text = readme.read_text()
+    assert "FastPO MaPO" in text
+    assert "old" not in text
+    assert text.endswith("after\n")
+    assert (tmp_path / "step.png").stat().st_size > 10_000
