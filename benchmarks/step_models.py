@@ -82,10 +82,13 @@ def build_unet(size: Size) -> UNet2DConditionModel:
 
 def build_vae(size: Size) -> AutoencoderKL:
     """The VAE; its encoder is all that training uses."""
+    shape: dict[str, Any] = {  # diffusers annotates tuples of one
+        "block_out_channels": tuple(c // size.width for c in (128, 256, 512, 512)),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     return AutoencoderKL(
-        block_out_channels=tuple(c // size.width for c in (128, 256, 512, 512)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        **shape,
         layers_per_block=2,
         latent_channels=4,
         sample_size=8 * size.latent,

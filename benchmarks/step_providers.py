@@ -174,7 +174,7 @@ class Bench:
         return denoisers
 
     def _frozen_encoders(self, device: torch.device) -> tuple[Any, list[nn.Module]]:
-        vae = build_vae(self.size).to(device).requires_grad_(False).eval()
+        vae: Any = nn.Module.to(build_vae(self.size), device).requires_grad_(False).eval()
         dtype = DTYPES[self.case.precision]
         texts = [
             t.to(device, dtype).requires_grad_(False).eval() for t in build_text_encoders(self.size)
@@ -244,7 +244,7 @@ class Bench:
             scheduler=self.scheduler,
             vae=self.encoders[0],
             text_encoders=self.encoders[1],
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
             averages=averages,
             logged=[],
         )
