@@ -1,0 +1,79 @@
+"""Writes the README's table of what the shipped configurations cost, as `fastpo plan` tells it.
+
+    python docs/update_plans.py
+
+Runs without weights, data or a GPU; about half a minute a configuration.
+"""
+
+import re
+from pathlib import Path
+
+from rich.progress import track
+
+from fastpo.config import load_config
+from fastpo.plan import Plan, make_plan
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+# Configuration, GPU, processes: as in the files' headers.
+ROWS = (
+    ("sdxl-lora-24gb", "rtx4090", 1),
+    ("sd15-full-24gb", "rtx4090", 1),
+    ("sdxl-full-80gb", "h100", 1),
+    ("sdxl-full-8x80gb-zero2", "h100", 8),
+    ("sdxl-full-multinode-zero3", "h100", 16),
+    ("mapo-published", "h100", 8),
+    ("diffusion-dpo-published", "a100", 16),
+    ("adaptive-dpo-published", "a100", 1),
+)
+RIVALS = {"mapo": "MaPO", "adaptive_dpo": "Adaptive-DPO"}
+
+
+def line(name: str, plan: Plan) -> str:
+    """One row of the table."""
+    ours, floor = plan.costs[:2]
+    rival = RIVALS.get(plan.objective, "Diffusion-DPO")
+    recipe = next(cost for cost in plan.costs[2:] if cost.name.startswith(rival))
+    about = plan.assumptions
+    gpus = f"{about.world_size} x {about.gpu.removeprefix('NVIDIA ')}"
+    cells = (
+        f"`{name}`",
+        gpus,
+        f"{about.micro_batch_size}",
+        f"{ours.tflop:.1f}",
+        f"{ours.tflop / floor.tflop:.2f}x",
+        f"{recipe.slower:.2f}x",
+        f"{ours.peak_bytes / 1e9:.0f}" + ("" if ours.fits else " (does not fit)"),
+        f"{recipe.peak_bytes / 1e9:.0f}" + ("" if recipe.fits else " (does not fit)"),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Plans every row and rewrites the text between the README's two marks."""
+    lines = [
+        "| configuration | GPUs | pairs a pass | TFLOP a pair | over the bare policy "
+        "| released recipe, time | peak, GB | recipe's peak, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, gpu, processes in track(ROWS, "plans"):
+        config = load_config(ROOT / "fastpo" / "configs" / f"{name}.yaml")
+        lines.append(line(name, make_plan(config, gpu=gpu, world_size=processes)))
+    text = (
+        "\n".join(lines)
+        + "\n\nPlanned, not measured: FLOPs by torch's counter on the real modules, activations "
+        "estimated. The recipe is the\nreleased trainer's of the same objective, on the same "
+        "model, method and batch; its time is relative to ours.\n"
+    )
+    new, found = re.subn(
+        r"(?s)(<!-- plans:begin -->\n).*?(<!-- plans:end -->)",
+        lambda match: match[1] + text + match[2],
+        README.read_text(),
+    )
+    if not found:
+        raise SystemExit(f"{README} has no <!-- plans:begin --> marker")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
