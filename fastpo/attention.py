@@ -85,7 +85,7 @@ _HOW_TO_GET = {
 def _try(name: AttentionName, query: Tensor) -> None:
     query.requires_grad_()
     if name == "xformers":
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
         out = memory_efficient_attention(query, query, query)
     else:
