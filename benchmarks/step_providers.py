@@ -164,7 +164,8 @@ class Bench:
 
     def _denoisers(self, config: Config, needs_reference: bool) -> Denoisers:
         torch.manual_seed(0)
-        unet = build_unet(self.size)
+        with self.inputs.pixels.device:  # random weights are drawn where they are used
+            unet = build_unet(self.size)
         denoisers = setup_denoisers(unet, config.train, needs_reference=needs_reference)
         for module in (denoisers.policy, denoisers.frozen):
             if module is not None:
@@ -174,11 +175,11 @@ class Bench:
         return denoisers
 
     def _frozen_encoders(self, device: torch.device) -> tuple[Any, list[nn.Module]]:
-        vae: Any = nn.Module.to(build_vae(self.size), device).requires_grad_(False).eval()
-        dtype = DTYPES[self.case.precision]
-        texts = [
-            t.to(device, dtype).requires_grad_(False).eval() for t in build_text_encoders(self.size)
-        ]
+        with device:
+            vae, texts = build_vae(self.size), build_text_encoders(self.size)
+        for module in (vae, *texts):
+            module.requires_grad_(False).eval()
+        texts = [text.to(DTYPES[self.case.precision]) for text in texts]
         return vae, texts
 
     # One module may be policy, reference and annotator in turn: a forward with gradients is the
