@@ -53,7 +53,7 @@ def read_settings(config: TrainConfig, processes: int) -> dict[str, Any]:
             what FastPO does not support; the text names the key.
     """
     assert config.deepspeed is not None
-    settings, where = _read_json(config.deepspeed), f"train.deepspeed: {config.deepspeed}"
+    settings, where = read_json(config.deepspeed), f"train.deepspeed: {config.deepspeed}"
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ConfigError(f"{where} has the section {section!r}; train.optim decides that")
@@ -98,7 +98,12 @@ def read_settings(config: TrainConfig, processes: int) -> dict[str, Any]:
     return settings
 
 
-def _read_json(name: str) -> dict[str, Any]:
+def read_json(name: str) -> dict[str, Any]:
+    """Reads the DeepSpeed JSON of that name, packaged or a file.
+
+    Raises:
+        ConfigError: There is none, or it holds no object.
+    """
     if name in NAMES:
         return json.loads(
             resources.files("fastpo").joinpath("configs", "deepspeed", f"{name}.json").read_text()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +13,7 @@ from fastpo.errors import ConfigError
 from fastpo.optim import optimizer_bytes
 from fastpo.plan.schema import Memory
 from fastpo.rounding import CHUNK
+from fastpo.zero import read_json
 
 ALLOWANCE = 10**9
 """Bytes for the CUDA context, cuBLAS and cuDNN workspaces: an assumption."""
@@ -78,7 +76,7 @@ def read_sharding(train: TrainConfig, processes: int) -> Sharding:
     name = getattr(train, "deepspeed", None)
     if name is None:
         return Sharding(processes)
-    zero = _read(name).get("zero_optimization") or {}
+    zero = read_json(name).get("zero_optimization") or {}
     stage = zero.get("stage")
     if stage not in (0, 1, 2, 3):
         raise ConfigError(
@@ -96,22 +94,6 @@ def read_sharding(train: TrainConfig, processes: int) -> Sharding:
         buckets=2 if overlap and stage < 3 else 1,
         live=_number(zero.get("stage3_max_live_parameters"), LIVE),
     )
-
-
-def _read(name: str) -> dict[str, Any]:
-    packaged = resources.files("fastpo").joinpath("configs", "deepspeed", f"{name}.json")
-    file: Any = packaged if packaged.is_file() else Path(name)
-    try:
-        settings = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"train.deepspeed: {name} is neither a file nor a packaged name"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"train.deepspeed: {name} is not a JSON file: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"train.deepspeed: {name} must hold an object")
-    return settings
 
 
 def _offloaded(zero: dict[str, Any], key: str) -> bool:
