@@ -108,9 +108,10 @@ def figure(rows: list[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
+    columns = min(len(labels), 6 * len(panels))
+    fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False)
     fig.suptitle(conditions(rows), fontsize=8)
-    fig.tight_layout(rect=(0, 0.06, 1, 1))
+    fig.tight_layout(rect=(0, 0.08, 1, 1))
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
