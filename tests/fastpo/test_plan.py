@@ -15,6 +15,7 @@ from fastpo.plan import Plan, make_plan, print_plan
 from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.gpus import GPUS, find_gpu
 from fastpo.plan.memory import ALLOWANCE, Sharding, Trained, held, read_sharding
+from fastpo.plan.planner import measure
 from fastpo.plan.table import gigabytes, tflop
 
 CONFIGS = sorted((Path(__file__).parents[2] / "fastpo" / "configs").glob("*.yaml"))
@@ -331,9 +332,28 @@ def test_every_packaged_configuration_plans_on_a_tiny_model(path, tiny_pipelines
     assert plan.costs[0].flops.vae == 0
 
 
+@pytest.fixture(scope="module")
+def measured_once():
+    """Configurations whose modules and passes are alike share one measurement."""
+    known = {}
+
+    def measure_once(architecture, config, shapes, status):
+        train = config.train
+        passes = (train.method, train.precision, train.gradient_checkpointing, train.weights)
+        key = repr((architecture, passes, train.lora, train.optim.name, train.objective, shapes))
+        if key not in known:
+            known[key] = measure(architecture, config, shapes, status)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpo.plan.planner.measure", measure_once)
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize("path", [p for p in CONFIGS if is_hub_config(p)], ids=lambda p: p.stem)
 def test_every_packaged_configuration_plans_at_its_real_size(path):
-    plan = make_plan(load_config(path), world_size=8)
+    plan = make_plan(load_config(path, ["train.micro_batch_size=1"]), world_size=8)
     assert "packaged" in plan.architecture
     assert plan.costs[0].slower <= plan.costs[-1].slower
