@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,14 +83,20 @@ def peak_mib(case: Case, name: str) -> float:
 
 
 def _print_peak(case: Case, name: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     bench = Bench(case, (name,))
     for _ in range(2):
         bench.steps[name]()
     if DEVICE == "cuda":
         print(torch.cuda.max_memory_reserved() / 2**20)
     else:
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        print((_high_water() - before) / 2**10)
+
+
+def _high_water() -> int:
+    """This program's peak resident KiB; `ru_maxrss` would count its parent's before the exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def rows_of(case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float]) -> list[dict]:
