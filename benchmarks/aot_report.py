@@ -10,7 +10,6 @@ vectorised.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import re
 import subprocess
@@ -26,6 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastpo.bench.table import write_records
 from fastpo_kernels.pair_loss import device, kernel
 from fastpo_kernels.pair_noise import kernel as noise_kernel
 from fastpo_kernels.pair_target import PARTS
@@ -339,11 +339,7 @@ def main() -> int:
     rows = [compile_case(case, target) for case in chosen for target in args.targets]
     bad = [row for row in rows if not row.good]
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_records(map(asdict, rows), [f.name for f in fields(Row)], args.out)
     print(table(rows))
     for row in bad:
         print(f"spills or narrow loads: {row}")

@@ -10,7 +10,6 @@ is timed in real time. Memory is what the process holds privately, above what it
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import os
 import statistics
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
+from fastpo.bench.table import write_records
 from fastpo.config import DataConfig, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import make_loader, micro_batch_numbers
@@ -263,11 +263,8 @@ def main() -> None:
     where = environment()
     known = {key: where[key] for key in ("device", "torch", "commit", "date") if key in where}
     path = results_path("data")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "cores", *known], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**r, "cores": os.cpu_count(), **known} for r in rows)
+    rows = [{**row, "cores": os.cpu_count(), **known} for row in rows]
+    write_records(rows, list(rows[0]), path)
     print(path)
 
 

@@ -28,13 +28,13 @@ from sklearn.metrics import roc_auc_score
 import fastpo.train
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
+from fastpo.bench.table import write_records
 from fastpo.config import Config, parse_config
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
 from fastpo.evaluate import evaluate
-from fastpo.files import write_text
 from fastpo.models import predict
 from fastpo.run import StepTable
 from fastpo.types import pair_key
@@ -215,10 +215,7 @@ class Results:
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
         row = {f: str(rounded.get(f, about.get(f, ""))) for f in FIELDS}
         self.rows.append(row)
-        lines = [",".join(FIELDS)]
-        lines += [",".join(f'"{r[f]}"' if "," in r[f] else r[f] for f in FIELDS) for r in self.rows]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "\n".join(lines) + "\n")
+        write_records(self.rows, FIELDS, self.path)
 
 
 def run_methods(

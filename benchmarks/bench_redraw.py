@@ -10,7 +10,6 @@ step's peak memory. `redraw_estimate.py` predicts the same without a GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from fastpo import loss as fl
 from fastpo.bench.cases import LATENTS
 from fastpo.bench.measure import device, environment, make_clock, measure
+from fastpo.bench.table import write_records
 from fastpo_kernels.pair_noise import Prediction, noised_pair
 from fastpo_kernels.pair_noise.api import TargetForm
 
@@ -83,11 +83,7 @@ def main() -> int:
                 })  # fmt: skip
                 print(latents, pairs, prediction, posterior, way, rows[-1]["ratio_to_ready"])
     if args.out and rows:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_records(rows, list(rows[0]), args.out)
     return 0
 
 

@@ -16,7 +16,6 @@ memory is that of a process that runs one kind of step alone.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from step_providers import CLOCK, DEVICE, FLOOR, PROVIDERS, Bench, Case, Parts
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
+from fastpo.bench.table import write_records
 from fastpo.models import DTYPES
 
 PARTS = (
@@ -157,15 +157,6 @@ def _ratios(above: dict | None, below: dict | None) -> tuple[Any, Any, Any]:
     return round(low, 3), round(statistics.median(ratios), 3), round(high, 3)
 
 
-def write(rows: list[dict], path: Path) -> None:
-    """Writes the CSV anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     """Measures every method and batch asked for, and writes `step.csv`."""
     gpu = DEVICE == "cuda"
@@ -193,7 +184,7 @@ def main() -> None:
             names = tuple(options.providers)
             peaks = {} if options.no_peaks else {n: peak_mib(case, n) for n in names}
             rows += rows_of(case, measure(Bench(case, names), options.rounds), peaks)
-            write(rows, path)
+            write_records(rows, list(rows[0]), path)
     Console().print(f"{len(rows)} rows in {path}")
 
 

@@ -13,7 +13,6 @@ large: what a ledger would see under SD1.5's and SDXL's parametrisation.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from fastpo.bench.measure import ROOT
 from fastpo.bench.script import results_path
+from fastpo.bench.table import with_section
 from fastpo.demo.base import SCHEDULE
+from fastpo.files import write_text
 from fastpo.ledger import BINS, PairLedger
 
 Scale = Callable[[int], Callable[[np.ndarray, np.ndarray], np.ndarray]]
@@ -182,10 +183,8 @@ def main() -> None:
     tables = [methods_table(results), scales_table(results), cases_table(results)]
     text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join(tables) + "\n"
     results.path.with_suffix(".md").write_text(text)
-    readme = (ROOT / "README.md").read_text()
-    block = f"<!-- ledger:begin -->\n{about}\n\n{tables[0]}\n<!-- ledger:end -->"
-    pattern = re.compile("<!-- ledger:begin -->.*?<!-- ledger:end -->", re.DOTALL)
-    (ROOT / "README.md").write_text(pattern.sub(lambda _: block, readme))
+    readme = ROOT / "README.md"
+    write_text(readme, with_section(readme.read_text(), "ledger", f"{about}\n\n{tables[0]}"))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ losses' files, in the order given.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from fastpo.bench.table import conditions, full_table, read_csv, summary
+from fastpo.bench.table import conditions, full_table, marks, read_csv, summary, with_section
 from fastpo.files import write_text
 
-MARKS = "<!-- bench:begin -->\n", "\n<!-- bench:end -->"
+MARKS = marks("bench")
 
 
 def figure(rows: list[dict[str, str]], path: Path) -> None:
-    """One panel per latents and direction of the first case and dtype: ms over pairs."""
+    """Latents across, directions down, of the first case and dtype: ms over pairs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,9 +29,11 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
 
     rows = [row for row in rows if row["ms_p50"]]
     rows = [r for r in rows if (r["case"], r["dtype"]) == (rows[0]["case"], rows[0]["dtype"])]
-    panels = list(dict.fromkeys((r["latents"], r["direction"]) for r in rows))
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    across, down = (list(dict.fromkeys(r[k] for r in rows)) for k in ("latents", "direction"))
+    size = (3.6 * len(across), 2.8 * len(down) + 0.4)
+    fig, axes = plt.subplots(len(down), len(across), figsize=size, squeeze=False)
+    panels = [(latents, direction) for direction in down for latents in across]
+    for axis, panel in zip(axes.flat, panels, strict=True):
         lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for r in rows:
             if (r["latents"], r["direction"]) == panel:
@@ -40,7 +41,8 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         for provider, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
         axis.set(title=" ".join(panel), xlabel="pairs", xscale="log", yscale="log")
-    axes[0][0].set_ylabel("ms (median)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms (median)")
     axes[0][0].legend()
     fig.suptitle(f"{rows[0]['case']}, {rows[0]['dtype']}; {conditions(rows[0])}", fontsize=8)
     fig.tight_layout()
@@ -54,13 +56,7 @@ def readme_with(text: str, sections: list[str]) -> str:
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1].strip())}", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(
-            f"the README must hold the marks {MARKS[0].strip()} and {MARKS[1].strip()}"
-        )
-    whole = MARKS[0] + "\n\n".join(sections) + MARKS[1]
-    return pattern.sub(lambda _: whole, text)
+    return with_section(text, "bench", "\n\n".join(sections))
 
 
 def main() -> int:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 from itertools import groupby
 from pathlib import Path
+
+from fastpo.bench.table import with_section
+from fastpo.files import write_text
 
 COLOURS = {
     "policy forward": "#4477aa",
@@ -124,19 +126,11 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.files:
         rows = read(path)
-        text = f"{conditions(rows)}.\n\n{table(rows)}\n"
-        path.with_suffix(".md").write_text(f"# Whole training steps\n\n{text}")
+        text = f"{conditions(rows)}.\n\n{table(rows)}"
+        write_text(path.with_suffix(".md"), f"# Whole training steps\n\n{text}\n")
         figure(rows, path.with_suffix(".png"))
         if options.readme:
-            old = options.readme.read_text()
-            new, found = re.subn(
-                r"(?s)(<!-- step:begin -->\n).*?(<!-- step:end -->)",
-                lambda match, text=text: match[1] + text + match[2],
-                old,
-            )
-            if not found:
-                raise SystemExit(f"{options.readme} has no <!-- step:begin --> marker")
-            options.readme.write_text(new)
+            write_text(options.readme, with_section(options.readme.read_text(), "step", text))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ The first argument is the demo's folder, the others are the seeds that were run 
 """
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 
 from fastpo._version import __version__
+from fastpo.bench.table import with_section
+from fastpo.files import write_text
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -74,9 +75,7 @@ def main() -> None:
         (DOCS / f"demo-seed-{seed}.json").write_text(json.dumps(summary, indent=1) + "\n")
     grid = Path(folder) / f"seed-{seeds[0]}" / "report" / "grid-adaptive_dpo_ledger.png"
     shutil.copyfile(grid, DOCS / "demo.png")
-    marks = "<!-- demo:begin -->\n", "\n<!-- demo:end -->"
-    pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1].strip())}", re.DOTALL)
-    README.write_text(pattern.sub(marks[0] + text(summaries) + marks[1], README.read_text()))
+    write_text(README, with_section(README.read_text(), "demo", text(summaries)))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 Runs without weights, data or a GPU; about half a minute a configuration.
 """
 
-import re
 from pathlib import Path
 
 from rich.progress import track
 
+from fastpo.bench.table import with_section
 from fastpo.config import load_config
+from fastpo.files import write_text
 from fastpo.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -63,16 +64,9 @@ def main() -> None:
         "\n".join(lines)
         + "\n\nPlanned, not measured: FLOPs by torch's counter on the real modules, activations "
         "estimated. The recipe is the\nreleased trainer's of the same objective, on the same "
-        "model, method and batch; its time is relative to ours.\n"
+        "model, method and batch; its time is relative to ours."
     )
-    new, found = re.subn(
-        r"(?s)(<!-- plans:begin -->\n).*?(<!-- plans:end -->)",
-        lambda match: match[1] + text + match[2],
-        README.read_text(),
-    )
-    if not found:
-        raise SystemExit(f"{README} has no <!-- plans:begin --> marker")
-    README.write_text(new)
+    write_text(README, with_section(README.read_text(), "plans", text))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,13 +93,20 @@ def noted_row(note: str, labels: Mapping[str, object]) -> Row:
     return Row(**{**empty, **labels, "note": note})  # pyright: ignore[reportArgumentType]
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes all rows anew, whole or not at all."""
+def write_records(
+    records: Iterable[Mapping[str, object]], columns: Sequence[str], path: Path
+) -> None:
+    """Writes a CSV of any columns anew, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(records)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes all rows anew, whole or not at all."""
+    write_records(map(asdict, rows), [f.name for f in fields(Row)], path)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -116,6 +124,24 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     if not any(row["ms_p50"] for row in rows):
         raise ValueError(f"{path} holds no measured row")
     return rows
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after a generated section of a Markdown file."""
+    return f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+
+
+def with_section(text: str, name: str, body: str) -> str:
+    """The text with another body between a section's marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    first, last = marks(name)
+    pattern = re.compile(f"{re.escape(first)}.*?{re.escape(last.strip())}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"the README must hold the marks {first.strip()} and {last.strip()}")
+    return pattern.sub(lambda _: first + body + last, text)
 
 
 def conditions(row: Mapping[str, str]) -> str:

@@ -10,7 +10,6 @@ share of the best one's speed a configuration reaches. The shapes of the speed t
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import math
@@ -28,7 +27,7 @@ import torch
 from fastpo.bench import losses
 from fastpo.bench.cases import Case
 from fastpo.bench.measure import Clock, copy_bandwidth, environment, make_clock
-from fastpo.files import whole_file
+from fastpo.bench.table import write_records
 
 SHAPES = tuple(
     Case("pair_loss", name, latents, "bf16", pairs)
@@ -170,12 +169,8 @@ def _ranked(trials: list[Trial]) -> list[Trial]:
 
 def write(trials: list[Trial], path: Path) -> None:
     """Writes all trials anew, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = [f.name for f in dataclasses.fields(Trial)]
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(t) for t in trials)
+    write_records(map(dataclasses.asdict, trials), names, path)
 
 
 def main() -> int:
