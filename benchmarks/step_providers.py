@@ -182,19 +182,21 @@ class Bench:
         texts = [text.to(DTYPES[self.case.precision]) for text in texts]
         return vae, texts
 
-    # One module may be policy, reference and annotator in turn: a forward with gradients is the
-    # policy's, one of the frozen copy or with the adapters off the reference's.
+    # One module may be policy, reference and annotator in turn. A forward with gradients is the
+    # policy's, one of the frozen copy or with the adapters off the reference's; one of more rows
+    # than the batch has is the averages', with which the reference may travel.
     def _enter_model(self, *_: Any) -> None:
         if self.parts.on:
             self._began = self.parts.now()
 
-    def _leave_model(self, module: nn.Module, *_: Any) -> None:
+    def _leave_model(self, module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
         if not self.parts.on:
             return
         part = "annotators"
+        together = len(inputs[0]) > 2 * self.case.pairs
         if torch.is_grad_enabled():
             part = "policy forward"
-        elif module is self.denoisers.frozen or _adapters_off(module):
+        elif module is self.denoisers.frozen or (_adapters_off(module) and not together):
             part = "reference"
         self.parts.seconds[part] += self.parts.now() - self._began
 

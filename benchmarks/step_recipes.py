@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastpo.models import Denoisers
 
 Part = Callable[[str], Any]
+Judge = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -49,8 +50,13 @@ class Recipe:
     averages: list[EMAModel]
     logged: list[float]
 
-    def encode(self, inputs: Inputs, part: Part) -> tuple[Tensor, dict[str, Any]]:
-        """Latents `(2B, ...)` and the UNet's conditioning, from pixels and tokens."""
+    def begin(self, inputs: Inputs, part: Part) -> Judge:
+        """Encodes pixels and tokens and adds the pairs' noise.
+
+        Returns:
+            A function from a denoiser to its errors on winners and losers, `(B,)` each; the bench's
+            hooks time the denoiser's forward.
+        """
         with torch.no_grad():
             with part("VAE"):
                 latents = self.vae.encode(inputs.pixels.float()).latent_dist.sample()  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,24 +67,25 @@ class Recipe:
         if pooled is not None:
             times = inputs.batch.add_time_ids
             assert times is not None
-            times = times.to(pooled.device).repeat(2, 1)
             conditions["added_cond_kwargs"] = {
                 "text_embeds": pooled.repeat(2, 1),
-                "time_ids": times,
+                "time_ids": times.to(pooled.device).repeat(2, 1),
             }
-        return latents, conditions
+        with part("noise"):
+            pairs = len(latents) // 2
+            noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
+            steps = torch.randint(1000, (pairs,), device=latents.device).repeat(2)
+            noisy = self.scheduler.add_noise(latents, noise, steps)  # pyright: ignore[reportArgumentType]
 
-    def noised(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps and noise, repeated for the loser."""
-        pairs = len(latents) // 2
-        noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
-        steps = torch.randint(1000, (pairs,), device=latents.device).repeat(2)
-        return self.scheduler.add_noise(latents, noise, steps), steps, noise  # pyright: ignore[reportArgumentType]
+        def judge(model: nn.Module) -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                prediction = model(noisy, steps, **conditions, return_dict=False)[0]
+            with part("loss"):
+                squared = F.mse_loss(prediction.float(), noise.float(), reduction="none")
+                winner, loser = squared.mean(dim=(1, 2, 3)).chunk(2)
+            return winner, loser
 
-    def predict(self, model: nn.Module, noisy: Tensor, steps: Tensor, conditions: dict) -> Tensor:
-        """One denoiser on both sides of all pairs; the bench's hooks time it."""
-        with self.autocast():
-            return model(noisy, steps, **conditions, return_dict=False)[0]
+        return judge
 
     def finish(self, loss: Tensor, part: Part) -> None:
         """Backward, clipping, update, the log's reads."""
@@ -93,24 +100,13 @@ class Recipe:
         self.logged.append(loss.item())
 
 
-def _errors(prediction: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    squared = F.mse_loss(prediction.float(), noise.float(), reduction="none")
-    winner, loser = squared.mean(dim=(1, 2, 3)).chunk(2)
-    return winner, loser
-
-
 def diffusion_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
     """VAE, text, policy, reference, sigmoid loss, update."""
-    latents, conditions = recipe.encode(inputs, part)
-    with part("noise"):
-        noisy, steps, noise = recipe.noised(latents)
-    prediction = recipe.predict(recipe.denoisers.policy, noisy, steps, conditions)
-    with part("loss"):
-        e_w, e_l = _errors(prediction, noise)
+    judge = recipe.begin(inputs, part)
+    e_w, e_l = judge(recipe.denoisers.policy)
     with torch.no_grad(), recipe.denoisers.reference() as reference:
-        answer = recipe.predict(reference, noisy, steps, conditions)
+        r_w, r_l = judge(reference)
     with part("loss"):
-        r_w, r_l = _errors(answer, noise)
         margin = (r_w - r_l) - (e_w - e_l)
         loss = -F.logsigmoid(2500.0 * margin).mean()
         recipe.logged.append((margin > 0).float().mean().item())
@@ -119,22 +115,18 @@ def diffusion_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
 
 def adaptive_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
     """Diffusion-DPO's step, and the two moving averages' opinions as weights."""
-    latents, conditions = recipe.encode(inputs, part)
-    with part("noise"):
-        noisy, steps, noise = recipe.noised(latents)
+    judge = recipe.begin(inputs, part)
     unet = recipe.denoisers.policy
-    prediction = recipe.predict(unet, noisy, steps, conditions)
-    with part("loss"):
-        e_w, e_l = _errors(prediction, noise)
+    e_w, e_l = judge(unet)
     with torch.no_grad():
         with recipe.denoisers.reference() as reference:
-            r_w, r_l = _errors(recipe.predict(reference, noisy, steps, conditions), noise)
+            r_w, r_l = judge(reference)
         margins = [((r_w - r_l) - (e_w - e_l)).detach()]
         for average in recipe.averages:
             with part("annotators"):
                 average.store(unet.parameters())
                 average.copy_to(unet.parameters())
-            a_w, a_l = _errors(recipe.predict(unet, noisy, steps, conditions), noise)
+            a_w, a_l = judge(unet)
             with part("annotators"):
                 average.restore(unet.parameters())
             margins.append((r_w - r_l) - (a_w - a_l))
@@ -150,12 +142,9 @@ def adaptive_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
 
 def mapo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
     """VAE, text, policy, MaPO's loss as released (with `exp(x) - 1`), update."""
-    latents, conditions = recipe.encode(inputs, part)
-    with part("noise"):
-        noisy, steps, noise = recipe.noised(latents)
-    prediction = recipe.predict(recipe.denoisers.policy, noisy, steps, conditions)
+    judge = recipe.begin(inputs, part)
+    e_w, e_l = judge(recipe.denoisers.policy)
     with part("loss"):
-        e_w, e_l = _errors(prediction, noise)
         odds = [0.5 * e / (torch.exp(0.5 * e) - 1) for e in (e_w, e_l)]
         ratio = F.logsigmoid(1000.0 * (odds[0] - odds[1]))
         loss = e_w.mean() - (0.1 * ratio).mean()

@@ -106,7 +106,7 @@ def write_records(
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes all rows anew, whole or not at all."""
-    write_records(map(asdict, rows), [f.name for f in fields(Row)], path)
+    write_records((asdict(row) for row in rows), [f.name for f in fields(Row)], path)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
