@@ -41,6 +41,7 @@ HEAVIEST = {
     "v and posterior redrawn, tile 1024",
     "v and posterior redrawn, two annotators, tile 1024",
     "v and posterior redrawn, tile 4096",
+    "v and posterior redrawn, adaptive, two annotators, 2048 pairs",
     "flow, drawn",
 }
 WRITTEN = ("epsilon", "v_prediction", "flow", "none")
@@ -238,6 +239,22 @@ def cases() -> Iterator[Case]:
             f"adaptive, {n_pairs} pairs", "bf16", sources=three, adaptive=adaptive, config=config,
             block_p=int(triton.next_power_of_2(config.programs_per_pair)), block_b=n_pairs,
         )  # fmt: skip
+    yield from _most_pairs(forward)
+
+
+def _most_pairs(forward: dict[str, Any]) -> Iterator[Case]:
+    """Formed targets where the last program's vectors are longest."""
+    for dtype, name in itertools.product(
+        ("bf16", "fp32"), ("v redrawn", "v and posterior redrawn")
+    ):
+        target = FORMED[name]
+        for variant in ("dpo", "adaptive, two annotators"):
+            n_full = len(forward[variant].get("sources", ("full", "full")))
+            config = kernel.launch_config(2048, 1 << 18, n_full + target.n_streams)
+            yield pair_loss_forward(
+                f"{name}, {variant}, 2048 pairs", dtype, target=target, config=config, block_p=1,
+                block_b=2048, **forward[variant],
+            )  # fmt: skip
 
 
 def pair_noise(variant: str, dtype: str, prediction: str, *, drawn: bool) -> Case:

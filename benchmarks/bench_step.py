@@ -2,24 +2,31 @@
 
     python benchmarks/bench_step.py                               # a CPU, or a first look
     python benchmarks/bench_step.py --size sdxl --method lora --pairs 1 4
+    python benchmarks/bench_step.py --options                     # torch.compile, 8-bit AdamW, ...
     python benchmarks/plot_step.py benchmarks/results/<device>/step.csv
 
 Every step is an optimiser step on one micro-batch. Ours is `fastpo.train.optimizer_step` itself;
 recipes are those of `step_recipes.py`; the floor is plain fine-tuning on cached latents: noise,
 policy forward, mean squared error, backward, clipping, update. All share one model and one
-optimiser and take turns; a ratio is formed within a round, so that a change of load meets both of
-its sides. On a CPU with one thread the clock is the process's own, which leaves out waits for other
-processes. Parts are timed in rounds of their own, with a synchronisation at every border. Peak
-memory is that of a process that runs one kind of step alone.
+optimiser and take turns, in another order every round; a ratio is formed within a round, so that a
+change of load meets both of its sides. With `--options` each of the trainer's options for memory
+and speed, on a model of its own, takes turns with MaPO's step without it. On a CPU with one thread
+the clock is the process's own, which leaves out waits for other processes. Parts are timed in
+rounds of their own, with a synchronisation at every border. Peak memory is that of a process that
+runs one kind of step alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +34,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from step_models import SIZES
-from step_providers import CLOCK, DEVICE, FLOOR, PROVIDERS, Bench, Case, Parts
+from step_providers import CLOCK, DEVICE, FLOOR, OPTIONS, PROVIDERS, Bench, Case, Parts
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
+from fastpo.errors import FastPOError
 from fastpo.models import DTYPES
+
+PLAIN = "FastPO MaPO"  # nothing frozen runs beside the policy, so an option's effect shows whole
 
 PARTS = (
     "VAE",
@@ -48,29 +58,65 @@ PARTS = (
 )
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(benches: list[Bench], rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds of every round, and the parts of a step, by provider."""
-    found: dict[str, dict[str, Any]] = {n: {"seconds": [], "parts": {}} for n in bench.steps}
-    for step in bench.steps.values():  # first calls allocate and compile
+    steps = {name: step for bench in benches for name, step in bench.steps.items()}
+    found: dict[str, dict[str, Any]] = {n: {"seconds": [], "parts": {}} for n in steps}
+    for step in steps.values():  # first calls allocate and compile
         step()
+        step()
+    rng = random.Random(0)
     for _ in track(range(rounds), "rounds", console=Console(stderr=True)):
-        for name, step in bench.steps.items():
+        for name in rng.sample(list(steps), len(steps)):
             start = Parts.now()
-            step()
+            steps[name]()
             found[name]["seconds"].append(Parts.now() - start)
-    bench.parts.on = True
-    for name, step in bench.steps.items():
-        runs = []
-        for _ in range(max(2, rounds // 3)):
-            bench.parts.seconds.clear()
-            start = Parts.now()
-            step()
-            total = Parts.now() - start
-            runs.append(dict(bench.parts.seconds) | {"total": total})
-        runs.sort(key=lambda run: run["total"])
-        found[name]["parts"] = runs[len(runs) // 2]
-    bench.parts.on = False
+    for bench in benches:
+        for name in bench.steps:
+            found[name]["parts"] = parts_of(bench, name, max(2, rounds // 3))
     return found
+
+
+def parts_of(bench: Bench, name: str, runs: int) -> dict[str, float]:
+    """Seconds by part of a provider's median step."""
+    found = []
+    bench.parts.on = True
+    for _ in range(runs):
+        bench.parts.seconds.clear()
+        start = Parts.now()
+        bench.steps[name]()
+        total = Parts.now() - start
+        found.append(dict(bench.parts.seconds) | {"total": total})
+    bench.parts.on = False
+    return sorted(found, key=lambda run: run["total"])[len(found) // 2]
+
+
+def measure_options(case: Case, options: Iterable[str], rounds: int, peaks: bool) -> list[dict]:
+    """A row for the bare policy and for MaPO, then one for MaPO with each option alone.
+
+    An option that this machine or method refuses is named with the reason, and has no row.
+    """
+    plain = Bench(case, (FLOOR, PLAIN))
+    rows = rows_of(case, measure([plain], rounds), _peaks(case, plain.steps, peaks))
+    for option in options:
+        changed = replace(case, option=option)
+        try:
+            bench = Bench(changed, (PLAIN,))
+        except (FastPOError, ValueError) as error:
+            Console(stderr=True).print(f"{option}: {error}", markup=False)
+            continue
+        name = f"{PLAIN}, {option}"
+        bench.steps = {name: bench.steps[PLAIN]}
+        found = measure([plain, bench], rounds)
+        memory = {name: peak_mib(changed, PLAIN)} if peaks else {}
+        rows += [row for row in rows_of(case, found, memory) if row["provider"] == name]
+        del bench
+        gc.collect()
+    return rows
+
+
+def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float]:
+    return {name: peak_mib(case, name) for name in names} if wanted else {}
 
 
 def peak_mib(case: Case, name: str) -> float:
@@ -167,6 +213,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, default="bf16" if gpu else "fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument(
+        "--options", nargs="*", choices=OPTIONS, help="these, or all, instead of the providers"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-peaks", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/step.csv")
@@ -176,14 +225,19 @@ def main() -> None:
     if options.peak_of:
         _print_peak(Case(**options.case), options.peak_of)
         return
-    path = options.out or results_path("step")
+    path = options.out or results_path("step" if options.options is None else "step_options")
     rows: list[dict] = []
     for method in options.method:
         for pairs in options.pairs:
             case = Case(options.size, method, pairs, options.precision, options.checkpointing)
-            names = tuple(options.providers)
-            peaks = {} if options.no_peaks else {n: peak_mib(case, n) for n in names}
-            rows += rows_of(case, measure(Bench(case, names), options.rounds), peaks)
+            wanted = not options.no_peaks
+            if options.options is not None:
+                chosen = options.options or OPTIONS
+                rows += measure_options(case, chosen, options.rounds, wanted)
+            else:
+                names = tuple(options.providers)
+                peaks = _peaks(case, names, wanted)
+                rows += rows_of(case, measure([Bench(case, names)], options.rounds), peaks)
             write_records(rows, list(rows[0]), path)
     Console().print(f"{len(rows)} rows in {path}")
 

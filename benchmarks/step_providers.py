@@ -58,6 +58,16 @@ OURS: dict[str, dict[str, Any]] = {
         "annotators": {"kind": "ema", "warmup_steps": 0},
     },
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "torch.compile": {"compile": True},
+    "channels-last": {"channels_last": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "8-bit AdamW": {"optim": {"schedule": "constant", "name": "adamw_8bit"}},
+    "Adafactor": {"optim": {"schedule": "constant", "name": "adafactor"}},
+    "bf16 weights": {"weights": "bf16", "precision": "bf16"},
+    "flash attention": {"attention": "flash"},
+    "xformers attention": {"attention": "xformers"},
+}
 PROVIDERS = (FLOOR, *(f"FastPO {n}" for n in OURS), *(f"recipe {n}" for n in RECIPES))
 Step = Callable[[], None]
 
@@ -110,6 +120,7 @@ class Case:
     pairs: int
     precision: str
     checkpointing: bool
+    option: str = ""
 
     def config(self, **train: Any) -> Config:
         """The experiment's configuration; paths are not used."""
@@ -128,6 +139,7 @@ class Case:
                     "optim": {"schedule": "constant"},
                     "trackers": [],
                     "objective": {"name": "dpo"},
+                    **OPTIONS.get(self.option, {}),
                     **train,
                 },
             }

@@ -14,4 +14,5 @@ def require(holds: bool, rule: str, got: float) -> None:
 def require_positive(**options: float) -> None:
     """Refuses an option, given by its name, that is not positive and finite."""
     for name, value in options.items():
-        require(0 < value < math.inf, f"{name} must be positive and finite", value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -13,7 +13,7 @@ Every function takes
 known;
 * `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`, which the
   kernels form in registers from latents, noise (or its counters) and the schedule;
-* `pair_weight`: `[B]`, multiplies every pair's loss, or None;
+* `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
 * `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else the
   reference's mathematics in fewer operators and passes, the default on a CPU. A name never falls
   back.
@@ -37,6 +37,8 @@ Nothing is read back to the host. Each raises `TypeError` on a wrong type or dty
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -75,6 +77,29 @@ __all__ = [
 ]
 
 
+class Common(TypedDict, total=False):
+    """What every objective takes besides its own options; see above."""
+
+    pair_weight: Tensor | None
+    impl: Impl | None
+
+
+def _loss(
+    objective: str,
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Target,
+    options: Sequence[float],
+    common: Common,
+    **more: Any,
+) -> PairLoss:
+    """`pair_loss`, with keywords of `Common` alone from outside."""
+    if common and not common.keys() <= Common.__annotations__.keys():
+        unknown = sorted(common.keys() - Common.__annotations__.keys())
+        raise TypeError(f"{objective} got unexpected keyword arguments {unknown}")
+    return pair_loss(policy, reference, target, objective, options, **common, **more)
+
+
 def dpo(
     policy: Tensor,
     reference: Tensor,
@@ -82,8 +107,7 @@ def dpo(
     *,
     beta: float,
     label_smoothing: float = 0.0,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """Diffusion-DPO: `-(1-a) ls(z) - a ls(-z)` with `a = label_smoothing` in [0, 1/2].
 
@@ -93,7 +117,7 @@ def dpo(
     rule = "label_smoothing must be in [0, 0.5]"
     require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
-    return pair_loss(policy, reference, target, "dpo", options, pair_weight=pair_weight, impl=impl)
+    return _loss("dpo", policy, reference, target, options, common)
 
 
 def robust_dpo(
@@ -103,8 +127,7 @@ def robust_dpo(
     *,
     beta: float,
     label_smoothing: float,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
 
@@ -115,43 +138,27 @@ def robust_dpo(
     rule = "label_smoothing must be in [0, 0.5)"
     require(0 <= label_smoothing < 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
-    return pair_loss(
-        policy, reference, target, "robust_dpo", options, pair_weight=pair_weight, impl=impl
-    )
+    return _loss("robust_dpo", policy, reference, target, options, common)
 
 
 def ipo(
-    policy: Tensor,
-    reference: Tensor,
-    target: Target,
-    *,
-    tau: float,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    policy: Tensor, reference: Tensor, target: Target, *, tau: float, **common: Unpack[Common]
 ) -> PairLoss:
     """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
 
     Azar et al. 2023 (arXiv 2310.12036).
     """
     require_positive(tau=tau)
-    return pair_loss(policy, reference, target, "ipo", (tau,), pair_weight=pair_weight, impl=impl)
+    return _loss("ipo", policy, reference, target, (tau,), common)
 
 
 def hinge(
-    policy: Tensor,
-    reference: Tensor,
-    target: Target,
-    *,
-    beta: float,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    policy: Tensor, reference: Tensor, target: Target, *, beta: float, **common: Unpack[Common]
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink."""
     require_positive(beta=beta)
     options = (beta,)
-    return pair_loss(
-        policy, reference, target, "hinge", options, pair_weight=pair_weight, impl=impl
-    )
+    return _loss("hinge", policy, reference, target, options, common)
 
 
 def kto(
@@ -162,8 +169,7 @@ def kto(
     beta: float,
     baseline: Tensor | None = None,
     reduce: Reduce | None = None,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labelled images (Li et al. 2024, arXiv 2404.04465).
 
@@ -175,16 +181,9 @@ def kto(
         reduce: forms it over all processes; see above.
     """
     require_positive(beta=beta)
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="kto",
-        options=(beta,),
-        statistics=None if baseline is None else baseline.reshape(1),
-        reduce=reduce,
-        pair_weight=pair_weight,
-        impl=impl,
+    statistics = None if baseline is None else baseline.reshape(1)
+    return _loss(
+        "kto", policy, reference, target, (beta,), common, statistics=statistics, reduce=reduce
     )
 
 
@@ -195,14 +194,13 @@ def dmpo(
     *,
     beta: float,
     alpha: float = 0.01,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round."""
     require_positive(beta=beta)
     require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
     options = (beta, math.log1p(-alpha), math.log(alpha))
-    return pair_loss(policy, reference, target, "dmpo", options, pair_weight=pair_weight, impl=impl)
+    return _loss("dmpo", policy, reference, target, options, common)
 
 
 def linear_dpo(
@@ -212,16 +210,13 @@ def linear_dpo(
     *,
     beta: float,
     eta: float = 1e-3,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached."""
     require_positive(beta=beta)
     require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
     options = (beta, eta)
-    return pair_loss(
-        policy, reference, target, "linear_dpo", options, pair_weight=pair_weight, impl=impl
-    )
+    return _loss("linear_dpo", policy, reference, target, options, common)
 
 
 def sdpo(
@@ -232,8 +227,7 @@ def sdpo(
     beta: float,
     mu: float,
     reduce: Reduce | None = None,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
 
@@ -244,28 +238,12 @@ def sdpo(
     """
     require_positive(beta=beta)
     require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="dpo",
-        options=(beta,),
-        safeguard=mu,
-        reduce=reduce,
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    return _loss("dpo", policy, reference, target, (beta,), common, safeguard=mu, reduce=reduce)
 
 
-def sft(
-    policy: Tensor,
-    target: Target,
-    *,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
-) -> PairLoss:
+def sft(policy: Tensor, target: Target, **common: Unpack[Common]) -> PairLoss:
     """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`."""
-    return pair_loss(policy, None, target, objective="sft", pair_weight=pair_weight, impl=impl)
+    return _loss("sft", policy, None, target, (), common)
 
 
 def mapo(
@@ -275,20 +253,11 @@ def mapo(
     beta: float = 0.1,
     snr: float = 0.5,
     num_timesteps: int = 1000,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **common: Unpack[Common],
 ) -> PairLoss:
     """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
 
     Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
     """
     require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
-    return pair_loss(
-        policy,
-        None,
-        target,
-        objective="mapo",
-        options=(beta, snr, num_timesteps),
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    return _loss("mapo", policy, None, target, (beta, snr, num_timesteps), common)

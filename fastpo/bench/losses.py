@@ -132,7 +132,8 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
         e_w, e_l = _trainer_errors(x.policy, target).chunk(2)
         r_w, r_l = known(x.reference).chunk(2) if objective.streams > 1 else (0.0, 0.0)
         function = oracle.OBJECTIVES[objective.scalar].function
-        return function(e_w, e_l, r_w, r_l, 0.0, *objective.options).mean()
+        d = (r_w - r_l) - (e_w - e_l)
+        return function(d, e_w, e_l, r_w, r_l, 0.0, *objective.options).mean()
 
     def with_statistics() -> Tensor:
         errors = _trainer_errors(x.policy, target).unflatten(0, (2, -1))

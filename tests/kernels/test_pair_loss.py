@@ -5,6 +5,7 @@ import torch
 
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import portable
+from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 
 CASES = {
@@ -233,7 +234,8 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(name, device, small_tile
 
 @pytest.fixture(params=["whole", "pieces"])
 def cpu_way(request, monkeypatch):
-    """The two ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
+    """The two long ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
+    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
     monkeypatch.setattr(portable, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
     return request.param
 
@@ -312,3 +314,43 @@ def test_cpu_default_stays_finite_at_extreme_logits(name, gap, cpu_way):
     x.reference = x.target.repeat(2, 1) + 1
     out, grad = run(CASES[name], x, None)
     assert torch.isfinite(out.loss) and torch.isfinite(grad).all()
+
+
+PLAIN = [n for n in CASES if n != "kto" and not n.startswith(("sdpo", "adaptive"))]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PLAIN)
+def test_cpu_short_way_equals_the_long_bit_for_bit(name, dtype, shared, monkeypatch):
+    x = pair_inputs(3, (4, 7, 11), dtype, shared_target=shared)
+    with monkeypatch.context() as patch:
+        patch.setattr(portable, "pair_loss", None)
+        short, short_grad = run(CASES[name], x, None)
+    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
+    found, grad = run(CASES[name], x, None)
+    for a, b in zip(short, found, strict=True):
+        assert a is b is None or (torch.equal(a, b) and a.shape == b.shape and a.dtype == b.dtype)
+    assert torch.equal(short_grad, grad)
+    assert not any(t.requires_grad for t in short[1:] if t is not None)
+
+
+LONG = {
+    "a reference of ready errors": lambda x: x.policy[:, 0, 0].square(),
+    "a reference of another dtype": lambda x: x.reference.double(),
+    "a reference that wants a gradient": lambda x: x.reference.clone().requires_grad_(),
+    "a strided reference": lambda x: x.reference.mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("change", LONG)
+def test_cpu_takes_the_long_way_for_other_batches(change):
+    x = pair_inputs(3, (7, 11), torch.float32)
+    x.reference = LONG[change](x)
+    dpo = eager.OBJECTIVES["dpo"].function
+    assert portable.small_loss(x.policy, x.reference, x.target, dpo, (20.0, 0.0, 0.0)) is None
+    found, grad = run(CASES["dpo"], x, None)
+    expected, expected_grad = run(CASES["dpo"], x, "reference")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert x.reference.grad is None

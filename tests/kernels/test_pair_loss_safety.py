@@ -120,13 +120,25 @@ def test_operator_and_eager_path_agree_bitwise(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a GPU is triton")
 def test_none_chooses_the_portable_path_on_the_cpu(monkeypatch):
     x = pair_inputs(2, (40,))
+    weight = torch.ones(2)
     expected = call(x, "reference").loss
     chosen = []
-    real = portable.pair_loss
-    monkeypatch.setattr(portable, "pair_loss", lambda *a, **k: chosen.append(1) or real(*a, **k))
+    for name in ("small_loss", "pair_loss"):
+        real = getattr(portable, name)
+        counted = lambda *a, real=real, name=name, **k: chosen.append(name) or real(*a, **k)  # noqa: E731
+        monkeypatch.setattr(portable, name, counted)
     torch.testing.assert_close(call(x, None).loss, expected)
+    torch.testing.assert_close(call(x, None, pair_weight=weight).loss, expected)
     call(x, "reference")
-    assert chosen == [1]
+    assert chosen == ["small_loss", "pair_loss"]
+
+
+def test_unknown_keywords_are_named():
+    x = pair_inputs(2, (40,))
+    with pytest.raises(TypeError, match=r"dpo got unexpected keyword arguments \['pair_weights'\]"):
+        call(x, None, pair_weights=torch.ones(2))
+    with pytest.raises(TypeError, match="safeguard"):
+        call(x, None, safeguard=0.5)
 
 
 def test_float64_is_for_the_reference(device):

@@ -44,23 +44,40 @@ class PairLoss(NamedTuple):
     weight: Tensor | None
 
 
-def _chosen(impl: str | None, tensors: Sequence[Tensor]) -> str:
+def _chosen(impl: str | None, policy: Tensor, target: Target, others: Sequence[Tensor] = ()) -> str:
     """`choose`, and a limit of the kernel's: its last program holds vectors of all pairs."""
-    if impl is None and not tensors[0].is_cuda:
+    n_pairs = len(policy) // 2
+    if impl is None and (not policy.is_cuda or n_pairs > _MAX_PAIRS):
         return "reference"
-    n_pairs = tensors[0].shape[0] // 2
-    if impl is None and n_pairs > _MAX_PAIRS:
-        return "reference"
-    chosen = choose(impl, tensors)
+    parts = target.parts().values() if isinstance(target, PairTarget) else (target,)
+    floats = (part for part in parts if part.is_floating_point())
+    chosen = choose(impl, [policy, *floats, *others])
     if chosen == "triton" and n_pairs > _MAX_PAIRS:
         raise ValueError(f"impl='triton' takes at most {_MAX_PAIRS} pairs a call, got {n_pairs}")
     return chosen
 
 
+def _named_sources(reference: Tensor | None, annotators: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Who else judges the pairs, by the names that errors call them."""
+    named = {} if reference is None else {"reference": reference}
+    for k, annotator in enumerate(annotators):
+        named[f"annotators[{k}]"] = annotator
+    return named
+
+
+def _named_vectors(minority, pair_weight, statistics) -> dict[str, Tensor]:
+    """The given ones of the three."""
+    if minority is None and pair_weight is None and statistics is None:
+        return {}
+    named = {"minority": minority, "pair_weight": pair_weight, "statistics": statistics}
+    return {name: vector for name, vector in named.items() if vector is not None}
+
+
 def _check_predictions(policy: Tensor, target: Target) -> None:
     """The rules on policy and target."""
     _check_floating("policy", policy)
-    if policy.ndim < 2 or policy.shape[0] % 2 or policy.numel() == 0:
+    rows, *dims = policy.shape or (1,)
+    if not dims or rows % 2 or policy.numel() == 0:
         raise ValueError(
             "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
             f"got {tuple(policy.shape)}"
@@ -69,8 +86,7 @@ def _check_predictions(policy: Tensor, target: Target) -> None:
         target.check(policy)
         return
     _check_floating("target", target)
-    rows, *dims = policy.shape
-    if target.shape not in ((rows // 2, *dims), (rows, *dims)):
+    if target.shape != (rows // 2, *dims) and target.shape != policy.shape:
         raise ValueError(
             f"target must be {(rows, *dims)}, or {(rows // 2, *dims)} shared by the pair; "
             f"got {tuple(target.shape)}"
@@ -79,17 +95,18 @@ def _check_predictions(policy: Tensor, target: Target) -> None:
         raise ValueError(f"target must be on policy's {policy.device}, got {target.device}")
 
 
+def _alike(a: object, policy: Tensor) -> bool:
+    """Whether it is a tensor of the policy's shape, dtype and device."""
+    if type(a) is not Tensor or a.dtype != policy.dtype or a.shape != policy.shape:
+        return False
+    return a.device == policy.device
+
+
 def _check_floating(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
-
-
-def _floats(target: Target) -> list[Tensor]:
-    """The floating-point tensors that make the target."""
-    parts = target.parts().values() if isinstance(target, PairTarget) else [target]
-    return [part for part in parts if part.is_floating_point()]
 
 
 def _encoded(target: Target, n_pairs: int) -> EncodedTarget:
@@ -103,6 +120,8 @@ def _encoded(target: Target, n_pairs: int) -> EncodedTarget:
 
 def _check_source(name: str, source: Tensor, policy: Tensor) -> None:
     """Reference and annotators: predictions like the policy's, or errors `[2B]`."""
+    if _alike(source, policy):
+        return
     if not isinstance(source, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(source).__name__}")
     if source.ndim == 1:
@@ -199,35 +218,36 @@ def pair_loss(
         TypeError: not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device, option or `impl` that breaks the rules above.
     """
-    _check_predictions(policy, target)
-    if objective not in eager.OBJECTIVES:
+    kind = eager.OBJECTIVES.get(objective)
+    if kind is None:
         raise ValueError(f"objective must be one of {list(eager.OBJECTIVES)}, got {objective!r}")
-    if reference is None and eager.OBJECTIVES[objective].needs_reference:
+    if reference is None and kind.needs_reference:
         raise ValueError(f"{objective} needs a reference, got None")
-    n_pairs = policy.shape[0] // 2
-    named = [("reference", reference)] if reference is not None else []
-    named += [(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
-    for name, source in named:
-        _check_source(name, source, policy)
+    options = (*options, 0.0, 0.0, 0.0)[:3]
+    plain = adaptive is minority is statistics is pair_weight is safeguard is reduce is None
+    if plain and impl is None and objective != "kto" and not len(annotators):
+        small = portable.small_loss(policy, reference, target, kind.function, options)
+        if small is not None:
+            return PairLoss(*small)
+    _check_predictions(policy, target)
     if adaptive is not None:
         _check_adaptive(adaptive, minority, annotators)
     elif minority is not None or len(annotators):
         raise ValueError(f"{objective} without adaptive takes neither minority nor annotators")
-    n_statistics = 1 if adaptive is None else 2 + len(annotators)
-    vectors = (("minority", minority, n_pairs), ("pair_weight", pair_weight, n_pairs))
-    given = []
-    for name, vector, size in (*vectors, ("statistics", statistics, n_statistics)):
-        if vector is not None:
-            _check_vector(name, vector, size, policy)
-            given.append(vector)
+    sources = _named_sources(reference, annotators)
+    for name, source in sources.items():
+        _check_source(name, source, policy)
+    vectors = _named_vectors(minority, pair_weight, statistics)
+    n_pairs = len(policy) // 2
+    for name, vector in vectors.items():
+        n_statistics = 1 if adaptive is None else 2 + len(annotators)
+        _check_vector(name, vector, n_statistics if name == "statistics" else n_pairs, policy)
     if reduce is not None:
         _check_reduce(objective, adaptive, safeguard, statistics)
-    tensors = [policy, *_floats(target), *(s for _, s in named)]
-    options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
-    if _chosen(impl, [*tensors, *given]) == "reference":
-        plain = portable if impl is None else eager
+    if _chosen(impl, policy, target, (*sources.values(), *vectors.values())) == "reference":
+        module = portable if impl is None else eager
         return PairLoss(
-            *plain.pair_loss(
+            *module.pair_loss(
                 policy,
                 reference,
                 target.form(policy) if isinstance(target, PairTarget) else target,
@@ -242,7 +262,7 @@ def pair_loss(
                 reduce=reduce,
             )
         )
-    for name, vector in (*named, *(v[:2] for v in vectors), ("statistics", statistics)):
+    for name, vector in (*sources.items(), *vectors.items()):
         _check_kernel_vector(name, vector)
     kinds = "" if adaptive is None else adaptive.kinds
     error = None
@@ -260,13 +280,13 @@ def pair_loss(
         statistics,
         pair_weight,
         objective,
-        options,
+        [float(x) for x in options],
         kinds,
         [] if adaptive is None else adaptive.scalars,
         safeguard,
         error,
     )
-    return _unpack(loss, stats, n_pairs, len(named) + 1, reference, adaptive, pair_weight)
+    return _unpack(loss, stats, n_pairs, len(sources) + 1, reference, adaptive, pair_weight)
 
 
 def _check_reduce(objective, adaptive, safeguard, statistics) -> None:
@@ -325,7 +345,7 @@ def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> 
         ValueError: a shape, device or `impl` that breaks the rules above.
     """
     _check_predictions(policy, target)
-    if _chosen(impl, [policy, *_floats(target)]) == "reference":
+    if _chosen(impl, policy, target) == "reference":
         formed = target.form(policy) if isinstance(target, PairTarget) else target
         return (portable if impl is None else eager).pair_errors(policy, formed.detach())
     return ops.pair_errors(policy, *_encoded(target, policy.shape[0] // 2))

@@ -1,8 +1,9 @@
 """The scalar functions of `reference.py` as device code, each with its two partial derivatives.
 
-`name(e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32. A new
-objective is one function here, one in `reference.py`, one line in each table, one row in the tests'
-table.
+`name(d, e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32, with
+the margin `d = (r_w - r_l) - (e_w - e_l)`, so `dd/de_w = -1` and `dd/de_l = 1`. A new objective is
+one function here, one of the same name in `reference.py`, one line in the table there, one row in
+the tests' table.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -10,24 +11,25 @@ import triton
 import triton.language as tl
 
 from fastpo_kernels._triton import log_sigmoid, sigmoid
+from fastpo_kernels.pair_loss import reference
 
 
 @triton.jit
-def _logit(e_w, e_l, r_w, r_l, shift, beta):
-    return beta * ((r_w - r_l) - (e_w - e_l)) - shift
+def _logit(d, shift, beta):
+    return beta * d - shift
 
 
 @triton.jit
-def dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    z = _logit(d, shift, beta)
     loss = -(1.0 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z)
     slope = beta * ((1.0 - smoothing) * sigmoid(-z) - smoothing * sigmoid(z))
     return loss, slope, -slope
 
 
 @triton.jit
-def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+    z = _logit(d, shift, beta)
     scale = 1.0 / (1.0 - 2.0 * smoothing)
     loss = scale * (smoothing * log_sigmoid(-z) - (1.0 - smoothing) * log_sigmoid(z))
     slope = scale * beta * ((1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z))
@@ -35,20 +37,20 @@ def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 
 
 @triton.jit
-def ipo(e_w, e_l, r_w, r_l, shift, tau, _, __):
-    gap = ((r_w - r_l) - (e_w - e_l)) - shift - 0.5 / tau
+def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
+    gap = d - shift - 0.5 / tau
     return gap * gap, -2.0 * gap, 2.0 * gap
 
 
 @triton.jit
-def hinge(e_w, e_l, r_w, r_l, shift, beta, _, __):
-    slack = 1.0 - _logit(e_w, e_l, r_w, r_l, shift, beta)
+def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
+    slack = 1.0 - _logit(d, shift, beta)
     slope = tl.where(slack > 0.0, beta, 0.0)
     return tl.maximum(slack, 0.0), slope, -slope
 
 
 @triton.jit
-def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
+def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
     v_w = beta * (r_w - e_w - shift)
     v_l = beta * (r_l - e_l - shift)
     loss = 0.5 * (sigmoid(-v_w) + sigmoid(v_l))
@@ -58,8 +60,8 @@ def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
 
 
 @triton.jit
-def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
+    z = _logit(d, shift, beta)
     p, not_p = sigmoid(z), sigmoid(-z)
     loss = p * (log_sigmoid(z) - log_q) + not_p * (log_sigmoid(-z) - log_not_q)
     slope = -beta * p * not_p * (z - (log_q - log_not_q))
@@ -67,14 +69,14 @@ def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
 
 
 @triton.jit
-def linear_dpo(e_w, e_l, r_w, r_l, shift, beta, eta, _):
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+def linear_dpo(d, e_w, e_l, r_w, r_l, shift, beta, eta, _):
+    z = _logit(d, shift, beta)
     c = tl.minimum(tl.maximum(0.5 - 0.2 * z, eta), 1.0 - eta)
     return c * (e_w - e_l), c, -c
 
 
 @triton.jit
-def sft(e_w, e_l, r_w, r_l, shift, _, __, ___):
+def sft(d, e_w, e_l, r_w, r_l, shift, _, __, ___):
     return e_w, tl.full(e_w.shape, 1.0, tl.float32), tl.zeros(e_w.shape, tl.float32)
 
 
@@ -93,7 +95,7 @@ def _decay_minus_one(x):
 
 
 @triton.jit
-def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     h_w, slope_w = _decay_minus_one(snr * e_w)
     h_l, slope_l = _decay_minus_one(snr * e_l)
     v = num_timesteps * (h_w - h_l)
@@ -101,14 +103,4 @@ def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     return e_w - weight * log_sigmoid(v), 1.0 - pull * slope_w, pull * slope_l
 
 
-OBJECTIVES = {
-    "dpo": dpo,
-    "robust_dpo": robust_dpo,
-    "ipo": ipo,
-    "hinge": hinge,
-    "kto": kto,
-    "dmpo": dmpo,
-    "linear_dpo": linear_dpo,
-    "sft": sft,
-    "mapo": mapo,
-}
+OBJECTIVES = {name: globals()[name] for name in reference.OBJECTIVES}

@@ -215,7 +215,7 @@ def finish(
     tl.store(tail_ptr + b, u, mask=valid)
     tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
     loss, slope_w, slope_l = OBJECTIVE(
-        e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
+        d, e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
     )
     if SAFEGUARD:
         if N_SUMS:

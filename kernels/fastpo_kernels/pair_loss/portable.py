@@ -4,13 +4,14 @@ A loss on a CPU costs its number of operators while the batch is small, and the 
 cache when it is large. So the squared residual is one `mse_loss` and its gradient one
 `mse_loss_backward`, and large batches go through the reduction piece by piece, the float32 copy of
 a half-precision piece staying in cache; nothing of the latents' size is kept for the backward pass.
+Of a small plain batch the Python between the operators is the cost: `small_loss` leaves it out.
 From the errors on, `reference.from_errors` runs: the objectives are not written again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fastpo_kernels.pair_loss import reference as eager
 _squared_difference = _nn.mse_loss
 _NO_REDUCTION = 0
 _EXACT = (torch.float32, torch.float64)
+_FLOATS = (*_EXACT, torch.bfloat16, torch.float16)
 # Elements of one side in a piece, for every core up to eight. On one core of an EPYC (2026-11), of
 # 2**13 ... 2**22, 2**18 and 2**19 were the fastest on SDXL and video latents.
 _PIECE, _MAX_CORES = 1 << 18, 8
@@ -35,7 +37,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _errors(policy: Tensor, target: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     """Mean squared errors `[2, B]` of every source, all at once; differentiable in `policy`."""
     dtype = policy.dtype if policy.dtype in _EXACT else torch.float32
-    n_rows = policy.shape[0]
+    n_rows = len(policy)
     n_elements = policy.numel() // n_rows
     shape: tuple[int, ...] = (-1, n_rows // 2, n_elements)
     dims: int | list[int] = -1
@@ -44,12 +46,13 @@ def _errors(policy: Tensor, target: Tensor, others: Sequence[Tensor]) -> list[Te
             shape = (-1, n_rows // 2, *policy.shape[1:])
             dims = list(range(2, len(shape)))
     target = (target if target.dtype == dtype else target.to(dtype)).view(shape)
-    found = []
-    for source in (policy, *others):
+    source = policy if policy.dtype == dtype else policy.to(dtype)
+    square = _squared_difference(source.view(shape), target, _NO_REDUCTION)
+    # The sum's backward is a view, the mean's a tensor of the latents' size.
+    found = [square.sum(dims).div_(n_elements)]
+    for source in others:
         source = source if source.dtype == dtype else source.to(dtype)
-        square = _squared_difference(source.view(shape), target, _NO_REDUCTION)
-        # The sum's backward is a view, the mean's a tensor of the latents' size.
-        found.append(square.sum(dims).div_(n_elements))
+        found.append(_squared_difference(source.view(shape), target, _NO_REDUCTION).mean(dims))
     return found
 
 
@@ -196,6 +199,52 @@ def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
     if policy.numel() > 2 * _PIECE and _fits_pieces(policy, target, ()):
         return _ErrorsByPieces.apply(policy, target)[0].flatten()
     return _errors(policy, target, ())[0].flatten()
+
+
+def small_loss(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Any,
+    function: Callable[..., Tensor],
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None] | None:
+    """`pair_loss` of a small batch of dense predictions, without weights and statistics.
+
+    There the Python between the operators, checks and keywords and branches for what is not asked,
+    would take a third of the time. None for every other batch, wrong ones among them.
+    """
+    if not isinstance(policy, Tensor) or policy.ndim < 2 or torch.compiler.is_compiling():
+        return None
+    dtype, (n_rows, *dims), n = policy.dtype, policy.shape, policy.numel()
+    if n_rows % 2 or not 0 < n <= 2 * _PIECE or dtype not in _FLOATS or not policy.is_cpu:
+        return None
+    for t in (target,) if reference is None else (target, reference):
+        if type(t) is not Tensor or t.dtype is not dtype or t.requires_grad or not t.is_cpu:
+            return None
+    if target.shape != (n_rows // 2, *dims) and target.shape != policy.shape:
+        return None
+    if reference is not None and reference.shape != policy.shape:
+        return None
+    if dtype not in _EXACT:
+        policy, target = policy.float(), target.float()
+        reference = None if reference is None else reference.float()
+    n_elements = n // n_rows
+    shape = (-1, n_rows // 2, n_elements)
+    try:
+        policy, target = policy.view(shape), target.view(shape)
+        reference = None if reference is None else reference.view(shape)
+    except RuntimeError:  # not dense
+        return None
+    errors = _squared_difference(policy, target, _NO_REDUCTION).sum(-1).div_(n_elements)
+    e_w, e_l = errors.unbind()
+    r_w, r_l, reference_error, d = 0.0, 0.0, None, e_l - e_w
+    if reference is not None:
+        known = _squared_difference(reference, target, _NO_REDUCTION).mean(-1)
+        r_w, r_l = known.unbind()
+        d = (r_w - r_l) + d
+        reference_error = known.flatten()
+    loss = function(d, e_w, e_l, r_w, r_l, 0.0, *options).mean()
+    return loss, d.detach(), errors.detach().flatten(), reference_error, None, None
 
 
 def pair_loss(

@@ -48,65 +48,65 @@ class Adaptive:
         return [self.rho, self.weight_scale, self.weight_intercept, self.shift_scale, self.beta]
 
 
-def _margin(e_w: Tensor, e_l: Tensor, r_w: Tensor, r_l: Tensor) -> Tensor:
+def _margin(e_w: Tensor, e_l: Tensor, r_w, r_l) -> Tensor:
     return (r_w - r_l) - (e_w - e_l)
 
 
-def _logit(e_w, e_l, r_w, r_l, shift, beta):
-    z = beta * _margin(e_w, e_l, r_w, r_l)
+def _logit(d, shift, beta):
+    z = beta * d
     return z - shift if isinstance(shift, Tensor) else z
 
 
-def dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    z = _logit(d, shift, beta)
     if smoothing == 0:
         return -F.logsigmoid(z)
     return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
 
 
-def robust_dpo(e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    z = _logit(d, shift, beta)
     return (smoothing * F.logsigmoid(-z) - (1 - smoothing) * F.logsigmoid(z)) / (1 - 2 * smoothing)
 
 
-def ipo(e_w, e_l, r_w, r_l, shift, tau, _, __):
+def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
     """`(d - shift - 1/(2 tau))**2`: on the margin itself, not on the logit (Azar et al. 2023)."""
-    return (_margin(e_w, e_l, r_w, r_l) - shift - 0.5 / tau).square()
+    return (d - shift - 0.5 / tau).square()
 
 
-def hinge(e_w, e_l, r_w, r_l, shift, beta, _, __):
+def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
     """`max(0, 1 - z)`."""
-    return F.relu(1 - _logit(e_w, e_l, r_w, r_l, shift, beta))
+    return F.relu(1 - _logit(d, shift, beta))
 
 
-def kto(e_w, e_l, r_w, r_l, shift, beta, _, __):
+def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
     """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`."""
     winner = torch.sigmoid(-beta * (r_w - e_w - shift))
     loser = torch.sigmoid(beta * (r_l - e_l - shift))
     return 0.5 * (winner + loser)
 
 
-def dmpo(e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
+def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    z = _logit(d, shift, beta)
     p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
     return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
-def linear_dpo(e_w, e_l, r_w, r_l, shift, beta, eta, _):
+def linear_dpo(d, e_w, e_l, r_w, r_l, shift, beta, eta, _):
     """`c (e_w - e_l)`, `c = clip(0.5 - 0.2 beta d, eta, 1 - eta)` detached."""
-    z = _logit(e_w, e_l, r_w, r_l, shift, beta)
+    z = _logit(d, shift, beta)
     return (0.5 - 0.2 * z).clamp(eta, 1 - eta).detach() * (e_w - e_l)
 
 
-def sft(e_w, e_l, r_w, r_l, shift, _, __, ___):
+def sft(d, e_w, e_l, r_w, r_l, shift, _, __, ___):
     """`e_w`: fine-tuning on the winner alone."""
     return e_w
 
 
-def mapo(e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     """`e_w - b ls(T (f(e_w) - f(e_l)))`, `f(e) = s e / expm1(s e)` (Hong et al. 2024)."""
     gap = decay_minus_one(snr * e_w) - decay_minus_one(snr * e_l)
     return e_w - weight * F.logsigmoid(num_timesteps * gap)
@@ -130,7 +130,10 @@ def decay_minus_one(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A scalar function `(e_w, e_l, r_w, r_l, shift, a, b, c) -> losses` and what it needs."""
+    """A scalar function `(d, e_w, e_l, r_w, r_l, shift, a, b, c) -> losses` and what it needs.
+
+    `d = (r_w - r_l) - (e_w - e_l)`, differentiable in `e_w` and `e_l` as they are.
+    """
 
     function: Callable[..., Any]
     needs_reference: bool = True
@@ -295,20 +298,20 @@ def from_errors(
     """
     policy_error = errors.detach()
     e_w, e_l = errors.unbind()
-    known = torch.zeros_like(policy_error) if reference_errors is None else reference_errors
-    r_w, r_l = known.unbind()
-    d = _margin(e_w, e_l, r_w, r_l).detach()
+    r_w, r_l = (0.0, 0.0) if reference_errors is None else reference_errors.unbind()
+    d = _margin(e_w, e_l, r_w, r_l)
+    margin = d.detach()
     gain = (r_w + r_l - e_w - e_l).detach() / 2 if objective == "kto" else None
     margins = []
     if adaptive is not None:
-        margins = [d, *((r_w - r_l) - (a[0] - a[1]) for a in annotator_errors)]
+        margins = [margin, *((r_w - r_l) - (a[0] - a[1]) for a in annotator_errors)]
     agreement = []
     if safeguard is not None:
         assert dot is not None, "a safeguard needs the residuals' product"
         agreement = [policy_error[0], dot]
     sums = [x.sum() for x in agreement]
     if reduce is not None:
-        totals = reduced(reduce, batch_sums(gain, margins, agreement, len(d)))
+        totals = reduced(reduce, batch_sums(gain, margins, agreement, len(margin)))
         statistics = _statistics_of(totals, len(margins), adaptive)
         sums = list(totals[-3:-1])
     u = weight = None
@@ -322,10 +325,11 @@ def from_errors(
         weight = given if weight is None else weight * given
     if safeguard is not None:
         e_l = _safeguarded(e_l, sums, safeguard)
-    losses = OBJECTIVES[objective].function(e_w, e_l, r_w, r_l, shift, *options)
+        d = _margin(e_w, e_l, r_w, r_l)
+    losses = OBJECTIVES[objective].function(d, e_w, e_l, r_w, r_l, shift, *options)
     loss = (losses if weight is None else weight * losses).mean()
     reference_error = None if reference_errors is None else reference_errors.flatten()
-    return loss, d, policy_error.flatten(), reference_error, u, weight
+    return loss, margin, policy_error.flatten(), reference_error, u, weight
 
 
 def pair_loss(
