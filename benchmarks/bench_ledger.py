@@ -1,20 +1,24 @@
 """Who finds the wrong labels, what that saves of the gain, and what it costs a step.
 
-    python benchmarks/bench_ledger.py --work FOLDER [--seeds 0 1] [--flips 0.2 0.4]
+    python benchmarks/bench_ledger.py --work FOLDER [--seeds 0 1] [--flips 0.2 0.4] [--parts ...]
 
 The demo's digits through the real trainer, in small: 700 rows of preferences (a quarter of them
 ties), four epochs, batches of 16. A finished run stands in the CSV and is not repeated. The votes
-of each run are kept in FOLDER; `ledger_scales.py` replays them on other scales.
+of plain DPO's runs are kept in FOLDER; `ledger_scales.py` replays them on other scales. `--short`
+tries every line in a minute; the numbers then mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
 from fastpo.config import Config, parse_config
 from fastpo.data.prepare import prepare
+from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
@@ -39,7 +44,7 @@ from fastpo.models import predict
 from fastpo.run import StepTable
 from fastpo.types import pair_key
 
-ROWS = 700
+ROWS, ROWS_SHORT = 700, 60
 SOFT = merged(LEDGER, {"objective": {"weight_kind": "linear"}})
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
@@ -65,7 +70,44 @@ FIELDS = (
     "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "gain", "kept",
     "step_ratio", "device", "threads", "torch", "commit", "date",
 )  # fmt: skip
+PARTS = ("methods", "cost", "cases", "variants")
 Label = Callable[[dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The base, the folder of all runs, and how many rows of preferences a run has."""
+
+    base: Path
+    root: Path
+    rows: int
+    short: bool
+
+    def work(self, name: str, *, seed: int, times: int = 1) -> Path:
+        """A run's folder with its preferences, written if they are not there."""
+        work = self.root / name
+        if not (work / "preferences").is_dir():
+            write_preferences(work / "preferences", n_pairs=times * self.rows, seed=seed)
+        return work
+
+    def configure(
+        self, work: Path, name: str, train: Mapping[str, Any], *, flip_rate: float, seed: int
+    ) -> Config:
+        """One run's configuration, the demo's in small; its cache is prepared."""
+        paths = {"base": self.base, "preferences": work / "preferences", "work": work}
+        raw = demo_config("dpo", paths, seed=seed, short=self.short).model_dump(mode="json")
+        train = dict(train)
+        if "objective" in train:  # another objective has other options; the slope stays
+            beta = raw["train"].pop("objective")["beta"]
+            train["objective"] = {"beta": beta, **train["objective"]}
+        if self.short:
+            train |= {"epochs": None, "max_steps": 4}
+        out = work / f"{name}-{flip_rate}".replace(" ", "").replace(",", "-")
+        changes = {"data": {"flip_rate": flip_rate}, "train": {"output_dir": str(out), **train}}
+        small = SMALL if not self.short else {"train": {"micro_batch_size": 16}}
+        config = parse_config(merged(merged(raw, small), changes))
+        prepare(config, progress=False)
+        return config
 
 
 def bradley_terry(row: dict[str, Any]) -> bool:
@@ -138,11 +180,11 @@ def recorded() -> Iterator[list[np.ndarray]]:
     votes: list[np.ndarray] = []
     original = fastpo.train.record
 
-    def record(trainer, table: StepTable) -> None:
+    def record(trainer, table: StepTable, *, moved: bool) -> None:
         step = torch.full((len(table.rows),), float(len(votes)))
         columns = (step, table["index"], table["timestep"], table["margin"])
         votes.append(torch.stack([c.double() for c in columns], dim=1).numpy())
-        original(trainer, table)
+        original(trainer, table, moved=moved)
 
     fastpo.train.record = record
     try:
@@ -155,21 +197,6 @@ def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
     """Writes a run's votes for `ledger_scales.py`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, votes=np.concatenate(votes), flipped=flipped)
-
-
-def configure(
-    base: Path, work: Path, name: str, train: Mapping[str, Any], *, flip_rate: float, seed: int
-) -> Config:
-    """One run's configuration: the demo's, in small."""
-    paths = {"base": base, "preferences": work / "preferences", "work": work}
-    raw = demo_config("dpo", paths, seed=seed, short=False).model_dump(mode="json")
-    train = dict(train)
-    if "objective" in train:  # another objective has other options; the slope stays
-        beta = raw["train"].pop("objective")["beta"]
-        train["objective"] = {"beta": beta, **train["objective"]}
-    out = work / f"{name}-{flip_rate}".replace(" ", "").replace(",", "-")
-    changes = {"data": {"flip_rate": flip_rate}, "train": {"output_dir": str(out), **train}}
-    return parse_config(merged(merged(raw, SMALL), changes))
 
 
 def minority_columns(run: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
@@ -219,25 +246,16 @@ class Results:
 
 
 def run_methods(
-    base: Path,
-    root: Path,
-    flips: list[float],
-    seeds: list[int],
-    methods: list[str],
-    results: Results,
+    place: Place, flips: list[float], seeds: list[int], methods: list[str], results: Results
 ) -> None:
     """Every method at every rate and seed; plain DPO on clean labels is what could be had."""
     for seed in seeds:
-        work = root / f"seed-{seed}"
-        runs = [("dpo", 0.0), *((m, rate) for rate in flips for m in methods)]
-        for number, (method, rate) in enumerate(runs):
+        for method, rate in [("dpo", 0.0), *((m, rate) for rate in flips for m in methods)]:
             labels = {"part": "methods", "method": method, "flip_rate": rate, "seed": seed}
             if results.has(**labels):
                 continue
-            config = configure(base, work, method, METHODS[method], flip_rate=rate, seed=seed)
-            if not number:
-                write_preferences(work / "preferences", n_pairs=ROWS, seed=seed)
-                prepare(config, progress=False)
+            work = place.work(f"seed-{seed}", seed=seed)
+            config = place.configure(work, method, METHODS[method], flip_rate=rate, seed=seed)
             with recorded() as votes:
                 run = fastpo.train.train(config, overwrite=True, progress=False)
             evaluation = evaluate(config, base_samples=work / "base-samples")
@@ -247,7 +265,7 @@ def run_methods(
                 clean = results.find("gain", part="methods", flip_rate=0.0, seed=seed)
             ids, flipped, metrics = minority_columns(run)
             if rate and method == "dpo":
-                keep(root / "votes" / f"dpo-{rate}-{seed}.npz", votes, flipped)
+                keep(place.root / "votes" / f"dpo-{rate}-{seed}.npz", votes, flipped)
             judge = "ema" if method == "moving averages" else "ledger"
             results.add(
                 **labels,
@@ -256,37 +274,33 @@ def run_methods(
                 wrong=float(flipped.mean()),
                 auroc=area(flipped, metrics[judge]) if rate else "",
                 gain=gain,
-                kept=gain / clean,
+                kept=gain / clean if clean else math.nan,
             )
 
 
-def run_variants(base: Path, root: Path, seed: int) -> None:
+def run_variants(place: Place, seed: int) -> None:
     """Plain DPO on twice as many pairs, in other ways of training: votes alone, for the scales."""
-    work = root / f"variants-{seed}"
     for name, (rate, train) in VARIANTS.items():
-        path = root / "votes" / f"{name}-{rate}-{seed}.npz"
+        path = place.root / "votes" / f"{name}-{rate}-{seed}.npz"
         if path.is_file():
             continue
-        config = configure(base, work, name, train, flip_rate=rate, seed=seed)
-        if not (work / "preferences").is_dir():
-            write_preferences(work / "preferences", n_pairs=2 * ROWS, seed=seed)
-        prepare(config, progress=False)
+        work = place.work(f"variants-{seed}", seed=seed, times=2)
+        config = place.configure(work, name, train, flip_rate=rate, seed=seed)
         with recorded() as votes:
             run = fastpo.train.train(config, overwrite=True, progress=False)
         keep(path, votes, minority_columns(run)[1])
 
 
-def run_cases(base: Path, root: Path, seed: int, results: Results) -> None:
+def run_cases(place: Place, seed: int, results: Results) -> None:
     """Errors that are not coin flips, judged by the gate's ledger."""
-    for case in CASES:
+    for number, case in enumerate(CASES):
         labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
         if results.has(**labels):
             continue
-        work = root / f"case-{list(CASES).index(case)}-{seed}"
-        write_preferences(work / "preferences", n_pairs=ROWS, seed=seed)
+        shutil.rmtree(place.root / f"case-{number}-{seed}", ignore_errors=True)
+        work = place.work(f"case-{number}-{seed}", seed=seed)
         found = relabel(work / "preferences", case)
-        config = configure(base, work, "gate", LEDGER, flip_rate=0.0, seed=seed)
-        prepare(config, progress=False)
+        config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)
         run = fastpo.train.train(config, overwrite=True, progress=False)
         ids, _, metrics = minority_columns(run)
         wrong = np.array([int(name.split(":")[0]) in found for name in ids])
@@ -298,15 +312,18 @@ def run_cases(base: Path, root: Path, seed: int, results: Results) -> None:
         )
 
 
-def step_costs(base: Path, root: Path, results: Results) -> None:
+def step_costs(place: Place, results: Results) -> None:
     """Micro-batches of each method beside the policy's bare forward and backward, interleaved."""
     if results.has(part="cost"):
         return
     calls = {}
+    work = place.work("seed-0", seed=0)
     for method in METHODS:
-        config = configure(base, root / "seed-0", method, METHODS[method], flip_rate=0.2, seed=0)
+        config = place.configure(work, method, METHODS[method], flip_rate=0.2, seed=0)
         trainer = fastpo.train.setup_trainer(config, fastpo.train.setup_accelerator(config.train))
         batch = trainer.cache.read(list(range(16)), visit=0)
+        for step in range(2):  # until the weights have moved nobody judges
+            fastpo.train.optimizer_step(trainer, itertools.repeat(batch), step)
         calls[method] = _step_of(trainer, batch)
         if method == "dpo":
             calls["bare"] = _bare(trainer, batch)
@@ -328,7 +345,7 @@ def _step_of(trainer, batch) -> Callable[[], None]:
     def call() -> None:
         loss, rows = trainer.training_step(batch, step=10)
         loss.backward()
-        fastpo.train.record(trainer, StepTable.read(rows, 0.0, 0.0))
+        fastpo.train.record(trainer, StepTable.read(rows, 0.0, 0.0), moved=True)
 
     return call
 
@@ -351,13 +368,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--flips", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--short", action="store_true", help="try every step, measure nothing")
+    parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/ledger.csv")
     options = parser.parse_args()
-    results = Results(results_path("ledger"))
-    base = build_base(options.work / "base")
-    run_methods(base, options.work, options.flips, options.seeds, options.methods, results)
-    step_costs(base, options.work, results)
-    run_cases(base, options.work, 0, results)
-    run_variants(base, options.work, 0)
+    results = Results(options.out or results_path("ledger"))
+    short = options.short
+    base = build_base(
+        options.work / ("base-short" if short else "base"), recipe=SHORT_BASE if short else None
+    )
+    place = Place(base, options.work, ROWS_SHORT if short else ROWS, short)
+    if "methods" in options.parts:
+        run_methods(place, options.flips, options.seeds, options.methods, results)
+    if "cost" in options.parts:
+        step_costs(place, results)
+    if "cases" in options.parts:
+        run_cases(place, 0, results)
+    if "variants" in options.parts:
+        run_variants(place, 0)
 
 
 if __name__ == "__main__":
