@@ -32,14 +32,17 @@ ADAPTER = "default"
 SMALL = 8192
 
 
-def in_one_pass(config: TrainConfig, noised: NoisedPair) -> bool:
-    """Whether reference and averages shall run together: as configured, or where it was faster."""
+def in_one_pass(config: TrainConfig, n_elements: int) -> bool:
+    """Whether reference and averages shall run together: as configured, or where it was faster.
+
+    Args:
+        config: The training's section.
+        n_elements: Of the noisy latents `(2B, C, h, w)`.
+    """
     ema = config.annotators
     if config.method != "lora" or not isinstance(ema, EmaAnnotators):
         return False
-    if ema.batched == "auto":
-        return noised.noisy_latents.numel() <= SMALL
-    return ema.batched
+    return n_elements <= SMALL if ema.batched == "auto" else ema.batched
 
 
 @torch.no_grad()

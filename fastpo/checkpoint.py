@@ -12,6 +12,7 @@ weights under AdamW, and 31 GB on disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -196,7 +198,12 @@ def load_checkpoint(
 
 
 def differing_keys(saved: dict, config: Config) -> list[str]:
-    """Returns `key: saved -> current` for every key on which results depend."""
+    """Returns `key: saved -> current` for every key on which results depend.
+
+    A key that the saved configuration is too old to have counts as its default.
+    """
+    with contextlib.suppress(ValidationError):  # keys that are gone differ, and are named
+        saved = Config.model_validate(saved).model_dump(mode="json")
     free = list(FREE_KEYS)
     if config.train.optim.schedule in CONSTANT_SCHEDULES:
         free += ["train.epochs", "train.max_steps"]

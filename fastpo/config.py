@@ -69,7 +69,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 8
     alpha: Positive = 8.0
-    dropout: Rate = 0.0  # of the adapters' inputs; judges run without it
+    dropout: Decay = 0.0  # of the adapters' inputs, below 1; judges run without it
     # how the names of the adapted layers end; these are the attention's projections
     target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 

@@ -157,7 +157,11 @@ class Trainer:
         live, judged = runs_reference(config), self._averages_judge(step)
         if reference is not None:
             reference = reference.to(noised.target.device, non_blocking=True)
-        if judged and self.state.weights.whole and in_one_pass(config, noised):
+        if (
+            judged
+            and self.state.weights.whole
+            and in_one_pass(config, noised.noisy_latents.numel())
+        ):
             averages = self.state.averages["annotators"]
             precision = autocast(self.accelerator, config)
             with without_dropout(self.denoisers.policy) as model, precision:
@@ -274,7 +278,7 @@ def _train(
     accelerator.wait_for_everyone()
     run.begin(config, start)
     if main and config.data.flip_rate > 0:
-        trainer.cache.write_flip_mask()
+        trainer.cache.write_flip_mask(otherwise=run.path)
     if main and progress:
         show_banner(trainer, start)
     accelerator.init_trackers("fastpo")

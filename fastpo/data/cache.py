@@ -159,10 +159,19 @@ class PairCache:
         embeds, pooled = self._text([0])
         return embeds.to(device), None if pooled is None else pooled.to(device)
 
-    def write_flip_mask(self) -> Path:
-        """Writes which pairs are flipped beside the cache, those beyond `data.limit` included."""
+    def write_flip_mask(self, otherwise: Path | None = None) -> Path:
+        """Writes which pairs are flipped beside the cache, those beyond `data.limit` included.
+
+        Args:
+            otherwise: The folder to write to where the cache's is read-only.
+        """
         rate, seed = self._flips
-        return write_flip_mask(self.folder, self._all_pair_ids, rate=rate, seed=seed)
+        try:
+            return write_flip_mask(self.folder, self._all_pair_ids, rate=rate, seed=seed)
+        except OSError:
+            if otherwise is None:
+                raise
+        return write_flip_mask(otherwise, self._all_pair_ids, rate=rate, seed=seed)
 
     def _latents(
         self, index: Tensor, shape: tuple[int, int], flipped: Tensor

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from fastpo.files import whole_file
 
 
 def is_flipped(pair_id: str, *, rate: float, seed: int) -> bool:
@@ -46,10 +47,11 @@ def write_flip_mask(cache_dir: Path, pair_ids: Iterable[str], *, rate: float, se
         The file's path.
     """
     path = flip_mask_path(cache_dir, rate=rate, seed=seed)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["pair_id", "flipped"])
         writer.writerows((name, int(is_flipped(name, rate=rate, seed=seed))) for name in pair_ids)
-    os.replace(temporary, path)
     return path

@@ -133,7 +133,7 @@ def make_plan(
     measured = measure(architecture, config, shapes, status)
     size = find_size(config, pairs)
     visits = count_visits(config, size.pairs, world_size)
-    own = own_recipe(config.train)
+    own = own_recipe(config.train, _latent_elements(architecture, shapes))
     costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]
     base = costs[0].seconds_per_pair
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
@@ -199,7 +199,7 @@ def measure(
     forward, training, recompute = measure_training(
         policy, shapes, train.precision, checkpointing=train.gradient_checkpointing
     )
-    latent = 2 * shapes.pairs * architecture.vae["latent_channels"] * shapes.height * shapes.width
+    latent = _latent_elements(architecture, shapes)
     trained = count_trained(policy.parameters(), train)
     return Measured(
         forward=forward,
@@ -216,6 +216,12 @@ def measure(
         batch_bytes=_batch_bytes(config, architecture, shapes, latent),
         prediction_bytes=latent * _answer_size(train),
     )
+
+
+def _latent_elements(architecture: Architecture, shapes: Shapes) -> int:
+    """Of the noisy latents `(2B, C, h, w)`."""
+    channels = architecture.vae["latent_channels"]
+    return 2 * shapes.pairs * channels * shapes.height * shapes.width
 
 
 def _encoder_bytes(parts: Parts, train: TrainConfig) -> int:
@@ -257,7 +263,7 @@ def _memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
     phases = {
         "policy's forward and backward": m.training.peak,
         "optimiser's step": step,
-        "reference's forward": m.reference.peak if recipe.reference else 0,
+        "judges' forward": recipe.judges_at_once * m.reference.peak,
         "VAE's encoding": max(m.vae.peak, m.text.peak) if recipe.encodes else 0,
     }
     answers = 1 + recipe.reference + recipe.averages

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastpo.annotators import in_one_pass
 from fastpo.config import EmaAnnotators, LedgerAnnotators, Precision, TrainConfig
 from fastpo.objectives import needs_reference
 
@@ -30,6 +31,7 @@ class Recipe:
         encodes: Whether images and prompts are encoded in the step.
         vae_precision: Of the VAE, where it runs.
         exports_average: Whether a further average of the trainable weights is kept.
+        together: Whether reference and averages run as one forward pass, on as many rows more.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Recipe:
     encodes: bool = False
     vae_precision: Precision = "fp32"
     exports_average: bool = False
+    together: bool = False
+
+    @property
+    def judges_at_once(self) -> int:
+        """Judges in the largest forward pass without gradients."""
+        judges = self.reference + self.averages
+        return judges if self.together else min(judges, 1)
 
     @property
     def what(self) -> str:
@@ -67,8 +76,8 @@ RELEASED = (
 )
 
 
-def own_recipe(train: TrainConfig) -> Recipe:
-    """The step that a configuration asks for."""
+def own_recipe(train: TrainConfig, n_elements: int) -> Recipe:
+    """The step that a configuration asks for, with so many elements in its noisy latents."""
     annotators = train.annotators
     averages = len(annotators.decays) if isinstance(annotators, EmaAnnotators) else 0
     return Recipe(
@@ -76,6 +85,7 @@ def own_recipe(train: TrainConfig) -> Recipe:
         reference=needs_reference(train) and not reads_reference_cache(train),
         averages=averages,
         exports_average=train.ema_decay is not None,
+        together=in_one_pass(train, n_elements),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,17 @@ def test_a_smaller_limit_leaves_the_mask_of_flips_whole(open_with):
     whole = open_with(data={"flip_rate": 0.4}).write_flip_mask().read_text()
     path = open_with(data={"flip_rate": 0.4, "limit": 3}).write_flip_mask()
     assert path.read_text() == whole
+
+
+def test_the_mask_of_flips_goes_elsewhere_if_the_cache_is_read_only(open_with, tmp_path):
+    cache = open_with(data={"flip_rate": 0.4})
+    expected = cache.write_flip_mask()
+    cache.folder = Path("/proc")  # read-only even for root
+    path = cache.write_flip_mask(otherwise=tmp_path)
+    assert path == tmp_path / expected.name
+    assert path.read_text() == expected.read_text()
+    with pytest.raises(OSError, match="proc"):
+        cache.write_flip_mask()
 
 
 def test_mixed_or_no_pairs_are_refused(open_with):

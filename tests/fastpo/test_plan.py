@@ -16,6 +16,7 @@ from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.gpus import GPUS, find_gpu
 from fastpo.plan.memory import ALLOWANCE, Sharding, Trained, held, read_sharding
 from fastpo.plan.planner import measure
+from fastpo.plan.recipes import own_recipe
 from fastpo.plan.table import gigabytes, tflop
 
 CONFIGS = sorted((Path(__file__).parents[2] / "fastpo" / "configs").glob("*.yaml"))
@@ -194,6 +195,18 @@ def test_moving_averages_cost_passes_and_the_ledger_none(tiny):
     assert ema.costs[0].memory.annotators == 3 * 4 * ema.assumptions.trainable
     assert ledger.costs[0].flops.annotators == ledger.costs[0].memory.annotators == 0
     assert "ledger" in ledger.costs[0].what
+
+
+def test_judges_in_one_pass_are_held_together():
+    ema = {"kind": "ema", "decays": [0.9, 0.5], "batched": True}
+    adaptive = {"objective": {"name": "adaptive_dpo"}, "method": "lora"}
+    elements = 2 * 4 * 128 * 128
+    recipes = [
+        own_recipe(config(annotators=annotators, **adaptive).train, elements)
+        for annotators in ({**ema, "batched": False}, ema, {**ema, "batched": "auto"})
+    ]
+    assert [recipe.judges_at_once for recipe in recipes] == [1, 3, 1]
+    assert own_recipe(config(objective={"name": "mapo"}).train, elements).judges_at_once == 0
 
 
 def test_mapo_costs_what_fine_tuning_costs(tiny):

@@ -1,8 +1,10 @@
 """Training step by step: runs that must agree do, and what a run leaves behind is usable."""
 
 import csv
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo.config import load_config
+from fastpo.data.loader import Waits
 from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.train import train
 
@@ -71,6 +74,27 @@ def test_a_run_logs_every_step_and_writes_its_results(experiment, read_metrics, 
     expected += ["ema"] if config.train.ema_decay else []
     assert set(expected) <= {p.name for p in folder.iterdir()}
     assert not [p for p in folder.rglob("*") if "partial" in p.name]
+
+
+def test_metrics_tell_the_share_of_a_step_that_waited_for_data(
+    experiment, read_metrics, monkeypatch
+):
+    class Slow(Waits):
+        def __next__(self):
+            began = time.perf_counter()
+            time.sleep(0.3)
+            batch = super().__next__()
+            self._seconds += time.perf_counter() - began
+            return batch
+
+    path = experiment(max_steps=3)
+    plain = read_metrics(train(load_config(path), progress=False), timing=True)
+    monkeypatch.setattr("fastpo.train.Waits", Slow)
+    slow = read_metrics(train(load_config(path), overwrite=True, progress=False), timing=True)
+    for fast_step, slow_step in zip(plain, slow, strict=True):
+        seconds = 2 / slow_step["pairs_per_second"]  # of a step of two pairs
+        assert 0.3 / seconds <= slow_step["data/wait"] < 1.0
+        assert 0.0 <= fast_step["data/wait"] < slow_step["data/wait"]
 
 
 def test_the_trained_model_prefers_the_winners_more(experiment, read_metrics):
@@ -276,6 +300,24 @@ def test_what_a_killed_save_left_is_swept_up(experiment):
     train(load_config(path), resume=True, progress=False)
     assert not [p for p in folder.rglob(".*") if "partial" in p.name or ".old-" in p.name]
     assert (folder / "final").is_dir()
+
+
+def test_a_checkpoint_from_before_a_key_was_added_goes_on_with_its_default(experiment):
+    path = experiment(checkpoint_every=2)
+    folder = train(load_config(path), progress=False)
+    state = folder / "checkpoints" / "step-00000004" / "state.json"
+    about = json.loads(state.read_text())
+    del about["config"]["train"]["snr_gamma"]
+    state.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"train\.snr_gamma: None there, 5\.0 here"):
+        train(load_config(path, ["train.snr_gamma=5.0"]), resume=True, progress=False)
+    train(load_config(path, ["train.max_steps=6"]), resume=True, progress=False)
+    assert (folder / "checkpoints" / "step-00000006").is_dir()
+    about["config"]["train"]["gone"] = 1  # a key of another version is named
+    state.write_text(json.dumps(about))
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    with pytest.raises(CheckpointError, match=r"train\.gone: 1 there, None here"):
+        train(load_config(path), resume=True, progress=False)
 
 
 def test_another_runs_folder_or_checkpoint_is_not_touched(experiment):
