@@ -27,10 +27,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastpo.annotators import in_one_pass, predict_together
 from fastpo.averages import exported_weights, setup_averages
 from fastpo.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
-from fastpo.config import Config, EmaAnnotators, LedgerAnnotators
+from fastpo.config import Config, EmaAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import Waits, make_loader
 from fastpo.data.reference_errors import ReferenceErrors
@@ -47,6 +46,7 @@ from fastpo.distributed import (
 )
 from fastpo.export import export_policy
 from fastpo.hub import resolve_model_folder
+from fastpo.judges import Judges
 from fastpo.ledger import PairLedger
 from fastpo.models import (
     Denoisers,
@@ -54,7 +54,6 @@ from fastpo.models import (
     load_unet,
     predict,
     setup_denoisers,
-    without_dropout,
 )
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.objectives import LossFunction, build_loss, runs_reference
@@ -116,13 +115,13 @@ class Trainer:
             The loss to differentiate, and `(micro_batch_size, K)` float64 rows of `COLUMNS`; rows
             that a short micro-batch leaves over hold the index -1.
         """
-        minority = self._minority(batch, step)
+        judges = Judges(self.config.train, self.accelerator, self.denoisers, self.state)
+        minority = judges.minority(batch, step)
         known = None if self.reference_errors is None else self.reference_errors.lookup(batch)
         batch = batch.to(self.accelerator.device)
         noised = self.noise.noised_pair(batch)
         batch = self._drop_captions(batch)
-        with torch.no_grad(), self.denoisers.judging():
-            reference, annotators = self._judges(noised, batch, step, known)
+        reference, annotators = judges.judge(noised, batch, step, known)
         with autocast(self.accelerator, self.config.train):
             policy = predict(self.policy, noised, batch)
         predictions = PairPredictions(policy, reference, annotators)
@@ -131,52 +130,6 @@ class Trainer:
         rows = table_rows(batch, noised.timesteps, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
-
-    def _minority(self, batch: PairBatch, step: int) -> Tensor | None:
-        """The metric that stands in for annotators: the ledger's, or zero while they warm up."""
-        annotators = self.config.train.annotators
-        if isinstance(annotators, LedgerAnnotators):
-            return self.state.ledger.minority(batch.index).to(
-                self.accelerator.device, non_blocking=True
-            )
-        if isinstance(annotators, EmaAnnotators) and not self._averages_judge(step):
-            return torch.zeros(len(batch), device=self.accelerator.device)
-        return None
-
-    def _averages_judge(self, step: int) -> bool:
-        """Whether averages do: past their warm-up, where more than rounding tells them apart."""
-        ema = self.config.train.annotators
-        warm = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
-        return warm and has_moved(self.state.schedule)
-
-    def _judges(
-        self, noised, batch: PairBatch, step: int, reference: Tensor | None
-    ) -> tuple[Tensor | None, tuple]:
-        """The reference's errors, if known, or predictions; the moving averages' predictions."""
-        config, annotators = self.config.train, []
-        live, judged = runs_reference(config), self._averages_judge(step)
-        if reference is not None:
-            reference = reference.to(noised.target.device, non_blocking=True)
-        if (
-            judged
-            and self.state.weights.whole
-            and in_one_pass(config, noised.noisy_latents.numel())
-        ):
-            averages = self.state.averages["annotators"]
-            precision = autocast(self.accelerator, config)
-            with without_dropout(self.denoisers.policy) as model, precision:
-                judges = predict_together(model, averages, noised, batch, reference=live)
-            return (judges[0] if live else reference), tuple(judges[live:])
-        if live:
-            with self.denoisers.reference() as model, autocast(self.accelerator, config):
-                reference = predict(model, noised, batch)
-        if judged:
-            averages = self.state.averages["annotators"]
-            with without_dropout(self.denoisers.policy) as model:
-                for which in range(len(averages.decays)):
-                    with averages.applied(which), autocast(self.accelerator, self.config.train):
-                        annotators.append(predict(model, noised, batch))
-        return reference, tuple(annotators)
 
     def _drop_captions(self, batch: PairBatch) -> PairBatch:
         rate = self.config.train.empty_prompt_rate

@@ -1,0 +1,107 @@
+"""Who judges a training step's pairs beside the policy: reference, moving averages, ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastpo.annotators import in_one_pass, predict_together
+from fastpo.checkpoint import TrainingState
+from fastpo.config import EmaAnnotators, LedgerAnnotators, TrainConfig
+from fastpo.distributed import autocast
+from fastpo.models import Denoisers, predict, without_dropout
+from fastpo.objectives import runs_reference
+from fastpo.optim import has_moved
+from fastpo.types import NoisedPair, PairBatch
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The configured judges, on the models and the state of a run.
+
+    Attributes:
+        config: The training's section.
+        accelerator: Device and precision.
+        denoisers: The reference, and the policy that averages borrow.
+        state: Ledger, averages, and the schedule that tells whether the weights have moved.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    denoisers: Denoisers
+    state: TrainingState
+
+    def minority(self, batch: PairBatch, step: int) -> Tensor | None:
+        """The metric that stands in for annotators, `(B,)`: the ledger's, or zero in a warm-up.
+
+        Args:
+            batch: B pairs in host memory.
+            step: Finished optimiser steps.
+        """
+        annotators, device = self.config.annotators, self.accelerator.device
+        if isinstance(annotators, LedgerAnnotators):
+            return self.state.ledger.minority(batch.index).to(device, non_blocking=True)
+        if isinstance(annotators, EmaAnnotators) and not self._averages_judge(step):
+            return torch.zeros(len(batch), device=device)
+        return None
+
+    def _averages_judge(self, step: int) -> bool:
+        """Whether averages do: past their warm-up, where more than rounding tells them apart."""
+        ema = self.config.annotators
+        warm = isinstance(ema, EmaAnnotators) and step >= ema.warmup_steps
+        return warm and has_moved(self.state.schedule)
+
+    def judge(
+        self, noised: NoisedPair, batch: PairBatch, step: int, known: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Runs reference and moving averages without gradients, where the step has any.
+
+        Args:
+            noised: B noisy pairs.
+            batch: Their conditions, on the device.
+            step: Finished optimiser steps.
+            known: The reference's errors `(2B,)`, where they were computed before, in host memory.
+
+        Returns:
+            The reference's errors, if known, or its predictions, or None; the averages'
+            predictions.
+        """
+        live, averages = runs_reference(self.config), self.state.averages.get("annotators")
+        reference = None
+        if known is not None:
+            reference = known.to(noised.target.device, non_blocking=True)
+        if averages is None or not self._averages_judge(step):
+            return (self._reference(noised, batch) if live else reference), ()
+        together = in_one_pass(self.config, noised.noisy_latents.numel())
+        if together and self.state.weights.whole:
+            with (
+                self.denoisers.judging(),
+                without_dropout(self.denoisers.policy) as model,
+                autocast(self.accelerator, self.config),
+            ):
+                judges = predict_together(model, averages, noised, batch, reference=live)
+            return (judges[0] if live else reference), tuple(judges[live:])
+        if live:
+            reference = self._reference(noised, batch)
+        answers = []
+        with (
+            torch.no_grad(),
+            self.denoisers.judging(),
+            without_dropout(self.denoisers.policy) as model,
+        ):
+            for which in range(len(averages.decays)):
+                with averages.applied(which), autocast(self.accelerator, self.config):
+                    answers.append(predict(model, noised, batch))
+        return reference, tuple(answers)
+
+    @torch.no_grad()
+    def _reference(self, noised: NoisedPair, batch: PairBatch) -> Tensor:
+        with (
+            self.denoisers.judging(),
+            self.denoisers.reference() as model,
+            autocast(self.accelerator, self.config),
+        ):
+            return predict(model, noised, batch)
