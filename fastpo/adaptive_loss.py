@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -11,25 +13,35 @@ from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, p
 from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
 
 
+class AdaptiveKeywords(TypedDict, total=False):
+    """What both forms take besides their slopes; the meaning and defaults: `adaptive_dpo`."""
+
+    annotators: Sequence[Tensor]
+    minority: Tensor | None
+    statistics: Tensor | None
+    reduce: Reduce | None
+    normalize: Normalize
+    rho: float
+    weight_kind: WeightKind
+    weight_scale: float
+    weight_intercept: float
+    margin_kind: MarginKind
+    pair_weight: Tensor | None
+    impl: Impl | None
+
+
+_KEYWORDS = tuple(AdaptiveKeywords.__annotations__)
+_OF_SPEC = tuple(field.name for field in fields(Adaptive) if field.name in _KEYWORDS)
+
+
 def adaptive_dpo(
     policy: Tensor,
     reference: Tensor,
     target: Target,
     *,
     beta: float,
-    annotators: Sequence[Tensor] = (),
-    minority: Tensor | None = None,
-    statistics: Tensor | None = None,
-    reduce: Reduce | None = None,
-    normalize: Normalize = "rms",
-    rho: float = 3.75,
-    weight_kind: WeightKind = "linear",
-    weight_scale: float = 10.0,
-    weight_intercept: float = 1.0,
-    margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **options: Unpack[AdaptiveKeywords],
 ) -> PairLoss:
     """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
 
@@ -38,46 +50,24 @@ def adaptive_dpo(
     factor), a `weight_kind` of u as weight, and `gamma = margin_scale (mean(d) - u**2 / beta)`.
 
     Args:
+        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
+            scale.
         annotators: other versions of the policy; besides it, none by default.
         minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators.
         statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
             each of the M annotators, the policy first. None takes the batch's.
         reduce: forms them over all processes; see `fastpo.loss`.
-        normalize: the scale over the batch: `rms`, or `l2` as released (rho = 15 at B = 16 is 3.75
-            by rms).
-        weight_kind: `linear` 1/(k0 + k1 u), `quadratic` (u squared), `sqrt` 1/(k0 + exp(k1
-            sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
-        weight_scale: k1.
-        weight_intercept: k0.
-        margin_kind: `quadratic`, or `linear`: u instead of its square.
-        margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
-            scale.
+        normalize: the scale over the batch: `rms`, the default, or `l2` as released.
+        rho: 3.75 by default; at B = 16 that is the released 15 with `l2`.
+        weight_kind: `linear`, the default, 1/(k0 + k1 u); `quadratic` (u squared), `sqrt` 1/(k0 +
+            exp(k1 sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
+        weight_scale: k1, 10 by default.
+        weight_intercept: k0, 1 by default.
+        margin_kind: `quadratic`, the default, or `linear`: u instead of its square.
     """
-    require_positive(beta=beta, rho=rho)
-    spec = Adaptive(
-        beta=beta,
-        normalize=normalize,
-        rho=rho,
-        weight_kind=weight_kind,
-        weight_scale=weight_scale,
-        weight_intercept=weight_intercept,
-        margin_kind=margin_kind,
-        shift_scale=margin_scale,
-    )
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="dpo",
-        options=(beta,),
-        annotators=annotators,
-        minority=minority,
-        statistics=statistics,
-        reduce=reduce,
-        adaptive=spec,
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    require_positive(beta=beta)
+    sources = (policy, reference, target)
+    return _adaptive("dpo", sources, (beta,), beta, margin_scale, options)
 
 
 def adaptive_ipo(
@@ -87,47 +77,33 @@ def adaptive_ipo(
     *,
     tau: float,
     beta: float,
-    annotators: Sequence[Tensor] = (),
-    minority: Tensor | None = None,
-    statistics: Tensor | None = None,
-    reduce: Reduce | None = None,
-    normalize: Normalize = "rms",
-    rho: float = 3.75,
-    weight_kind: WeightKind = "linear",
-    weight_scale: float = 10.0,
-    weight_intercept: float = 1.0,
-    margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
-    pair_weight: Tensor | None = None,
-    impl: Impl | None = None,
+    **options: Unpack[AdaptiveKeywords],
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
 
     The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract
     here: the larger a pair's gamma, the larger the margin asked of it.
     """
-    require_positive(tau=tau, beta=beta, rho=rho)
-    spec = Adaptive(
-        beta=beta,
-        normalize=normalize,
-        rho=rho,
-        weight_kind=weight_kind,
-        weight_scale=weight_scale,
-        weight_intercept=weight_intercept,
-        margin_kind=margin_kind,
-        shift_scale=margin_scale / beta,
-    )
-    return pair_loss(
-        policy,
-        reference,
-        target,
-        objective="ipo",
-        options=(tau,),
-        annotators=annotators,
-        minority=minority,
-        statistics=statistics,
-        reduce=reduce,
-        adaptive=spec,
-        pair_weight=pair_weight,
-        impl=impl,
-    )
+    require_positive(tau=tau, beta=beta)
+    sources = (policy, reference, target)
+    return _adaptive("ipo", sources, (tau,), beta, margin_scale / beta, options)
+
+
+def _adaptive(
+    objective: str,
+    sources: tuple[Tensor, Tensor, Target],
+    scalars: tuple[float],
+    beta: float,
+    shift_scale: float,
+    options: AdaptiveKeywords,
+) -> PairLoss:
+    """`pair_loss` with weights and margins from the minority metric."""
+    unknown = [name for name in options if name not in _KEYWORDS]
+    if unknown:
+        raise TypeError(f"adaptive_{objective} got unexpected keyword arguments {unknown}")
+    rest: dict[str, Any] = dict(options)
+    kinds = {name: rest.pop(name) for name in _OF_SPEC if name in rest}
+    require_positive(rho=kinds.get("rho", Adaptive.rho))
+    spec = Adaptive(beta=beta, shift_scale=shift_scale, **kinds)
+    return pair_loss(*sources, objective, scalars, adaptive=spec, **rest)

@@ -84,6 +84,9 @@ class Common(TypedDict, total=False):
     impl: Impl | None
 
 
+_COMMON = tuple(Common.__annotations__)
+
+
 def _loss(
     objective: str,
     policy: Tensor,
@@ -94,8 +97,8 @@ def _loss(
     **more: Any,
 ) -> PairLoss:
     """`pair_loss`, with keywords of `Common` alone from outside."""
-    if common and not common.keys() <= Common.__annotations__.keys():
-        unknown = sorted(common.keys() - Common.__annotations__.keys())
+    unknown = [name for name in common if name not in _COMMON]
+    if unknown:
         raise TypeError(f"{objective} got unexpected keyword arguments {unknown}")
     return pair_loss(policy, reference, target, objective, options, **common, **more)
 

@@ -139,6 +139,20 @@ def test_unknown_keywords_are_named():
         call(x, None, pair_weights=torch.ones(2))
     with pytest.raises(TypeError, match="safeguard"):
         call(x, None, safeguard=0.5)
+    with pytest.raises(TypeError, match=r"adaptive_dpo got unexpected .*\['shift_scale'\]"):
+        fl.adaptive_dpo(x.policy, x.reference, x.target, beta=20.0, shift_scale=1.0)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("impl", ["reference", None])
+def test_adaptive_keywords_compile_as_one_graph(impl):
+    x = pair_inputs(2, (40,), torch.float32, n_annotators=1)
+    options = {"rho": 2.0, "weight_kind": "sqrt", "annotators": x.annotators, "impl": impl}
+
+    def step(policy):
+        return fl.adaptive_dpo(policy, x.reference, x.target, beta=20.0, **options).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.policy), step(x.policy))
 
 
 def test_float64_is_for_the_reference(device):

@@ -4,28 +4,20 @@ All runs of two processes happen in one launch (`many_runs.py`); the tests compa
 """
 
 import json
-import os
 import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from fastpo.config import load_config, parse_config
+from fastpo.config import load_config
 from fastpo.consolidate import consolidate
-from fastpo.errors import CheckpointError, ConfigError
 from fastpo.train import train
-from fastpo.zero import NAMES, read_settings
 
 pytest.importorskip("deepspeed")
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("many_runs.py")
-BIN = Path(sys.executable).parent
+STEPS, MIDDLE = 4, 2  # of the base configuration: all, and those before its checkpoint
 ADAPTIVE = "train.objective={name: adaptive_dpo, beta: 500.0}"
 OBJECTIVES = {
     "dpo": [],
@@ -56,58 +48,6 @@ EXTRAS = {
     ],
     "full bf16": ["train.method=full", "train.precision=bf16", "train.max_steps=1"],
 }
-STEPS, MIDDLE = 4, 2
-
-
-def launch(jobs, processes=2):
-    """Runs jobs under torchrun; a rank that dies after its work is done does not matter."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *command, WORKER, jobs],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=2400,
-        check=False,
-    )
-    file = jobs.with_suffix(".done")
-    outcomes = dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {}
-    names = [job["name"] for job in json.loads(jobs.read_text())]
-    assert list(outcomes) == names, done.stdout[-3000:] + done.stderr[-6000:]
-    return outcomes
-
-
-@pytest.fixture(scope="module")
-def base(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
-    """The configuration file that all runs change."""
-    raw = raw_config(tiny_pipelines["sdxl"], tiny_data, tiny_caches)
-    path = tmp_path_factory.mktemp("zero") / "base.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def raw_config(pipeline, data, caches):
-    return {
-        "seed": 7,
-        "model": {"path": str(pipeline)},
-        "data": {"source": "folder", "path": str(data)},
-        "prepare": {
-            "cache_dir": str(caches / "sdxl"),
-            "resolution": 32,
-            "store_precision": "fp32",
-        },
-        "train": {
-            "output_dir": "unused",
-            "objective": {"name": "dpo", "beta": 500.0},
-            "optim": {"lr": 1e-4, "warmup_steps": 2},
-            "max_steps": STEPS,
-            "micro_batch_size": 2,
-            "precision": "fp32",
-            "checkpoint_every": MIDDLE,
-            "trackers": [],
-        },
-    }
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +60,7 @@ def alone(base):
 
 
 @pytest.fixture(scope="module")
-def runs(base, alone):
+def runs(base, alone, train_on_two):
     """All runs of two processes: `runs[mode, what]` is a folder, `what` one of the tables above."""
     folders, jobs = {}, []
 
@@ -145,9 +85,7 @@ def runs(base, alone):
         add(mode, "full dpo", MATRIX["full dpo"])
         add(mode, "full dpo", MATRIX["full dpo"], after=folders["zero1", "full dpo"])
     add("zero2", "alone", MATRIX["full ledger"], after=alone)
-    path = base.parent / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    outcomes = launch(path)
+    outcomes = train_on_two(base.parent, jobs)
     assert set(outcomes.values()) == {"ok"}, outcomes
     return folders
 
@@ -285,134 +223,3 @@ def test_two_processes_run_is_resumed_by_one(runs, base, mode, tmp_path):
     config = load_config(base, [*changes, f"train.output_dir={tmp_path}"])
     train(config, resume=True, progress=False)
     assert_same_steps(metrics(runs["plain", "full ledger"]), metrics(tmp_path))
-
-
-def test_consolidate_names_what_is_missing(experiment, tmp_path):
-    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
-        consolidate(tmp_path, tmp_path / "out")
-    folder = train(load_config(experiment(max_steps=1)), progress=False)
-    with pytest.raises(CheckpointError, match=r"no average-export.*train\.ema_decay"):
-        consolidate(folder, tmp_path / "out", average=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_moving_average_is_consolidated_as_training_exports_it(experiment, fastpo, tmp_path):
-    folder = train(load_config(experiment(ema_decay=0.5)), progress=False)
-    fastpo("consolidate", folder, tmp_path / "out", "--average")
-    a, b = exported(folder, "ema"), exported(tmp_path, "out")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def train_config(experiment, **options):
-    return load_config(experiment(**options)).train
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_packaged_settings_take_batch_clipping_and_precision_from_ours(experiment, name):
-    config = train_config(
-        experiment,
-        deepspeed=name,
-        precision="bf16",
-        accumulation_steps=3,
-        optim={"max_grad_norm": 0.5},
-    )
-    settings = read_settings(config, processes=4)
-    assert settings["zero_optimization"]["stage"] == int(name[4])
-    assert settings["train_batch_size"] == 2 * 3 * 4
-    assert settings["gradient_clipping"] == 0.5
-    assert settings["torch_autocast"]["enabled"]
-    assert not settings["bf16"]["enabled"]
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ('{"zero_optimization": {"stage": 0}}', r"stage must be 1, 2 or 3, got 0"),
-        ("[]", "must hold an object"),
-        ("{", "not a JSON file"),
-        ('{"zero_optimization": {"stage": 2}, "optimizer": {}}', r"'optimizer'; train\.optim"),
-        (
-            '{"zero_optimization": {"stage": 2}, "gradient_clipping": 7}',
-            r"gradient_clipping is 7 there, but train\.optim\.max_grad_norm says 1\.0",
-        ),
-        (
-            '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}',
-            r"bf16\.enabled is True there",
-        ),
-        (
-            '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}',
-            "zero_hpz_partition_size is not supported",
-        ),
-        (
-            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
-            r"offload_param\.device: nvme is not supported",
-        ),
-    ],
-)
-def test_a_users_settings_that_contradict_ours_are_refused(
-    experiment, tmp_path, content, complaint
-):
-    file = tmp_path / "ds.json"
-    file.write_text(content)
-    config = train_config(experiment, deepspeed=str(file))
-    with pytest.raises(ConfigError, match=complaint):
-        read_settings(config, processes=2)
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"precision": "fp16"}, r"train\.precision: fp16"),
-        ({"optim": {"name": "adafactor"}}, r"train\.optim\.name: adafactor"),
-        ({"method": "full", "precision": "bf16", "weights": "bf16"}, r"train\.weights: bf16"),
-    ],
-)
-def test_options_that_an_engine_computes_wrongly_are_refused(experiment, options, complaint):
-    with pytest.raises(ConfigError, match=complaint):
-        train_config(experiment, deepspeed="zero2", **options)
-
-
-def test_unknown_settings_and_a_launchers_own_are_refused(experiment, monkeypatch):
-    with pytest.raises(ConfigError, match="neither a file nor one of zero1, zero2"):
-        read_settings(train_config(experiment, deepspeed="zero4"), processes=1)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"say which in train\.deepspeed"):
-        train(load_config(experiment()), progress=False)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate", "torchrun", "none"])
-def test_every_launcher_starts_a_sharded_run(base, launcher, tmp_path):
-    port = str(free_port())
-    command = {
-        "deepspeed": [BIN / "deepspeed", "--num_gpus=2", f"--master_port={port}", "--module"],
-        "accelerate": [
-            *(BIN / "accelerate", "launch", "--use_deepspeed", "--num_processes=2"),
-            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
-            *(f"--main_process_port={port}", "-m"),
-        ],
-        "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "-m"],
-        "none": [sys.executable, "-m"],
-    }[launcher]
-    changes = [f"train.output_dir={tmp_path / 'run'}", "train.deepspeed=zero3", "train.max_steps=2"]
-    options = [part for change in changes for part in ("--set", change)]
-    done = subprocess.run(
-        [*command, "fastpo.train", base, *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        timeout=600,
-        check=False,
-    )
-    text = done.stdout + done.stderr
-    assert (tmp_path / "run" / "final").is_dir(), text[-4000:]
-    assert len(metrics(tmp_path / "run")) == 2
-    assert f"x {1 if launcher == 'none' else 2} process(es)" in text
-    parse_config(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
