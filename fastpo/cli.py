@@ -97,17 +97,22 @@ def prepare(
 ) -> None:
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
+    from fastpo.data.launcher import Worker
     from fastpo.data.prepare import prepare
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
     resolved = load_config(config, overrides or ())
-    prepare(resolved)
+    cache, tell = prepare(resolved), Worker.of_launch().rank == 0
+    if tell:
+        print(f"{len(cache)} pairs in {cache.folder}")
     if reference is not None:
         from fastpo.reference_cache import prepare_reference
 
-        prepare_reference(resolved, visits, processes=processes)
+        errors = prepare_reference(resolved, visits, processes=processes)
+        if tell:
+            print(f"the reference's errors on them in {errors.folder}")
 
 
 def _visits(reference: str | None) -> int | None:
