@@ -7,20 +7,10 @@
 # CSV files, the table of launches and one log go to $OUT (default: benchmarks/results/<device>).
 # Runs from a checkout and installs nothing: torch, Triton, numpy and pytest (with PyYAML and
 # Pillow, which the tests' fixtures use) must be there, pytest-xdist is used where it is.
-set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
 BUDGET=530
-if [ "${1:-}" = --budget-seconds ] && [ -n "${2:-}" ]; then BUDGET=$2; fi
-PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
-if [ -z "${OUT:-}" ]; then
-  OUT=$("$PYTHON" -c 'from fastpo.bench.script import results_path as p; print(p("x").parent)')
-fi
-mkdir -p "$OUT"
+. "$(dirname "$0")/gpu_common.sh"
 LOG="$OUT/run.log"
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
-failed=0
 
 # stage NAME SECONDS COMMAND...: the command under a limit, never past the budget, into the log.
 stage() {

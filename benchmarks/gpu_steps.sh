@@ -4,21 +4,11 @@
 #     benchmarks/gpu_steps.sh [--budget-seconds 560]
 #
 # LoRA at one pair with gradient checkpointing first (does it stay under 24 GB?), then more pairs, full
-# fine-tuning, SD1.5. One CSV a case goes to $OUT (default: benchmarks/results/<device>). Runs from a
+# fine-tuning, SD1.5, and each of the trainer's options for memory and speed. One CSV a case goes to $OUT (default: benchmarks/results/<device>). Runs from a
 # checkout; besides torch and Triton it needs accelerate, diffusers, peft, transformers, pydantic,
 # PyYAML, rich, safetensors, pyarrow and numpy.
-set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
 BUDGET=560
-if [ "${1:-}" = --budget-seconds ] && [ -n "${2:-}" ]; then BUDGET=$2; fi
-PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
-if [ -z "${OUT:-}" ]; then
-  OUT=$("$PYTHON" -c 'from fastpo.bench.script import results_path as p; print(p("x").parent)')
-fi
-mkdir -p "$OUT"
-failed=0
+. "$(dirname "$0")/gpu_common.sh"
 
 # steps NAME OPTIONS...: one case, never past the budget.
 steps() {
@@ -38,5 +28,6 @@ steps sdxl-lora-1 --size sdxl --method lora --pairs 1 --checkpointing --rounds 7
 steps sdxl-lora-4 --size sdxl --method lora --pairs 4 --rounds 7 --no-peaks
 steps sdxl-full-4 --size sdxl --method full --pairs 4 --checkpointing --rounds 7 --no-peaks
 steps sd15-lora-16 --size sd15 --method lora --pairs 16 --rounds 7 --no-peaks
+steps sdxl-options --size sdxl --method lora --pairs 1 --options --rounds 5 --no-peaks
 echo "== done after $SECONDS s, failed: $failed"
 exit "$failed"

@@ -169,6 +169,12 @@ def cases_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def cases_line(results: Results) -> str:
+    """The cases in a sentence, for the README."""
+    found = [f"{r['case']} {float(r['auroc']):.2f}" for r in results.rows if r["part"] == "cases"]
+    return f"AUROC of the gate's ledger where labels are not wrong by a coin: {'; '.join(found)}."
+
+
 def main() -> None:
     """Completes the CSV, writes `ledger.md`, refreshes the README's table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -184,7 +190,8 @@ def main() -> None:
     text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join(tables) + "\n"
     results.path.with_suffix(".md").write_text(text)
     readme = ROOT / "README.md"
-    write_text(readme, with_section(readme.read_text(), "ledger", f"{about}\n\n{tables[0]}"))
+    body = f"{about}\n\n{tables[0]}\n\n{cases_line(results)}"
+    write_text(readme, with_section(readme.read_text(), "ledger", body))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def text(summaries: dict[str, dict]) -> str:
     )
     legible = min(o["legibility"] for s in summaries.values() for o in s["objectives"].values())
     base = first["base"]["reward_mean"]
+    wait = max(share for s in summaries.values() for share in s["data_wait"].values())
     lines = (
         f"`make demo`, version {__version__}:",
         "pairs of handwritten digits, the bolder preferred,",
@@ -59,7 +60,8 @@ def text(summaries: dict[str, dict]) -> str:
         f"it finds the flipped labels with an AUROC of {found}.",
         "Its win rate over the base has a 95 % interval that starts at",
         f"{wins:.3f} or above; at least {legible:.0%} of any run's samples are read",
-        "as the digit that was asked for. A toy preference on a toy model: a lead, not a result.",
+        "as the digit that was asked for. Training waited for data",
+        f"for {wait:.1%} of a step at most. A toy preference on a toy model: a lead, not a result.",
     )
     return " ".join(lines).replace(" \n", "\n").replace("\n ", "\n")
 

@@ -26,7 +26,7 @@ from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
 from fastpo.evaluate import Evaluation, evaluate
 from fastpo.files import write_text
-from fastpo.report import minority_auroc, write_report
+from fastpo.report import load_metrics, minority_auroc, write_report
 from fastpo.train import train
 
 N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped
@@ -131,7 +131,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The demo's numbers, as measured.
 
-    `gain_kept` is a run's gain in reward over the base, divided by plain DPO's on clean labels.
+    `gain_kept` is a run's gain in reward over the base, divided by plain DPO's on clean labels;
+    `data_wait` the mean share of a step in which training waited for data.
     """
     reward, legible = "ink_reward", "legible"
     first = evaluations["dpo_clean"].metrics
@@ -149,6 +150,10 @@ def summarise(
         }
     ledger = minority_auroc(configs["adaptive_dpo_ledger"].train.output_dir)
     released = minority_auroc(configs["adaptive_dpo_released"].train.output_dir)
+    waits = {
+        name: float(load_metrics(config.train.output_dir)["data/wait"].mean())
+        for name, config in configs.items()
+    }
     return {
         "base": {
             "reward_mean": first[reward].base_mean,
@@ -158,6 +163,7 @@ def summarise(
         "minority_auroc": ledger.get("ledger"),
         "minority_auroc_released": released.get("ema"),
         "flip_rate": configs["dpo"].data.flip_rate,
+        "data_wait": waits,
     }
 
 

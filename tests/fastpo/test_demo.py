@@ -119,7 +119,8 @@ def test_the_short_demo_writes_its_page_and_its_summary(tmp_path):
     summary = run_demo(tmp_path, short=True)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert {"base", "objectives", "minority_auroc", "flip_rate", "wall_s"} <= summary.keys()
-    assert summary["objectives"].keys() == OBJECTIVES.keys()
+    assert summary["objectives"].keys() == summary["data_wait"].keys() == OBJECTIVES.keys()
+    assert all(0.0 <= share < 1.0 for share in summary["data_wait"].values())
     for values in summary["objectives"].values():
         assert {"reward_mean", "win_rate", "win_rate_interval", "legibility"} <= values.keys()
     page = (tmp_path / "seed-0-short" / "report" / "report.html").read_text()
