@@ -4,9 +4,9 @@
 #     benchmarks/gpu_steps.sh [--budget-seconds 560]
 #
 # LoRA at one pair with gradient checkpointing first (does it stay under 24 GB?), then more pairs, full
-# fine-tuning, SD1.5, and each of the trainer's options for memory and speed. One CSV a case goes to $OUT (default: benchmarks/results/<device>). Runs from a
-# checkout; besides torch and Triton it needs accelerate, diffusers, peft, transformers, pydantic,
-# PyYAML, rich, safetensors, pyarrow and numpy.
+# fine-tuning, SD1.5, and each of the trainer's options for memory and speed. One CSV a case goes to
+# $OUT (default: benchmarks/results/<device>). Runs from a checkout; besides torch and Triton it needs
+# accelerate, diffusers, peft, transformers, pydantic, PyYAML, rich, safetensors, pyarrow and numpy.
 BUDGET=560
 . "$(dirname "$0")/gpu_common.sh"
 
