@@ -8,6 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 
 from fastpo.bench.measure import Timing
@@ -199,8 +200,18 @@ def _ratio(found: Mapping[str, Mapping[str, str]], kind: str) -> float | None:
     return min(theirs) / min(ours) if ours and theirs else None
 
 
+def _headlines(keys: Iterable[Sequence[str]]) -> list[Sequence[str]]:
+    """DPO's and Adaptive-DPO's cases, if there are any, with the fewest and the most pairs."""
+    every = sorted(keys, key=lambda key: (*key[:3], int(key[3])))
+    chosen = [key for key in every if key[0] in ("dpo", "adaptive_dpo")] or every
+    groups = [list(group) for _, group in groupby(chosen, key=lambda key: key[:3])]
+    return [key for group in groups for key in (group if len(group) < 2 else (group[0], group[-1]))]
+
+
 def summary(rows: Sequence[Mapping[str, str]]) -> str:
     """The README's section on one device: both passes together, and shares of the copy bandwidth.
+
+    The table is of `_headlines`; the sentence on rows that fall short counts all.
 
     Args:
         rows: of `pair_loss`, as `read_csv` gives them.
@@ -212,8 +223,8 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [
         f"Times faster than eager as trainers write it and than `torch.compile`, forward and "
         f"backward together, medians; {'the better of ours and ours in a CUDA graph; ' * graph}"
-        f"share of the copy bandwidth ({float(first['copy_gb_per_s']):,.0f} GB/s) that the bytes "
-        f"which must move reach. {conditions(first)}.",
+        f"share of the copy bandwidth ({_copy_range(measured)} GB/s) that the bytes which must "
+        f"move reach. {conditions(first)}.",
         "",
         "| objective | latents | dtype | pairs | vs eager | vs compile | forward | backward |",
         "|---|---|---|---|---|---|---|---|",
@@ -221,7 +232,8 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
     by_direction = {
         d: _cells((r for r in rows if r["direction"] == d), keys) for d in ("both", "fwd", "bwd")
     }
-    for key, found in by_direction["both"].items():
+    for key in _headlines(by_direction["both"]):
+        found = by_direction["both"][key]
         ratios = [_ratio(found, kind) for kind in ("eager", "compile")]
         shares = [
             by_direction[d].get(key, {}).get("ours", {}).get("share_of_copy")
@@ -231,6 +243,12 @@ def summary(rows: Sequence[Mapping[str, str]]) -> str:
         words += ["" if s is None else f"{100 * float(s):.0f} %" for s in shares]
         lines.append(f"| {' | '.join((*key, *words))} |")
     return "\n".join([*lines, "", _shortfalls(measured), *_left_out(rows)])
+
+
+def _copy_range(rows: Sequence[Mapping[str, str]]) -> str:
+    """The copy bandwidths of the runs that the rows come from."""
+    found = sorted({round(float(row["copy_gb_per_s"])) for row in rows})
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
 def _shortfalls(rows: Sequence[Mapping[str, str]]) -> str:
