@@ -53,7 +53,8 @@ def adaptive_dpo(
         margin_scale: 1 as released, where gamma is tiny beside z; beta puts it on the logit's
             scale.
         annotators: other versions of the policy; besides it, none by default.
-        minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators.
+        minority: `[B]`, u itself from outside (a ledger of earlier visits), instead of annotators;
+            any floating dtype.
         statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
             each of the M annotators, the policy first. None takes the batch's.
         reduce: forms them over all processes; see `fastpo.loss`.
@@ -64,6 +65,11 @@ def adaptive_dpo(
         weight_scale: k1, 10 by default.
         weight_intercept: k0, 1 by default.
         margin_kind: `quadratic`, the default, or `linear`: u instead of its square.
+
+    Raises:
+        TypeError: as in `fastpo.loss`.
+        ValueError: likewise; a beta or rho that is not positive, both `minority` and `annotators`,
+            or both `statistics` and `reduce`.
     """
     require_positive(beta=beta)
     sources = (policy, reference, target)

@@ -28,7 +28,8 @@ from fastpo.types import NoisedPair, PairBatch
 ADAPTER = "default"
 # Elements of the latents `(2B, C, h, w)` up to which one pass beat three on a CPU: 0.6 to 0.7 of
 # the time on the demo's denoiser at 1 to 8 pairs, 0.87 on a mid-size one at 1 pair (8192 elements),
-# 1.02 and 1.04 there at 4 and 8. On a GPU, where it saves launches, it was not measured.
+# 1.02 and 1.04 there at 4 and 8 (tried by hand, 2026-11). On a GPU, where it saves launches, it was
+# not measured.
 SMALL = 8192
 
 

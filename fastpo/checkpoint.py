@@ -5,7 +5,8 @@ when complete: a killed run never leaves a half-written one. Noise, timesteps, d
 of the data come from counters, so the step's number is all there is to say about them.
 
 Weights, averages and the optimiser's state lie there whole, in float32, by parameter name: any
-number of processes goes on from it, under any ZeRO stage or none. Where processes share them, the
+number of processes goes on from it, under any ZeRO stage or none, if a step keeps its number of
+micro-batches. Where processes share them, the
 main process gathers them one by one into its host memory: 21 GB at a time for SDXL's 2.57 billion
 weights under AdamW, and 31 GB on disk.
 """

@@ -109,11 +109,7 @@ class PairLedger:
             ValueError: The vectors differ in length, or a timestep lies outside the schedule.
         """
         timestep = torch.zeros_like(index) if timestep is None else timestep
-        if index.ndim != 1 or not index.shape == margin.shape == timestep.shape:
-            raise ValueError(
-                "index, margin and timestep must be vectors of one length, got "
-                f"{tuple(index.shape)}, {tuple(margin.shape)} and {tuple(timestep.shape)}"
-            )
+        _check_vectors(index, margin, timestep)
         if not len(index):
             return
         index, timestep = (v.to(self.total.device, torch.int64) for v in (index, timestep))
@@ -148,9 +144,14 @@ class PairLedger:
     def record(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
         """Keeps one micro-batch's margins until `merge`; arguments as in `update`.
 
-        Nothing is read from the device here.
+        Nothing is read from the device here, so a timestep or slot out of range is found by
+        `merge`.
+
+        Raises:
+            ValueError: The vectors differ in length.
         """
         timestep = torch.zeros_like(index) if timestep is None else timestep
+        _check_vectors(index, margin, timestep)
         rows = [v.detach().to(margin.device, torch.float64) for v in (index, margin, timestep)]
         self._recorded.append(torch.stack(rows, dim=1))
 
@@ -163,6 +164,12 @@ class PairLedger:
         entered as one step's; until then a pair is judged without them, which matters little where
         it comes back once an epoch. The trainer gathers its table of metrics once a step and
         updates from that, so it has no use for an interval.
+
+        Args:
+            group: The processes that share the ledger; None takes all.
+
+        Raises:
+            ValueError: A recorded timestep lies outside the schedule.
         """
         rows = torch.zeros(0, 3, dtype=torch.float64)
         if self._recorded:
@@ -175,12 +182,20 @@ class PairLedger:
         self.update(rows[:, 0].long(), rows[:, 1], rows[:, 2].long())
 
     def mean(self, index: Tensor | None = None) -> Tensor:
-        """Returns `(N,)` float32: the mean vote, 0 for a pair without one."""
+        """Returns `(N,)` float32 on the ledger's device: the mean vote, 0 for a pair without one.
+
+        Args:
+            index: `(N,)` int64 slots on any device; None takes all pairs.
+        """
         visits, total = self._rows(index)
         return total / visits.clamp_min(1)
 
     def minority(self, index: Tensor | None = None) -> Tensor:
-        """Returns `(N,)` float32: the minority metric u of some pairs, or of all."""
+        """Returns `(N,)` float32 on the ledger's device: the minority metric u.
+
+        Args:
+            index: `(N,)` int64 slots on any device; None takes all pairs.
+        """
         visits, total = self._rows(index)
         u = torch.sigmoid(-2.0 * total)
         return torch.where(visits >= self.min_visits, u, torch.zeros_like(u))
@@ -217,3 +232,11 @@ class PairLedger:
             index = index.to(total.device)
             visits, total = visits[index], total[index]
         return visits, total
+
+
+def _check_vectors(index: Tensor, margin: Tensor, timestep: Tensor) -> None:
+    if index.ndim != 1 or not index.shape == margin.shape == timestep.shape:
+        raise ValueError(
+            "index, margin and timestep must be vectors of one length, got "
+            f"{tuple(index.shape)}, {tuple(margin.shape)} and {tuple(timestep.shape)}"
+        )

@@ -6,17 +6,19 @@ the logit `z = beta d`: **beta is the slope itself**. Trainers that write `0.5 *
 5000 what is 2500 here. `ls` below is the log-sigmoid. The batch's loss is the mean of the pairs'
 losses.
 
-Every function takes
+Every function takes (`sft` and `mapo` without `reference`)
 
 * `policy`: `[2B, *dims]` float32, bfloat16 or float16 predictions; it alone gets a gradient;
 * `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already
 known;
 * `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`, which the
-  kernels form in registers from latents, noise (or its counters) and the schedule;
+  kernels form in registers from latents, noise (or its counters) and the schedule, and the CPU
+  default as a tensor;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
-* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU, else the
-  reference's mathematics in fewer operators and passes, the default on a CPU. A name never falls
-  back.
+* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU (compute
+  capability 8.0, or AMD) and there are at most 2048 pairs, else the reference's mathematics in
+  fewer operators and passes, the default on a CPU. A name never falls back; Triton needs vectors
+  and ready errors contiguous.
 
 Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
 `policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or
@@ -158,7 +160,10 @@ def ipo(
 def hinge(
     policy: Tensor, reference: Tensor, target: Target, *, beta: float, **common: Unpack[Common]
 ) -> PairLoss:
-    """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink."""
+    """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink.
+
+    Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425).
+    """
     require_positive(beta=beta)
     options = (beta,)
     return _loss("hinge", policy, reference, target, options, common)
@@ -180,7 +185,8 @@ def kto(
     and `1 - sigmoid(-beta (g_l - z0))`.
 
     Args:
-        baseline: mean of g from outside, a float32 scalar tensor; None takes this batch's 2B rows.
+        baseline: mean of g from outside, a floating-point tensor of one element on the policy's
+            device, instead of `reduce`; None takes this batch's 2B rows.
         reduce: forms it over all processes; see above.
     """
     require_positive(beta=beta)
@@ -199,7 +205,10 @@ def dmpo(
     alpha: float = 0.01,
     **common: Unpack[Common],
 ) -> PairLoss:
-    """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round."""
+    """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round.
+
+    `alpha` lies in (0, 1).
+    """
     require_positive(beta=beta)
     require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
     options = (beta, math.log1p(-alpha), math.log(alpha))
@@ -215,7 +224,10 @@ def linear_dpo(
     eta: float = 1e-3,
     **common: Unpack[Common],
 ) -> PairLoss:
-    """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached."""
+    """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached.
+
+    `eta` lies in [0, 1/2].
+    """
     require_positive(beta=beta)
     require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
     options = (beta, eta)
@@ -236,7 +248,7 @@ def sdpo(
 
     With `gA = 2 (pred_w - target)/N`, `gB = 2 (pred_l - target)/N` and products summed over the
     batch (over all processes with `reduce`), `lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)`
-    where `gA . gB > 0`, else 1.
+    where `gA . gB > 0`, else 1; mu in [0, 1].
     Released values of mu: 0.9 on SD 1.5, 0.6 on SDXL.
     """
     require_positive(beta=beta)

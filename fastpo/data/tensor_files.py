@@ -1,9 +1,9 @@
 """Random access to rows of tensors in thousands of safetensors files.
 
 A row is read by one `preadv` straight into the batch: no map, no intermediate copy, no lock while
-reading. (`safetensors`' own slices cost five times as much per batch of SDXL latents; see
-`benchmarks/bench_data.py`.) Descriptors are bounded, so the number of files is not; what a file's
-header says is kept, so a file that is opened again is not parsed again.
+reading. (`safetensors`' own slices take longer, and copy once more; see
+`benchmarks/results/cpu/data.csv`.) Descriptors are bounded, so the number of files is not; what a
+file's header says is kept, so a file that is opened again is not parsed again.
 """
 
 from __future__ import annotations
