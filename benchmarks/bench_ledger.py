@@ -182,7 +182,7 @@ def recorded() -> Iterator[list[np.ndarray]]:
 
     def record(trainer, table: StepTable, *, moved: bool) -> None:
         step = torch.full((len(table.rows),), float(len(votes)))
-        columns = (step, table["index"], table["timestep"], table["margin"])
+        columns = (step, table["index"], table["timestep"], table["margin"] * moved)
         votes.append(torch.stack([c.double() for c in columns], dim=1).numpy())
         original(trainer, table, moved=moved)
 
@@ -370,14 +370,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--short", action="store_true", help="try every step, measure nothing")
-    parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/ledger.csv")
-    options = parser.parse_args()
-    results = Results(options.out or results_path("ledger"))
-    short = options.short
-    base = build_base(
-        options.work / ("base-short" if short else "base"), recipe=SHORT_BASE if short else None
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="CSV file; default: results/<device>/ledger.csv, with --short WORK/short/ledger.csv",
     )
-    place = Place(base, options.work, ROWS_SHORT if short else ROWS, short)
+    options = parser.parse_args()
+    short = options.short
+    root = options.work / "short" if short else options.work
+    results = Results(options.out or (root / "ledger.csv" if short else results_path("ledger")))
+    base = build_base(root / "base", recipe=SHORT_BASE if short else None)
+    place = Place(base, root, ROWS_SHORT if short else ROWS, short)
     if "methods" in options.parts:
         run_methods(place, options.flips, options.seeds, options.methods, results)
     if "cost" in options.parts:

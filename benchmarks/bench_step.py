@@ -25,7 +25,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,28 +91,30 @@ def parts_of(bench: Bench, name: str, runs: int) -> dict[str, float]:
     return sorted(found, key=lambda run: run["total"])[len(found) // 2]
 
 
-def measure_options(case: Case, options: Iterable[str], rounds: int, peaks: bool) -> list[dict]:
-    """A row for the bare policy and for MaPO, then one for MaPO with each option alone.
+def measure_options(
+    case: Case, options: Iterable[str], rounds: int, peaks: bool
+) -> Iterator[list[dict]]:
+    """Rows of the bare policy and of MaPO, then one of MaPO with each option alone.
 
     An option that this machine or method refuses is named with the reason, and has no row.
     """
     plain = Bench(case, (FLOOR, PLAIN))
-    rows = rows_of(case, measure([plain], rounds), _peaks(case, plain.steps, peaks))
+    yield rows_of(case, measure([plain], rounds), _peaks(case, plain.steps, peaks))
     for option in options:
         changed = replace(case, option=option)
         try:
-            bench = Bench(changed, (PLAIN,))
-        except (FastPOError, ValueError) as error:
+            yield [_option_row(plain, changed, rounds, peaks)]
+        except (FastPOError, ValueError, RuntimeError) as error:
             Console(stderr=True).print(f"{option}: {error}", markup=False)
-            continue
-        name = f"{PLAIN}, {option}"
-        bench.steps = {name: bench.steps[PLAIN]}
-        found = measure([plain, bench], rounds)
-        memory = {name: peak_mib(changed, PLAIN)} if peaks else {}
-        rows += [row for row in rows_of(case, found, memory) if row["provider"] == name]
-        del bench
         gc.collect()
-    return rows
+
+
+def _option_row(plain: Bench, changed: Case, rounds: int, peaks: bool) -> dict:
+    bench, name = Bench(changed, (PLAIN,)), f"{PLAIN}, {changed.option}"
+    bench.steps = {name: bench.steps[PLAIN]}
+    found = measure([plain, bench], rounds)
+    memory = {name: peak_mib(changed, PLAIN)} if peaks else {}
+    return next(row for row in rows_of(changed, found, memory) if row["provider"] == name)
 
 
 def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float]:
@@ -166,7 +168,8 @@ def rows_of(case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float
                 "method": case.method,
                 "pairs": case.pairs,
                 "precision": case.precision,
-                "checkpointing": case.checkpointing,
+                "checkpointing": case.config().train.gradient_checkpointing,
+                "option": case.option,
                 "provider": name,
                 "pairs_per_s": round(case.pairs / seconds, 4),
                 "times_floor": floor[1],
@@ -203,6 +206,17 @@ def _ratios(above: dict | None, below: dict | None) -> tuple[Any, Any, Any]:
     return round(low, 3), round(statistics.median(ratios), 3), round(high, 3)
 
 
+def _rows(case: Case, options: argparse.Namespace) -> Iterator[list[dict]]:
+    """The rows of a case, as they are measured."""
+    if options.options is not None:
+        chosen = options.options or OPTIONS
+        yield from measure_options(case, chosen, options.rounds, not options.no_peaks)
+        return
+    names = tuple(options.providers)
+    peaks = _peaks(case, names, not options.no_peaks)
+    yield rows_of(case, measure([Bench(case, names)], options.rounds), peaks)
+
+
 def main() -> None:
     """Measures every method and batch asked for, and writes `step.csv`."""
     gpu = DEVICE == "cuda"
@@ -230,15 +244,9 @@ def main() -> None:
     for method in options.method:
         for pairs in options.pairs:
             case = Case(options.size, method, pairs, options.precision, options.checkpointing)
-            wanted = not options.no_peaks
-            if options.options is not None:
-                chosen = options.options or OPTIONS
-                rows += measure_options(case, chosen, options.rounds, wanted)
-            else:
-                names = tuple(options.providers)
-                peaks = _peaks(case, names, wanted)
-                rows += rows_of(case, measure([Bench(case, names)], options.rounds), peaks)
-            write_records(rows, list(rows[0]), path)
+            for found in _rows(case, options):
+                rows += found
+                write_records(rows, list(rows[0]), path)
     Console().print(f"{len(rows)} rows in {path}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from fastpo.bench.table import with_section
@@ -29,18 +29,23 @@ COLOURS = {
     "ledger": "#999933",
     "rest": "#bbbbbb",
 }
+CASE = ("size", "method", "pairs", "precision", "checkpointing")
 Row = dict[str, str]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV."""
+    """The rows of a CSV; an option's stands in the panel of the case that it changes."""
     with path.open() as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for before, row in pairwise(rows):
+        if row.get("option"):
+            row.update(zip(CASE, case_of(before), strict=True))
+    return rows
 
 
 def case_of(row: Row) -> tuple[str, ...]:
     """What the rows of one panel share."""
-    return tuple(row[k] for k in ("size", "method", "pairs", "precision", "checkpointing"))
+    return tuple(row[key] for key in CASE)
 
 
 def title_of(case: tuple[str, ...]) -> str:

@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "8-bit AdamW": {"optim": {"schedule": "constant", "name": "adamw_8bit"}},
     "Adafactor": {"optim": {"schedule": "constant", "name": "adafactor"}},
-    "bf16 weights": {"weights": "bf16", "precision": "bf16"},
+    "bf16 weights": {"weights": "bf16"},
     "flash attention": {"attention": "flash"},
     "xformers attention": {"attention": "xformers"},
 }

@@ -13,7 +13,7 @@ weights under AdamW, and 31 GB on disk.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -201,10 +201,10 @@ def load_checkpoint(
 def differing_keys(saved: dict, config: Config) -> list[str]:
     """Returns `key: saved -> current` for every key on which results depend.
 
-    A key that the saved configuration is too old to have counts as its default.
+    A key that the saved configuration is too old to have counts as its default, and one that is
+    gone by now differs.
     """
-    with contextlib.suppress(ValidationError):  # keys that are gone differ, and are named
-        saved = Config.model_validate(saved).model_dump(mode="json")
+    saved = _completed(saved)
     free = list(FREE_KEYS)
     if config.train.optim.schedule in CONSTANT_SCHEDULES:
         free += ["train.epochs", "train.max_steps"]
@@ -215,6 +215,34 @@ def differing_keys(saved: dict, config: Config) -> list[str]:
         if before.get(key) != now.get(key)
         and not any(key == f or key.startswith(f + ".") for f in free)
     ]
+
+
+def _completed(saved: dict) -> dict:
+    """A saved configuration with the defaults of the keys that it lacks."""
+    known, gone = copy.deepcopy(saved), []
+    try:
+        Config.model_validate(known)
+    except ValidationError as error:
+        extra = (e["loc"] for e in error.errors() if e["type"] == "extra_forbidden")
+        unknown = [tuple(map(str, path)) for path in extra]
+        gone = [(path, _pop(known, path)) for path in unknown]
+    try:
+        filled = Config.model_validate(known).model_dump(mode="json")
+    except ValidationError:
+        return saved
+    for path, value in gone:
+        section = filled
+        for key in path[:-1]:
+            section = section.get(key, section)
+        section[path[-1]] = value
+    return filled
+
+
+def _pop(tree: dict, path: tuple[str, ...]) -> Any:
+    """Takes a value out; a union's tag, which the path names too, is no key."""
+    for key in path[:-1]:
+        tree = tree.get(key, tree)
+    return tree.pop(path[-1])
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -90,19 +90,20 @@ _COMMON = tuple(Common.__annotations__)
 
 
 def _loss(
-    objective: str,
+    name: str,
     policy: Tensor,
     reference: Tensor | None,
     target: Target,
     options: Sequence[float],
     common: Common,
+    objective: str | None = None,
     **more: Any,
 ) -> PairLoss:
-    """`pair_loss`, with keywords of `Common` alone from outside."""
-    unknown = [name for name in common if name not in _COMMON]
+    """`pair_loss` of the objective `name`, with keywords of `Common` alone from outside."""
+    unknown = [keyword for keyword in common if keyword not in _COMMON]
     if unknown:
-        raise TypeError(f"{objective} got unexpected keyword arguments {unknown}")
-    return pair_loss(policy, reference, target, objective, options, **common, **more)
+        raise TypeError(f"{name} got unexpected keyword arguments {unknown}")
+    return pair_loss(policy, reference, target, objective or name, options, **common, **more)
 
 
 def dpo(
@@ -253,7 +254,8 @@ def sdpo(
     """
     require_positive(beta=beta)
     require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
-    return _loss("dpo", policy, reference, target, (beta,), common, safeguard=mu, reduce=reduce)
+    options = {"objective": "dpo", "safeguard": mu, "reduce": reduce}
+    return _loss("sdpo", policy, reference, target, (beta,), common, **options)
 
 
 def sft(policy: Tensor, target: Target, **common: Unpack[Common]) -> PairLoss:

@@ -231,7 +231,9 @@ def _train(
     accelerator.wait_for_everyone()
     run.begin(config, start)
     if main and config.data.flip_rate > 0:
-        trainer.cache.write_flip_mask(otherwise=run.path)
+        mask = trainer.cache.write_flip_mask(otherwise=run.path)
+        if mask.parent != trainer.cache.folder:
+            print(f"{trainer.cache.folder} is read-only; the flipped labels: {mask}")
     if main and progress:
         show_banner(trainer, start)
     accelerator.init_trackers("fastpo")

@@ -200,7 +200,7 @@ def _ratio(found: Mapping[str, Mapping[str, str]], kind: str) -> float | None:
     return min(theirs) / min(ours) if ours and theirs else None
 
 
-def _headlines(keys: Iterable[Sequence[str]]) -> list[Sequence[str]]:
+def _headlines(keys: Iterable[tuple]) -> list[tuple]:
     """DPO's and Adaptive-DPO's cases, if there are any, with the fewest and the most pairs."""
     every = sorted(keys, key=lambda key: (*key[:3], int(key[3])))
     chosen = [key for key in every if key[0] in ("dpo", "adaptive_dpo")] or every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,9 @@ class PairCache:
         rate, seed = self._flips
         try:
             return write_flip_mask(self.folder, self._all_pair_ids, rate=rate, seed=seed)
-        except OSError:
-            if otherwise is None:
+        except OSError as error:
+            read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            if otherwise is None or not read_only:
                 raise
         return write_flip_mask(otherwise, self._all_pair_ids, rate=rate, seed=seed)
 

@@ -133,7 +133,8 @@ def make_plan(
     measured = measure(architecture, config, shapes, status)
     size = find_size(config, pairs)
     visits = count_visits(config, size.pairs, world_size)
-    own = own_recipe(config.train, _latent_elements(architecture, shapes))
+    elements = _latent_elements(architecture, shapes)
+    own = own_recipe(config.train, elements, whole=sharding.stage < 3)
     costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]
     base = costs[0].seconds_per_pair
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]

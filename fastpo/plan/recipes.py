@@ -76,8 +76,14 @@ RELEASED = (
 )
 
 
-def own_recipe(train: TrainConfig, n_elements: int) -> Recipe:
-    """The step that a configuration asks for, with so many elements in its noisy latents."""
+def own_recipe(train: TrainConfig, n_elements: int, *, whole: bool = True) -> Recipe:
+    """The step that a configuration asks for.
+
+    Args:
+        train: Its training section.
+        n_elements: Of the noisy latents.
+        whole: Whether every process holds whole weights, as it does below ZeRO's stage 3.
+    """
     annotators = train.annotators
     averages = len(annotators.decays) if isinstance(annotators, EmaAnnotators) else 0
     return Recipe(
@@ -85,7 +91,7 @@ def own_recipe(train: TrainConfig, n_elements: int) -> Recipe:
         reference=needs_reference(train) and not reads_reference_cache(train),
         averages=averages,
         exports_average=train.ema_decay is not None,
-        together=in_one_pass(train, n_elements),
+        together=whole and in_one_pass(train, n_elements),
     )
 
 

@@ -1,13 +1,14 @@
 """Reading the cache: random access, flips, limits, and every refusal."""
 
+import errno
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
+import fastpo.data.cache as module
 from fastpo.config import parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.labels import is_flipped
@@ -169,15 +170,25 @@ def test_a_smaller_limit_leaves_the_mask_of_flips_whole(open_with):
     assert path.read_text() == whole
 
 
-def test_the_mask_of_flips_goes_elsewhere_if_the_cache_is_read_only(open_with, tmp_path):
+def test_a_read_only_cache_has_its_mask_of_flips_elsewhere(open_with, tmp_path, monkeypatch):
     cache = open_with(data={"flip_rate": 0.4})
     expected = cache.write_flip_mask()
-    cache.folder = Path("/proc")  # read-only even for root
+    problem, write = errno.EROFS, module.write_flip_mask
+
+    def refused(folder, *arguments, **options):
+        if folder == cache.folder:
+            raise OSError(problem, "no", str(folder))
+        return write(folder, *arguments, **options)
+
+    monkeypatch.setattr(module, "write_flip_mask", refused)
     path = cache.write_flip_mask(otherwise=tmp_path)
     assert path == tmp_path / expected.name
     assert path.read_text() == expected.read_text()
-    with pytest.raises(OSError, match="proc"):
+    with pytest.raises(OSError, match="no"):
         cache.write_flip_mask()
+    problem = errno.ENOSPC
+    with pytest.raises(OSError, match="no"):
+        cache.write_flip_mask(otherwise=tmp_path)
 
 
 def test_mixed_or_no_pairs_are_refused(open_with):

@@ -206,6 +206,8 @@ def test_judges_in_one_pass_are_held_together():
         for annotators in ({**ema, "batched": False}, ema, {**ema, "batched": "auto"})
     ]
     assert [recipe.judges_at_once for recipe in recipes] == [1, 3, 1]
+    together = config(annotators=ema, **adaptive).train
+    assert own_recipe(together, elements, whole=False).judges_at_once == 1
     assert own_recipe(config(objective={"name": "mapo"}).train, elements).judges_at_once == 0
 
 

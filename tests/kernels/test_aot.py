@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def compile_all(folder, *options):
     """Runs the report where Triton compiles: in a process without the interpreter's variable."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT / "kernels")
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     command = [sys.executable, str(ROOT / "benchmarks" / "aot_report.py")]
     command += ["--out", str(folder / "aot.csv"), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)

@@ -133,10 +133,21 @@ def test_none_chooses_the_portable_path_on_the_cpu(monkeypatch):
     assert chosen == ["small_loss", "pair_loss"]
 
 
+@pytest.mark.parametrize("impl", ["reference", None])
+def test_options_are_numbers_and_carry_no_gradient(impl):
+    x = pair_inputs(2, (40,))
+    beta = torch.tensor(20.0, requires_grad=True)
+    out = fl.dpo(x.policy, x.reference, x.target, beta=beta, impl=impl)
+    assert not out.loss.requires_grad
+    assert torch.equal(out.loss, call(x, impl).loss)
+
+
 def test_unknown_keywords_are_named():
     x = pair_inputs(2, (40,))
     with pytest.raises(TypeError, match=r"dpo got unexpected keyword arguments \['pair_weights'\]"):
         call(x, None, pair_weights=torch.ones(2))
+    with pytest.raises(TypeError, match="sdpo got unexpected"):
+        fl.sdpo(x.policy, x.reference, x.target, beta=20.0, mu=0.5, statistics=torch.ones(1))
     with pytest.raises(TypeError, match="safeguard"):
         call(x, None, safeguard=0.5)
     with pytest.raises(TypeError, match=r"adaptive_dpo got unexpected .*\['shift_scale'\]"):

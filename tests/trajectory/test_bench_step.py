@@ -22,6 +22,25 @@ def run(*words):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_options_are_measured_beside_the_step_without_them(tmp_path):
+    file = tmp_path / "options.csv"
+    options = ["--options", "bf16 weights", "gradient checkpointing", "channels-last"]
+    sizes = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
+    text = run("benchmarks/bench_step.py", *sizes, *options)
+    assert "bf16 weights: " in text  # LoRA's own weights stay float32
+    with file.open() as lines:
+        rows = {row["provider"]: row for row in csv.DictReader(lines)}
+    names = ["bare policy", "FastPO MaPO"]
+    names += [f"FastPO MaPO, {name}" for name in options[2:]]
+    assert list(rows) == names
+    assert [row["checkpointing"] for row in rows.values()] == ["False", "False", "True", "False"]
+    assert float(rows[names[2]]["times_floor"]) > 0
+    run("benchmarks/plot_step.py", file)
+    assert file.with_suffix(".md").read_text().count("**tiny, lora") == 1
 
 
 @pytest.mark.slow

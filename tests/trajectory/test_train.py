@@ -79,17 +79,14 @@ def test_a_run_logs_every_step_and_writes_its_results(experiment, read_metrics, 
 def test_metrics_tell_the_share_of_a_step_that_waited_for_data(
     experiment, read_metrics, monkeypatch
 ):
-    class Slow(Waits):
-        def __next__(self):
-            began = time.perf_counter()
+    def slowly(batches):
+        for batch in batches:
             time.sleep(0.3)
-            batch = super().__next__()
-            self._seconds += time.perf_counter() - began
-            return batch
+            yield batch
 
     path = experiment(max_steps=3)
     plain = read_metrics(train(load_config(path), progress=False), timing=True)
-    monkeypatch.setattr("fastpo.train.Waits", Slow)
+    monkeypatch.setattr("fastpo.train.Waits", lambda batches: Waits(slowly(batches)))
     slow = read_metrics(train(load_config(path), overwrite=True, progress=False), timing=True)
     for fast_step, slow_step in zip(plain, slow, strict=True):
         seconds = 2 / slow_step["pairs_per_second"]  # of a step of two pairs

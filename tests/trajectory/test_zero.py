@@ -63,6 +63,8 @@ def alone(base):
 def runs(base, alone, train_on_two):
     """All runs of two processes: `runs[mode, what]` is a folder, `what` one of the tables above."""
     folders, jobs = {}, []
+    shared = load_config(base).train
+    assert (shared.max_steps, shared.checkpoint_every) == (STEPS, MIDDLE)
 
     def add(mode, what, changes, after=None):
         key = mode, what if after is None else f"{what}, resumed"

@@ -223,7 +223,7 @@ def pair_loss(
         raise ValueError(f"objective must be one of {list(eager.OBJECTIVES)}, got {objective!r}")
     if reference is None and kind.needs_reference:
         raise ValueError(f"{objective} needs a reference, got None")
-    options = (*options, 0.0, 0.0, 0.0)[:3]
+    options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
     plain = adaptive is minority is statistics is pair_weight is safeguard is reduce is None
     if plain and impl is None and objective != "kto" and not len(annotators):
         small = portable.small_loss(policy, reference, target, kind.function, options)
@@ -280,7 +280,7 @@ def pair_loss(
         statistics,
         pair_weight,
         objective,
-        [float(x) for x in options],
+        options,
         kinds,
         [] if adaptive is None else adaptive.scalars,
         safeguard,

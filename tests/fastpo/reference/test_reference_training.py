@@ -113,6 +113,7 @@ def test_cached_training_holds_and_runs_no_reference(shared, settle, monkeypatch
         return denoisers
 
     monkeypatch.setattr(trainer_module, "predict", counting)
+    monkeypatch.setattr("fastpo.judges.predict", counting)
     monkeypatch.setattr(trainer_module, "setup_denoisers", watched)
     train(config, progress=False)
     assert frozen == [None]
