@@ -25,6 +25,11 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left with one when the others are done."""
+    items.sort(key=lambda item: "trajectory" not in item.path.parts)
+
+
 def encoded_image(seed, size=(48, 48)):
     """A PNG of smooth random colours, so that every pair differs."""
     import numpy as np
