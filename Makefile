@@ -4,8 +4,8 @@ PYTHON ?= python3
 # On a machine with a GPU this is the CUDA build; name another build here if you need one.
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
-# A file's tests stay together: many share what is made once per file.
-TEST_FLAGS ?= --numprocesses auto --dist loadscope
+# A file's tests stay together: many share what is made once per file. Files with slow tests come first.
+TEST_FLAGS ?= --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -16,6 +16,7 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left with one when the others are done."""
-    items.sort(key=lambda item: "trajectory" not in item.path.parts)
+    """Files with slow tests first, so that no process is left with one when the others are done."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def encoded_image(seed, size=(48, 48)):
