@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from fastpo.checks import require_positive
+from fastpo.checks import require_known, require_positive
 from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, pair_loss
 from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
 
@@ -30,8 +30,8 @@ class AdaptiveKeywords(TypedDict, total=False):
     impl: Impl | None
 
 
-_KEYWORDS = tuple(AdaptiveKeywords.__annotations__)
-_OF_SPEC = tuple(field.name for field in fields(Adaptive) if field.name in _KEYWORDS)
+# Those that are fields of `Adaptive`.
+_OF_SPEC = tuple(f.name for f in fields(Adaptive) if f.name in AdaptiveKeywords.__annotations__)
 
 
 def adaptive_dpo(
@@ -105,9 +105,7 @@ def _adaptive(
     options: AdaptiveKeywords,
 ) -> PairLoss:
     """`pair_loss` with weights and margins from the minority metric."""
-    unknown = [name for name in options if name not in _KEYWORDS]
-    if unknown:
-        raise TypeError(f"adaptive_{objective} got unexpected keyword arguments {unknown}")
+    require_known(f"adaptive_{objective}", options, AdaptiveKeywords.__annotations__)
     rest: dict[str, Any] = dict(options)
     kinds = {name: rest.pop(name) for name in _OF_SPEC if name in rest}
     require_positive(rho=kinds.get("rho", Adaptive.rho))

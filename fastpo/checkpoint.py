@@ -219,30 +219,30 @@ def differing_keys(saved: dict, config: Config) -> list[str]:
 
 def _completed(saved: dict) -> dict:
     """A saved configuration with the defaults of the keys that it lacks."""
-    known, gone = copy.deepcopy(saved), []
     try:
-        Config.model_validate(known)
+        return _with_defaults(saved)
     except ValidationError as error:
-        extra = (e["loc"] for e in error.errors() if e["type"] == "extra_forbidden")
-        unknown = [tuple(map(str, path)) for path in extra]
-        gone = [(path, _pop(known, path)) for path in unknown]
+        extra = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+    known = copy.deepcopy(saved)
+    gone = [(path, _section(known, path).pop(path[-1])) for path in extra]
     try:
-        filled = Config.model_validate(known).model_dump(mode="json")
+        filled = _with_defaults(known)
     except ValidationError:
         return saved
     for path, value in gone:
-        section = filled
-        for key in path[:-1]:
-            section = section.get(key, section)
-        section[path[-1]] = value
+        _section(filled, path)[path[-1]] = value
     return filled
 
 
-def _pop(tree: dict, path: tuple[str, ...]) -> Any:
-    """Takes a value out; a union's tag, which the path names too, is no key."""
+def _with_defaults(saved: dict) -> dict:
+    return Config.model_validate(saved).model_dump(mode="json")
+
+
+def _section(tree: dict, path: tuple[int | str, ...]) -> dict:
+    """Where a path's last key stands; a union's tag, which the path names too, is no key."""
     for key in path[:-1]:
         tree = tree.get(key, tree)
-    return tree.pop(path[-1])
+    return tree
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def require(holds: bool, rule: str, got: float) -> None:
@@ -16,3 +17,10 @@ def require_positive(**options: float) -> None:
     for name, value in options.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def require_known(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses keywords that a function has not, as Python does: with `TypeError`."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{caller} got unexpected keyword arguments {unknown}")

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastpo.annotators import in_one_pass, predict_together
+from fastpo.averages import MovingAverages
 from fastpo.checkpoint import TrainingState
 from fastpo.config import EmaAnnotators, LedgerAnnotators, TrainConfig
 from fastpo.distributed import autocast
@@ -69,39 +70,38 @@ class Judges:
             The reference's errors, if known, or its predictions, or None; the averages'
             predictions.
         """
-        live, averages = runs_reference(self.config), self.state.averages.get("annotators")
+        live, averages = runs_reference(self.config), None
+        if self._averages_judge(step):
+            averages = self.state.averages["annotators"]
+        together = in_one_pass(self.config, noised.noisy_latents.numel())
         reference = None
         if known is not None:
             reference = known.to(noised.target.device, non_blocking=True)
-        if averages is None or not self._averages_judge(step):
-            return (self._reference(noised, batch) if live else reference), ()
-        together = in_one_pass(self.config, noised.noisy_latents.numel())
-        if together and self.state.weights.whole:
-            with (
-                self.denoisers.judging(),
-                without_dropout(self.denoisers.policy) as model,
-                autocast(self.accelerator, self.config),
-            ):
-                judges = predict_together(model, averages, noised, batch, reference=live)
-            return (judges[0] if live else reference), tuple(judges[live:])
-        if live:
-            reference = self._reference(noised, batch)
-        answers = []
+        with torch.no_grad(), self.denoisers.judging():
+            if averages is not None and together and self.state.weights.whole:
+                judges = self._in_one_pass(averages, noised, batch, reference=live)
+                return (judges[0] if live else reference), tuple(judges[live:])
+            if live:
+                with self.denoisers.reference() as model, autocast(self.accelerator, self.config):
+                    reference = predict(model, noised, batch)
+            answers = () if averages is None else self._one_by_one(averages, noised, batch)
+        return reference, answers
+
+    def _in_one_pass(
+        self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch, *, reference: bool
+    ) -> list[Tensor]:
         with (
-            torch.no_grad(),
-            self.denoisers.judging(),
             without_dropout(self.denoisers.policy) as model,
+            autocast(self.accelerator, self.config),
         ):
+            return predict_together(model, averages, noised, batch, reference=reference)
+
+    def _one_by_one(
+        self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch
+    ) -> tuple[Tensor, ...]:
+        answers = []
+        with without_dropout(self.denoisers.policy) as model:
             for which in range(len(averages.decays)):
                 with averages.applied(which), autocast(self.accelerator, self.config):
                     answers.append(predict(model, noised, batch))
-        return reference, tuple(answers)
-
-    @torch.no_grad()
-    def _reference(self, noised: NoisedPair, batch: PairBatch) -> Tensor:
-        with (
-            self.denoisers.judging(),
-            self.denoisers.reference() as model,
-            autocast(self.accelerator, self.config),
-        ):
-            return predict(model, noised, batch)
+        return tuple(answers)

@@ -45,7 +45,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 
 from fastpo.adaptive_loss import adaptive_dpo, adaptive_ipo
-from fastpo.checks import require, require_positive
+from fastpo.checks import require, require_known, require_positive
 from fastpo_kernels.pair_loss import (
     Impl,
     PairDraw,
@@ -86,9 +86,6 @@ class Common(TypedDict, total=False):
     impl: Impl | None
 
 
-_COMMON = tuple(Common.__annotations__)
-
-
 def _loss(
     name: str,
     policy: Tensor,
@@ -100,9 +97,7 @@ def _loss(
     **more: Any,
 ) -> PairLoss:
     """`pair_loss` of the objective `name`, with keywords of `Common` alone from outside."""
-    unknown = [keyword for keyword in common if keyword not in _COMMON]
-    if unknown:
-        raise TypeError(f"{name} got unexpected keyword arguments {unknown}")
+    require_known(name, common, Common.__annotations__)
     return pair_loss(policy, reference, target, objective or name, options, **common, **more)
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -177,9 +179,14 @@ def _free_port() -> int:
 
 
 def cpu_adam(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """DeepSpeed's AdamW for states in host memory; compiled on first use (about a minute)."""
+    """DeepSpeed's AdamW for states in host memory; compiled on first use (about a minute).
+
+    Raises:
+        ConfigError: As `wait_for_build`.
+    """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    wait_for_build("cpu_adam")
     return DeepSpeedCPUAdam(
         parameters,
         lr=config.lr,
@@ -188,6 +195,48 @@ def cpu_adam(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
         weight_decay=config.weight_decay,  # pyright: ignore[reportArgumentType]
         adamw_mode=True,
     )
+
+
+def wait_for_build(op: str, *, patience: float = 600.0) -> None:
+    """Waits while another process compiles one of DeepSpeed's operators, but not for ever.
+
+    A build holds the file `lock` in the operator's folder (under `TORCH_EXTENSIONS_DIR`, by default
+    `~/.cache/torch_extensions`). One that was killed leaves it there, and torch lets every later
+    run wait for it, silently and without end.
+
+    Args:
+        op: The operator's name, such as `cpu_adam`.
+        patience: Seconds after which a build counts as killed.
+
+    Raises:
+        ConfigError: The lock is older than that; the text says which file to delete.
+    """
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if installed_ops.get(op):  # compiled when DeepSpeed was installed
+        return
+    lock, told = Path(_get_build_directory(op, verbose=False), "lock"), False
+    while (age := _age(lock)) is not None:
+        if age > patience:
+            raise ConfigError(
+                f"train.deepspeed: {lock} says that DeepSpeed's {op} has been compiling for "
+                f"{age / 60:.0f} minutes; a build that was killed leaves that file behind. If none "
+                "is running, delete it and start again"
+            )
+        if not told:
+            text = f"waiting for another process, which compiles DeepSpeed's {op} ({lock})"
+            Console(stderr=True, soft_wrap=True).print(text)
+            told = True
+        time.sleep(0.2)
+
+
+def _age(file: Path) -> float | None:
+    """Seconds since a file was made; None if there is none."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 class ZeroWeights(PolicyWeights):

@@ -14,8 +14,10 @@ if not torch.cuda.is_available():
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +26,20 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    """DeepSpeed's operators are compiled for these tests alone, once for all of their processes.
+
+    The user's folder may hold the lock of a build that was killed, for which every run would wait.
+    """
+    if not hasattr(config, "workerinput"):  # the process that starts the others, or the only one
+        os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="fastpo-extensions-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

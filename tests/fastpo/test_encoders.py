@@ -186,7 +186,7 @@ def test_unreachable_hub_model_is_a_clear_error(monkeypatch):
         resolve_model_folder("owner/model", "main", "fp16")
 
 
-def test_vae_may_be_a_pipeline_or_its_own_folder(tiny_pipelines, tmp_path):
+def test_vae_may_be_a_pipeline_or_its_own_folder(tiny_pipelines):
     folder = tiny_pipelines["sdxl"]
     assert resolve_vae_folder(str(folder)) == resolve_vae_folder(str(folder / "vae"))
     with pytest.raises(ModelError, match=r"model\.vae: .* holds no VAE"):

@@ -217,7 +217,7 @@ def test_mapo_costs_what_fine_tuning_costs(tiny):
     assert "1.00x the bare policy" in " ".join(plan.verdict)
 
 
-def test_the_cache_is_counted_by_hand(tiny_pipelines, tiny_data, tmp_path):
+def test_the_cache_is_counted_by_hand(tiny_pipelines, tiny_data):
     """8 x 8 latents of 4 channels and 77 x 40 + 20 text values, in fp16; 11 pairs, 3 prompts."""
     chosen = config(
         tiny_pipelines["sdxl"],

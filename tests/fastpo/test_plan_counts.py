@@ -93,7 +93,7 @@ def test_sdxl_costs_what_the_published_table_says(sdxl):
 
 
 @pytest.mark.slow
-def test_checkpointing_sdxl_repeats_less_than_the_forward_pass(sdxl):
+def test_checkpointing_sdxl_repeats_less_than_the_forward_pass():
     """A whole forward more would be 54.0 TFLOP; torch stops each block's recomputation early."""
     shapes = Shapes(pairs=1, height=128, width=128, vae_factor=8, tokens=77)
     unet = build_parts(

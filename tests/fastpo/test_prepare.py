@@ -219,7 +219,7 @@ def test_dying_before_a_part_is_in_place(config_for, tmp_path, monkeypatch, poin
     assert not list((tmp_path / "cache").glob("*.partial*"))
 
 
-def test_an_unfinished_cache_of_another_vae_is_not_continued(config_for, tmp_path, monkeypatch):
+def test_an_unfinished_cache_of_another_vae_is_not_continued(config_for, tmp_path):
     write_folder(tmp_path / "data", 4)
     other = tiny_sdxl_folder(tmp_path / "other", seed=1)
     prepare(config_for(data={"limit": 2}), progress=False)

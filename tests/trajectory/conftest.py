@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
+
+from fastpo.config import load_config
+from fastpo.train import train
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("many_runs.py")
@@ -31,7 +35,7 @@ def train_on_two():
             text=True,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=2400,
+            timeout=1500,
             check=False,
         )
         file = listed.with_suffix(".done")
@@ -41,6 +45,49 @@ def train_on_two():
         return outcomes
 
     return launch
+
+
+@pytest.fixture
+def run(experiment, read_metrics):
+    """Trains a small experiment: `run(**options)` gives its metrics."""
+
+    def train_it(**options):
+        return read_metrics(train(load_config(experiment(**options)), progress=False))
+
+    return train_it
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """Loads the weights that a run left for diffusers: `exported(folder, name="final")`."""
+
+    def load(folder, name="final"):
+        files = sorted((folder / name).rglob("*.safetensors"))
+        assert files
+        return {f"{f.name}.{k}": v for f in files for k, v in load_file(f).items()}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Runs a script of the checkout in a process of its own, and gives what it printed."""
+
+    def run(*words):
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="module")

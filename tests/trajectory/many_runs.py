@@ -2,9 +2,11 @@
 
 Starting Python and importing everything takes longer than training a tiny model, so the tests of
 two processes launch once for all their runs. A job is `{"name", "config", "set"}`, and, to go on
-from another run's checkpoint, `"after": [folder, step]`. `JOBS.done` says how each job ended.
+from another run's checkpoint, `"after": [folder, step]`. `JOBS.done` says how each job ended. A job
+that takes minutes hangs: the stacks of all threads are printed, and the process ends.
 """
 
+import faulthandler
 import json
 import os
 import shutil
@@ -17,11 +19,14 @@ from fastpo.config import load_config
 from fastpo.errors import FastPOError
 from fastpo.train import train
 
+PATIENCE = 400  # seconds; compiling DeepSpeed's optimiser takes one or two minutes of them
+
 
 def main(jobs):
     torch.distributed.init_process_group("gloo")
     main = torch.distributed.get_rank() == 0
     for job in json.loads(jobs.read_text()):
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         config = load_config(Path(job["config"]), job["set"])
         if main and "after" in job:
             interrupt(*job["after"], config.train.output_dir)
@@ -34,6 +39,7 @@ def main(jobs):
         if main:
             with jobs.with_suffix(".done").open("a") as file:
                 file.write(json.dumps([job["name"], outcome]) + "\n")
+    faulthandler.cancel_dump_traceback_later()
     torch.distributed.destroy_process_group()
 
 

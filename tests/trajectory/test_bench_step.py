@@ -1,36 +1,16 @@
 """The benchmark of whole steps runs as published, and its table and figure come from its rows."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
 
 @pytest.mark.slow
-def test_options_are_measured_beside_the_step_without_them(tmp_path):
+def test_options_are_measured_beside_the_step_without_them(tmp_path, script):
     file = tmp_path / "options.csv"
     options = ["--options", "bf16 weights", "gradient checkpointing", "channels-last"]
     sizes = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
-    text = run("benchmarks/bench_step.py", *sizes, *options)
+    text = script("benchmarks/bench_step.py", *sizes, *options)
     assert "bf16 weights: " in text  # LoRA's own weights stay float32
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}
@@ -39,15 +19,15 @@ def test_options_are_measured_beside_the_step_without_them(tmp_path):
     assert list(rows) == names
     assert [row["checkpointing"] for row in rows.values()] == ["False", "False", "True", "False"]
     assert float(rows[names[2]]["times_floor"]) > 0
-    run("benchmarks/plot_step.py", file)
+    script("benchmarks/plot_step.py", file)
     assert file.with_suffix(".md").read_text().count("**tiny, lora") == 1
 
 
 @pytest.mark.slow
-def test_every_step_is_timed_part_by_part_and_drawn(tmp_path):
+def test_every_step_is_timed_part_by_part_and_drawn(tmp_path, script):
     file = tmp_path / "step.csv"
     options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
-    run("benchmarks/bench_step.py", *options)
+    script("benchmarks/bench_step.py", *options)
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}
     assert len(rows) == 10
@@ -61,7 +41,7 @@ def test_every_step_is_timed_part_by_part_and_drawn(tmp_path):
         assert shares["backward"] > 0 < shares["policy_forward"]
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- step:begin -->\nold\n<!-- step:end -->\nafter\n")
-    run("benchmarks/plot_step.py", file, "--readme", readme)
+    script("benchmarks/plot_step.py", file, "--readme", readme)
     text = readme.read_text()
     assert "FastPO MaPO" in text
     assert "old" not in text

@@ -97,12 +97,6 @@ def metrics(folder):
     return [json.loads(line) for line in lines]
 
 
-def exported(folder, name="final"):
-    files = sorted((folder / name).rglob("*.safetensors"))
-    assert files
-    return {f"{f.name}.{k}": v for f in files for k, v in load_file(f).items()}
-
-
 def assert_same_steps(a, b, *, exactly=False, rel=5e-3):
     """An error of order 1 rounds by 1e-7, which the slope of 500 makes 5e-5 on the logit.
 
@@ -143,7 +137,7 @@ def test_every_stage_trains_as_plain_data_parallelism(runs, mode, what):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", MATRIX)
 @pytest.mark.parametrize("mode", MODES)
-def test_interrupted_and_resumed_equals_uninterrupted(runs, mode, what):
+def test_interrupted_and_resumed_equals_uninterrupted(runs, mode, what, exported):
     whole, resumed = runs[mode, what], runs[mode, f"{what}, resumed"]
     assert_same_steps(metrics(whole), metrics(resumed), exactly=True)
     a, b = exported(whole), exported(resumed)
@@ -154,7 +148,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs, mode, what):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", MATRIX)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_is_consolidated_as_training_exports_it(runs, mode, what, tmp_path):
+def test_a_checkpoint_is_consolidated_as_training_exports_it(runs, mode, what, tmp_path, exported):
     out = consolidate(runs[mode, what], tmp_path / "out")
     a, b = exported(runs[mode, what]), exported(out.parent, out.name)
     assert a.keys() == b.keys()
@@ -184,7 +178,9 @@ def test_stock_diffusers_loads_a_consolidated_checkpoint(runs, mode, method, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["lora ema", "full ema"])
 @pytest.mark.parametrize("mode", ["zero2", "zero3"])
-def test_moving_averages_judge_and_are_exported_where_weights_are_shared(runs, mode, what):
+def test_moving_averages_judge_and_are_exported_where_weights_are_shared(
+    runs, mode, what, exported
+):
     plain, sharded = runs["plain", what], runs[mode, what]
     assert_same_steps(metrics(plain), metrics(sharded), rel=5e-2)
     assert metrics(sharded)[-1]["minority/q90"] > 1e-2

@@ -1,16 +1,20 @@
 """DeepSpeed's settings, taken from ours or refused; checkpoints made folders for diffusers."""
 
+import os
+import threading
+import time
+
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fastpo.config import load_config
+from fastpo.config import OptimConfig, load_config
 from fastpo.consolidate import consolidate
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.train import train
-from fastpo.zero import NAMES, read_settings
+from fastpo.zero import NAMES, cpu_adam, read_settings, wait_for_build
 
 pytest.importorskip("deepspeed")
+from deepspeed.git_version_info import installed_ops
 
 
 def train_config(experiment, **options):
@@ -90,12 +94,6 @@ def test_unknown_settings_and_a_launchers_own_are_refused(experiment, monkeypatc
         train(load_config(experiment()), progress=False)
 
 
-def weights_in(folder):
-    files = sorted(folder.rglob("*.safetensors"))
-    assert files
-    return {f"{f.name}.{k}": v for f in files for k, v in load_file(f).items()}
-
-
 def test_consolidate_names_what_is_missing(experiment, tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         consolidate(tmp_path, tmp_path / "out")
@@ -105,8 +103,44 @@ def test_consolidate_names_what_is_missing(experiment, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_moving_average_is_consolidated_as_training_exports_it(experiment, fastpo, tmp_path):
+def test_the_moving_average_is_consolidated_as_training_exports_it(
+    experiment, fastpo, tmp_path, exported
+):
     folder = train(load_config(experiment(ema_decay=0.5)), progress=False)
     fastpo("consolidate", folder, tmp_path / "out", "--average")
-    a, b = weights_in(folder / "ema"), weights_in(tmp_path / "out")
+    a, b = exported(folder, "ema"), exported(tmp_path, "out")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    """As if another process were compiling DeepSpeed's CPU optimiser."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / "cpu_adam" / "lock"
+    file.parent.mkdir()
+    file.touch()
+    return file
+
+
+def test_a_killed_build_s_lock_is_named_instead_of_waited_for(lock):
+    long_ago = time.time() - 3600
+    os.utime(lock, (long_ago, long_ago))
+    with pytest.raises(ConfigError, match=rf"{lock} .* cpu_adam .* for 60 minutes.* delete it"):
+        cpu_adam([torch.nn.Parameter(torch.zeros(3))], OptimConfig())
+    assert lock.exists()
+
+
+def test_a_running_build_is_waited_for(lock, capsys):
+    threading.Timer(0.5, lock.unlink).start()
+    started = time.monotonic()
+    wait_for_build("cpu_adam")
+    assert 0.4 < time.monotonic() - started < 60.0
+    assert capsys.readouterr().err.count(str(lock)) == 1
+    wait_for_build("cpu_adam")
+    assert not capsys.readouterr().err
+
+
+def test_an_operator_compiled_with_deepspeed_waits_for_nobody(lock, monkeypatch):
+    monkeypatch.setitem(installed_ops, "cpu_adam", True)
+    wait_for_build("cpu_adam", patience=0.0)
+    assert lock.exists()

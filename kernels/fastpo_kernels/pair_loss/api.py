@@ -309,8 +309,8 @@ def _globally(reduce, policy, reference, target, annotators, objective, kinds, s
     return errors[0], None if reference is None else errors[1], errors[first:], totals
 
 
-def _check_kernel_vector(name: str, vector: Tensor | None) -> None:
-    if vector is not None and vector.ndim == 1 and not vector.is_contiguous():
+def _check_kernel_vector(name: str, vector: Tensor) -> None:
+    if vector.ndim == 1 and not vector.is_contiguous():
         raise ValueError(f"impl='triton' needs {name} contiguous, got stride {vector.stride(0)}")
 
 

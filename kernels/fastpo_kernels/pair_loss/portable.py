@@ -211,7 +211,9 @@ def small_loss(
     """`pair_loss` of a small batch of dense predictions, without weights and statistics.
 
     There the Python between the operators, checks and keywords and branches for what is not asked,
-    would take a third of the time. None for every other batch, wrong ones among them.
+    would take a third of the time. The operators are those of `_errors`, written out: calling it
+    instead cost 5 to 10 % of one to four SD1.5 pairs. None for every other batch, wrong ones among
+    them.
     """
     if not isinstance(policy, Tensor) or policy.ndim < 2 or torch.compiler.is_compiling():
         return None
