@@ -22,10 +22,14 @@ class Claims:
     """This process's locks on one cache folder; at most one instance per process and folder.
 
     (The system drops all of a process's locks on a file when it closes any descriptor of it.)
+
+    Attributes:
+        locks: Whether the file system has locks, so that a claim granted is nobody else's.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens the folder's lock file and makes this process's presence known."""
+        self.locks = True
         self._file = (folder / CLAIMS).open("a+b")
         self._lock(_PRESENCE, fcntl.LOCK_SH)
 
@@ -71,4 +75,5 @@ class Claims:
                 return False
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
+            self.locks = False
         return True

@@ -84,7 +84,7 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
             with image_progress(2 * len(source), show=show) as advance:
                 work.make_parts(claims, advance)
             with claims.manifest():
-                _finish(config, manifest)
+                _finish(config, manifest, claims)
         elif manifest.weights != identity.weights:
             _remember(folder, identity, claims)
     cache = PairCache.open(config)
@@ -162,7 +162,7 @@ class _Work:
         return 2 * sum(min(span.stop, pairs) - span.start for span in shards)
 
 
-def _finish(config: Config, manifest: Manifest) -> None:
+def _finish(config: Config, manifest: Manifest, claims: Claims) -> None:
     """Merges the parts unless another process has; call it with the manifest claimed."""
     folder = config.prepare.cache_dir
     current = load_manifest(folder)
@@ -179,6 +179,8 @@ def _finish(config: Config, manifest: Manifest) -> None:
     check_files(folder, current.files, verify=False)
     current.complete = True
     current.save(folder)
+    if not claims.locks:
+        return  # another process may still be making what this one has made
     for name in ("shard-*", "text-*", "*.arrow", "*.json*"):  # what killed processes left
         for leftover in folder.glob(f".{name}.partial-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -197,15 +197,30 @@ def test_names_are_numbered_over_all_parts(whole, data, config_for):
     assert cache.quarantined == 2
 
 
+def no_locks(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 def test_without_locks_the_result_is_the_same(config_for, tmp_path, whole):
-    def no_locks():
-        def refuse(*arguments):
-            raise OSError(errno.ENOLCK, "No locks available")
+    def change():
+        fcntl.lockf = no_locks
 
-        fcntl.lockf = refuse
-
-    assert join([start(config_for(), rank, 2, no_locks) for rank in range(2)]) == [0, 0]
+    assert join([start(config_for(), rank, 2, change) for rank in range(2)]) == [0, 0]
     assert content(tmp_path / "cache") == content(whole)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_only_locks_show_that_an_unfinished_file_is_nobodys(
+    config_for, tmp_path, monkeypatch, locks
+):
+    """Without them a process in the same place would lose its file between writing and renaming."""
+    if not locks:
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+    (tmp_path / "cache").mkdir()
+    theirs = tmp_path / "cache" / ".index.arrow.partial-elsewhere-1"
+    theirs.write_bytes(b"index")
+    prepare(config_for(limit=2), progress=False)
+    assert theirs.exists() == (not locks)
 
 
 def test_a_part_is_put_in_place_once(tmp_path):
