@@ -113,20 +113,26 @@ def _option_row(plain: Bench, changed: Case, rounds: int, peaks: bool) -> dict:
     bench, name = Bench(changed, (PLAIN,)), f"{PLAIN}, {changed.option}"
     bench.steps = {name: bench.steps[PLAIN]}
     found = measure([plain, bench], rounds)
-    memory = {name: peak_mib(changed, PLAIN)} if peaks else {}
+    memory = {name: peak_mib(changed, PLAIN) if peaks else None}
     return next(row for row in rows_of(changed, found, memory) if row["provider"] == name)
 
 
-def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float]:
-    return {name: peak_mib(case, name) for name in names} if wanted else {}
+def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float | None]:
+    return {name: peak_mib(case, name) if wanted else None for name in names}
 
 
-def peak_mib(case: Case, name: str) -> float:
-    """Peak memory of a process that runs this step alone, above what its imports take."""
+def peak_mib(case: Case, name: str) -> float | None:
+    """Peak memory of a process that runs this step alone, above what its imports take.
+
+    None where the process fails, for want of memory say: the terminal shows why, and the row keeps
+    its times.
+    """
     command = [sys.executable, __file__, "--peak-of", name, "--case", json.dumps(vars(case))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name}: {done.stderr}")
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        Console(stderr=True).print(f"no peak memory of {name}: {reason}", markup=False)
+        return None
     return float(done.stdout.split()[-1])
 
 
@@ -147,7 +153,9 @@ def _high_water() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def rows_of(case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float]) -> list[dict]:
+def rows_of(
+    case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float | None]
+) -> list[dict]:
     """One row a provider; ratios are medians over the rounds, with their quintiles."""
     rows, about = [], environment()
     recipes = {n: f for n, f in found.items() if n.startswith("recipe")}
@@ -178,7 +186,7 @@ def rows_of(case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float
                 "faster_than_recipe": faster[1] if faster else "",
                 "faster_p20": faster[0] if faster else "",
                 "faster_p80": faster[2] if faster else "",
-                "peak_mib": round(peaks[name]) if name in peaks else "",
+                "peak_mib": "" if (peak := peaks[name]) is None else round(peak),
                 **share,
                 "share_rest": rest,
                 "rounds": len(timing["seconds"]),

@@ -20,10 +20,7 @@ STEPS, MIDDLE = 4, 2
 
 @pytest.fixture(scope="session")
 def train_on_two():
-    """Runs all jobs of `many_runs.py` in one launch: `train_on_two(folder, jobs) -> outcomes`.
-
-    A rank that dies after its work is done does not matter.
-    """
+    """Runs all jobs of `many_runs.py` in one launch: `train_on_two(folder, jobs) -> outcomes`."""
 
     def launch(folder, jobs):
         listed = folder / "jobs.json"
@@ -41,7 +38,9 @@ def train_on_two():
         file = listed.with_suffix(".done")
         outcomes = dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {}
         names = [job["name"] for job in jobs]
-        assert list(outcomes) == names, done.stdout[-3000:] + done.stderr[-6000:]
+        text = done.stdout[-3000:] + done.stderr[-6000:]
+        assert list(outcomes) == names, text
+        assert done.returncode == 0, text
         return outcomes
 
     return launch

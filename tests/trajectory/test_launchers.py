@@ -48,6 +48,7 @@ def test_every_launcher_starts_a_sharded_run(base, launcher, tmp_path, read_metr
         check=False,
     )
     text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-4000:]
     assert (tmp_path / "run" / "final").is_dir(), text[-4000:]
     assert len(read_metrics(tmp_path / "run")) == 2
     assert f"x {1 if launcher == 'none' else 2} process(es)" in text

@@ -108,8 +108,8 @@ def sft(d, e_w, e_l, r_w, r_l, shift, _, __, ___):
 
 def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     """`e_w - b ls(T (f(e_w) - f(e_l)))`, `f(e) = s e / expm1(s e)` (Hong et al. 2024)."""
-    gap = decay_minus_one(snr * e_w) - decay_minus_one(snr * e_l)
-    return e_w - weight * F.logsigmoid(num_timesteps * gap)
+    winner, loser = decay_minus_one(snr * torch.stack((e_w, e_l))).unbind()
+    return e_w - weight * F.logsigmoid(num_timesteps * (winner - loser))
 
 
 def decay_minus_one(x: Tensor) -> Tensor:
