@@ -113,8 +113,8 @@ def _option_row(plain: Bench, changed: Case, rounds: int, peaks: bool) -> dict:
     bench, name = Bench(changed, (PLAIN,)), f"{PLAIN}, {changed.option}"
     bench.steps = {name: bench.steps[PLAIN]}
     found = measure([plain, bench], rounds)
-    memory = {name: peak_mib(changed, PLAIN) if peaks else None}
-    return next(row for row in rows_of(changed, found, memory) if row["provider"] == name)
+    memory = peak_mib(changed, PLAIN) if peaks else None
+    return _row(changed, name, found, memory)
 
 
 def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float | None]:
@@ -156,45 +156,44 @@ def _high_water() -> int:
 def rows_of(
     case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float | None]
 ) -> list[dict]:
-    """One row a provider; ratios are medians over the rounds, with their quintiles."""
-    rows, about = [], environment()
-    recipes = {n: f for n, f in found.items() if n.startswith("recipe")}
-    for name, timing in found.items():
-        floor = _ratios(timing, found.get(FLOOR))
-        rival = recipes.get(_rival(name))
-        faster = _ratios(rival, timing) if rival is not None else None
-        seconds = statistics.median(timing["seconds"])
-        parts = timing["parts"]
-        share = {
-            f"share_{part.replace(' ', '_')}": round(parts.get(part, 0.0) / parts["total"], 4)
-            for part in PARTS
-        }
-        rest = round(1.0 - sum(share.values()), 4)
-        rows.append(
-            {
-                "size": case.size,
-                "method": case.method,
-                "pairs": case.pairs,
-                "precision": case.precision,
-                "checkpointing": case.config().train.gradient_checkpointing,
-                "option": case.option,
-                "provider": name,
-                "pairs_per_s": round(case.pairs / seconds, 4),
-                "times_floor": floor[1],
-                "times_floor_p20": floor[0],
-                "times_floor_p80": floor[2],
-                "faster_than_recipe": faster[1] if faster else "",
-                "faster_p20": faster[0] if faster else "",
-                "faster_p80": faster[2] if faster else "",
-                "peak_mib": "" if (peak := peaks[name]) is None else round(peak),
-                **share,
-                "share_rest": rest,
-                "rounds": len(timing["seconds"]),
-                "clock": CLOCK,
-                **about,
-            }
-        )
-    return rows
+    """One row a provider."""
+    return [_row(case, name, found, peaks[name]) for name in found]
+
+
+def _row(
+    case: Case, name: str, found: dict[str, dict[str, Any]], peak: float | None
+) -> dict[str, Any]:
+    """A provider's row; ratios are medians over the rounds, with their quintiles."""
+    timing, rival = found[name], found.get(_rival(name))
+    floor = _ratios(timing, found.get(FLOOR))
+    faster = _ratios(rival, timing)
+    parts = timing["parts"]
+    share = {
+        f"share_{part.replace(' ', '_')}": round(parts.get(part, 0.0) / parts["total"], 4)
+        for part in PARTS
+    }
+    return {
+        "size": case.size,
+        "method": case.method,
+        "pairs": case.pairs,
+        "precision": case.precision,
+        "checkpointing": case.config().train.gradient_checkpointing,
+        "option": case.option,
+        "provider": name,
+        "pairs_per_s": round(case.pairs / statistics.median(timing["seconds"]), 4),
+        "times_floor": floor[1],
+        "times_floor_p20": floor[0],
+        "times_floor_p80": floor[2],
+        "faster_than_recipe": faster[1],
+        "faster_p20": faster[0],
+        "faster_p80": faster[2],
+        "peak_mib": "" if peak is None else round(peak),
+        **share,
+        "share_rest": round(1.0 - sum(share.values()), 4),
+        "rounds": len(timing["seconds"]),
+        "clock": CLOCK,
+        **environment(),
+    }
 
 
 def _rival(name: str) -> str:

@@ -247,20 +247,18 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
     """The loop over optimiser steps `start..total_steps-1`."""
     config = trainer.config.train
     total = trainer.total_steps
-    batches = Waits(
-        make_loader(
-            trainer.cache,
-            trainer.sampler,
-            rank=trainer.accelerator.process_index,
-            world_size=trainer.accelerator.num_processes,
-            accumulation_steps=config.accumulation_steps,
-            start_step=start,
-            total_steps=total,
-            workers=config.loader_workers,
-            pin_memory=trainer.accelerator.device.type == "cuda",
-        )
+    loader = make_loader(
+        trainer.cache,
+        trainer.sampler,
+        rank=trainer.accelerator.process_index,
+        world_size=trainer.accelerator.num_processes,
+        accumulation_steps=config.accumulation_steps,
+        start_step=start,
+        total_steps=total,
+        workers=config.loader_workers,
+        pin_memory=trainer.accelerator.device.type == "cuda",
     )
-    with progress_bar(total, start, enabled=progress) as advance:
+    with Waits(loader) as batches, progress_bar(total, start, enabled=progress) as advance:
         for step in range(start, total):
             began = time.perf_counter()
             moved = has_moved(trainer.state.schedule)

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -125,14 +126,15 @@ class PairLoader:
         """Returns the number of batches of a whole pass."""
         return len(self._numbers)
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Generator[PairBatch, None, None]:
         """Yields the batches; the first pass after `load_state_dict` leaves out those given."""
         self._given, self._skip = self._skip, 0
-        left = self._numbers[self._given :]
-        batches = self._ahead(left) if self._workers else map(self._read, self._drawn(left))
-        for batch in batches:
-            self._given += 1
-            yield batch
+        drawn = self._drawn(self._numbers[self._given :])
+        batches = self._ahead(drawn) if self._workers else (self._read(one) for one in drawn)
+        with closing(batches):  # threads end with the pass, however it ends
+            for batch in batches:
+                self._given += 1
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Returns how many micro-batches the stream has given to all processes together.
@@ -172,12 +174,12 @@ class PairLoader:
         batch = self._cache.read(indices, visit=epoch)
         return _pinned(batch) if self._pin else batch
 
-    def _ahead(self, numbers: range) -> Iterator[PairBatch]:
+    def _ahead(self, stream: Iterable[tuple[int, list[int]]]) -> Generator[PairBatch, None, None]:
         """Keeps `AHEAD` batches a thread in flight, in order."""
         waiting: deque[Future[PairBatch]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="read")
         try:
-            for drawn in self._drawn(numbers):
+            for drawn in stream:
                 waiting.append(pool.submit(self._read, drawn))
                 if len(waiting) >= AHEAD * self._workers:
                     yield waiting.popleft().result()
@@ -195,7 +197,11 @@ def _pinned(batch: PairBatch) -> PairBatch:
 
 
 class Waits(Iterator[PairBatch]):
-    """An iterator that measures how long its user waited for it."""
+    """An iterator that measures how long its user waited for it.
+
+    Use it in a `with` statement, or call `close`: a pass left half-way ends its reading threads
+    then, and not when the garbage collector finds it behind an exception's traceback.
+    """
 
     def __init__(self, batches: Iterable[PairBatch]) -> None:
         """Begins a pass."""
@@ -214,3 +220,16 @@ class Waits(Iterator[PairBatch]):
         """Returns the seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def close(self) -> None:
+        """Ends the pass, if it is one that can be ended."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the pass."""
+        self.close()

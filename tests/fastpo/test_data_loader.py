@@ -23,7 +23,7 @@ class Reader:
     def read(self, indices, visit):
         with self._lock:
             self.calls += 1
-            self.threads.add(threading.current_thread().name)
+            self.threads.add(threading.current_thread())
         time.sleep(0.002 * (indices[0] % 3))
         index = torch.tensor(indices)
         empty = torch.zeros(len(index), 1)
@@ -73,9 +73,21 @@ def test_batches_read_ahead_do_not_count_as_taken():
         time.sleep(0.001)
     assert reader.calls == 2 * AHEAD
     assert ahead.state_dict() == {"micro_batches": 1}
-    assert all(name.startswith("read") for name in reader.threads)
+    assert all(thread.name.startswith("read") for thread in reader.threads)
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("read")]
+    assert not any(thread.is_alive() for thread in reader.threads)
+
+
+def test_a_pass_that_fails_ends_its_threads():
+    reader = Reader()
+    try:
+        with Waits(loader(reader, workers=2)) as batches:
+            next(batches)
+            raise RuntimeError("the loss is not finite")
+    except RuntimeError as error:  # its traceback keeps the frames, and with them the pass
+        assert error.__traceback__
+        assert reader.threads
+        assert not any(thread.is_alive() for thread in reader.threads)
 
 
 def test_another_number_of_processes_goes_on_where_they_stood():
