@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastpo_kernels.pair_loss import PairLoss
+from fastpo_kernels.pair_loss.reference import pair_errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,3 +95,51 @@ def assert_within_budget(
     budget = 2 * worst + torch.finfo(actual.dtype).eps * size
     error = max_error(actual, truth)
     assert error <= budget, f"{name}: error {error:.3e} over its budget {budget:.3e}"
+
+
+def rounding_scales(
+    call: Callable[..., PairLoss], x: PairInputs, gradient: Tensor, **options: Any
+) -> dict[str, float]:
+    """Per result, what one eps of it is when every error of the batch is rounded once.
+
+    A margin is a small difference of errors, and a minority metric divides it by the batch's scale:
+    a float32 result cannot be nearer than the errors' own rounding puts it, and whether one run of
+    eager is nearer is luck. To first order that is `|result| + sum_j |d result / d e_j| e_j / 2`,
+    over the errors of policy, reference and annotators, by differences in float64.
+
+    Args:
+        call: the objective.
+        x: float64 inputs, the target a tensor.
+        gradient: the loss's gradient at `x`, however scaled.
+        options: for the call.
+
+    Returns:
+        A scale for every field of the call's result that is not None, by its name, and `gradient`'s.
+    """
+    sources = [x.policy.detach(), x.reference, *x.annotators]
+    errors = [t if t.ndim == 1 else pair_errors(t, x.target) for t in sources]
+    target = errors[0].new_zeros(len(x.target), 1)
+
+    def results(errors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of predictions of one element, which have these errors; and dloss/de."""
+        policy = errors[0].sqrt()[:, None].requires_grad_()
+        y = PairInputs(policy, errors[1], target, list(errors[2:]))
+        out = call(y, impl="reference", **options)
+        slope = torch.autograd.grad(out.loss, policy)[0]
+        found = {name: t.detach() for name, t in out._asdict().items() if t is not None}
+        return found | {"slope": slope[:, 0] / (2 * policy.detach()[:, 0]).clamp_min(1e-9)}
+
+    base = results(errors)
+    moved = {name: torch.zeros_like(t) for name, t in base.items()}
+    for s, source in enumerate(errors):
+        for row in range(len(source)):
+            changed = list(errors)
+            changed[s] = source.clone()
+            changed[s][row] *= 1 + 1e-6
+            for name, t in results(changed).items():
+                moved[name] += (t - base[name]).abs() / 1e-6
+    scales = {n: (t.abs() + moved[n] / 2).max().item() for n, t in base.items() if n != "slope"}
+    slope = base["slope"].abs()
+    sensitivity = torch.where(slope > 0, moved["slope"] / slope / 2, 0.0)
+    rows = gradient.flatten(1).abs().amax(1)
+    return scales | {"gradient": (rows * (1 + sensitivity)).max().item()}

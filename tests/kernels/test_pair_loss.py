@@ -6,7 +6,13 @@ import torch
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import portable
 from fastpo_kernels.pair_loss import reference as eager
-from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
+from fastpo_kernels.testing import (
+    DTYPES,
+    PairInputs,
+    assert_within_budget,
+    pair_inputs,
+    rounding_scales,
+)
 
 CASES = {
     "dpo": lambda x, **k: fl.dpo(x.policy, x.reference, x.target, beta=20, **k),
@@ -58,13 +64,6 @@ def run(call, x, impl, **options):
     return out, x.policy.grad
 
 
-def loss_scale(truth, grad, x):
-    """|loss| plus the sum of |e dloss/de|: how far a rounding of every error can move it."""
-    target = x.target.double().repeat(len(x.policy) // len(x.target), *[1] * (x.target.ndim - 1))
-    moved = (grad * (x.policy.detach().double() - target)).flatten(1).sum(1) / 2 / UPSTREAM
-    return truth.loss.abs().item() + moved.abs().sum().item()
-
-
 def eager_runs(call, x, **options):
     """Eager on the elements in four orders: one order's rounding error is a matter of luck."""
     n_elements = x.target[0].numel()
@@ -82,16 +81,16 @@ def check(call, x, impl="triton", **options):
     truth, truth_grad = run(call, x.double(), "reference", **options)
     eager = list(eager_runs(call, x, **options))
     actual, grad = run(call, x, impl, **options)
-    rows = truth.policy_error.max().item()
-    scales = {"margin": rows, "loss": loss_scale(truth, truth_grad, x)}
+    scales = rounding_scales(call, x.double(), truth_grad, **options)
     for k, (name, a, t) in enumerate(zip(truth._fields, actual, truth, strict=True)):
         assert (a is None) == (t is None), name
         if t is not None:
             assert a.dtype == torch.float32
             found = [out[k] for out, _ in eager]
-            assert_within_budget(a, found, t, name=name, scale=scales.get(name))
+            assert_within_budget(a, found, t, name=name, scale=scales[name])
     assert grad.dtype == x.policy.dtype
-    assert_within_budget(grad, [g for _, g in eager], truth_grad, name="gradient")
+    eager_grads = [g for _, g in eager]
+    assert_within_budget(grad, eager_grads, truth_grad, name="gradient", scale=scales["gradient"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

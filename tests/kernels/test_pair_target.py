@@ -8,7 +8,13 @@ import torch
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import PairDraw, PairTarget, ops
 from fastpo_kernels.pair_noise import Stream, noised_pair, pair_normal
-from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
+from fastpo_kernels.testing import (
+    DTYPES,
+    PairInputs,
+    assert_within_budget,
+    pair_inputs,
+    rounding_scales,
+)
 
 IMPLS = ("triton", "reference")
 KINDS = (
@@ -82,19 +88,16 @@ def check(call, x):
         out, grad = run(call, PairInputs(*full[:3], full[3:]), "reference")
         eager.append((out, grad[:, order].reshape(x.policy.shape)))
     actual, grad = run(call, x, "triton")
-    rows = truth.policy_error.max().item()
-    formed = x.target.form(x.policy.double())
-    diff = x.policy.double() - formed.repeat(
-        2 * len(actual.margin) // len(formed), *[1] * (grad.ndim - 1)
-    )
-    moved = (truth_grad * diff).flatten(1).sum(1).abs().sum().item() / 6.5
-    scales = {"margin": rows, "loss": truth.loss.abs().item() + moved}
+    exact = double(x)
+    formed = replace(exact, target=exact.target.form(exact.policy))
+    scales = rounding_scales(call, formed, truth_grad)
     for k, (name, a, t) in enumerate(zip(truth._fields, actual, truth, strict=True)):
         assert (a is None) == (t is None), name
         if t is not None:
             found = [out[k] for out, _ in eager]
-            assert_within_budget(a, found, t, name=name, scale=scales.get(name))
-    assert_within_budget(grad, [g for _, g in eager], truth_grad, name="gradient")
+            assert_within_budget(a, found, t, name=name, scale=scales[name])
+    eager_grads = [g for _, g in eager]
+    assert_within_budget(grad, eager_grads, truth_grad, name="gradient", scale=scales["gradient"])
 
 
 # Every part in every dtype: the first has no noise, the second no schedule, which is float32.

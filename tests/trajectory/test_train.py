@@ -179,7 +179,8 @@ def test_a_compiled_run_equals_a_plain_one(run):
     compiled = run(name="compiled", compile=True, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for a, b in zip(plain, compiled, strict=True):
-        for key in a:
+        # In the first step margins are zero, or what compiled code rounds: which side is chance.
+        for key in a.keys() - ({"rewards/accuracies"} if a["step"] == 1 else set()):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
 
 
