@@ -114,7 +114,7 @@ def rounding_scales(
         options: for the call.
 
     Returns:
-        A scale for every field of the call's result that is not None, by its name, and `gradient`'s.
+        A scale for every field of the result that is not None, by its name, and `gradient`'s.
     """
     sources = [x.policy.detach(), x.reference, *x.annotators]
     errors = [t if t.ndim == 1 else pair_errors(t, x.target) for t in sources]
