@@ -39,6 +39,7 @@ from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
+from fastpo.distributed import setup_accelerator
 from fastpo.evaluate import evaluate
 from fastpo.models import predict
 from fastpo.run import StepTable
@@ -320,7 +321,7 @@ def step_costs(place: Place, results: Results) -> None:
     work = place.work("seed-0", seed=0)
     for method in METHODS:
         config = place.configure(work, method, METHODS[method], flip_rate=0.2, seed=0)
-        trainer = fastpo.train.setup_trainer(config, fastpo.train.setup_accelerator(config.train))
+        trainer = fastpo.train.setup_trainer(config, setup_accelerator(config.train))
         batch = trainer.cache.read(list(range(16)), visit=0)
         for step in range(2):  # until the weights have moved nobody judges
             fastpo.train.optimizer_step(trainer, itertools.repeat(batch), step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +36,41 @@ SUPPORTED = (
     DistributedType.DEEPSPEED,
 )
 ASKS_FOR_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+ENVIRONMENT = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    ASKS_FOR_DEEPSPEED,
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+)
+"""What joining may change in the environment; the next run would take it for its launcher's."""
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[Accelerator]:
+    """Joins the processes for one run; group and environment are then as they were before.
+
+    Raises:
+        ConfigError: As `setup_accelerator`.
+    """
+    keep_group = torch.distributed.is_initialized()
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    try:
+        accelerator = setup_accelerator(config)
+        try:
+            yield accelerator
+        finally:
+            leave(accelerator, keep_group=keep_group)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def setup_accelerator(config: TrainConfig) -> Accelerator:
@@ -184,10 +221,13 @@ def all_reduce_sum(accelerator: Accelerator, vector: Tensor) -> Tensor:
 
 def leave(accelerator: Accelerator, *, keep_group: bool) -> None:
     """Closes the trackers, and the process group unless it was there before the run."""
-    if keep_group:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    else:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if keep_group or not torch.distributed.is_initialized():
+        return
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        os.environ.pop(ASKS_FOR_DEEPSPEED, None)  # accelerate sets it; a later run may be plain
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # torch's own would leave DeepSpeed with dead groups
+    else:
+        accelerator.state.destroy_process_group()

@@ -40,9 +40,8 @@ from fastpo.distributed import (
     choose_optimizer,
     gather,
     gradient_norm,
-    leave,
+    joined,
     prepare_policy,
-    setup_accelerator,
 )
 from fastpo.export import export_policy
 from fastpo.hub import resolve_model_folder
@@ -205,12 +204,8 @@ def train(
         FastPOError: Anything the user can mend: the configuration, the cache, the model, a
             checkpoint of another run, a run already in the folder, or a non-finite loss.
     """
-    keep_group = torch.distributed.is_initialized()
-    accelerator = setup_accelerator(config.train)
-    try:
+    with joined(config.train) as accelerator:
         return _train(config, accelerator, resume=resume, overwrite=overwrite, progress=progress)
-    finally:
-        leave(accelerator, keep_group=keep_group)
 
 
 def _train(

@@ -219,6 +219,34 @@ def test_offloaded_runs_equal_plain_ones_and_go_on_from_any_stage(runs, mode):
     assert_same_steps(metrics(plain), metrics(runs[mode, "full dpo, resumed"]))
 
 
+IN_TURN = """
+import os, sys
+from pathlib import Path
+from fastpo.config import load_config
+from fastpo.train import train
+
+def launchers():
+    return {k: v for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "MASTER_"))
+            or k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+
+before = launchers()
+for number, mode in enumerate(sys.argv[3:]):
+    changes = ["train.max_steps=2", f"train.output_dir={sys.argv[2]}/{number}"]
+    changes += [] if mode == "plain" else [f"train.deepspeed={mode}"]
+    train(load_config(Path(sys.argv[1]), changes), progress=False)
+    assert launchers() == before, mode
+"""
+
+
+@pytest.mark.slow
+def test_one_process_trains_in_one_mode_after_the_other(base, script, tmp_path):
+    script("-c", IN_TURN, base, tmp_path, "plain", "zero2", "zero3", "plain")
+    first, *others = (metrics(tmp_path / str(number)) for number in range(4))
+    for other in others:
+        assert_same_steps(first, other)
+    assert_same_steps(first, others[-1], exactly=True)
+
+
 @pytest.mark.slow
 def test_one_processs_run_is_resumed_by_two(runs, alone):
     assert_same_steps(metrics(alone), metrics(runs["zero2", "alone, resumed"]))
