@@ -7,7 +7,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,8 @@ COLUMNS = (
     "minority",
     "weight",
 )
-RESULTS = ("metrics.jsonl", "config.yaml", "minority.csv")
+MINORITY = "minority.csv"
+RESULTS = ("metrics.jsonl", "config.yaml", MINORITY)
 FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
 
@@ -173,13 +174,27 @@ class RunFolder:
         for name in RESULTS:
             (self.path / name).unlink(missing_ok=True)
 
-    def begin(self, config: Config, start: int) -> None:
-        """Saves the resolved configuration and drops metrics of steps that will be done again."""
+    def sweep(self) -> None:
+        """Makes the folder, or tidies up what a killed process left there."""
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.path / "checkpoints"):
             sweep(folder)
+
+    def has_results(self, exports: Iterable[str]) -> bool:
+        """Whether all that a run writes at its end is there.
+
+        Args:
+            exports: The folders of exported weights.
+        """
+        return all((self.path / name).exists() for name in (*exports, MINORITY))
+
+    def begin(self, config: Config, start: int) -> None:
+        """Saves the resolved configuration and drops what steps that come will write anew."""
+        if not self.main:
+            return
+        (self.path / MINORITY).unlink(missing_ok=True)
         write_text(self.path / "config.yaml", dump_config(config))
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -194,7 +209,7 @@ class RunFolder:
                 file.write(json.dumps(finite) + "\n")
 
     def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
-        """Writes what the run found out about every pair, for the report and for curation."""
+        """Writes what the run found out about every pair, its last result, for the report."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         names = ("visits", "ledger_mean", "ledger_minority", "metric_minority")
@@ -202,7 +217,7 @@ class RunFolder:
         columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
         for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
             writer.writerow([pair_id, *("" if v != v else v for v in values)])
-        write_text(self.path / "minority.csv", text.getvalue())
+        write_text(self.path / MINORITY, text.getvalue())
 
 
 def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:

@@ -43,6 +43,7 @@ from fastpo.distributed import (
     joined,
     prepare_policy,
 )
+from fastpo.errors import CheckpointError
 from fastpo.export import export_policy
 from fastpo.hub import resolve_model_folder
 from fastpo.judges import Judges
@@ -193,7 +194,8 @@ def train(
 
     Args:
         config: The experiment.
-        resume: Go on from the newest checkpoint of the run's folder, if it has one.
+        resume: Go on from the newest checkpoint of the run's folder, if it has one; a finished run
+            is left as it is.
         overwrite: Replace an earlier run in the same folder.
         progress: Show the banner and a progress bar.
 
@@ -202,7 +204,8 @@ def train(
 
     Raises:
         FastPOError: Anything the user can mend: the configuration, the cache, the model, a
-            checkpoint of another run, a run already in the folder, or a non-finite loss.
+            checkpoint of another run or of more steps, a run already in the folder, or a
+            non-finite loss.
     """
     with joined(config.train) as accelerator:
         return _train(config, accelerator, resume=resume, overwrite=overwrite, progress=progress)
@@ -223,7 +226,13 @@ def _train(
         start = load_checkpoint(
             checkpoints[-1], trainer.state, config, trainer.cache.fingerprint, trainer.group
         )
+    check_steps(config, start, trainer.total_steps)
+    run.sweep()
     accelerator.wait_for_everyone()
+    if start == trainer.total_steps and has_results(trainer, run):
+        if main:
+            print(f"{run.path} is finished: all {start} steps are done")
+        return run.path
     run.begin(config, start)
     if main and config.data.flip_rate > 0:
         mask = trainer.cache.write_flip_mask(otherwise=run.path)
@@ -236,6 +245,28 @@ def _train(
     finish(trainer, run)
     accelerator.wait_for_everyone()
     return run.path
+
+
+def check_steps(config: Config, start: int, total: int) -> None:
+    """Refuses to go on with a run that has done more than is asked for.
+
+    Raises:
+        CheckpointError: The text names the key that asks for too little.
+    """
+    if start > total:
+        key = "train.epochs" if config.train.max_steps is None else "train.max_steps"
+        raise CheckpointError(
+            f"{config.train.output_dir} has done {start} steps, {key} asks for {total}: raise it "
+            "to go on, or set another train.output_dir"
+        )
+
+
+def has_results(trainer: Trainer, run: RunFolder) -> bool:
+    """Whether the main process finds what `finish` writes; every process gets its answer."""
+    exports = exported_weights(trainer.state.weights, trainer.state.averages)
+    found = torch.zeros(1, device=trainer.accelerator.device)
+    found += run.main and run.has_results(exports)
+    return bool(all_reduce_sum(trainer.accelerator, found))
 
 
 def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -> None:

@@ -76,6 +76,38 @@ def test_what_a_killed_save_left_is_swept_up(experiment):
     assert (folder / "final").is_dir()
 
 
+def contents(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_is_left_alone_and_a_shorter_one_refused(experiment, capsys):
+    path = experiment()
+    folder = train(load_config(path), progress=False)
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match=r"has done 4 steps, train\.max_steps asks for 3"):
+        train(load_config(path, ["train.max_steps=3"]), resume=True, progress=False)
+    epochs = ["train.max_steps=null", "train.epochs=0.2"]
+    with pytest.raises(CheckpointError, match=r"has done 4 steps, train\.epochs asks for 2"):
+        train(load_config(path, epochs), resume=True, progress=False)
+    train(load_config(path), resume=True, progress=False)
+    assert "is finished: all 4 steps are done" in capsys.readouterr().out
+    assert contents(folder) == before
+
+
+def test_a_prolonged_run_that_was_killed_before_its_export_is_exported(experiment, monkeypatch):
+    """Its folder still holds the shorter run's results."""
+    path = experiment()
+    folder = train(load_config(path), progress=False)
+    longer, exported = load_config(path, ["train.max_steps=6"]), folder / "final"
+    before = contents(exported)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastpo.train.finish", lambda trainer, run: None)
+        train(longer, resume=True, progress=False)
+    train(longer, resume=True, progress=False)
+    assert contents(exported) != before
+    assert (folder / "minority.csv").is_file()
+
+
 def test_a_checkpoint_from_before_a_key_was_added_goes_on_with_its_default(experiment):
     path = experiment(checkpoint_every=2)
     folder = train(load_config(path), progress=False)
