@@ -18,6 +18,7 @@ import torch
 from fastpo._version import __version__
 
 ROOT = Path(__file__).parents[2]
+MEASURED = ("kernels", "fastpo", "benchmarks", ":(exclude)benchmarks/results")  # as git's paths
 Call = Callable[[], object]
 
 
@@ -169,15 +170,14 @@ def _first_line(*words: str) -> str:
 
 
 def environment(commit: str | None = None) -> dict[str, object]:
-    """Device, versions, commit (with `+` if the tree differs from it) and date.
+    """Device, versions, commit (with `+` if code in the tree differs from it) and date.
 
     Args:
         commit: what to write where the checkout's own history is not at hand.
     """
     if commit is None and (ROOT / ".git").exists():
         commit = _first_line("git", "rev-parse", "--short", "HEAD")
-        paths = ("kernels", "fastpo/loss.py", "fastpo/bench")
-        if commit and _first_line("git", "status", "--porcelain", "--", *paths):
+        if commit and _first_line("git", "status", "--porcelain", "--", *MEASURED):
             commit += "+"
     driver = ""
     if device() == "cuda":
