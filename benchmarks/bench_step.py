@@ -7,13 +7,19 @@
 
 Every step is an optimiser step on one micro-batch. Ours is `fastpo.train.optimizer_step` itself;
 recipes are those of `step_recipes.py`; the floor is plain fine-tuning on cached latents: noise,
-policy forward, mean squared error, backward, clipping, update. All share one model and one
-optimiser and take turns, in another order every round; a ratio is formed within a round, so that a
-change of load meets both of its sides. With `--options` each of the trainer's options for memory
-and speed, on a model of its own, takes turns with MaPO's step without it. On a CPU with one thread
-the clock is the process's own, which leaves out waits for other processes. Parts are timed in
-rounds of their own, with a synchronisation at every border. Peak memory is that of a process that
-runs one kind of step alone.
+policy forward, mean squared error, backward, clipping, update.
+
+The steps of one objective, its recipe and the floor share a model and an optimiser and take turns,
+in another order every round; a ratio is formed within a round, so that a change of load meets both
+of its sides. One such group is in memory at a time. Where it does not fit, each of its steps is
+measured with the floor alone: the ratio to its recipe is then that of their medians over the floor,
+and has no spread. With `--options` each of the trainer's options for memory and speed, on a model
+of its own, takes turns with MaPO's step without it. `times_floor` compares all rows of a case;
+`pairs_per_s` is to be read beside `floor_pairs_per_s`, the floor's in the same rounds.
+
+On a CPU with one thread the clock is the process's own, which leaves out waits for other processes.
+Parts are timed in rounds of their own, with a synchronisation at every border. Peak memory is that
+of a process that runs one kind of step alone, after all times are taken.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from step_models import SIZES
-from step_providers import CLOCK, DEVICE, FLOOR, OPTIONS, PROVIDERS, Bench, Case, Parts
+from step_providers import (
+    CLOCK,
+    DEVICE,
+    FLOOR,
+    OPTIONS,
+    PROVIDERS,
+    Bench,
+    Case,
+    Parts,
+    groups,
+    rival,
+)
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
@@ -56,12 +73,14 @@ PARTS = (
     "optimizer",
     "ledger",
 )
+Found = dict[str, dict[str, Any]]
+Row = dict[str, Any]
 
 
-def measure(benches: list[Bench], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(benches: list[Bench], rounds: int) -> Found:
     """Seconds of every round, and the parts of a step, by provider."""
     steps = {name: step for bench in benches for name, step in bench.steps.items()}
-    found: dict[str, dict[str, Any]] = {n: {"seconds": [], "parts": {}} for n in steps}
+    found: Found = {n: {"seconds": [], "parts": {}} for n in steps}
     for step in steps.values():  # first calls allocate and compile
         step()
         step()
@@ -73,7 +92,7 @@ def measure(benches: list[Bench], rounds: int) -> dict[str, dict[str, Any]]:
             found[name]["seconds"].append(Parts.now() - start)
     for bench in benches:
         for name in bench.steps:
-            found[name]["parts"] = parts_of(bench, name, max(2, rounds // 3))
+            found[name]["parts"] = parts_of(bench, name, max(1, rounds // 3))
     return found
 
 
@@ -91,49 +110,104 @@ def parts_of(bench: Bench, name: str, runs: int) -> dict[str, float]:
     return sorted(found, key=lambda run: run["total"])[len(found) // 2]
 
 
-def measure_options(
-    case: Case, options: Iterable[str], rounds: int, peaks: bool
-) -> Iterator[list[dict]]:
-    """Rows of the bare policy and of MaPO, then one of MaPO with each option alone.
+def measure_providers(case: Case, names: Iterable[str], rounds: int) -> Iterator[list[Row]]:
+    """The case's rows, again after every group."""
+    rows: list[Row] = []
+    for group in groups(case.method, names):
+        for found in _together_or_apart(case, group, rounds):
+            rows += [_row(case, name, found) for name in found if name != FLOOR or not rows]
+            _compare_over_floor(rows)
+            yield rows
+
+
+def _together_or_apart(case: Case, group: tuple[str, ...], rounds: int) -> Iterator[Found]:
+    """What a group's rounds found; where it does not fit in memory, each step's with the floor."""
+    found = _in_turn(case, group, rounds)
+    if found is not None:
+        yield found
+        return
+    if len(group) > 2:
+        _say(f"do not fit in memory together, measured one by one: {'; '.join(group[1:])}")
+    for name in group[1:]:
+        found = _in_turn(case, (FLOOR, name), rounds) if len(group) > 2 else None
+        if found is not None:
+            yield found
+        else:
+            _say(f"{name}: does not fit in memory, no row")
+
+
+def _in_turn(case: Case, names: tuple[str, ...], rounds: int) -> Found | None:
+    """Measures steps that share a model, and frees it; None where memory does not suffice."""
+    try:
+        found = measure([Bench(case, names)], rounds)
+    except torch.OutOfMemoryError:
+        found = None
+    _free()
+    return found
+
+
+def _free() -> None:
+    """Gives a dropped bench's memory back: its hooks and steps refer to it in circles."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _compare_over_floor(rows: list[Row]) -> None:
+    """Fills in ratios to recipes that were measured on a model of their own."""
+    floors = {row["provider"]: row["times_floor"] for row in rows}
+    for row in rows:
+        recipe = floors.get(rival(row["provider"]))
+        if recipe is not None and row["faster_than_recipe"] == "":
+            row["faster_than_recipe"] = round(recipe / row["times_floor"], 3)
+
+
+def measure_options(case: Case, options: Iterable[str], rounds: int) -> Iterator[list[Row]]:
+    """Rows of the bare policy and of MaPO, then one more of MaPO with each option alone.
 
     An option that this machine or method refuses is named with the reason, and has no row.
     """
     plain = Bench(case, (FLOOR, PLAIN))
-    yield rows_of(case, measure([plain], rounds), _peaks(case, plain.steps, peaks))
+    found = measure([plain], rounds)
+    rows = [_row(case, name, found) for name in found]
+    yield rows
     for option in options:
-        changed = replace(case, option=option)
         try:
-            yield [_option_row(plain, changed, rounds, peaks)]
+            rows.append(_option_row(plain, replace(case, option=option), rounds))
+            yield rows
         except (FastPOError, ValueError, RuntimeError) as error:
-            Console(stderr=True).print(f"{option}: {error}", markup=False)
-        gc.collect()
+            _say(f"{option}: {error}")
+        _free()
 
 
-def _option_row(plain: Bench, changed: Case, rounds: int, peaks: bool) -> dict:
+def _option_row(plain: Bench, changed: Case, rounds: int) -> Row:
     bench, name = Bench(changed, (PLAIN,)), f"{PLAIN}, {changed.option}"
     bench.steps = {name: bench.steps[PLAIN]}
-    found = measure([plain, bench], rounds)
-    memory = peak_mib(changed, PLAIN) if peaks else None
-    return _row(changed, name, found, memory)
+    return _row(changed, name, measure([plain, bench], rounds))
 
 
-def _peaks(case: Case, names: Iterable[str], wanted: bool) -> dict[str, float | None]:
-    return {name: peak_mib(case, name) if wanted else None for name in names}
+def add_peaks(case: Case, rows: list[Row], wanted: Collection[str]) -> Iterator[list[Row]]:
+    """The rows, again after each peak memory that is wanted."""
+    for row in rows:
+        name = PLAIN if row["option"] else row["provider"]
+        if name in wanted:
+            row["peak_mib"] = peak_mib(replace(case, option=row["option"]), name)
+            yield rows
 
 
-def peak_mib(case: Case, name: str) -> float | None:
+def peak_mib(case: Case, name: str) -> int | str:
     """Peak memory of a process that runs this step alone, above what its imports take.
 
-    None where the process fails, for want of memory say: the terminal shows why, and the row keeps
+    Empty where the process fails, for want of memory say: the terminal shows why, and the row keeps
     its times.
     """
     command = [sys.executable, __file__, "--peak-of", name, "--case", json.dumps(vars(case))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        Console(stderr=True).print(f"no peak memory of {name}: {reason}", markup=False)
-        return None
-    return float(done.stdout.split()[-1])
+        _say(f"no peak memory of {name}: {reason}")
+        return ""
+    return round(float(done.stdout.split()[-1]))
 
 
 def _print_peak(case: Case, name: str) -> None:
@@ -153,20 +227,15 @@ def _high_water() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def rows_of(
-    case: Case, found: dict[str, dict[str, Any]], peaks: dict[str, float | None]
-) -> list[dict]:
-    """One row a provider."""
-    return [_row(case, name, found, peaks[name]) for name in found]
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False)
 
 
-def _row(
-    case: Case, name: str, found: dict[str, dict[str, Any]], peak: float | None
-) -> dict[str, Any]:
+def _row(case: Case, name: str, found: Found) -> Row:
     """A provider's row; ratios are medians over the rounds, with their quintiles."""
-    timing, rival = found[name], found.get(_rival(name))
-    floor = _ratios(timing, found.get(FLOOR))
-    faster = _ratios(rival, timing)
+    timing = found[name]
+    floor, recipe = _ratios(timing, found[FLOOR]), found.get(rival(name))
+    faster = ("", "", "") if recipe is None else _ratios(recipe, timing)
     parts = timing["parts"]
     share = {
         f"share_{part.replace(' ', '_')}": round(parts.get(part, 0.0) / parts["total"], 4)
@@ -180,55 +249,54 @@ def _row(
         "checkpointing": case.config().train.gradient_checkpointing,
         "option": case.option,
         "provider": name,
-        "pairs_per_s": round(case.pairs / statistics.median(timing["seconds"]), 4),
+        "pairs_per_s": _pairs_per_second(case, timing),
+        "floor_pairs_per_s": _pairs_per_second(case, found[FLOOR]),
         "times_floor": floor[1],
         "times_floor_p20": floor[0],
         "times_floor_p80": floor[2],
         "faster_than_recipe": faster[1],
         "faster_p20": faster[0],
         "faster_p80": faster[2],
-        "peak_mib": "" if peak is None else round(peak),
+        "peak_mib": "",
         **share,
         "share_rest": round(1.0 - sum(share.values()), 4),
         "rounds": len(timing["seconds"]),
         "clock": CLOCK,
-        **environment(),
     }
 
 
-def _rival(name: str) -> str:
-    """The recipe that trains the same objective."""
-    for which in ("MaPO", "Adaptive-DPO"):
-        if which in name:
-            return f"recipe {which}"
-    return "recipe Diffusion-DPO" if name.startswith("FastPO") else ""
+def _pairs_per_second(case: Case, timing: dict[str, Any]) -> float:
+    return round(case.pairs / statistics.median(timing["seconds"]), 4)
 
 
-def _ratios(above: dict | None, below: dict | None) -> tuple[Any, Any, Any]:
-    """Quintiles and median of the ratio of two providers' seconds, round by round."""
-    if above is None or below is None:
-        return "", "", ""
+def _ratios(above: dict[str, Any], below: dict[str, Any]) -> tuple[float, float, float]:
+    """Lowest quintile, median and highest of the ratio of two providers' seconds, by round."""
     ratios = [a / b for a, b in zip(above["seconds"], below["seconds"], strict=True)]
     low, *_, high = statistics.quantiles(ratios, n=5)
     return round(low, 3), round(statistics.median(ratios), 3), round(high, 3)
 
 
-def _rows(case: Case, options: argparse.Namespace) -> Iterator[list[dict]]:
-    """The rows of a case, as they are measured."""
-    if options.options is not None:
-        chosen = options.options or OPTIONS
-        yield from measure_options(case, chosen, options.rounds, not options.no_peaks)
-        return
-    names = tuple(options.providers)
-    peaks = _peaks(case, names, not options.no_peaks)
-    yield rows_of(case, measure([Bench(case, names)], options.rounds), peaks)
+def measure_case(case: Case, options: argparse.Namespace) -> Iterator[list[Row]]:
+    """The case's rows so far, again whenever there is more to tell."""
+    rows: list[Row] = []
+    if options.options is None:
+        found = measure_providers(case, options.providers, options.rounds)
+    else:
+        found = measure_options(case, options.options or OPTIONS, options.rounds)
+    for rows in found:
+        yield rows
+    del found
+    _free()  # peaks need the memory
+    yield from add_peaks(case, rows, options.peaks)
 
 
-def main() -> None:
-    """Measures every method and batch asked for, and writes `step.csv`."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     gpu = DEVICE == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="sdxl" if gpu else "mid")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["sdxl" if gpu else "mid"])
     parser.add_argument("--method", nargs="+", choices=("lora", "full"), default=["full", "lora"])
     parser.add_argument("--pairs", nargs="+", type=int, default=[4] if gpu else [1])
     parser.add_argument("--precision", choices=DTYPES, default="bf16" if gpu else "fp32")
@@ -238,23 +306,35 @@ def main() -> None:
         "--options", nargs="*", choices=OPTIONS, help="these, or all, instead of the providers"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-peaks", action="store_true", help="leave out peak memory")
+    parser.add_argument(
+        "--peaks", nargs="*", choices=PROVIDERS, default=PROVIDERS, help="peak memory of these only"
+    )
+    parser.add_argument("--commit", help="for the CSV, where git's history is not at hand")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/step.csv")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measures every size, method and batch asked for, and writes `step.csv`."""
+    options = make_parser().parse_args()
     if options.peak_of:
         _print_peak(Case(**options.case), options.peak_of)
         return
+    where = environment(options.commit)  # as it is before anything runs
     path = options.out or results_path("step" if options.options is None else "step_options")
-    rows: list[dict] = []
-    for method in options.method:
-        for pairs in options.pairs:
-            case = Case(options.size, method, pairs, options.precision, options.checkpointing)
-            for found in _rows(case, options):
-                rows += found
-                write_records(rows, list(rows[0]), path)
-    Console().print(f"{len(rows)} rows in {path}")
+    done: list[Row] = []
+    for size in options.size:
+        for method in options.method:
+            for pairs in options.pairs:
+                case = Case(size, method, pairs, options.precision, options.checkpointing)
+                rows: list[Row] = []
+                for rows in measure_case(case, options):
+                    written = [row | where for row in done + rows]
+                    write_records(written, list(written[0]), path)
+                done += rows
+    Console().print(f"{len(done)} rows in {path}")
 
 
 if __name__ == "__main__":

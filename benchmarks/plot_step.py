@@ -1,15 +1,16 @@
 """Where a step's time goes: a stacked bar a provider, and the README's table, from `step.csv`.
 
-    python benchmarks/plot_step.py benchmarks/results/<device>/step.csv [--readme README.md]
+    python benchmarks/plot_step.py benchmarks/results/<device>/step*.csv [--readme README.md]
 
-Writes `step.md` and `step.png` beside the CSV; with `--readme`, the text between the markers
-`<!-- step:begin -->` and `<!-- step:end -->` too.
+Writes a table (`.md`) and a figure (`.png`) beside every CSV; with `--readme`, the tables and
+figures of all files, in their order, between `<!-- step:begin -->` and `<!-- step:end -->` too.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -56,11 +57,14 @@ def title_of(case: tuple[str, ...]) -> str:
 
 
 def conditions(rows: list[Row]) -> str:
-    """Device, versions, commit, date and rounds in one line."""
-    first = rows[0]
+    """Device, versions, rounds, commit and date in one line."""
+
+    def told(key: str) -> str:
+        return " and ".join(dict.fromkeys(row[key] for row in rows))
+
     return (
-        f"{first['device']}, {first['threads']} CPU threads, torch {first['torch']}, "
-        f"{first['rounds']} interleaved rounds, commit {first['commit']}, {first['date']}"
+        f"{told('device')}, {told('threads')} CPU threads, torch {told('torch')}, "
+        f"{told('rounds')} interleaved rounds, commit {told('commit')}, {told('date')}"
     )
 
 
@@ -74,8 +78,8 @@ def table(rows: list[Row]) -> str:
             "|---|---|---|---|",
         ]
         for row in group:
-            faster = row["faster_than_recipe"] if row["provider"].startswith("FastPO") else ""
-            spread = f" ({row['faster_p20']} to {row['faster_p80']})" if faster else ""
+            faster = row["faster_than_recipe"]
+            spread = f" ({row['faster_p20']} to {row['faster_p80']})" if row["faster_p20"] else ""
             lines.append(
                 f"| {row['provider']} | {row['times_floor']} "
                 f"({row['times_floor_p20']} to {row['times_floor_p80']}) | "
@@ -93,26 +97,26 @@ def figure(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(case, list(group)) for case, group in groupby(rows, case_of)]
-    bars = max(len(group) for _, group in panels)
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 0.42 * bars + 1.4), squeeze=False, sharey=True
-    )
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    size = 6.2 * len(panels), 0.42 * len(names) + 1.4
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     for axis, (case, group) in zip(axes[0], panels, strict=True):
-        names = [row["provider"] for row in group]
+        places = [names.index(row["provider"]) for row in group]
         starts = [0.0] * len(group)
         for part, colour in COLOURS.items():
             lengths = [
                 float(row[f"share_{part.replace(' ', '_')}"]) * float(row["times_floor"])
                 for row in group
             ]
-            axis.barh(names, lengths, left=starts, color=colour, label=part)
+            axis.barh(places, lengths, left=starts, color=colour, label=part)
             starts = [s + max(length, 0.0) for s, length in zip(starts, lengths, strict=True)]
-        for place, (row, end) in enumerate(zip(group, starts, strict=True)):
+        for place, row, end in zip(places, group, starts, strict=True):
             axis.text(end + 0.03, place, f"{float(row['times_floor']):.2f}", va="center", size=8)
         axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=title_of(case), xlabel="time of a step, bare policy = 1")
         axis.set_xlim(right=1.1 * max(starts))
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = min(len(labels), 6 * len(panels))
@@ -124,18 +128,25 @@ def figure(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Writes the table and the figure beside every CSV, and into the README where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Writes the table and the figure beside every CSV, and all into the README where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--readme", type=Path, help="rewrite the text between its step markers")
     options = parser.parse_args()
+    texts = []
     for path in options.files:
-        rows = read(path)
+        rows, picture = read(path), path.with_suffix(".png")
         text = f"{conditions(rows)}.\n\n{table(rows)}"
         write_text(path.with_suffix(".md"), f"# Whole training steps\n\n{text}\n")
-        figure(rows, path.with_suffix(".png"))
+        figure(rows, picture)
         if options.readme:
-            write_text(options.readme, with_section(options.readme.read_text(), "step", text))
+            place = Path(os.path.relpath(picture, options.readme.parent)).as_posix()
+            texts.append(f"{text}\n\n![Time of a step by part]({place})")
+    if options.readme:
+        body = "\n\n".join(texts)
+        write_text(options.readme, with_section(options.readme.read_text(), "step", body))
 
 
 if __name__ == "__main__":

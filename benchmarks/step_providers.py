@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from step_models import (
     SIZES,
@@ -24,7 +23,7 @@ from step_models import (
     endless,
     make_inputs,
 )
-from step_recipes import RECIPES, Recipe
+from step_recipes import RECIPES, Recipe, make_averages
 from torch import Tensor, nn
 
 from fastpo.averages import setup_averages
@@ -47,15 +46,21 @@ LEDGER = {
     "objective": {"name": "adaptive_dpo", "beta": 2500.0, "weight_kind": "gate"},
     "annotators": {"kind": "ledger"},
 }
+AVERAGES = {"kind": "ema", "warmup_steps": 0}
+RELEASED = {"name": "adaptive_dpo", "beta": 1000.0}
 OURS: dict[str, dict[str, Any]] = {
     "MaPO": {"objective": {"name": "mapo"}},
     "DPO, cached reference": {"objective": {"name": "dpo"}, "reference": "cached"},
     "DPO, live reference": {"objective": {"name": "dpo"}},
     "Adaptive-DPO, ledger, cached reference": {**LEDGER, "reference": "cached"},
     "Adaptive-DPO, ledger, live reference": LEDGER,
-    "Adaptive-DPO, averages, live reference": {
-        "objective": {"name": "adaptive_dpo", "beta": 1000.0},
-        "annotators": {"kind": "ema", "warmup_steps": 0},
+    "Adaptive-DPO, averages one by one, live reference": {
+        "objective": RELEASED,
+        "annotators": {**AVERAGES, "batched": False},
+    },
+    "Adaptive-DPO, averages in one pass, live reference": {  # LoRA alone has it
+        "objective": RELEASED,
+        "annotators": {**AVERAGES, "batched": True},
     },
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -70,6 +75,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PROVIDERS = (FLOOR, *(f"FastPO {n}" for n in OURS), *(f"recipe {n}" for n in RECIPES))
 Step = Callable[[], None]
+
+
+def rival(name: str) -> str:
+    """The recipe that trains the objective of one of ours; none has another kind of step."""
+    if not name.startswith("FastPO"):
+        return ""
+    return next((f"recipe {r}" for r in RECIPES if r in name), "recipe Diffusion-DPO")
+
+
+def groups(method: str, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Providers that are measured together, on one model: those of an objective, and the floor.
+
+    Full fine-tuning's moving averages, eight bytes a weight, stay apart from the recipe's own.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name == FLOOR or (method == "full" and "in one pass" in name):
+            continue
+        apart = method == "full" and "averages" in name
+        found.setdefault("averages" if apart else rival(name) or name, [FLOOR]).append(name)
+    return [tuple(group) for group in found.values()] or [(FLOOR,)]
 
 
 class Parts:
@@ -147,7 +173,7 @@ class Case:
 
 
 class Bench:
-    """One model and its optimiser, and every kind of step on them.
+    """One model and its optimiser, and several kinds of steps on them.
 
     Args:
         case: The case.
@@ -249,10 +275,7 @@ class Bench:
         assert self.encoders is not None
         averages = []
         if name == "Adaptive-DPO":
-            policy = self.denoisers.policy
-            averages = [EMAModel(policy.parameters(), decay=d) for d in (0.9999, 0.5)]
-            for average in averages:
-                average.to(self.accelerator.device)
+            averages = make_averages(self.denoisers.policy, self.case.precision)
         recipe = Recipe(
             denoisers=self.denoisers,
             optimizer=self.optimizer,

@@ -2,8 +2,10 @@
 
 All three encode images (VAE in float32) and prompts in every step. Diffusion-DPO adds a forward of
 the reference. Adaptive-DPO adds two more, of moving averages that diffusers' `EMAModel` swaps in
-by way of host memory, the whole UNet both ways. MaPO has neither. Decoding and resizing the images,
-which those trainers do in their data loaders, is left out: pixels are on the device already.
+by way of host memory, the whole UNet both ways. They are kept in the precision of the run, to which
+released code casts them, although slow updates round away there. MaPO has neither. Two things are
+left out in the recipes' favour: decoding and resizing the images, which those trainers do in their
+data loaders (pixels are on the device already), and the graph that the averages' passes build.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from diffusers.training_utils import EMAModel
 from step_models import Inputs, encode_text
 from torch import Tensor, nn
 
-from fastpo.models import Denoisers
+from fastpo.models import DTYPES, Denoisers
 
+DECAYS = (0.9999, 0.5)  # of Adaptive-DPO's averages
 Part = Callable[[str], Any]
 Judge = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
@@ -98,6 +101,16 @@ class Recipe:
             for average in self.averages:
                 average.step(self.denoisers.policy.parameters())
         self.logged.append(loss.item())
+
+
+def make_averages(unet: nn.Module, precision: str) -> list[EMAModel]:
+    """Adaptive-DPO's averages of the whole UNet, frozen weights too, in the run's precision."""
+    averages = []
+    for decay in DECAYS:
+        average = EMAModel(unet.parameters(), decay=decay)
+        average.to(dtype=DTYPES[precision])
+        averages.append(average)
+    return averages
 
 
 def diffusion_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:

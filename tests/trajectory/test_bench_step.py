@@ -9,8 +9,8 @@ import pytest
 def test_options_are_measured_beside_the_step_without_them(tmp_path, script):
     file = tmp_path / "options.csv"
     options = ["--options", "bf16 weights", "gradient checkpointing", "channels-last"]
-    sizes = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
-    text = script("benchmarks/bench_step.py", *sizes, *options)
+    sizes = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--out", file]
+    text = script("benchmarks/bench_step.py", *sizes, *options, "--peaks", "bare policy")
     assert "bf16 weights: " in text  # LoRA's own weights stay float32
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}
@@ -18,7 +18,9 @@ def test_options_are_measured_beside_the_step_without_them(tmp_path, script):
     names += [f"FastPO MaPO, {name}" for name in options[2:]]
     assert list(rows) == names
     assert [row["checkpointing"] for row in rows.values()] == ["False", "False", "True", "False"]
-    assert float(rows[names[2]]["times_floor"]) > 0
+    assert float(rows[names[2]]["times_floor"]) > 0 < float(rows[names[2]]["floor_pairs_per_s"])
+    assert float(rows[names[0]]["peak_mib"]) > 0
+    assert [row["peak_mib"] for row in rows.values()][1:] == ["", "", ""]
     script("benchmarks/plot_step.py", file)
     assert file.with_suffix(".md").read_text().count("**tiny, lora") == 1
 
@@ -26,16 +28,17 @@ def test_options_are_measured_beside_the_step_without_them(tmp_path, script):
 @pytest.mark.slow
 def test_every_step_is_timed_part_by_part_and_drawn(tmp_path, script):
     file = tmp_path / "step.csv"
-    options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--no-peaks", "--out", file]
+    options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--peaks", "--out", file]
     script("benchmarks/bench_step.py", *options)
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, row in rows.items():
         shares = {k.removeprefix("share_"): float(v) for k, v in row.items() if "share_" in k}
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
         recipe = name.startswith("recipe")
         assert (shares["VAE"] > 0) == recipe == (shares["text"] > 0), name
+        assert (row["faster_p20"] != "") == name.startswith("FastPO")
         live = "live" in name or name in ("recipe Diffusion-DPO", "recipe Adaptive-DPO")
         assert (shares["reference"] > 0 or shares["annotators"] > 0) == live, name
         assert shares["backward"] > 0 < shares["policy_forward"]

@@ -1,0 +1,227 @@
+"""Whole steps in groups: what is measured together, what happens without memory, what is drawn."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpo.plan.planner import make_plan
+
+ROOT = Path(__file__).parents[2]
+MAPO, MAPO_RECIPE = "FastPO MaPO", "recipe MaPO"
+LIVE, CACHED = "FastPO DPO, live reference", "FastPO DPO, cached reference"
+ONE_BY_ONE = "FastPO Adaptive-DPO, averages one by one, live reference"
+ONE_PASS = "FastPO Adaptive-DPO, averages in one pass, live reference"
+HUB = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+SECONDS = {"bare policy": 1.0, MAPO: 1.1, MAPO_RECIPE: 2.2, LIVE: 1.5, CACHED: 1.0}
+WHERE = {"device": "a GPU", "threads": 1, "torch": "2", "commit": "abc1234", "date": "2026-11-21"}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module("bench_step")
+
+
+@pytest.fixture
+def case(bench):
+    return bench.Case("tiny", "lora", 2, "fp32", False)
+
+
+@pytest.fixture
+def machine(bench, monkeypatch):
+    """Steps that take `SECONDS` of a clock which slows down for every model; `fits` says which fit.
+
+    No model may be built while more than `others` are there.
+    """
+    built, clock = [], [0.0]
+
+    class Model:
+        others, fits = 0, staticmethod(lambda case, names: True)
+
+        def __init__(self, case, names):
+            assert sum(model() is not None for model in built) <= self.others
+            built.append(weakref.ref(self))
+            self.circle = self
+            if not self.fits(case, names):
+                raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+            self.parts = import_module("step_providers").Parts()
+            self.steps = {n: lambda n=n: self.step(SECONDS[n]) for n in names}
+
+        def step(self, seconds):
+            seconds *= len(built)
+            clock[0] += seconds
+            if self.parts.on:
+                self.parts.seconds["backward"] = seconds
+
+    monkeypatch.setattr(bench, "Bench", Model)
+    monkeypatch.setattr(bench.Parts, "now", staticmethod(lambda: clock[0]))
+    return Model
+
+
+def rows_by_name(found):
+    *_, rows = found
+    return {row["provider"]: row for row in rows}
+
+
+def test_ours_share_a_model_with_the_recipe_of_their_objective(bench):
+    lora, full = (bench.groups(method, bench.PROVIDERS) for method in ("lora", "full"))
+    assert [group[0] for group in lora] == ["bare policy"] * 3
+    assert [group[-1] for group in lora] == [
+        "recipe MaPO",
+        "recipe Diffusion-DPO",
+        "recipe Adaptive-DPO",
+    ]
+    assert sorted(sum((g[1:] for g in lora), ())) == sorted(bench.PROVIDERS[1:])
+    assert full[3] == ("bare policy", ONE_BY_ONE)
+    assert set(sum(full, ())) == set(bench.PROVIDERS) - {ONE_PASS}
+    assert bench.groups("lora", ["bare policy"]) == [("bare policy",)]
+
+
+def test_columns_agree_though_every_group_meets_another_load(bench, case, machine):
+    rows = rows_by_name(bench.measure_providers(case, SECONDS, 3))
+    assert set(rows) == set(SECONDS)
+    for name, row in rows.items():
+        assert row["times_floor"] == pytest.approx(SECONDS[name], abs=1e-3)
+        slowdown = row["floor_pairs_per_s"] / row["pairs_per_s"]
+        assert slowdown == pytest.approx(row["times_floor"], rel=1e-3)
+        assert row["share_backward"] == pytest.approx(1.0)
+    assert rows[MAPO]["floor_pairs_per_s"] != rows[LIVE]["floor_pairs_per_s"]
+    assert [rows[MAPO][key] for key in ("faster_p20", "faster_than_recipe")] == [2.0, 2.0]
+    assert rows[MAPO_RECIPE]["faster_than_recipe"] == ""
+
+
+def test_an_option_stands_beside_the_floor_of_its_own_rounds(bench, case, machine, capsys):
+    machine.others = 1
+    machine.fits = staticmethod(lambda case, names: case.option != "torch.compile")
+    options = ["channels-last", "torch.compile", "Adafactor"]
+    rows = rows_by_name(bench.measure_options(case, options, 3))
+    names = [f"{MAPO}, {name}" for name in options[::2]]
+    assert list(rows) == ["bare policy", MAPO, *names]
+    for row in rows.values():
+        slowdown = row["floor_pairs_per_s"] / row["pairs_per_s"]
+        assert slowdown == pytest.approx(row["times_floor"], rel=1e-3)
+    speeds = {row["floor_pairs_per_s"] for row in rows.values()}
+    assert len(speeds) == 3  # the first two rows come from the same rounds
+    assert "torch.compile: tried to allocate" in capsys.readouterr().err
+
+
+def test_a_group_without_memory_falls_apart(bench, case, machine, capsys):
+    machine.fits = staticmethod(lambda case, names: len(names) == 2 and LIVE not in names)
+    lengths = [len(rows) for rows in bench.measure_providers(case, SECONDS, 3)]
+    assert lengths == [2, 3, 4]  # rows come one by one
+    rows = rows_by_name(bench.measure_providers(case, SECONDS, 3))
+    assert list(rows) == ["bare policy", MAPO, MAPO_RECIPE, CACHED]
+    # The ratio of two models' medians over the floor has no spread.
+    assert rows[MAPO]["faster_than_recipe"] == pytest.approx(2.0, abs=2e-3)
+    assert rows[MAPO]["faster_p20"] == rows[MAPO]["faster_p80"] == ""
+    assert rows[CACHED]["faster_than_recipe"] == ""  # its recipe was not asked for
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{LIVE}: does not fit in memory, no row" in told
+    assert f"{MAPO}: does not fit" not in told
+
+
+def test_a_model_is_gone_when_its_group_is_done(bench, case, monkeypatch):
+    seen = []
+
+    def look(benches, rounds):
+        for step in benches[0].steps.values():
+            step()
+        seen.append(weakref.ref(benches[0].denoisers.policy))
+
+    monkeypatch.setattr(bench, "measure", look)
+    bench._in_turn(case, ("bare policy", ONE_PASS, "recipe Adaptive-DPO"), 1)
+    assert seen[0]() is None
+
+
+def test_the_recipes_averages_are_cast_to_the_run(bench):
+    model = torch.nn.Linear(2, 2)
+    averages = import_module("step_recipes").make_averages(model, "bf16")
+    assert [average.decay for average in averages] == [0.9999, 0.5]
+    assert {p.dtype for a in averages for p in a.shadow_params} == {torch.bfloat16}
+    assert model.weight.dtype == torch.float32
+
+
+def test_several_files_make_one_section(bench, case, machine, tmp_path, monkeypatch):
+    plot = import_module("plot_step")
+    files = []
+    for k, names in enumerate([[MAPO, MAPO_RECIPE], [LIVE, MAPO]]):
+        rows = list(rows_by_name(bench.measure_providers(case, names, 3)).values())
+        rows[-1]["method"] = "full"  # a panel of its own, without the others' bars
+        rows = [row | WHERE | {"date": f"2026-11-2{k}"} for row in rows]
+        files.append(tmp_path / f"step-{k}.csv")
+        bench.write_records(rows, list(rows[0]), files[-1])
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- step:begin -->\nold\n<!-- step:end -->\nafter\n")
+    command = ["plot_step.py", *map(str, files), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", command)
+    plot.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    for k, file in enumerate(files):
+        assert text.count(f"2026-11-2{k}") == text.count(f"(step-{k}.png)") == 1
+        assert file.with_suffix(".png").stat().st_size > 10_000
+        table = file.with_suffix(".md").read_text().split("\n\n", 2)[2].strip()
+        assert table.count("**tiny, ") == 2 and table in text
+    assert "| FastPO MaPO | 1.1 (1.1 to 1.1) | 2.0x (2.0 to 2.0) |" in text
+
+
+@pytest.fixture
+def gpu_cases(bench, tmp_path):
+    """What `gpu_steps.sh` asks of `bench_step.py`: `gpu_cases(*names) -> options of each case`."""
+    stub, log = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"if sys.argv[1] != '-c': print(json.dumps(sys.argv[2:]), file=open({str(log)!r}, 'a'))\n"
+    )
+    stub.chmod(0o755)
+
+    def asked(*names):
+        log.write_text("")
+        env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path), "COMMIT": "abc1234"}
+        command = ["bash", ROOT / "benchmarks" / "gpu_steps.sh", "--budget-seconds", "9000", *names]
+        subprocess.run(command, env=env, check=True)
+        calls = map(json.loads, log.read_text().splitlines())
+        return [bench.make_parser().parse_args(words) for words in calls]
+
+    return asked
+
+
+def test_every_case_of_the_gpu_script_can_be_asked_for(gpu_cases):
+    cases = {options.out.stem: options for options in gpu_cases()}
+    assert list(cases)[:2] == ["step-sdxl-lora-1", "step-sdxl-full-1"]
+    assert {options.commit for options in cases.values()} == {"abc1234"}
+    first = cases["step-sdxl-lora-1"]
+    assert {ONE_BY_ONE, ONE_PASS} <= set(first.providers) and "bare policy" in first.peaks
+    assert cases["step-sdxl-full-1"].peaks == []
+    some = ["sd15-lora-8", "sdxl-full-options"]
+    assert [options.out.stem for options in gpu_cases(*some)] == [f"step-{name}" for name in some]
+
+
+@pytest.mark.slow
+def test_every_case_of_the_gpu_script_fits_80_gb_by_plan(bench, gpu_cases):
+    cases = {
+        bench.Case(size, method, pairs, "bf16", options.checkpointing)
+        for options in gpu_cases()
+        if options.options is None
+        for size, method, pairs in product(options.size, options.method, options.pairs)
+    }
+    assert len(cases) == 5
+    for case in cases:
+        averages = {"objective": {"name": "adaptive_dpo"}, "annotators": {"kind": "ema"}}
+        config = case.config(**averages)
+        model = config.model.model_copy(update={"path": HUB[case.size]})
+        plan = make_plan(config.model_copy(update={"model": model}), pairs=1000)
+        for cost in plan.costs:
+            assert cost.peak_bytes < 80e9, (case, cost.name)
