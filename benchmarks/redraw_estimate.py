@@ -22,7 +22,7 @@ from aot_report import pair_loss_backward as backward
 from aot_report import pair_loss_forward as forward
 from triton import knobs
 
-from fastpo_kernels.pair_loss.kernel import LaunchConfig
+from fastpo_kernels.pair_loss.launch import LaunchConfig
 
 # Bytes a second, and instructions a second of one thread: SMs x 4 schedulers x 32 lanes x clock.
 GPUS = {

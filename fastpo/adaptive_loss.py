@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from fastpo.checks import require_known, require_positive
+from fastpo.checks import require, require_finite, require_known, require_positive
 from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, pair_loss
 from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
 
@@ -68,8 +69,8 @@ def adaptive_dpo(
 
     Raises:
         TypeError: as in `fastpo.loss`.
-        ValueError: likewise; a beta or rho that is not positive, both `minority` and `annotators`,
-            or both `statistics` and `reduce`.
+        ValueError: likewise; a beta or rho that is not positive, a weight that could be negative or
+            infinite, both `minority` and `annotators`, or both `statistics` and `reduce`.
     """
     require_positive(beta=beta)
     sources = (policy, reference, target)
@@ -108,6 +109,12 @@ def _adaptive(
     require_known(f"adaptive_{objective}", options, AdaptiveKeywords.__annotations__)
     rest: dict[str, Any] = dict(options)
     kinds = {name: rest.pop(name) for name in _OF_SPEC if name in rest}
-    require_positive(rho=kinds.get("rho", Adaptive.rho))
     spec = Adaptive(beta=beta, shift_scale=shift_scale, **kinds)
+    require_positive(rho=spec.rho)
+    require_finite(margin_scale=shift_scale)
+    for name in ("weight_scale", "weight_intercept"):
+        value = getattr(spec, name)
+        require(0 <= value < math.inf, f"{name} must be finite and not negative", value)
+    if spec.weight_kind in ("linear", "quadratic"):
+        require_positive(weight_intercept=spec.weight_intercept)
     return pair_loss(*sources, objective, scalars, adaptive=spec, **rest)

@@ -19,6 +19,13 @@ def require_positive(**options: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def require_finite(**options: float) -> None:
+    """Refuses an option, given by its name, that is NaN or infinite."""
+    for name, value in options.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
 def require_known(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuses keywords that a function has not, as Python does: with `TypeError`."""
     unknown = [name for name in given if name not in known]

@@ -101,6 +101,14 @@ def _loss(
     return pair_loss(policy, reference, target, objective or name, options, **common, **more)
 
 
+def _one_element(name: str, vector: Tensor) -> Tensor:
+    """The tensor of one element as a vector."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
+    require(vector.numel() == 1, f"{name} must have one element", vector.numel())
+    return vector.reshape(1)
+
+
 def dpo(
     policy: Tensor,
     reference: Tensor,
@@ -186,7 +194,7 @@ def kto(
         reduce: forms it over all processes; see above.
     """
     require_positive(beta=beta)
-    statistics = None if baseline is None else baseline.reshape(1)
+    statistics = None if baseline is None else _one_element("baseline", baseline)
     return _loss(
         "kto", policy, reference, target, (beta,), common, statistics=statistics, reduce=reduce
     )

@@ -1,4 +1,4 @@
-"""Sweeps launch configurations on a GPU: what the table in `pair_loss/kernel.py` should hold.
+"""Sweeps launch configurations on a GPU: what the table in `pair_loss/launch.py` should hold.
 
     python -m fastpo.bench.tune --out launch_configs.csv [--budget-seconds 90]
 
@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +78,9 @@ def configurations(n_pairs: int, n_elements: int, direction: str) -> Iterator[tu
         yield from sorted({(block, min(tiles, max(1, p // n_pairs)), warps) for p in PROGRAMS})
 
 
-@contextmanager
-def forced(kernel: Any, config: Any) -> Iterator[None]:
-    """Makes every launch take one configuration."""
-    before = kernel.launch_config
-    kernel.launch_config = lambda *_, **__: config
-    try:
-        yield
-    finally:
-        kernel.launch_config = before
-
-
 def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: float) -> list[Trial]:
     """All configurations of both kernels on one shape, until `stop` on the monotonic clock."""
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
     x = losses.inputs(case)
     call, n_elements = losses.OBJECTIVES[case.name].call, math.prod(case.dims)
@@ -111,7 +99,7 @@ def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: fl
     expected = {"fwd": call(x, "reference").loss.detach(), "bwd": backward()}
     found = []
     for direction, streams in (("fwd", n_streams), ("bwd", 1)):
-        default = kernel.launch_config(case.pairs, n_elements, streams)
+        default = launch.launch_config(case.pairs, n_elements, streams)
         if direction == "bwd":
             tiles = -(-n_elements // default.block_size)
             default = dataclasses.replace(default, programs_per_pair=tiles)
@@ -121,8 +109,8 @@ def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: fl
         for configuration in [chosen, *every]:
             if time.monotonic() > stop:
                 break
-            config = kernel.LaunchConfig(*configuration)
-            us, note = _timed(kernel, config, calls[direction], expected[direction], clock)
+            config = launch.LaunchConfig(*configuration)
+            us, note = _timed(config, calls[direction], expected[direction], clock)
             share = "" if us == "" else round(n_bytes[direction] / float(us) / 1e3 / copy, 4)
             trial = Trial(
                 direction, case.name, case.latents, case.dtype, case.pairs, *configuration,
@@ -135,15 +123,16 @@ def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: fl
 
 
 def _timed(
-    kernel: Any,
     config: Any,
     call: Callable[[], torch.Tensor],
     expected: torch.Tensor,
     clock: Clock,
 ) -> tuple[float | str, str]:
     """Median microseconds of one configuration, or why there are none."""
+    from fastpo_kernels.pair_loss import launch
+
     try:
-        with forced(kernel, config):
+        with launch.launches_as(config):
             for _ in range(2):
                 found = call().detach()
             error = (found.float() - expected.float()).abs().max().item()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Impl = Literal["triton", "reference"]
+_IMPLS = get_args(Impl)
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +21,11 @@ def _gpu_supported(device: torch.device) -> bool:
     # A property that torch.compile folds to a constant.
     hip = torch.version.hip is not None
     return hip or torch.cuda.get_device_properties(device).major >= 8
+
+
+def _triton_runs_on_cpu() -> bool:
+    """Whether kernels are interpreted."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(impl: str | None, tensors: Sequence[Tensor]) -> str:
@@ -37,7 +43,7 @@ def choose(impl: str | None, tensors: Sequence[Tensor]) -> str:
         fits = _TRITON_INSTALLED and device.type == "cuda"
         fits = fits and all(t.dtype in _TRITON_DTYPES for t in tensors)
         return "triton" if fits and _gpu_supported(device) else "reference"
-    if impl not in get_args(Impl):
+    if impl not in _IMPLS:
         raise ValueError(f"impl must be None, 'triton' or 'reference', got {impl!r}")
     if impl == "reference":
         return impl
@@ -46,7 +52,7 @@ def choose(impl: str | None, tensors: Sequence[Tensor]) -> str:
     for t in tensors:
         if t.dtype not in _TRITON_DTYPES:
             raise TypeError(f"impl='triton' takes float32, bfloat16 or float16, got {t.dtype}")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not _triton_runs_on_cpu():
         raise ValueError(f"impl='triton' needs tensors on a GPU, got {device}")
     if device.type == "cuda" and not _gpu_supported(device):
         raise ValueError("impl='triton' needs a GPU of compute capability 8.0 or newer")

@@ -42,6 +42,11 @@ def joint_layout(
     return tuple(sizes), rows
 
 
-def device_guard(tensor: Tensor):
-    """Makes the tensor's GPU the current one; nothing on a CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+_HERE = contextlib.nullcontext()
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, if it is not; nothing on a CPU."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)

@@ -189,6 +189,12 @@ class KernelTarget(NamedTuple):
         return cls(tuple(map(parts.get, PARTS)), formula, (int(seed), shift, scale))
 
     @property
+    def slots(self) -> tuple[int | None, ...]:
+        """Of each of `PARTS`, which of the encoded tensors it is."""
+        given = iter(range(len(PARTS)))
+        return tuple(None if t is None else next(given) for t in self.tensors)
+
+    @property
     def n_streams(self) -> int:
         """What a program holds beside a target that is read: latents, log-variance, drawn noise."""
         noise, latents, logvar = (t is not None for t in self.tensors[:3])

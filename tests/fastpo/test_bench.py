@@ -268,20 +268,25 @@ def test_the_sweep_covers_the_table_and_ranks(tmp_path):
 
 
 def test_the_sweep_forces_a_configuration_and_reports_a_failure():
-    kernel = types.SimpleNamespace(launch_config=lambda *_: "default")
-    with tune.forced(kernel, "mine"):
-        assert kernel.launch_config(1, n_elements=2) == "mine"
-    assert kernel.launch_config() == "default"
+    from fastpo_kernels.pair_loss import launch
+
+    config = launch.LaunchConfig(64, 3, 4)
+    default = launch.launch_config(1, 2, 2)
+    seen = []
+
+    def call():
+        seen.append(launch.launch_config(1, 2, 2))
+        return one
+
     one = torch.ones(3)
     clock = measure.CpuClock()
-    us, note = tune._timed(kernel, "mine", lambda: one, one, clock)
+    us, note = tune._timed(config, call, one, clock)
     assert float(us) >= 0 and note == ""
-    assert tune._timed(kernel, "mine", lambda: 2 * one, one, clock) == ("", "wrong by 1 of 1")
-
-    def raises():
-        raise MemoryError("shared memory\nof 1 GiB")
-
-    assert tune._timed(kernel, "mine", raises, one, clock)[1] == "MemoryError: shared memory"
+    assert set(seen) == {config} != {default}
+    assert launch.launch_config(1, 2, 2) == default
+    assert tune._timed(config, lambda: 2 * one, one, clock) == ("", "wrong by 1 of 1")
+    us, note = tune._timed(config, lambda: 1 / 0, one, clock)
+    assert (us, note) == ("", "ZeroDivisionError: division by zero")
 
 
 def test_a_bare_gpu_machine_can_import_the_scripts():

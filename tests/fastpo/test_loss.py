@@ -13,11 +13,19 @@ import torch
 
 from fastpo import loss as fl
 
-POLICY = torch.tensor([[0.5], [1.0], [1.0], [0.5]])
-REFERENCE = torch.full((4,), 0.5)
-TARGET = torch.zeros(2, 1)
+IMPLS = (None, "reference", "triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICY = torch.tensor([[0.5], [1.0], [1.0], [0.5]], device=DEVICE)
+REFERENCE = torch.full((4,), 0.5, device=DEVICE)
+TARGET = torch.zeros(2, 1, device=DEVICE)
 LS_UP, LS_DOWN, SIGMOID = -0.2014133, -1.7014133, 0.8175745
 NEAR, FAR = 1 - SIGMOID, SIGMOID
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request):
+    """Every implementation; on a CPU Triton's is interpreted."""
+    return request.param
 
 
 def losses_and_slopes(call, *args, **options):
@@ -26,7 +34,8 @@ def losses_and_slopes(call, *args, **options):
     out = call(policy, *args, TARGET, **options)
     (grad,) = torch.autograd.grad(out.loss, policy)
     picks = [
-        2 * call(POLICY, *args, TARGET, **options, pair_weight=w).loss.item() for w in torch.eye(2)
+        2 * call(POLICY, *args, TARGET, **options, pair_weight=w).loss.item()
+        for w in torch.eye(2, device=DEVICE)
     ]
     return out, picks, (grad / (2 * POLICY)).flatten().tolist()
 
@@ -79,8 +88,8 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("call", "options", "losses", "slopes"), BY_HAND)
-def test_with_reference(call, options, losses, slopes):
-    out, found, found_slopes = losses_and_slopes(call, REFERENCE, **options)
+def test_with_reference(call, options, losses, slopes, impl):
+    out, found, found_slopes = losses_and_slopes(call, REFERENCE, **options, impl=impl)
     assert out.margin.tolist() == [0.75, -0.75]
     assert out.policy_error.tolist() == [0.25, 1.0, 1.0, 0.25]
     assert out.minority is None and out.weight is None
@@ -90,18 +99,33 @@ def test_with_reference(call, options, losses, slopes):
     assert found_slopes == pytest.approx(slopes, abs=1e-6)
 
 
-def test_kto_baseline_is_the_mean_gain_not_below_zero():
-    reference = torch.full((4,), 1.5)  # g_w = (1.25, 0.5), g_l = (0.5, 1.25): z0 = 0.875
-    loss = fl.kto(POLICY, reference, TARGET, beta=2.0).loss.item()
+def test_the_safeguard_leaves_alone_what_helps_the_winner(impl):
+    """Against the winners' residuals lambda is 1, and it is never more: 1.25 / 1 with mu = 0."""
+    against = POLICY * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], device=DEVICE)
+    for policy, mu in ((against, 0.9), (POLICY, 0.0)):
+        policy = policy.clone().requires_grad_()
+        grads = [
+            torch.autograd.grad(loss(policy, REFERENCE, TARGET, impl=impl, **o).loss, policy)[0]
+            for loss, o in ((fl.sdpo, {"beta": 2.0, "mu": mu}), (fl.dpo, {"beta": 2.0}))
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_kto_baseline_is_the_mean_gain_not_below_zero(impl):
+    reference = torch.full(
+        (4,), 1.5, device=DEVICE
+    )  # g_w = (1.25, 0.5), g_l = (0.5, 1.25): z0 = 0.875
+    loss = fl.kto(POLICY, reference, TARGET, beta=2.0, impl=impl).loss.item()
     # v = beta (g - z0) = 0.75 and -0.75: sigmoid(-0.75) = 0.3208213, sigmoid(0.75) = 0.6791787
     assert loss == pytest.approx(0.5, abs=1e-6)
-    given = fl.kto(POLICY, reference, TARGET, beta=2.0, baseline=torch.tensor(0.5)).loss.item()
+    baseline = torch.tensor(0.5, device=DEVICE)
+    given = fl.kto(POLICY, reference, TARGET, beta=2.0, baseline=baseline, impl=impl).loss.item()
     # v = 1.5 and 0: winners (sigmoid(-1.5), 0.5), losers (0.5, sigmoid(1.5))
     assert given == pytest.approx((NEAR + 0.5 + 0.5 + FAR) / 4, abs=1e-6)
 
 
-def test_sft_and_mapo():
-    out, found, slopes = losses_and_slopes(fl.sft)
+def test_sft_and_mapo(impl):
+    out, found, slopes = losses_and_slopes(fl.sft, impl=impl)
     assert found == pytest.approx([0.25, 1.0]) and slopes == pytest.approx([0.5, 0.5, 0.0, 0.0])
     assert out.reference_error is None and out.margin.tolist() == [0.75, -0.75]
 
@@ -110,13 +134,13 @@ def test_sft_and_mapo():
 
     gap = 2 * (decay(0.25) - decay(1.0))
     expected = [0.25 + 0.1 * math.log1p(math.exp(-gap)), 1 + 0.1 * math.log1p(math.exp(gap))]
-    _, found, _ = losses_and_slopes(fl.mapo, snr=1.0, num_timesteps=2)
+    _, found, _ = losses_and_slopes(fl.mapo, snr=1.0, num_timesteps=2, impl=impl)
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_adaptive_dpo_alone():
+def test_adaptive_dpo_alone(impl):
     """rms of d is 0.75, so x = (2, -2); u = sigmoid(-x) = (0.1192029, 0.8807971); mean d = 0."""
-    out = fl.adaptive_dpo(POLICY, REFERENCE, TARGET, beta=2.0, rho=2.0, margin_scale=2.0)
+    out = fl.adaptive_dpo(POLICY, REFERENCE, TARGET, beta=2.0, rho=2.0, margin_scale=2.0, impl=impl)
     u = [0.1192029, 0.8807971]
     weight = [1 / (1 + 10 * v) for v in u]
     z = [1.5 + u[0] ** 2, -1.5 + u[1] ** 2]
@@ -126,21 +150,24 @@ def test_adaptive_dpo_alone():
     assert out.loss.item() == pytest.approx(sum(losses) / 2, abs=1e-6)
 
 
-def test_adaptive_dpo_with_an_annotator():
+def test_adaptive_dpo_with_an_annotator(impl):
     """The annotator sees d = (0.5, 0.5), x = (1, 1), the policy x = (1, -1)."""
-    annotator = torch.tensor([0.25, 0.25, 0.75, 0.75])
+    annotator = torch.tensor([0.25, 0.25, 0.75, 0.75], device=DEVICE)
     out = fl.adaptive_dpo(
-        POLICY, REFERENCE, TARGET, beta=2.0, rho=1.0, annotators=[annotator], weight_kind="gate"
-    )
+        POLICY, REFERENCE, TARGET, beta=2.0, rho=1.0, annotators=[annotator], weight_kind="gate",
+        impl=impl,
+    )  # fmt: skip
     # Equal judgements: spread 0. Opposite ones: std(1, -1) = 1.414, clipped to 1, mean sigmoid 1/2.
     assert out.minority.tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
     assert out.weight.tolist() == [1.0, 0.0]
 
 
-def test_adaptive_ipo_subtracts_the_margin():
+def test_adaptive_ipo_subtracts_the_margin(impl):
     """u = (0.5, 1): gamma = 0 - u**2 / 2 = (-0.125, -0.5), gamma / beta = (-0.0625, -0.25)."""
-    minority = torch.tensor([0.5, 1.0])
-    out = fl.adaptive_ipo(POLICY, REFERENCE, TARGET, tau=2.0, beta=2.0, minority=minority)
+    minority = torch.tensor([0.5, 1.0], device=DEVICE)
+    out = fl.adaptive_ipo(
+        POLICY, REFERENCE, TARGET, tau=2.0, beta=2.0, minority=minority, impl=impl
+    )
     losses = [(0.75 + 0.0625 - 0.25) ** 2 / 6, (-0.75 + 0.25 - 0.25) ** 2 / 11]
     assert out.loss.item() == pytest.approx(sum(losses) / 2, abs=1e-7)
     assert out.minority.tolist() == [0.5, 1.0]
@@ -156,9 +183,11 @@ def test_adaptive_ipo_subtracts_the_margin():
         ("gate", 0.0),
     ],
 )
-def test_weight_kinds_at_one_half(kind, weight):
-    half = torch.full((2,), 0.5)
-    out = fl.adaptive_dpo(POLICY, REFERENCE, TARGET, beta=2.0, minority=half, weight_kind=kind)
+def test_weight_kinds_at_one_half(kind, weight, impl):
+    half = torch.full((2,), 0.5, device=DEVICE)
+    out = fl.adaptive_dpo(
+        POLICY, REFERENCE, TARGET, beta=2.0, minority=half, weight_kind=kind, impl=impl
+    )
     assert out.weight.tolist() == pytest.approx([weight, weight])
 
 

@@ -26,8 +26,9 @@ def nan_poisoned(monkeypatch):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles():
     """Tiles of 64, three programs a pair: several tiles a program, several programs a row."""
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
-    monkeypatch.setattr(kernel, "launch_config", lambda *_: kernel.LaunchConfig(64, 3, 4))
+    with launch.launches_as(launch.LaunchConfig(64, 3, 4)):
+        yield

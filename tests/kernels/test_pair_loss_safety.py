@@ -93,6 +93,10 @@ def test_only_the_policy_gets_a_gradient(impl, device):
     call(x, impl).loss.backward()
     assert x.policy.grad is not None
     assert x.reference.grad is None and x.target.grad is None
+    x.policy = x.policy.detach()
+    weight = torch.ones(2, device=device, requires_grad=True)
+    assert not call(x, impl, pair_weight=weight).loss.requires_grad
+    assert not fl.pair_errors(x.policy, x.target, impl=impl).requires_grad
 
 
 def test_double_backward_is_refused(device):
@@ -106,6 +110,47 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("shared_target", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vmap_is_refused(impl, shared_target, device):
+    x = pair_inputs(2, (40,), torch.float32, device, shared_target=shared_target)
+
+    def loss(policy):
+        return fl.dpo(policy, x.reference, x.target, beta=20.0, impl=impl).loss
+
+    with pytest.raises(NotImplementedError, match="do not run under vmap"):
+        torch.vmap(loss)(torch.stack([x.policy, x.policy]))
+
+
+def test_the_ticket_is_zero_again(device):
+    """Or the second launch with it would never finish."""
+    from fastpo_kernels.pair_loss import launch
+
+    x = pair_inputs(3, (40,), torch.float32, device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    found = []
+    for _ in range(2):
+        loss = torch.full((), float("nan"), device=device)
+        stats = torch.empty(ops.stats_size(3, 2), device=device)
+        launch.launch_forward(
+            [x.policy, x.reference], shared(x), None, None, None, loss, stats, "dpo",
+            [20.0, 0.0, 0.0], (), (), True, None, ticket,
+        )  # fmt: skip
+        assert ticket.item() == 0
+        found.append(loss.item())
+    assert found[0] == found[1] == call(x).loss.item()
+
+
+def test_limits_of_the_kernel_are_named(device):
+    x = pair_inputs(2049, (4,), torch.float32, device)
+    with pytest.raises(ValueError, match=r"at most 2048 pairs a call .* got 2049 of 4"):
+        call(x)
+    torch.testing.assert_close(call(x, None).loss, call(x, "reference").loss)
+    wide = torch.ones(1, device=device).expand(2, 2**31)
+    with pytest.raises(ValueError, match="got 1 of 2147483648"):
+        fl.sft(wide, wide[:1], impl="triton")
 
 
 def test_operator_and_eager_path_agree_bitwise(device):
@@ -185,6 +230,12 @@ REFUSED = [
     ("empty batch", ValueError, r"not empty; got \(0, 4\)", {"policy": ONES(0, 4)}),
     ("one dimension", ValueError, r"policy must be \[2B", {"policy": ONES(4)}),
     ("integers", TypeError, "policy must be a floating", {"policy": ONES(4, 3, dtype=torch.int64)}),
+    (
+        "a dtype of 8 bits",
+        TypeError,
+        "policy must be float32, bfloat16 or float16, got torch.float8_e4m3fn",
+        {"policy": ONES(4, 3).to(torch.float8_e4m3fn)},
+    ),
     ("no tensor", TypeError, "target must be a tensor, got list", {"target": [1.0]}),
     ("target's rows", ValueError, r"target must be \(4, 4, 3\)", {"target": ONES(3, 4, 3)}),
     ("target's dims", ValueError, r"shared by the pair; got", {"target": ONES(2, 4, 4)}),
@@ -221,6 +272,30 @@ def test_refuses_minority_beside_annotators():
         )
     with pytest.raises(ValueError, match="weight_kind must be one of"):
         fl.adaptive_dpo(x.policy, x.reference, x.target, beta=1.0, weight_kind="cubic")
+
+
+WEIGHTS = [
+    ({"weight_scale": float("nan")}, "weight_scale must be finite and not negative, got nan"),
+    ({"weight_intercept": 0.0}, "weight_intercept must be positive and finite, got 0.0"),
+    ({"weight_intercept": -1.0, "weight_kind": "sqrt"}, "weight_intercept must be finite and not"),
+    ({"margin_scale": float("inf")}, "margin_scale must be finite, got inf"),
+    ({"rho": 0.0}, "rho must be positive"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WEIGHTS)
+def test_refuses_weights_that_could_be_infinite(options, message):
+    x = pair_inputs(2, (4,))
+    with pytest.raises(ValueError, match=message):
+        fl.adaptive_dpo(x.policy, x.reference, x.target, beta=1.0, **options)
+
+
+def test_refuses_a_baseline_that_is_no_number():
+    x = pair_inputs(2, (4,))
+    with pytest.raises(TypeError, match="baseline must be a tensor, got float"):
+        fl.kto(x.policy, x.reference, x.target, beta=1.0, baseline=0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="baseline must have one element, got 2"):
+        fl.kto(x.policy, x.reference, x.target, beta=1.0, baseline=ONES(2))
 
 
 def test_refuses_strided_errors_in_the_kernel(device):

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastpo_kernels._impl import Impl, choose
 from fastpo_kernels.pair_loss import ops, portable
@@ -20,7 +21,8 @@ from fastpo_kernels.pair_loss.reference import (
 )
 from fastpo_kernels.pair_target import EncodedTarget, PairTarget, encode_ready
 
-_MAX_PAIRS = 2048
+_MAX_PAIRS, _MAX_ELEMENTS = 2048, 2**31 - 1
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Target = Tensor | PairTarget
 
 
@@ -45,15 +47,20 @@ class PairLoss(NamedTuple):
 
 
 def _chosen(impl: str | None, policy: Tensor, target: Target, others: Sequence[Tensor] = ()) -> str:
-    """`choose`, and a limit of the kernel's: its last program holds vectors of all pairs."""
+    """`choose`, and the kernel's limits: vectors of all pairs, 32-bit positions in a sample."""
     n_pairs = len(policy) // 2
-    if impl is None and (not policy.is_cuda or n_pairs > _MAX_PAIRS):
+    n_elements = policy.numel() // (2 * n_pairs)
+    fits = n_pairs <= _MAX_PAIRS and n_elements <= _MAX_ELEMENTS
+    if impl is None and not (policy.is_cuda and fits):
         return "reference"
     parts = target.parts().values() if isinstance(target, PairTarget) else (target,)
     floats = (part for part in parts if part.is_floating_point())
     chosen = choose(impl, [policy, *floats, *others])
-    if chosen == "triton" and n_pairs > _MAX_PAIRS:
-        raise ValueError(f"impl='triton' takes at most {_MAX_PAIRS} pairs a call, got {n_pairs}")
+    if chosen == "triton" and not fits:
+        raise ValueError(
+            f"impl='triton' takes at most {_MAX_PAIRS} pairs a call of at most {_MAX_ELEMENTS} "
+            f"elements each, got {n_pairs} of {n_elements}"
+        )
     return chosen
 
 
@@ -76,6 +83,12 @@ def _named_vectors(minority, pair_weight, statistics) -> dict[str, Tensor]:
 def _check_predictions(policy: Tensor, target: Target) -> None:
     """The rules on policy and target."""
     _check_floating("policy", policy)
+    if policy.dtype not in _DTYPES:
+        raise TypeError(f"policy must be float32, bfloat16 or float16, got {policy.dtype}")
+    if not torch.compiler.is_compiling() and is_batchedtensor(policy):
+        raise NotImplementedError(
+            "the pair losses do not run under vmap: their first dimension is the batch already"
+        )
     rows, *dims = policy.shape or (1,)
     if not dims or rows % 2 or policy.numel() == 0:
         raise ValueError(
@@ -109,13 +122,18 @@ def _check_floating(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
 
 
+def _constant(t: Tensor | None) -> Tensor | None:
+    return t.detach() if t is not None and t.requires_grad else t
+
+
 def _encoded(target: Target, n_pairs: int) -> EncodedTarget:
     """What the operators take."""
     if not isinstance(target, PairTarget):
-        return encode_ready(target, n_pairs)
+        return encode_ready(target.detach() if target.requires_grad else target, n_pairs)
     for name, part in target.parts().items():
         _check_kernel_vector(f"target's {name}", part)
-    return target.encode()
+    tensors, kind, numbers = target.encode()
+    return [t.detach() if t.requires_grad else t for t in tensors], kind, numbers
 
 
 def _check_source(name: str, source: Tensor, policy: Tensor) -> None:
@@ -264,29 +282,30 @@ def pair_loss(
         )
     for name, vector in (*sources.items(), *vectors.items()):
         _check_kernel_vector(name, vector)
-    kinds = "" if adaptive is None else adaptive.kinds
-    error = None
-    encoded = _encoded(target, n_pairs)
+    return _fused(
+        policy,
+        [_constant(t) for t in (reference, minority, statistics, pair_weight)],
+        _encoded(target, n_pairs),
+        [_constant(a) for a in annotators],
+        (objective, options, adaptive, safeguard, reduce),
+    )
+
+
+def _fused(policy, constants, target, annotators, choices) -> PairLoss:
+    """The operators' way; constants that want a gradient would make the loss want one."""
+    reference, minority, statistics, pair_weight = constants
+    objective, options, adaptive, safeguard, reduce = choices
+    kinds, error = "" if adaptive is None else adaptive.kinds, None
     if reduce is not None:
         error, reference, annotators, statistics = _globally(
-            reduce, policy, reference, encoded, annotators, objective, kinds, safeguard
+            reduce, policy, reference, target, annotators, objective, kinds, safeguard
         )
     loss, stats = ops.pair_loss(
-        policy,
-        reference,
-        *encoded,
-        list(annotators),
-        minority,
-        statistics,
-        pair_weight,
-        objective,
-        options,
-        kinds,
-        [] if adaptive is None else adaptive.scalars,
-        safeguard,
-        error,
-    )
-    return _unpack(loss, stats, n_pairs, len(sources) + 1, reference, adaptive, pair_weight)
+        policy, reference, *target, annotators, minority, statistics, pair_weight, objective,
+        options, kinds, [] if adaptive is None else adaptive.scalars, safeguard, error,
+    )  # fmt: skip
+    n_sources = 1 + (reference is not None) + len(annotators)
+    return _unpack(loss, stats, len(policy) // 2, n_sources, reference, adaptive, pair_weight)
 
 
 def _check_reduce(objective, adaptive, safeguard, statistics) -> None:
@@ -300,7 +319,7 @@ def _globally(reduce, policy, reference, target, annotators, objective, kinds, s
     """Errors of policy, reference and annotators, and the sums of all processes; one launch."""
     with torch.no_grad():
         partial = ops.pair_partials(
-            policy, reference, *target, list(annotators), objective, kinds, safeguard
+            policy, reference, *target, annotators, objective, kinds, safeguard
         )
     n_sources = 1 + (reference is not None) + len(annotators)
     errors = partial.narrow(0, 0, n_sources * len(policy)).split(len(policy))

@@ -10,7 +10,7 @@ the tests' table.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import log_sigmoid, sigmoid
+from fastpo_kernels._triton import exp_neg, log_sigmoid, sigmoid
 from fastpo_kernels.pair_loss import reference
 
 
@@ -30,7 +30,7 @@ def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 @triton.jit
 def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     z = _logit(d, shift, beta)
-    scale = 1.0 / (1.0 - 2.0 * smoothing)
+    scale = tl.div_rn(1.0, 1.0 - 2.0 * smoothing)
     loss = scale * (smoothing * log_sigmoid(-z) - (1.0 - smoothing) * log_sigmoid(z))
     slope = scale * beta * ((1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z))
     return loss, slope, -slope
@@ -38,7 +38,7 @@ def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 
 @triton.jit
 def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
-    gap = d - shift - 0.5 / tau
+    gap = d - shift - tl.div_rn(0.5, tau)
     return gap * gap, -2.0 * gap, 2.0 * gap
 
 
@@ -89,9 +89,10 @@ def _decay_minus_one(x):
     series = t * (1.0 / 12 + t * (-1.0 / 720 + t * (1.0 / 30240 - t * (1.0 / 1209600)))) - 0.5 * n
     slope = n * (1.0 / 6 + t * (-1.0 / 180 + t * (1.0 / 5040 - t * (1.0 / 151200)))) - 0.5
     far = tl.where(small, 1.0, x)
-    decayed = tl.exp(-far)
-    f = far * decayed / (1.0 - decayed)
-    return tl.where(small, series, f - 1.0), tl.where(small, slope, f * (1.0 - f) / far - f)
+    decayed = exp_neg(far)
+    f = tl.div_rn(far * decayed, 1.0 - decayed)
+    closed = tl.div_rn(f * (1.0 - f), far) - f
+    return tl.where(small, series, f - 1.0), tl.where(small, slope, closed)
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import sigmoid
+from fastpo_kernels._triton import exp, sigmoid
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def _scaled_margin(
         if N_SUMS:
             power = tl.load(statistics_ptr + 1 + m).to(tl.float32)
         count = _count(statistics_ptr, n_pairs, N_SUMS)
-        scale = tl.sqrt(power / count if NORMALIZE == "rms" else power)
-    return rho * (d / tl.where(scale > 0, scale, 1.0))
+        scale = tl.sqrt_rn(tl.div_rn(power, count) if NORMALIZE == "rms" else power)
+    return rho * tl.div_rn(d, tl.where(scale > 0, scale, 1.0))
 
 
 @triton.jit
@@ -84,13 +84,14 @@ def _minority_metric(
     doubt = tl.zeros_like(margins[0])
     mean = tl.zeros_like(margins[0])
     for m in tl.static_range(len(margins)):
-        doubt += sigmoid(-xs[m]) / len(margins)
-        mean += xs[m] / len(margins)
+        doubt += sigmoid(-xs[m])
+        mean += xs[m]
+    doubt, mean = tl.div_rn(doubt, 1.0 * len(margins)), tl.div_rn(mean, 1.0 * len(margins))
     if len(margins) > 1:
         spread = tl.zeros_like(mean)
         for m in tl.static_range(len(margins)):
             spread += (xs[m] - mean) * (xs[m] - mean)
-        doubt *= tl.minimum(tl.sqrt(spread / (len(margins) - 1)), 1.0)
+        doubt *= tl.minimum(tl.sqrt_rn(tl.div_rn(spread, len(margins) - 1.0)), 1.0)
     return doubt
 
 
@@ -99,14 +100,16 @@ def _pair_weight(u, scale, intercept, WEIGHT_KIND: tl.constexpr):
     """The weight of a pair with minority metric u."""
     if WEIGHT_KIND == "gate":
         weight = tl.where(u < 0.5, 1.0, 0.0)
-    elif WEIGHT_KIND == "linear":
-        weight = 1.0 / (intercept + scale * u)
-    elif WEIGHT_KIND == "quadratic":
-        weight = 1.0 / (intercept + scale * u * u)
-    elif WEIGHT_KIND == "sqrt":
-        weight = 1.0 / (intercept + tl.exp(scale * tl.sqrt(u)))
     else:
-        weight = 1.0 / (intercept + tl.exp(scale * u))
+        if WEIGHT_KIND == "linear":
+            power = scale * u
+        elif WEIGHT_KIND == "quadratic":
+            power = scale * u * u
+        elif WEIGHT_KIND == "sqrt":
+            power = exp(scale * tl.sqrt_rn(u))
+        else:
+            power = exp(scale * u)
+        weight = tl.div_rn(1.0, intercept + power)
     return weight
 
 
@@ -114,22 +117,22 @@ def _pair_weight(u, scale, intercept, WEIGHT_KIND: tl.constexpr):
 def _mean(values, statistics_ptr, n_pairs, N_SUMS: tl.constexpr):
     """Mean over the pairs, the given one, or that of the given sum."""
     if statistics_ptr is None:
-        mean = tl.sum(values) / n_pairs
+        mean = tl.div_rn(tl.sum(values), tl.cast(n_pairs, tl.float32))
     else:
         mean = tl.load(statistics_ptr).to(tl.float32)
         if N_SUMS:
-            mean /= _count(statistics_ptr, n_pairs, N_SUMS)
+            mean = tl.div_rn(mean, _count(statistics_ptr, n_pairs, N_SUMS))
     return mean
 
 
 @triton.jit
 def _margin_shift(
-    d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND: tl.constexpr, N_SUMS: tl.constexpr
+    d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND: tl.constexpr, N_SUMS: tl.constexpr
 ):
     """`shift_scale * (mean(d) - u**k / beta)`."""
     mean = _mean(d, statistics_ptr, n_pairs, N_SUMS)
     power = u * u if MARGIN_KIND == "quadratic" else u
-    return adaptive_options[3] * (mean - power / adaptive_options[4])
+    return adaptive_scalars[3] * (mean - tl.div_rn(power, adaptive_scalars[4]))
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def _safeguard(e_w, dot, mu):
     `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products.
     """
     agree = dot > 0.0
-    ratio = (1.0 - mu) * e_w / tl.where(agree, dot, 1.0)
+    ratio = tl.div_rn((1.0 - mu) * e_w, tl.where(agree, dot, 1.0))
     return tl.where(agree, tl.minimum(tl.maximum(ratio, 0.0), 1.0), 1.0)
 
 
@@ -155,8 +158,8 @@ def finish(
     n_pairs,
     n_chunks,
     n_elements,
-    options,
-    adaptive_options,
+    scalars,
+    adaptive_scalars,
     mu,
     READY: tl.constexpr,
     OBJECTIVE: tl.constexpr,
@@ -203,10 +206,10 @@ def finish(
                 )  # fmt: skip
                 margins = margins + ((r_w - r_l) - (a_w - a_l),)
             u = _minority_metric(
-                margins, adaptive_options[0], statistics_ptr, n_pairs, NORMALIZE, N_SUMS
+                margins, adaptive_scalars[0], statistics_ptr, n_pairs, NORMALIZE, N_SUMS
             )
-        weight *= _pair_weight(u, adaptive_options[1], adaptive_options[2], WEIGHT_KIND)
-        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_options, MARGIN_KIND, N_SUMS)
+        weight *= _pair_weight(u, adaptive_scalars[1], adaptive_scalars[2], WEIGHT_KIND)
+        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND, N_SUMS)
     elif BATCH_BASELINE:
         gain = 0.5 * (r_w + r_l - e_w - e_l)
         shift = tl.maximum(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
@@ -215,7 +218,7 @@ def finish(
     tl.store(tail_ptr + b, u, mask=valid)
     tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
     loss, slope_w, slope_l = OBJECTIVE(
-        d, e_w, e_l, r_w, r_l, shift, options[0], options[1], options[2]
+        d, e_w, e_l, r_w, r_l, shift, scalars[0], scalars[1], scalars[2]
     )
     if SAFEGUARD:
         if N_SUMS:
@@ -223,11 +226,13 @@ def finish(
             slope_l *= _safeguard(tl.load(agreement_ptr), tl.load(agreement_ptr + 1), mu)
         else:
             dot_ptr = partials_ptr + len(sources) * plane
-            dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
+            dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B))
+            dot = tl.div_rn(dot, tl.cast(n_elements, tl.float32))
             slope_l *= _safeguard(tl.sum(e_w), dot, mu)
-    tl.store(loss_ptr, tl.sum(tl.where(valid, weight * loss, 0.0)) / n_pairs)
-    tl.store(tail_ptr + 2 * n_pairs + b, weight * slope_w / n_pairs, mask=valid)
-    tl.store(tail_ptr + 3 * n_pairs + b, weight * slope_l / n_pairs, mask=valid)
+    count = tl.cast(n_pairs, tl.float32)
+    tl.store(loss_ptr, tl.div_rn(tl.sum(tl.where(valid, weight * loss, 0.0)), count))
+    tl.store(tail_ptr + 2 * n_pairs + b, tl.div_rn(weight * slope_w, count), mask=valid)
+    tl.store(tail_ptr + 3 * n_pairs + b, tl.div_rn(weight * slope_l, count), mask=valid)
 
 
 @triton.jit
@@ -278,7 +283,8 @@ def partial_results(
                 sums_ptr += 1
     if SAFEGUARD:
         dot_ptr = partials_ptr + len(sources) * plane
-        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B)) / n_elements
+        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B))
+        dot = tl.div_rn(dot, tl.cast(n_elements, tl.float32))
         tl.store(sums_ptr, tl.sum(e_w))
         tl.store(sums_ptr + 1, dot)
         sums_ptr += 2

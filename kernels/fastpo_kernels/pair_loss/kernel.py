@@ -1,4 +1,4 @@
-"""The two kernels of the pair losses and their launchers: one launch forward, one backward.
+"""The kernels of the pair losses: one launch forward, one backward.
 
 A forward program sums squared errors over some tiles of one pair, winner and loser side by side, so
 a target that the pair shares is read once. It writes one partial per stream; the program that draws
@@ -8,51 +8,12 @@ coefficients.
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastpo_kernels._layout import device_guard
 from fastpo_kernels._triton import strided_offsets
-from fastpo_kernels.pair_loss import device
 from fastpo_kernels.pair_loss.finish import finish, partial_results
 from fastpo_kernels.pair_loss.target import target_tile
-from fastpo_kernels.pair_target import EncodedTarget, KernelTarget
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Elements per tile, tiles' programs per pair, warps per program."""
-
-    block_size: int
-    programs_per_pair: int
-    num_warps: int
-
-
-def launch_config(n_pairs: int, n_elements: int, n_streams: int) -> LaunchConfig:
-    """Small tiles while the batch is too small to fill a GPU; about a thousand programs at most.
-
-    `n_streams` counts what a program holds: policy, reference and annotators that are read as
-    predictions, latents and drawn noise of a target that is formed. Chosen from
-    compiled register counts (benchmarks/results/aot.csv, 2026-11); not yet tuned on a GPU.
-    """
-    # Five streams over 8 warps spill on sm_80: ptxas stays at 128 registers, over 4 it need not.
-    small = n_streams > 4 or n_pairs * n_elements < 1 << 20
-    block_size, num_warps = (1024, 4) if small else (2048 if n_streams > 2 else 4096, 8)
-    if n_pairs > 1024:
-        # The last program holds vectors of all pairs. 16 warps have 128 registers a thread.
-        block_size, num_warps = (4096, 16) if n_streams <= 4 else (2048, 8)
-    if torch.version.hip is not None:
-        num_warps //= 2
-    programs = max(1, 1024 // max(n_pairs, 1))
-    return LaunchConfig(block_size, min(-(-n_elements // block_size), programs), num_warps)
 
 
 @triton.jit
@@ -105,7 +66,7 @@ def _squared_errors(
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed"])
-def _pair_loss_fwd_kernel(
+def pair_loss_fwd_kernel(
     sources,  # policy, then reference and annotators: each [2B, N], or errors [2B] where READY
     target,  # [B, N] or [2B, N] or None: drawn; latents and logvar [2B, N]; four times [B]
     minority_ptr,  # [B] or None
@@ -121,8 +82,8 @@ def _pair_loss_fwd_kernel(
     sizes,
     strides,
     target_strides,
-    options,
-    adaptive_options,
+    scalars,  # not `options`: Triton's binder has one of its own
+    adaptive_scalars,
     mu,
     seed,
     shift,
@@ -170,14 +131,14 @@ def _pair_loss_fwd_kernel(
         else:
             finish(
                 sources, minority_ptr, statistics_ptr, pair_weight_ptr, partials_ptr, loss_ptr,
-                stats_ptr, n_pairs, n_chunks, n_elements, options, adaptive_options, mu, READY,
+                stats_ptr, n_pairs, n_chunks, n_elements, scalars, adaptive_scalars, mu, READY,
                 OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND, MARGIN_KIND, BATCH_BASELINE,
                 SAFEGUARD, 0, BLOCK_P, BLOCK_B,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
-def _pair_loss_finish_kernel(
+def pair_loss_finish_kernel(
     sources,  # errors [2B] of policy, then reference and annotators
     minority_ptr,  # [B] or None
     sums_ptr,  # [N_SUMS], the layout of ops.py
@@ -185,8 +146,8 @@ def _pair_loss_finish_kernel(
     loss_ptr,  # []
     stats_ptr,  # the layout of ops.py
     n_pairs,
-    options,
-    adaptive_options,
+    scalars,
+    adaptive_scalars,
     mu,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -201,13 +162,17 @@ def _pair_loss_finish_kernel(
     """The last program's work alone, from errors already known and the sums of all processes."""
     finish(
         sources, minority_ptr, sums_ptr, pair_weight_ptr, stats_ptr, loss_ptr, stats_ptr, n_pairs,
-        1, 1, options, adaptive_options, mu, -1, OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND,
+        1, 1, scalars, adaptive_scalars, mu, -1, OBJECTIVE, HAS_REFERENCE, NORMALIZE, WEIGHT_KIND,
         MARGIN_KIND, BATCH_BASELINE, SAFEGUARD, N_SUMS, 1, BLOCK_B,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed"])
-def _pair_loss_bwd_kernel(
+@triton.jit(
+    do_not_specialize=["n_pairs", "n_chunks", "seed"],
+    # A part of `stats`: where it begins depends on the number of pairs.
+    do_not_specialize_on_alignment=["coefficient_ptr"],
+)
+def pair_loss_bwd_kernel(
     policy_ptr,  # [2B, N]
     target,  # as in the forward kernel
     coefficient_ptr,  # [2B]: dloss/de
@@ -245,136 +210,3 @@ def _pair_loss_bwd_kernel(
         grad = (upstream * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
         at = strided_offsets(index, sizes, grad_strides[1:]) + row * grad_strides[0]
         tl.store(grad_policy_ptr + at, grad.to(grad_policy_ptr.dtype.element_ty), mask=mask)
-
-
-_tickets: dict[tuple[int, int], Tensor] = {}
-
-
-def ticket(device: torch.device, *, fresh: bool) -> Tensor:
-    """A zeroed int32, left at zero by every launch.
-
-    One a stream, kept, unless `fresh` or a graph is captured: graphs' replays may meet, and what
-    is allocated inside a graph's memory pool must not outlive the call.
-    """
-    if fresh or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[key]
-
-
-def launch_forward(
-    sources: Sequence[Tensor],
-    target: EncodedTarget,
-    minority: Tensor | None,
-    statistics: Tensor | None,
-    pair_weight: Tensor | None,
-    loss: Tensor | None,
-    stats: Tensor,
-    objective: str,
-    options: Sequence[float],
-    adaptive_kinds: Sequence[str],
-    adaptive_scalars: Sequence[float],
-    has_reference: bool,
-    safeguard: float | None,
-    ticket_counter: Tensor,
-) -> None:
-    """Fills `loss` and `stats`; without an objective, `stats` with errors `[S, 2B]` and sums."""
-    policy = sources[0]
-    n_pairs = policy.shape[0] // 2
-    full = [s for s in sources if s.ndim > 1]
-    formed = KernelTarget.decode(*target)
-    sizes, rows, target_strides = formed.layout(full)
-    by_id = {id(s): r for s, r in zip(full, rows, strict=True)}
-    n_elements = math.prod(sizes)
-    config = launch_config(n_pairs, n_elements, len(full) + formed.n_streams)
-    n_chunks = config.programs_per_pair
-    normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
-    with device_guard(policy):
-        partials = torch.empty(
-            (len(sources) + 1) * n_chunks * 2 * n_pairs, dtype=torch.float32, device=policy.device
-        )
-        _pair_loss_fwd_kernel[(n_pairs * n_chunks,)](
-            tuple(sources), formed.tensors, minority, statistics, pair_weight,
-            partials, ticket_counter, loss, stats,
-            n_pairs, n_chunks, n_elements, sizes,
-            tuple(by_id.get(id(s), target_strides[0]) for s in sources), target_strides,
-            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0, *formed.scalars,
-            READY=sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
-            OBJECTIVE=None if loss is None else device.OBJECTIVES[objective],
-            HAS_REFERENCE=has_reference,
-            TARGET=formed.kind,
-            NORMALIZE=normalize,
-            WEIGHT_KIND=weight_kind,
-            MARGIN_KIND=margin_kind,
-            BATCH_BASELINE=objective == "kto",
-            SAFEGUARD=safeguard is not None,
-            BLOCK_SIZE=config.block_size,
-            BLOCK_P=triton.next_power_of_2(n_chunks),
-            BLOCK_B=triton.next_power_of_2(n_pairs),
-            num_warps=config.num_warps,
-        )  # fmt: skip
-
-
-def launch_finish(
-    errors: Sequence[Tensor],
-    minority: Tensor | None,
-    sums: Tensor,
-    pair_weight: Tensor | None,
-    loss: Tensor,
-    stats: Tensor,
-    objective: str,
-    options: Sequence[float],
-    adaptive_kinds: Sequence[str],
-    adaptive_scalars: Sequence[float],
-    has_reference: bool,
-    safeguard: float | None,
-) -> None:
-    """Fills `loss` and `stats` from the errors `[2B]` of every source and sums of all processes."""
-    n_pairs = errors[0].shape[0] // 2
-    normalize, weight_kind, margin_kind = adaptive_kinds or (None, None, None)
-    with device_guard(errors[0]):
-        _pair_loss_finish_kernel[(1,)](
-            tuple(errors), minority, sums, pair_weight,
-            loss, stats,
-            n_pairs,
-            tuple(options), tuple(adaptive_scalars) or (0.0,), safeguard or 0.0,
-            OBJECTIVE=device.OBJECTIVES[objective],
-            HAS_REFERENCE=has_reference,
-            NORMALIZE=normalize,
-            WEIGHT_KIND=weight_kind,
-            MARGIN_KIND=margin_kind,
-            BATCH_BASELINE=objective == "kto",
-            SAFEGUARD=safeguard is not None,
-            N_SUMS=sums.shape[0],
-            BLOCK_B=triton.next_power_of_2(n_pairs),
-            num_warps=4 if torch.version.hip is not None else 8,
-        )  # fmt: skip
-
-
-def launch_backward(
-    policy: Tensor,
-    target: EncodedTarget,
-    coefficients: Tensor,
-    grad_loss: Tensor | None,
-) -> Tensor:
-    """The policy's gradient, in its dtype and, where it is dense, its layout."""
-    n_pairs = policy.shape[0] // 2
-    with device_guard(policy):
-        grad_policy = torch.empty_like(policy)
-        formed = KernelTarget.decode(*target)
-        sizes, rows, target_strides = formed.layout([policy, grad_policy])
-        n_elements = math.prod(sizes)
-        config = launch_config(n_pairs, n_elements, 1)
-        n_chunks = triton.cdiv(n_elements, config.block_size)
-        _pair_loss_bwd_kernel[(n_pairs * n_chunks,)](
-            policy, formed.tensors, coefficients, grad_loss,
-            grad_policy,
-            n_pairs, n_chunks, n_elements, sizes,
-            rows[0], target_strides, rows[1], *formed.scalars,
-            TARGET=formed.kind,
-            BLOCK_SIZE=config.block_size,
-            num_warps=config.num_warps,
-        )  # fmt: skip
-    return grad_policy

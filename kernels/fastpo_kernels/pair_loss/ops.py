@@ -5,7 +5,7 @@ this size a loss costs what its host work costs. Forward and backward took 335 u
 operators, 89 through a Function (one CPU core, launchers stubbed out, torch 2.13). Tracing goes
 through the operators.
 
-`kernel.py` is imported inside the operators, when one first runs on data: importing Triton costs a
+`launch.py` is imported inside the operators, when one first runs on data: importing Triton costs a
 second, and CPU users, tracing and documentation tools need none of it.
 
 A target is `pair_target.PairTarget.encode()`: tensors, a word list that names them, three numbers.
@@ -79,7 +79,7 @@ def _launch_forward(
     policy_error,
 ):  # fmt: skip
     """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
     first = policy if policy_error is None else policy_error
     sources = _sources(first, reference, annotators)
@@ -88,16 +88,16 @@ def _launch_forward(
     size = stats_size(n_pairs, len(sources))
     stats = torch.empty(size, dtype=torch.float32, device=policy.device)
     if policy_error is not None:
-        kernel.launch_finish(
+        launch.launch_finish(
             sources, minority, statistics, pair_weight, loss, stats, objective, options,
             adaptive_kinds.split(), adaptive_scalars, reference is not None, safeguard,
         )  # fmt: skip
         return loss, stats
-    kernel.launch_forward(
+    launch.launch_forward(
         sources, (target, target_kind, target_scalars), minority, statistics, pair_weight, loss,
         stats,
         objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
-        safeguard, kernel.ticket(policy.device, fresh=traced),
+        safeguard, launch.ticket(policy.device, fresh=traced),
     )  # fmt: skip
     return loss, stats
 
@@ -136,15 +136,15 @@ def _launch_partials(
     traced, policy, reference, target, target_kind, target_scalars, annotators, objective,
     adaptive_kinds, safeguard,
 ):  # fmt: skip
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
     sources = _sources(policy, reference, annotators)
     size = _partials_size(sources, annotators, objective, adaptive_kinds, safeguard)
     results = torch.empty(size, dtype=torch.float32, device=policy.device)
-    kernel.launch_forward(
+    launch.launch_forward(
         sources, (target, target_kind, target_scalars), None, None, None, None, results,
         objective, (0.0,), adaptive_kinds.split(), (), reference is not None, safeguard,
-        kernel.ticket(policy.device, fresh=traced),
+        launch.ticket(policy.device, fresh=traced),
     )  # fmt: skip
     return results
 
@@ -174,10 +174,10 @@ def _backward(
     grad_loss: Tensor | None,
 ) -> Tensor:
     """`grad_loss * dloss/de * 2/N * (policy - target)`; `coefficients` is dloss/de, `[2B]`."""
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
     encoded = (target, target_kind, target_scalars)
-    return kernel.launch_backward(policy, encoded, coefficients, grad_loss)
+    return launch.launch_backward(policy, encoded, coefficients, grad_loss)
 
 
 pair_loss_bwd = torch.library.custom_op("fastpo::pair_loss_bwd", _backward, mutates_args=())
@@ -196,12 +196,12 @@ def _errors(
 
 
 def _launch_errors(traced: bool, policy: Tensor, *target: Any) -> Tensor:
-    from fastpo_kernels.pair_loss import kernel
+    from fastpo_kernels.pair_loss import launch
 
     errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
-    kernel.launch_forward(
+    launch.launch_forward(
         [policy], target, None, None, None, None, errors, "sft", (0.0,), (), (), False, None,
-        kernel.ticket(policy.device, fresh=traced),
+        launch.ticket(policy.device, fresh=traced),
     )  # fmt: skip
     return errors
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastpo_kernels.pair_loss import reference as eager
 
@@ -216,6 +217,8 @@ def small_loss(
     them.
     """
     if not isinstance(policy, Tensor) or policy.ndim < 2 or torch.compiler.is_compiling():
+        return None
+    if is_batchedtensor(policy):
         return None
     dtype, (n_rows, *dims), n = policy.dtype, policy.shape, policy.numel()
     if n_rows % 2 or not 0 < n <= 2 * _PIECE or dtype not in _FLOATS or not policy.is_cpu:

@@ -115,10 +115,10 @@ def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
 def _decays(errors: Tensor, snr: float) -> Tensor:
     """`f` of float32 errors in float64, plainly; of others one less, by the series.
 
-    Float64 has the digits that the plain quotient loses, in five operators instead of twenty, which a
-    small batch pays for. With `x = -s e`, `f = x exp(x) / expm1(x)` stays finite for large errors. The
-    1e-8 keeps f and its derivative finite at zero; of the difference of two f it changes nothing
-    that float32 shows.
+    Float64 has the digits that the plain quotient loses, in five operators instead of twenty, which
+    a small batch pays for. With `x = -s e`, `f = x exp(x) / expm1(x)` stays finite for large e.
+    The 1e-8 keeps f and its derivative finite at zero; of the difference of two f it changes
+    nothing that float32 shows.
     """
     if errors.dtype == torch.float32 and errors.device.type != "mps":  # which has no float64
         x = errors.double() * -snr - 1e-8

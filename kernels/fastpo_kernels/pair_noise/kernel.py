@@ -25,12 +25,13 @@ from fastpo_kernels._draws import (
     velocity,
     words,
 )
+from fastpo_kernels._launch import Plan, Plans, described
 from fastpo_kernels._layout import device_guard, joint_layout
 from fastpo_kernels._triton import strided_offsets
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed", "low", "count"])
-def _noised_pair_kernel(
+def noised_pair_kernel(
     latents_ptr,  # [2B, N]
     logvar_ptr,  # [2B, N] or None
     pair_key_ptr,  # [B]
@@ -115,25 +116,44 @@ def launch(
     """Noisy latents of `dtype`, float32 target, int64 timesteps, float32 schedule; see `ops.py`."""
     from fastpo_kernels.pair_noise.ops import empty_outputs
 
-    n_pairs = len(pair_key)
+    outputs = empty_outputs(latents, len(pair_key), target, with_schedule, dtype)
+    noisy, formed, timesteps, schedule = outputs
+    written = (
+        noisy, formed if target != "none" else None, timesteps, schedule if with_schedule else None,
+    )  # fmt: skip
+    tensors = (latents, logvar, pair_key, visit, signal, sigma, *written)
+    facts, at = described(tensors)
+    key = (latents.device, facts, target, seed >> 31)  # of a wider type from there on
+    numbers = (seed, low, high - low, float(shift), float(scale))
     with device_guard(latents):
-        outputs = empty_outputs(latents, n_pairs, target, with_schedule, dtype)
-        noisy, formed, timesteps, schedule = outputs
-        given = [latents, noisy] + ([logvar] if logvar is not None else [])
-        given += [formed] if target != "none" else []
-        sizes, rows = joint_layout(given, in_order=True)
-        n_elements = math.prod(sizes)
-        block_size = 1024 if n_elements >= 1024 else max(16, triton.next_power_of_2(n_elements))
-        n_chunks = -(-n_elements // block_size)
-        _noised_pair_kernel[(n_pairs * n_chunks,)](
-            latents, logvar, pair_key, visit, signal, sigma,
-            noisy, formed if target != "none" else None, timesteps,
-            schedule if with_schedule else None,
+        plan = _plans.get(key)
+        if plan is not None:
+            plan.repeat(tuple(at), numbers)
+        else:
+            plan = _plan(latents, logvar, noisy, written[1], target)
+            _plans.keep(key, plan.first(noised_pair_kernel, tensors, numbers))
+    return outputs
+
+
+_plans = Plans()
+
+
+def _plan(
+    latents: Tensor, logvar: Tensor | None, noisy: Tensor, formed: Tensor | None, target: str
+) -> Plan:
+    """The launch for tensors that lie as these do."""
+    n_pairs = len(latents) // 2
+    given = [latents, noisy, *(t for t in (logvar, formed) if t is not None)]
+    sizes, rows = joint_layout(given, in_order=True)
+    n_elements = math.prod(sizes)
+    block_size = 1024 if n_elements >= 1024 else max(16, triton.next_power_of_2(n_elements))
+    n_chunks = -(-n_elements // block_size)
+    return Plan(
+        programs=n_pairs * n_chunks,
+        sizes=(
             n_pairs, n_chunks, n_elements, sizes,
             rows[0], rows[2] if logvar is not None else rows[0], rows[1], rows[-1],
-            seed, low, high - low, shift, scale,
-            TARGET=target,
-            BLOCK_SIZE=block_size,
-            num_warps=2 if torch.version.hip is not None else 4,
-        )  # fmt: skip
-    return outputs
+        ),
+        constexprs={"TARGET": target, "BLOCK_SIZE": block_size},
+        num_warps=2 if torch.version.hip is not None else 4,
+    )  # fmt: skip

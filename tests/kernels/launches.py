@@ -1,0 +1,95 @@
+"""Every kind of call through Triton's own binder, compiler and launcher; run by test_launches.py.
+
+Prints one JSON line a call: its name, launches and new kernels of the first call and of the second,
+on other tensors that lie alike, with other numbers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+# ruff: noqa: E402 (the driver comes before what launches)
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "kernels"),
+    str(ROOT / "benchmarks"),
+    str(Path(__file__).parent),
+]
+
+from fake_gpu import install
+
+GPU = install(sys.argv[1] if len(sys.argv) > 1 else "sm_90")
+
+import test_pair_loss as losses
+import test_pair_target as targets
+import torch
+
+from fastpo import loss as fl
+from fastpo_kernels.pair_noise import noised_pair
+from fastpo_kernels.testing import pair_inputs
+
+
+def step(call, x, **options):
+    """The loss and its gradient."""
+    losses.run(call, x, "triton", **options)
+
+
+def batches():
+    """Names, and functions that make a fresh batch and step on it."""
+    for name, call in losses.CASES.items():
+        for n_pairs in (3, 5):  # a part of `stats` begins at another alignment
+            yield (
+                f"{name}, {n_pairs} pairs",
+                lambda call=call, n=n_pairs: step(
+                    call, pair_inputs(n, (4, 8, 12), torch.bfloat16, n_annotators=2)
+                ),
+            )
+    for size in (1, 7, 65537):
+        yield (
+            f"{size} elements",
+            lambda size=size: step(losses.CASES["dpo"], pair_inputs(2, (size,), torch.float16)),
+        )
+    for layout, laid in losses.STRIDED.items():
+
+        def strided(laid=laid):
+            x = pair_inputs(2, (4, 6, 10))
+            x.policy, x.reference, x.target = laid(x)
+            step(losses.CASES["sdpo"], x)
+
+        yield layout, strided
+    for kind in targets.KINDS:
+        yield (
+            kind,
+            lambda kind=kind: targets.run(targets.CALLS["dpo"], targets.make(kind), "triton"),
+        )
+
+    def ready():
+        x = pair_inputs(3, (4, 50))
+        step(losses.CASES["dpo"], losses.PairInputs(x.policy, torch.rand(6), x.target))
+
+    yield "ready errors, weights", ready
+    for name in ("kto", "sdpo", "adaptive_dpo-annotators"):
+        yield (
+            f"{name}, all processes",
+            lambda name=name: step(
+                losses.CASES[name],
+                pair_inputs(3, (4, 50), n_annotators=2),
+                reduce=lambda sums: 2 * sums,
+            ),
+        )
+    yield "pair_errors", lambda: fl.pair_errors(torch.rand(4, 50), torch.rand(2, 50), impl="triton")
+    yield "noised_pair, channels-last", lambda: noised_pair(
+        torch.rand(4, 4, 6, 10).to(memory_format=torch.channels_last), torch.tensor([2**62, 1]),
+        torch.tensor([0, 2**31]), torch.ones(9), torch.ones(9), seed=2**32 - 1, low=0, high=9,
+        prediction="flow", logvar=torch.rand(4, 4, 6, 10), impl="triton",
+    )  # fmt: skip
+
+
+for name, run in batches():
+    found = {"name": name}
+    for which in ("first", "again"):
+        launches, kernels = GPU.launches, len(GPU.compiled)
+        run()
+        found[which] = [GPU.launches - launches, len(GPU.compiled) - kernels]
+    print(json.dumps(found), flush=True)

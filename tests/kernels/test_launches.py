@@ -1,0 +1,46 @@
+"""What a launch does before a kernel runs, which the interpreter leaves out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ALL_PROCESSES = 3  # errors and sums, the finish, the gradient
+
+
+@pytest.fixture(scope="module")
+def calls():
+    """What `launches.py` printed, by call."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("launches.py")
+    done = subprocess.run(
+        [sys.executable, script], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.slow
+def test_every_call_compiles_and_is_one_launch_each_way(calls):
+    assert len(calls) > 50
+    for name, found in calls.items():
+        wanted = ALL_PROCESSES if "all processes" in name else 2
+        wanted = 1 if name.startswith(("pair_errors", "noised_pair")) else wanted
+        assert found["first"][0] == found["again"][0] == wanted, name
+
+
+@pytest.mark.slow
+def test_a_call_that_comes_again_compiles_nothing(calls):
+    assert sum(found["first"][1] for found in calls.values()) > 50
+    for name, found in calls.items():
+        assert found["again"][1] == 0, name
+
+
+@pytest.mark.slow
+def test_the_number_of_pairs_is_no_reason_to_compile_the_gradient_again(calls):
+    for name in calls:
+        if name.endswith(", 5 pairs"):
+            assert calls[name]["first"][1] <= 1, name  # the forward, whose vectors are longer
