@@ -17,13 +17,17 @@ from fastpo.config_base import (
     Count,
     Decay,
     Name,
+    NotNegative,
     Positive,
     PositiveInt,
     Precision,
     Rate,
+    Real,
     Section,
+    Seed,
+    Whole,
 )
-from fastpo.config_checks import check_deepspeed, check_gate, check_running
+from fastpo.config_checks import check_deepspeed, check_gate, check_running, check_used
 from fastpo.config_errors import explain
 from fastpo.config_objectives import AdaptiveOptions, ObjectiveConfig
 from fastpo.config_timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
@@ -54,7 +58,7 @@ class PrepareConfig(Section):
     """How images and prompts become the cache."""
 
     cache_dir: Path
-    resolution: Annotated[int, Field(ge=8)] = 1024
+    resolution: Annotated[Whole, Field(ge=8)] = 1024
     buckets: bool = True  # aspect-ratio buckets of about resolution² pixels; else one square
     batch_size: PositiveInt = 8
     vae_precision: Precision = "fp32"
@@ -101,7 +105,7 @@ class OptimConfig(Section):
     lr: Positive = 1e-5
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # adamw and adamw_8bit
     eps: Positive = 1e-8  # likewise
-    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    weight_decay: NotNegative = 1e-2
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
@@ -158,7 +162,7 @@ class TrainConfig(Section):
     # min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
     # (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1
     snr_gamma: Positive | None = None
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # exported moving average
+    ema_decay: Annotated[Real, Field(gt=0.0, lt=1.0)] | None = None  # exported moving average
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2  # the newest ones; older ones are removed
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -180,6 +184,7 @@ class TrainConfig(Section):
         if self.method == "full" and getattr(self.annotators, "batched", False) is True:
             raise ValueError("train.annotators.batched: true needs train.method: lora")
         check_gate(self)
+        check_used(self)
         check_deepspeed(self)
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("train.max_timestep must be greater than train.min_timestep")
@@ -211,19 +216,19 @@ class EvaluateConfig(Section):
     seeds_per_prompt: PositiveInt = 4
     first_seed: Count = 0
     num_inference_steps: PositiveInt = 30
-    guidance_scale: Annotated[float, Field(ge=0.0)] = 5.0
+    guidance_scale: NotNegative = 5.0
     height: PositiveInt | None = None  # default: prepare.resolution
     width: PositiveInt | None = None
     batch_size: PositiveInt = 4
     precision: Precision = "fp32"
     scorers: tuple[str, ...] = ()  # names from `fastpo.scorers`
-    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95  # of the win rates' intervals
+    confidence: Annotated[Real, Field(gt=0.0, lt=1.0)] = 0.95  # of the win rates' intervals
 
 
 class Config(Section):
     """A whole experiment."""
 
-    seed: Count = 0
+    seed: Seed = 0
     model: ModelConfig
     data: DataConfig
     prepare: PrepareConfig
@@ -235,11 +240,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `key.path=value` overrides (values are parsed as YAML).
 
     Raises:
-        ConfigError: The file is missing or not a mapping, an override has no `=`, or a key is
-            unknown, ill-typed or out of range; the text names the key and the nearest valid one.
+        ConfigError: The file is missing or not a mapping, an override has no `=`, or a key stands
+            there twice, is unknown, ill-typed or out of range; the text names the key and the
+            nearest valid one.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = _read_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except IsADirectoryError:
@@ -281,9 +287,32 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {parent!r} is a value, not a section")
         node = child
     try:
-        node[leaf] = _number(yaml.safe_load(value)) if value else None
+        node[leaf] = _number(_read_yaml(value)) if value else None
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two, the first would be ignored silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Builds one mapping.
+
+        Raises:
+            YAMLError: A key stands in it twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: the key {key.value} stands there twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _number(value: Any) -> Any:

@@ -9,6 +9,9 @@ from fastpo.config_base import Section
 if TYPE_CHECKING:
     from fastpo.config import TrainConfig
 
+STAGE_3 = ("zero3", "zero3_offload")
+"""The packaged DeepSpeed settings that share weights out; of a file only its reader knows."""
+
 
 def check_running(objective: Section) -> None:
     """Refuses `statistics: running` for objectives that have none to run.
@@ -45,6 +48,39 @@ def check_gate(config: TrainConfig) -> None:
         )
 
 
+def check_used(config: TrainConfig) -> None:
+    """Refuses sections that the run would not look at.
+
+    Raises:
+        ValueError: Adapters are described for full fine-tuning, or a reference is to be read for an
+            objective that has none.
+    """
+    if config.method == "full" and config.lora != type(config.lora)():
+        raise ValueError(
+            "train.lora is for train.method: lora, not full; take the section out (on the command "
+            "line: --set train.lora={})"
+        )
+    if config.reference == "cached" and config.objective.name in ("mapo", "sft"):
+        raise ValueError(
+            f"train.reference: cached has no use for {config.objective.name}, which compares with "
+            "no reference; leave it out (on the command line: --set train.reference=live)"
+        )
+
+
+def check_stage_3(config: TrainConfig) -> None:
+    """Refuses what does not work where weights are shared out.
+
+    Raises:
+        ValueError: A key does not go with ZeRO-3.
+    """
+    if config.compile:
+        raise ValueError(f"train.compile does not work with ZeRO-3 ({config.deepspeed})")
+    if getattr(config.annotators, "batched", False) is True:
+        raise ValueError(
+            f"train.annotators.batched: true does not work with ZeRO-3 ({config.deepspeed})"
+        )
+
+
 def check_deepspeed(config: TrainConfig) -> None:
     """Refuses what DeepSpeed's engine would compute wrongly or not at all.
 
@@ -53,6 +89,8 @@ def check_deepspeed(config: TrainConfig) -> None:
     """
     if config.deepspeed is None:
         return
+    if config.deepspeed in STAGE_3:
+        check_stage_3(config)
     if config.precision == "fp16":
         raise ValueError("train.precision: fp16 does not work with train.deepspeed; use bf16")
     if config.weights == "bf16":

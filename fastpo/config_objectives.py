@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fastpo.config_base import Positive, PositiveInt, Rate, Section
+from fastpo.config_base import NotNegative, Positive, PositiveInt, Rate, Real, Section
 
 
 class DpoObjective(Section):
@@ -14,7 +14,7 @@ class DpoObjective(Section):
 
     name: Literal["dpo"]
     beta: Positive = 2500.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[Real, Field(ge=0.0, lt=0.5)] = 0.0
 
 
 class RobustDpoObjective(Section):
@@ -22,7 +22,7 @@ class RobustDpoObjective(Section):
 
     name: Literal["robust_dpo"]
     beta: Positive = 2500.0
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
+    label_smoothing: Annotated[Real, Field(ge=0.0, lt=0.5)] = 0.1
 
 
 class IpoObjective(Section):
@@ -51,7 +51,7 @@ class DmpoObjective(Section):
 
     name: Literal["dmpo"]
     beta: Positive = 1000.0
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    alpha: Annotated[Real, Field(gt=0.0, lt=1.0)] = 0.01
 
 
 class LinearDpoObjective(Section):
@@ -59,7 +59,7 @@ class LinearDpoObjective(Section):
 
     name: Literal["linear_dpo"]
     beta: Positive = 100.0
-    eta: Annotated[float, Field(ge=0.0, lt=0.5)] = 1e-3
+    eta: Annotated[Real, Field(ge=0.0, lt=0.5)] = 1e-3
 
 
 class SdpoObjective(Section):
@@ -92,10 +92,10 @@ class AdaptiveOptions(Section):
     normalize: Literal["rms", "l2"] = "rms"  # of annotators' margins; the ledger has its own scale
     rho: Positive = 3.75  # likewise
     weight_kind: Literal["linear", "quadratic", "sqrt", "exponential", "gate"] = "linear"
-    weight_scale: Annotated[float, Field(ge=0.0)] = 10.0
+    weight_scale: NotNegative = 10.0
     weight_intercept: Positive = 1.0
     margin_kind: Literal["quadratic", "linear"] = "quadratic"
-    margin_scale: Annotated[float, Field(ge=0.0)] = 1.0
+    margin_scale: NotNegative = 1.0
 
 
 class AdaptiveDpoObjective(AdaptiveOptions):

@@ -7,10 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fastpo.config_base import Count, Positive, Section
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+from fastpo.config_base import Count, NotNegative, Positive, Real, Section
 
 
 class UniformTimesteps(Section):
@@ -33,7 +30,7 @@ class LogitNormalTimesteps(Section):
     """
 
     kind: Literal["logit_normal"]
-    mean: Finite = 0.0
+    mean: Real = 0.0
     std: Positive = 1.0
 
 
@@ -44,7 +41,7 @@ class BinTimesteps(Section):
     """
 
     kind: Literal["bins"]
-    weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
+    weights: Annotated[tuple[NotNegative, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check(self) -> BinTimesteps:

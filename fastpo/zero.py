@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpo.config import OptimConfig, TrainConfig
+from fastpo.config_checks import check_stage_3
 from fastpo.errors import ConfigError
 from fastpo.weights import PolicyWeights, State, parameter_name
 
@@ -60,16 +61,17 @@ def read_settings(config: TrainConfig, processes: int) -> dict[str, Any]:
         if section in settings:
             raise ConfigError(f"{where} has the section {section!r}; train.optim decides that")
     zero = settings.setdefault("zero_optimization", {})
-    stage = zero.get("stage")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3):
         raise ConfigError(
             f"{where}: zero_optimization.stage must be 1, 2 or 3, got {stage!r}; for plain data "
             "parallelism leave train.deepspeed out"
         )
-    if stage == 3 and config.compile:
-        raise ConfigError(f"{where}: stage 3 does not work with train.compile")
-    if stage == 3 and getattr(config.annotators, "batched", False) is True:
-        raise ConfigError(f"{where}: stage 3 does not work with train.annotators.batched: true")
+    if stage == 3:
+        try:
+            check_stage_3(config)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     for key, value in UNSUPPORTED.items():
         if zero.get(key, value) != value:
             raise ConfigError(f"{where}: zero_optimization.{key} is not supported")

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 
 from fastpo.config import OptimConfig, TrainConfig
-from fastpo.errors import ConfigError
 from fastpo.optim import optimizer_bytes
 from fastpo.plan.schema import Memory
 from fastpo.rounding import CHUNK
-from fastpo.zero import read_json
+from fastpo.zero import read_settings
 
 ALLOWANCE = 10**9
 """Bytes for the CUDA context, cuBLAS and cuDNN workspaces: an assumption."""
@@ -71,19 +70,12 @@ def read_sharding(train: TrainConfig, processes: int) -> Sharding:
     """Reads `train.deepspeed`: nothing, a packaged name, or a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: The file is missing, is not JSON, or names no stage.
+        ConfigError: As training would, about a file that is missing, wrong or contradicts `train`.
     """
-    name = getattr(train, "deepspeed", None)
-    if name is None:
+    if train.deepspeed is None:
         return Sharding(processes)
-    zero = read_json(name).get("zero_optimization") or {}
-    stage = zero.get("stage")
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            f"train.deepspeed: {name}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}"
-        )
-    if stage == 0:
-        return Sharding(processes)
+    zero = read_settings(train, processes)["zero_optimization"]
+    stage = zero["stage"]
     overlap = zero.get("overlap_comm")
     return Sharding(
         processes,

@@ -67,13 +67,93 @@ COMPLAINTS = [
     ("train.optim", {"schedule": "constant", "warmup_steps": 5}, r"constant_with_warmup"),
     ("train.optim", {"schedule": "polynomial", "lr": 1e-8}, r"must exceed 1e-7"),
     ("train.optim", {"betas": [0.9, 1.0]}, r"train\.optim\.betas"),
+    ("train.optim", {"betas": [True, 0.9]}, r"train\.optim\.betas\.0: .*not true or false"),
+    ("train.optim.lr", float("inf"), r"train\.optim\.lr: .*finite"),
+    ("train.epochs", float("inf"), r"train\.epochs: .*finite"),
+    ("train.objective.beta", float("inf"), r"train\.objective\.beta: .*finite"),
+    ("evaluate.guidance_scale", float("nan"), r"evaluate\.guidance_scale"),
+    ("train.micro_batch_size", True, r"train\.micro_batch_size: .*not true or false, got True"),
+    ("train.annotators.min_visits", True, r"train\.annotators\.min_visits: .*not true or false"),
+    ("train.objective.beta", True, r"train\.objective\.beta: .*not true or false"),
+    ("seed", 2**32, r"seed: .*less than 4294967296"),
+    ("train.method", "full", r"train\.lora is for train\.method: lora.*--set train\.lora=\{\}"),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "complaint"), COMPLAINTS)
 def test_a_wrong_key_is_named(key, value, complaint):
+    raw = changed(key, value)
+    if key == "train.method":
+        raw["train"]["lora"] = {"rank": 4}
     with pytest.raises(ConfigError, match=complaint):
-        parse_config(changed(key, value))
+        parse_config(raw)
+
+
+def test_truth_values_stand_where_they_may():
+    raw = changed("train.annotators", {"kind": "ema", "batched": True})
+    raw["train"]["compile"] = True
+    assert parse_config(raw).train.annotators.batched is True
+
+
+def test_options_of_adapters_that_are_the_default_s_go_with_full_fine_tuning():
+    """A file's `lora` section need not go when the method is changed on the command line."""
+    raw = changed("train.lora", {"rank": 8, "alpha": 8})
+    raw["train"]["method"] = "full"
+    config = parse_config(raw)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("name", ["mapo", "sft"])
+def test_a_cached_reference_that_nobody_asks_is_refused(name):
+    raw = changed("train.objective", {"name": name})
+    raw["train"] |= {"annotators": None, "reference": "cached"}
+    with pytest.raises(ConfigError, match=rf"train\.reference: cached has no use for {name}"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize("stage", ["zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "options",
+    [{"compile": True}, {"annotators": {"kind": "ema", "batched": True}, "method": "lora"}],
+    ids=["compile", "batched"],
+)
+def test_what_zero_3_cannot_do_is_refused_at_load(stage, options):
+    raw = changed("train.deepspeed", stage)
+    raw["train"] |= options
+    with pytest.raises(ConfigError, match=rf"train\..* does not work with ZeRO-3 \({stage}\)"):
+        parse_config(raw)
+    raw["train"]["deepspeed"] = "zero2"
+    assert parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1\nmodel: {}\nseed: 2\n", 3),
+        ("train:\n  optim:\n    lr: 1\n    eps: 1\n    lr: 2\n", 5),
+        ("seed: 1\ntrain: {lr: 1, lr: 1}\n", 2),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, line):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.yaml .*line {line}: the key (seed|lr) stands"):
+        load_config(path)
+
+
+def test_a_key_that_stands_twice_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--set train\.optim.*the key lr stands there twice"):
+        load_config(write(tmp_path), ["train.optim={lr: 1e-5, lr: 1e-6}"])
+
+
+def test_anchors_and_merges_are_read(tmp_path):
+    path = write(tmp_path)
+    text = path.read_text() + "evaluate: &e {batch_size: 3}\n"
+    path.write_text(text.replace("model:\n", "model: &m\n"))
+    assert load_config(path).evaluate.batch_size == 3
+    (tmp_path / "merged.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    with pytest.raises(ConfigError, match="unknown key a"):
+        load_config(tmp_path / "merged.yaml")
 
 
 def test_a_memory_format_that_an_optimiser_undoes_is_refused():

@@ -118,12 +118,26 @@ def test_deepspeed_s_file_is_read(tmp_path):
     assert read_sharding(train, 4) == Sharding(4)
 
 
-@pytest.mark.parametrize("text", ["[]", "not json", '{"zero_optimization": {"stage": 7}}'])
-def test_a_bad_deepspeed_file_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "not json",
+        '{"zero_optimization": {"stage": 7}}',
+        '{"zero_optimization": {"stage": 2}, "train_batch_size": 3}',
+    ],
+)
+def test_a_deepspeed_file_that_training_refuses_is_refused(tmp_path, text):
     path = tmp_path / "bad.json"
     path.write_text(text)
     train = config().train.model_copy(update={"deepspeed": str(path)})
     with pytest.raises(ConfigError, match="bad"):
+        read_sharding(train, 1)
+
+
+def test_a_compiled_policy_is_not_planned_under_stage_3(tmp_path):
+    train = config(compile=True, deepspeed=settings(tmp_path, stage=3)).train
+    with pytest.raises(ConfigError, match=r"train\.compile does not work with ZeRO-3"):
         read_sharding(train, 1)
 
 

@@ -42,6 +42,7 @@ def test_packaged_settings_take_batch_clipping_and_precision_from_ours(experimen
     ("content", "complaint"),
     [
         ('{"zero_optimization": {"stage": 0}}', r"stage must be 1, 2 or 3, got 0"),
+        ('{"zero_optimization": null}', r"stage must be 1, 2 or 3, got None"),
         ("[]", "must hold an object"),
         ("{", "not a JSON file"),
         ('{"zero_optimization": {"stage": 2}, "optimizer": {}}', r"'optimizer'; train\.optim"),
