@@ -68,8 +68,8 @@ SMALL = {
     "evaluate": {"seeds_per_prompt": 2, "batch_size": 80},
 }
 FIELDS = (
-    "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "gain", "kept",
-    "step_ratio", "device", "threads", "torch", "commit", "date",
+    "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "worst", "gain",
+    "kept", "step_ratio", "device", "threads", "torch", "commit", "date",
 )  # fmt: skip
 PARTS = ("methods", "cost", "cases", "variants")
 Label = Callable[[dict[str, Any]], bool]

@@ -2,13 +2,20 @@
 
 Each time a pair is visited, the margin `d = (r_w - r_l) - (e_w - e_l)` is a by-product of the loss.
 How large margins are, and how much they tell, differs by orders of magnitude between timesteps,
-prediction types and stages of training. So the ledger keeps, by timestep bin, running moments of
-the margins of all pairs, and puts every margin on one scale before it counts:
+prediction types and stages of training, and now and then one of them explodes. So the ledger keeps,
+by timestep bin, running moments of the margins of all pairs, and puts every margin on one scale
+before it counts:
 
-    x = d / rms_b                    unit scale, whatever the timestep and the model predicts
-    s = mean_b(x), at least 0        how far this bin's margins follow the labels at all
-    vote = x s / (1 - s^2)           half the log-likelihood ratio of `label right` over `wrong`,
-                                     if x is normal with mean +s or -s and variance 1 - s^2
+    y = d / exp(mean_b(log |d|) + 0.635)    unit rms if margins are normal; one outlier hardly moves
+                                            the mean logarithm, and so the scale
+    z = y / sqrt(1 + (y / 2)^2) / (1 + (y / 100)^2)
+                                            no margin counts more than those of about two scales,
+                                            and one of more than a hundred says nothing
+    x = z / rms_b(z)                        unit scale, whatever the timestep and the model predicts
+    s = mean_b(x), at least 0               how far this bin's margins follow the labels at all
+    vote = x s / (1 - s^2)                  half the log-likelihood ratio of `label right` over
+                                            `wrong`, if x is normal with mean +s or -s and variance
+                                            1 - s^2
 
 With the sum of a pair's votes, the probability that its label is wrong, right and wrong being as
 likely before, is
@@ -23,22 +30,28 @@ neutral value. A vote of exactly zero is none: before the first update policy an
 the bit, and a gate would take that for doubt. Where labels are wrong more often than right, s is 0
 and nobody votes.
 
-It costs no forward pass and eight bytes a pair. How the scale was chosen stands in the tables of
-`benchmarks/results/cpu/ledger.md`: dividing by the step's own rms, as an earlier version did,
-leaves only the sign in steps of one pair, and lets loud timesteps drown the telling ones.
+It costs no forward pass and eight bytes a pair. How the scale and the constants were chosen stands
+in the tables of `benchmarks/results/cpu/ledger.md`: dividing by the step's rms leaves only the sign
+in steps of one pair, and lets loud timesteps drown the telling ones; dividing by the bin's rms lets
+one outlier silence it for hundreds of margins.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BINS = 10  # of the schedule's timesteps, equally wide; 5 and 20 do as well
-WINDOW = 256.0  # margins after which a bin's older moments weigh 1/e; 32 to infinity do as well
+BINS = 10  # of the schedule's timesteps, equally wide
+WINDOW = 256.0  # margins after which a bin's older moments weigh 1/e
 PRIOR = 32.0  # margins of evidence with which a bin starts out at the overall mean
 DOUBT = 32.0  # margins of evidence with which the overall mean starts out at zero
+LEVEL = 2.0  # y at which a margin begins to count no more than smaller ones
+ABSURD = 100.0  # y from which on it counts for nothing
 CERTAIN = 0.9  # largest s: no single vote decides alone
+NORMAL = (0.5772156649015329 + math.log(2.0)) / 2.0  # -E log |y| of a standard normal y
 
 
 class PairLedger:
@@ -54,8 +67,8 @@ class PairLedger:
     Attributes:
         visits: `(num_pairs,)` int32, visits that gave a vote.
         total: `(num_pairs,)` float32, sum of the votes.
-        moments: `(3, BINS)` float64 by timestep bin: count, sum and sum of squares of the margins
-            so far, the older ones fading.
+        moments: `(4, BINS)` float64 by timestep bin: count of the margins so far, sums of
+            log |d|, of z and of z^2, the older ones fading.
 
     Raises:
         ValueError: A count is not positive.
@@ -84,7 +97,7 @@ class PairLedger:
         self.num_timesteps = num_timesteps
         self.visits = torch.zeros(num_pairs, dtype=torch.int32, device=device)
         self.total = torch.zeros(num_pairs, dtype=torch.float32, device=device)
-        self.moments = torch.zeros(3, BINS, dtype=torch.float64, device=device)
+        self.moments = torch.zeros(4, BINS, dtype=torch.float64, device=device)
         self._recorded: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -106,7 +119,8 @@ class PairLedger:
                 as measured at the same.
 
         Raises:
-            ValueError: The vectors differ in length, or a timestep lies outside the schedule.
+            ValueError: The vectors differ in length, or a slot or timestep lies out of range; the
+                ledger is then as it was.
         """
         timestep = torch.zeros_like(index) if timestep is None else timestep
         _check_vectors(index, margin, timestep)
@@ -114,11 +128,8 @@ class PairLedger:
             return
         index, timestep = (v.to(self.total.device, torch.int64) for v in (index, timestep))
         margin = margin.to(self.total.device, torch.float64)
-        if timestep.min() < 0 or timestep.max() >= self.num_timesteps:
-            raise ValueError(
-                f"timesteps must lie in [0, {self.num_timesteps}), got "
-                f"{timestep.min().item()} to {timestep.max().item()}"
-            )
+        _check_range("slots", index, len(self))
+        _check_range("timesteps", timestep, self.num_timesteps)
         # One order whatever the arrival, so that the sums round alike.
         order = margin.argsort(stable=True)
         order = order[index[order].argsort(stable=True)]
@@ -130,16 +141,21 @@ class PairLedger:
     def _votes(self, margin: Tensor, timestep: Tensor) -> Tensor:
         """Moves the moments on by one step's margins, and weighs these by them."""
         bins = timestep * BINS // self.num_timesteps
-        seen = (margin != 0).to(margin.dtype)
-        step = torch.stack([seen, margin, margin.square()])
-        added = torch.zeros_like(self.moments).index_add_(1, bins, step)
+        seen = margin != 0
+        sizes = margin.abs().where(seen, 1.0).log()
+        added = torch.zeros_like(self.moments)
+        added[:2].index_add_(1, bins, torch.stack([seen.to(sizes.dtype), sizes]))
         self.moments.mul_(torch.exp(-added[0] / WINDOW)).add_(added)
-        count, total, power = self.moments
+        count = self.moments[0].clamp_min(1e-9)
+        y = (margin / torch.exp(self.moments[1] / count + NORMAL)[bins]).clamp(-1e9, 1e9)
+        z = y / (1.0 + (y / LEVEL).square()).sqrt() / (1.0 + (y / ABSURD).square())
+        self.moments[2:].index_add_(1, bins, torch.stack([z, z.square()]))
+        count, _, total, power = self.moments
         rms = (power / count.clamp_min(1e-9)).sqrt().clamp_min(torch.finfo(power.dtype).tiny)
         follows = total / rms  # sum of x
         overall = follows.sum() / (count.sum() + DOUBT)
         s = ((follows + PRIOR * overall) / (count + PRIOR)).clamp(0.0, CERTAIN)
-        return margin * (s / (1.0 - s.square()) / rms)[bins]
+        return z * (s / (1.0 - s.square()) / rms)[bins]
 
     def record(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
         """Keeps one micro-batch's margins until `merge`; arguments as in `update`.
@@ -169,7 +185,8 @@ class PairLedger:
             group: The processes that share the ledger; None takes all.
 
         Raises:
-            ValueError: A recorded timestep lies outside the schedule.
+            ValueError: A recorded slot or timestep lies out of range, on any process; nothing is
+                entered, and what was recorded is dropped.
         """
         rows = torch.zeros(0, 3, dtype=torch.float64)
         if self._recorded:
@@ -240,3 +257,9 @@ def _check_vectors(index: Tensor, margin: Tensor, timestep: Tensor) -> None:
             "index, margin and timestep must be vectors of one length, got "
             f"{tuple(index.shape)}, {tuple(margin.shape)} and {tuple(timestep.shape)}"
         )
+
+
+def _check_range(what: str, values: Tensor, stop: int) -> None:
+    low, high = values.min().item(), values.max().item()
+    if low < 0 or high >= stop:
+        raise ValueError(f"{what} must lie in [0, {stop}), got {low} to {high}")
