@@ -1,5 +1,7 @@
 """What decides a cache's content: model parts by hash, data and preparation by setting.
 
+Of the data the listing counts; the images' bytes are `prepare`'s to compare, see `contents`.
+
 Settings of training, evaluation, flips, batch sizes and workers play no part. `data.limit` is
 compared by its own rule: a cache serves every limit up to its own.
 """

@@ -66,6 +66,7 @@ class Manifest(Record):
         format: Version of the layout.
         identity: What decides the content, by name; see `fastpo.data.identity`.
         weights: Memo that saves hashing the model again, by component.
+        stamp: `source_stamp` of the data while it was as the cache was made from it.
         limit: `data.limit` of the last preparation.
         complete: Whether every shard and text was done and they were merged.
         report: Counts of the source's scan.
@@ -81,6 +82,7 @@ class Manifest(Record):
     format: int = FORMAT
     identity: dict[str, str]
     weights: dict[str, WeightsMemo] = {}
+    stamp: str | None = None
     limit: int | None = None
     complete: bool = False
     report: dict[str, int] = {}

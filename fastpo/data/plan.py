@@ -22,10 +22,13 @@ def plan(
     source: PairSource,
     prompts: PromptTable,
     claims: Claims,
+    *,
+    stamp: str | None = None,
 ) -> Manifest:
     """Returns the folder's plan: the one that stands there, extended if need be, or a new one.
 
-    Every process that comes with the same configuration gets the same plan.
+    Every process that comes with the same configuration gets the same plan; `stamp` is the data
+    set's `source_stamp`, for a new one.
 
     Raises:
         CacheError: The folder's plan is of something else, or other processes are working on one
@@ -41,7 +44,7 @@ def plan(
                     f"{folder} holds {stray[0].name} but no manifest.json; delete the folder or "
                     f"point prepare.cache_dir elsewhere"
                 )
-            manifest = Manifest(identity=identity.fields)
+            manifest = Manifest(identity=identity.fields, stamp=stamp)
         check_identity(folder, identity.fields, manifest.identity)
         if manifest.complete and manifest.covers(config.data.limit):
             return manifest

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.claims import Claims
+from fastpo.data.contents import ahead, check_contents, pair_content, read_image
 from fastpo.data.identity import CacheIdentity, cache_identity
 from fastpo.data.images import Geometry, PairImages, UnusableImageError, load_pair
 from fastpo.data.index import QUARANTINE, merge
@@ -34,7 +33,7 @@ from fastpo.data.manifest import Manifest, check_files, check_identity, load_man
 from fastpo.data.plan import plan
 from fastpo.data.progress import Advance, image_progress
 from fastpo.data.shard_builder import ShardBuilder, write_text
-from fastpo.data.sources import PairSource, open_source
+from fastpo.data.sources import PairSource, open_source, source_stamp
 from fastpo.data.sources.base import PromptTable
 from fastpo.data.units import Unit, units_of
 from fastpo.encoders import Encoders
@@ -60,8 +59,9 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
         The opened cache.
 
     Raises:
-        CacheError: The folder holds a cache made from something else, a damaged one, or another
-            process is preparing it with another `data.limit`.
+        CacheError: The folder holds a cache made from something else (also from other images under
+            the same names), a damaged one, or another process is preparing it with another
+            `data.limit`.
         DataError: The data set is missing, wrong, or has no usable pair.
         ModelError: The model is missing, unsupported, or answers with NaN.
     """
@@ -74,13 +74,14 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
     identity = cache_identity(config, manifest.weights if manifest else None)
     if manifest is not None:
         check_identity(folder, identity.fields, manifest.identity)
+    show = progress and worker.rank == 0
     with Claims(folder) as claims:
+        stamp = _compare(config, claims, show=show)
         if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
             source = open_source(config.data)
             prompts = source.prompt_table()
-            manifest = plan(config, identity, source, prompts, claims)
+            manifest = plan(config, identity, source, prompts, claims, stamp=stamp)
             work = _Work(config, identity, manifest, source, prompts, worker)
-            show = progress and worker.rank == 0
             with image_progress(2 * len(source), show=show) as advance:
                 work.make_parts(claims, advance)
             with claims.manifest():
@@ -144,15 +145,15 @@ class _Work:
     def _make_shard(self, unit: Unit, advance: Advance) -> None:
         start, stop = unit.span.start, unit.span.stop
         builder = ShardBuilder(self.config, self.encoders, start)
-        loaded = load_ahead(
+        loaded = ahead(
             self.source.pairs(start, stop),
-            self.identity.geometry,
+            partial(_load, geometry=self.identity.geometry),
             workers=self.config.prepare.workers,
         )
         numbers = self.prompts.numbers[start:stop].tolist()
         with closing(loaded):
-            for number, (pair, images) in zip(numbers, loaded, strict=True):
-                builder.add(pair, number, images)
+            for number, (pair, content, images) in zip(numbers, loaded, strict=True):
+                builder.add(pair, number, content, images)
                 advance(2)
         builder.write(self.config.prepare.cache_dir, unit)
 
@@ -195,37 +196,43 @@ def _remember(folder: Path, identity: CacheIdentity, claims: Claims) -> None:
             manifest.save(folder)
 
 
-def load_ahead(
-    pairs: Iterable[PreferencePair], geometry: Geometry, *, workers: int
-) -> Generator[tuple[PreferencePair, PairImages | UnusableImageError]]:
-    """Yields each pair with its images, or with why it is unusable, in the order given.
+def _compare(config: Config, claims: Claims, *, show: bool) -> str | None:
+    """Compares pairs where the data set's files are not as they were; see `contents`.
 
-    Args:
-        pairs: The pairs; taken as they are needed.
-        geometry: The image sizes.
-        workers: Decoding threads, each with up to four pairs ahead; 0 decodes in the caller's.
+    Returns:
+        The data set's stamp.
+
+    Raises:
+        CacheError: As `check_contents`.
     """
-    if workers == 0:
-        for pair in pairs:
-            yield pair, _load(pair, geometry)
-        return
-    waiting: deque[tuple[PreferencePair, Future[PairImages | UnusableImageError]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for pair in pairs:
-            waiting.append((pair, pool.submit(_load, pair, geometry)))
-            if len(waiting) > 4 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    folder, workers = config.prepare.cache_dir, config.prepare.workers
+    stamp = source_stamp(config.data)
+    with claims.manifest():
+        manifest = load_manifest(folder)
+        if manifest is None or stamp is None or manifest.stamp == stamp:
+            return stamp
+        source = open_source(config.data)
+        check_contents(folder, manifest, source, workers=workers, show=show)
+        if len(source) >= manifest.source_pairs:  # all of them were compared
+            manifest.stamp = stamp
+            manifest.save(folder)
+    return stamp
 
 
-def _load(pair: PreferencePair, geometry: Geometry) -> PairImages | UnusableImageError:
+def _load(
+    pair: PreferencePair, geometry: Geometry
+) -> tuple[PreferencePair, str, PairImages | UnusableImageError]:
+    """Reads and decodes a pair's images, or says why they are unusable; with its content."""
+    winner, loser = read_image(pair.winner), read_image(pair.loser)
+    content = pair_content(pair, winner, loser)
     try:
-        return load_pair(pair.winner, pair.loser, geometry)
+        images = load_pair(partial(_give, winner), partial(_give, loser), geometry)
     except UnusableImageError as error:
-        return error
+        return pair, content, error
+    return pair, content, images
+
+
+def _give(image: bytes | OSError) -> bytes:
+    if isinstance(image, OSError):
+        raise image
+    return image

@@ -53,18 +53,25 @@ class ShardBuilder:
         self._latents: dict[str, list[Tensor]] = defaultdict(list)
         self._rows: list[dict[str, Any]] = []
         self._quarantined: dict[int, Quarantined] = {}
+        self._contents: list[str] = []
 
     def add(
-        self, pair: PreferencePair, prompt: int, images: PairImages | UnusableImageError
+        self,
+        pair: PreferencePair,
+        prompt: int,
+        content: str,
+        images: PairImages | UnusableImageError,
     ) -> None:
         """Takes the next pair of the source; an unusable one goes to the quarantine.
 
         Args:
             pair: The pair.
             prompt: Number of its prompt.
+            content: Its `pair_content`.
             images: Both images, or why there are none.
         """
         position, self._position = self._position, self._position + 1
+        self._contents.append(content)
         if isinstance(images, UnusableImageError):
             self._quarantined[position] = Quarantined(pair_id=pair.pair_id, reason=str(images))
             return
@@ -93,7 +100,7 @@ class ShardBuilder:
             self._encode(size)
         latents = {name: torch.cat(parts) for name, parts in self._latents.items()}
         writers = {LATENTS: tensor_writer(latents), INDEX: table_writer(self._rows, INDEX_SCHEMA)}
-        unit.write(folder, writers, self._quarantined)
+        unit.write(folder, writers, self._quarantined, "".join(self._contents))
 
     def _encode(self, size: tuple[int, int]) -> None:
         """Encodes the waiting pairs of one image size."""

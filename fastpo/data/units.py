@@ -53,11 +53,14 @@ class UnitRecord(Record):
         span: What it covers.
         files: Its other files by name.
         quarantined: Position in the source of each pair left out, and why.
+        contents: Of a shard, the digests of its pairs in the source one after the other; see
+            `fastpo.data.contents`.
     """
 
     span: Span
     files: dict[str, FileRecord]
     quarantined: dict[int, Quarantined]
+    contents: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Unit:
         folder: Path,
         writers: Mapping[str, Callable[[Path], Any]],
         quarantined: Mapping[int, Quarantined] | None = None,
+        contents: str = "",
     ) -> None:
         """Writes the files beside the cache's and puts all of them in place by one rename.
 
@@ -106,7 +110,10 @@ class Unit:
             for name, write in writers.items():
                 write(temporary / name)
                 files[name] = seal(temporary / name)
-            record = UnitRecord(span=self.span, files=files, quarantined=dict(quarantined or {}))
+            left_out = dict(quarantined or {})
+            record = UnitRecord(
+                span=self.span, files=files, quarantined=left_out, contents=contents
+            )
             (temporary / RECORD).write_text(record.model_dump_json(indent=1))
             seal(temporary / RECORD)
             os.rename(temporary, target)

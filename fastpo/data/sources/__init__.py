@@ -6,13 +6,16 @@ refused by file and row. Image bytes are read when a pair's `winner()` or `loser
 
 from __future__ import annotations
 
+import hashlib
+import os
+
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, SourceReport
 from fastpo.data.sources.folder import FolderSource
 from fastpo.data.sources.hpdv2 import HPDv2Source
 from fastpo.data.sources.parquet import ParquetSource
 
-__all__ = ["PairSource", "SourceReport", "open_source", "source_digest"]
+__all__ = ["PairSource", "SourceReport", "open_source", "source_digest", "source_stamp"]
 
 _KINDS: dict[str, type[PairSource]] = {
     "pickapic": ParquetSource,
@@ -41,8 +44,28 @@ def open_source(config: DataConfig) -> PairSource:
 
 
 def source_digest(config: DataConfig) -> str | None:
-    """Returns a SHA-256 that changes with the data's files, or None if they are not on this disk.
+    """Returns a SHA-256 of what the data set lists, or None if it is not on this disk.
 
-    Listings and texts count by content, parquet files by name and size.
+    Listings count by content, parquet files by name and size.
     """
     return _KINDS[config.source].digest(config)
+
+
+def source_stamp(config: DataConfig) -> str | None:
+    """Returns a SHA-256 that changes whenever a file of the data set is written.
+
+    Names, sizes and times of change count; nothing is read but the listing. None if the data set
+    is not on this disk.
+    """
+    files = _KINDS[config.source].files(config)
+    if files is None:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            stat = os.stat(file)
+            text = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        except OSError:
+            text = f"{file}\0missing\n"
+        digest.update(text.encode())
+    return digest.hexdigest()

@@ -137,6 +137,11 @@ class PairSource(ABC):
     def digest(cls, config: DataConfig) -> str | None:
         """See `source_digest`."""
 
+    @classmethod
+    @abstractmethod
+    def files(cls, config: DataConfig) -> Iterable[str] | None:
+        """Yields the paths of all files, some perhaps missing; None: not on this disk."""
+
 
 def numbered(name: str, occurrence: int) -> str:
     """Returns the name of a pair whose name occurs for the n-th time, n from 1 on."""

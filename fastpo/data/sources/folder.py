@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -35,7 +37,7 @@ class FolderSource(PairSource):
                 f"(found: {found_in(folder)})"
             )
         places: list[int] = []
-        for number, place, entry in self._lines():
+        for number, place, entry in _lines(self._file):
             for side in ("winner", "loser"):
                 if not (folder / entry[side]).is_file():
                     raise DataError(
@@ -49,20 +51,11 @@ class FolderSource(PairSource):
                 break
         self._places = np.array(places, dtype=np.int64)
 
-    def _lines(self, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Yields number, place in bytes and content of the lines from `place` on."""
-        with self._file.open("rb") as file:
-            file.seek(place)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, place, _parse(self._file, number, line)
-                place += len(line)
-
     def _captions(self) -> Iterator[str]:
-        return (entry["prompt"] for _, _, entry in islice(self._lines(), len(self)))
+        return (entry["prompt"] for _, _, entry in islice(_lines(self._file), len(self)))
 
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
-        lines = self._lines(int(self._places[start]))
+        lines = _lines(self._file, int(self._places[start]))
         for _, _, entry in islice(lines, stop - start):
             sides = (entry["winner"], entry["loser"])
             winner, loser = (partial(Path.read_bytes, self._file.parent / side) for side in sides)
@@ -75,6 +68,29 @@ class FolderSource(PairSource):
     def digest(cls, config: DataConfig) -> str | None:
         """See `source_digest`."""
         return digest_file(Path(config.path).expanduser() / "pairs.jsonl")
+
+    @classmethod
+    def files(cls, config: DataConfig) -> Iterator[str] | None:
+        """See the base class."""
+        listing = Path(config.path).expanduser() / "pairs.jsonl"
+        return cls._named_in(listing) if listing.is_file() else None
+
+    @classmethod
+    def _named_in(cls, listing: Path) -> Iterator[str]:
+        with contextlib.suppress(DataError):  # of a line beyond `data.limit`
+            for _, _, entry in _lines(listing):
+                for side in ("winner", "loser"):
+                    yield os.path.join(listing.parent, entry[side])
+
+
+def _lines(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields number, place in bytes and content of a listing's lines from `place` on."""
+    with path.open("rb") as file:
+        file.seek(place)
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, place, _parse(path, number, line)
+            place += len(line)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -85,6 +87,21 @@ class HPDv2Source(PairSource):
     def digest(cls, config: DataConfig) -> str | None:
         """See `source_digest`."""
         return digest_file(Path(config.path).expanduser() / f"{config.split}.json")
+
+    @classmethod
+    def files(cls, config: DataConfig) -> Iterator[str] | None:
+        """See the base class; an image may lie in either of two folders."""
+        listing = Path(config.path).expanduser() / f"{config.split}.json"
+        known = config.split in _KEYS and listing.is_file()
+        return cls._named_in(listing, config.split) if known else None
+
+    @classmethod
+    def _named_in(cls, listing: Path, split: str) -> Iterator[str]:
+        roots = (listing.parent, listing.parent / split)
+        with contextlib.suppress(DataError):  # of an entry beyond `data.limit`
+            for number, entry in enumerate(_read(listing)):
+                for path in _checked(listing, number, entry, *_KEYS[split])[0]:
+                    yield from (os.path.join(root, path) for root in roots)
 
 
 def _listing(config: DataConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -155,11 +156,17 @@ class ParquetSource(PairSource):
     @classmethod
     def digest(cls, config: DataConfig) -> str | None:
         """See `source_digest`."""
-        path = Path(config.path).expanduser()
-        if not path.exists():
+        files = cls.files(config)
+        if files is None:
             return None
-        sizes = [f"{file.name}:{file.stat().st_size}" for file in _local_files(path, config.split)]
+        sizes = [f"{os.path.basename(file)}:{os.stat(file).st_size}" for file in files]
         return hashlib.sha256("\n".join(sizes).encode()).hexdigest()
+
+    @classmethod
+    def files(cls, config: DataConfig) -> list[str] | None:
+        """See the base class."""
+        path = Path(config.path).expanduser()
+        return [str(f) for f in _local_files(path, config.split)] if path.exists() else None
 
 
 _TIE, _UNLABELED = -1, -2
