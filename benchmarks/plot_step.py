@@ -70,23 +70,22 @@ def conditions(rows: list[Row]) -> str:
 
 def table(rows: list[Row]) -> str:
     """Times the bare policy, times faster than the recipe, peak memory, in Markdown."""
+    heads = ("step", "time, bare policy = 1", "faster than its recipe", "peak memory, MiB")
+    kept = [k for k in range(len(heads)) if any(_cells(row)[k] for row in rows)]
     blocks = []
     for case, group in groupby(rows, case_of):
-        lines = [
-            f"**{title_of(case)}**\n",
-            "| step | time, bare policy = 1 | faster than its recipe | peak memory, MiB |",
-            "|---|---|---|---|",
-        ]
-        for row in group:
-            faster = row["faster_than_recipe"]
-            spread = f" ({row['faster_p20']} to {row['faster_p80']})" if row["faster_p20"] else ""
-            lines.append(
-                f"| {row['provider']} | {row['times_floor']} "
-                f"({row['times_floor_p20']} to {row['times_floor_p80']}) | "
-                f"{faster}{'x' if faster else ''}{spread} | {row['peak_mib']} |"
-            )
+        lines = [f"**{title_of(case)}**\n"]
+        for cells in (heads, ["---"] * len(heads), *map(_cells, group)):
+            lines.append(f"| {' | '.join(cells[k] for k in kept)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _cells(row: Row) -> list[str]:
+    time = f"{row['times_floor']} ({row['times_floor_p20']} to {row['times_floor_p80']})"
+    faster = row["faster_than_recipe"] and f"{row['faster_than_recipe']}x"
+    spread = f" ({row['faster_p20']} to {row['faster_p80']})" if row["faster_p20"] else ""
+    return [row["provider"], time, faster + spread, row["peak_mib"]]
 
 
 def figure(rows: list[Row], path: Path) -> None:
@@ -98,9 +97,16 @@ def figure(rows: list[Row], path: Path) -> None:
 
     panels = [(case, list(group)) for case, group in groupby(rows, case_of)]
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    size = 6.2 * len(panels), 0.42 * len(names) + 1.4
-    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, (case, group) in zip(axes[0], panels, strict=True):
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    height = down * (0.42 * len(names) + 1.0) + 0.4
+    fig, grid = plt.subplots(
+        down, across, figsize=(6.2 * across, height), squeeze=False, sharey=True
+    )
+    axes = list(grid.flat)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (case, group) in zip(axes, panels, strict=False):
         places = [names.index(row["provider"]) for row in group]
         starts = [0.0] * len(group)
         for part, colour in COLOURS.items():
@@ -116,13 +122,13 @@ def figure(rows: list[Row], path: Path) -> None:
         axis.set(title=title_of(case), xlabel="time of a step, bare policy = 1")
         axis.set_xlim(right=1.1 * max(starts))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_yticks(range(len(names)), names)
-    axes[0][0].invert_yaxis()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    columns = min(len(labels), 6 * len(panels))
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = min(len(labels), 6 * across)
     fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False)
     fig.suptitle(conditions(rows), fontsize=8)
-    fig.tight_layout(rect=(0, 0.08, 1, 1))
+    fig.tight_layout(rect=(0, 0.5 / height, 1, 1))
     fig.savefig(path, dpi=120)
     plt.close(fig)
 

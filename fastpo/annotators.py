@@ -26,11 +26,11 @@ from fastpo.models import predict
 from fastpo.types import NoisedPair, PairBatch
 
 ADAPTER = "default"
-# Elements of the latents `(2B, C, h, w)` up to which one pass beat three on a CPU: 0.6 to 0.7 of
-# the time on the demo's denoiser at 1 to 8 pairs, 0.87 on a mid-size one at 1 pair (8192 elements),
-# 1.02 and 1.04 there at 4 and 8 (tried by hand, 2026-11). On a GPU, where it saves launches, it was
-# not measured.
-SMALL = 8192
+# Elements of the latents `(2B, C, h, w)` up to which one pass is taken: the largest batch measured
+# (benchmarks/results/cpu/step_batched.csv: LoRA on a CPU, float32, whole steps). One pass took 0.82
+# to 0.94 of the time of separate ones on the tiny UNet (512 to 2048 elements) and 0.94 to 0.96 on
+# the mid-size one (8192 to 32768), there within the rounds' spread. No GPU was measured.
+SMALL = 32768
 
 
 def in_one_pass(config: TrainConfig, n_elements: int) -> bool:
