@@ -4,8 +4,10 @@
 
 Eager is the loss as trainers write it, reference our oracle: every operator that is not a view
 counts as one launch and moves its tensors' bytes (a broadcast argument by its own size, a slice by
-the slice's). torch.compile: Inductor's own count of kernels and of bytes. Ours: two launches, and
-the bytes that the kernels address. On a GPU the launches of all come from the profiler.
+the slice's). torch.compile: Inductor's own count of kernels and of bytes. Ours: what Triton's
+launcher hands to a libcuda that does nothing (`fake_gpu.py`), and the bytes that the kernels
+address; `aot_report.py` finds the same bytes in their code. On a GPU the launches of all come from
+the profiler.
 
 The target is a tensor in the predictions' dtype, or a `PairTarget`: formed from float32 noise that
 is stored, or from noise that is drawn again. Eager draws nothing again: it has the noise, repeated
@@ -16,6 +18,9 @@ comes before the loss, writing the noise or a target, is not counted for anyone.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +132,30 @@ def trainer_formed(name: str, x: PairInputs, stored: PairTarget) -> Callable[[],
     return loss
 
 
+def our_launches() -> dict[str, int]:
+    """Launches of each row's step by Triton's launcher, from a process of its own."""
+    command = [sys.executable, __file__, "--count-ours"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def count_ours() -> dict[str, int]:
+    """What `our_launches` asks for; the second of two steps, which compiles nothing."""
+    from fake_gpu import install
+
+    gpu, found = install(), {}
+    for case, label, x, _ in inputs_of_rows():
+        for _ in range(2):
+            before = gpu.launches
+            torch.autograd.grad(OBJECTIVES[case.name].call(x, "triton").loss, x.policy)
+            found[f"{case.name}, {label}"] = gpu.launches - before
+    return found
+
+
 def counts(
-    case: Case, x: PairInputs, eager: Callable[[], Tensor]
+    case: Case, x: PairInputs, eager: Callable[[], Tensor], ours: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Provider, launches and bytes."""
+    """Provider, launches and bytes; `ours` is our number of launches without a GPU."""
     call = OBJECTIVES[case.name].call
 
     def reference() -> Tensor:
@@ -143,7 +168,7 @@ def counts(
         "eager": eager_counts(step(eager)),
         "reference": eager_counts(step(reference)),
         "compile": compiled_counts(reference, x.policy),
-        "ours": (2, our_bytes(case, x.target)),
+        "ours": (ours, our_bytes(case, x.target)),
     }
     calls = {
         "eager": eager,
@@ -156,35 +181,48 @@ def counts(
         yield provider, device_launches(step(calls[provider])) if on_gpu else launches, n_bytes
 
 
-def rows() -> Iterator[list[str]]:
-    """The table's lines for one objective and one target at SDXL latents in bf16."""
+def inputs_of_rows() -> Iterator[tuple[Case, str, PairInputs, Callable[[], Tensor]]]:
+    """Case, name of its target, inputs and eager loss of every row, SDXL latents in bf16."""
     for name in SHOWN:
         case = Case("pair_loss", name, "sdxl", "bf16", PAIRS)
         x = inputs(case)
-        yield lines_of(case, "a tensor", x, trainer_loss(name, x))
+        yield case, "a tensor", x, trainer_loss(name, x)
     case = Case("pair_loss", "dpo", "sdxl", "bf16", PAIRS)
     for prediction in FORMED:
         x = inputs(case)
         given = targets(x, prediction)
         eager = trainer_formed(case.name, x, given["stored"])
         for way, target in given.items():
-            yield lines_of(case, f"{prediction}, {way}", replace(x, target=target), eager)
+            yield case, f"{prediction}, {way}", replace(x, target=target), eager
 
 
-def lines_of(case: Case, target: str, x: PairInputs, eager: Callable[[], Tensor]) -> list[str]:
+def rows() -> Iterator[list[str]]:
+    """The table's lines for one objective and one target."""
+    ours = {} if device() == "cuda" else our_launches()
+    for case, label, x, eager in inputs_of_rows():
+        yield lines_of(case, label, x, eager, ours.get(f"{case.name}, {label}", 0))
+
+
+def lines_of(
+    case: Case, target: str, x: PairInputs, eager: Callable[[], Tensor], ours: int
+) -> list[str]:
     """One line a provider."""
     least = our_bytes(case, x.target)
     return [
         f"| {case.name} | {target} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
         f"{n_bytes / least:.2f} |"
-        for provider, launches, n_bytes in counts(case, x, eager)
+        for provider, launches, n_bytes in counts(case, x, eager, ours)
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--count-ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.count_ours:
+        print(json.dumps(count_ours()))
+        return
     kind = "the profiler on a GPU" if device() == "cuda" else "operators and generated CPU code"
     lines = [
         f"Launches and MiB per forward and backward, {PAIRS} pairs of SDXL latents, bf16; launches "

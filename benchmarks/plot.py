@@ -26,6 +26,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rows = [row for row in rows if row["ms_p50"]]
     rows = [r for r in rows if (r["case"], r["dtype"]) == (rows[0]["case"], rows[0]["dtype"])]
@@ -41,6 +42,11 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         for provider, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
         axis.set(title=" ".join(panel), xlabel="pairs", xscale="log", yscale="log")
+        axis.set_xticks(sorted({pairs for points in lines.values() for pairs, _ in points}))
+        axis.minorticks_off()
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     for axis in axes[:, 0]:
         axis.set_ylabel("ms (median)")
     axes[0][0].legend()

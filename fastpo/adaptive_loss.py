@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from fastpo.checks import require, require_finite, require_known, require_positive
+from fastpo.checks import require, require_finite, require_positive
 from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, pair_loss
 from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
-
-
-class AdaptiveKeywords(TypedDict, total=False):
-    """What both forms take besides their slopes; the meaning and defaults: `adaptive_dpo`."""
-
-    annotators: Sequence[Tensor]
-    minority: Tensor | None
-    statistics: Tensor | None
-    reduce: Reduce | None
-    normalize: Normalize
-    rho: float
-    weight_kind: WeightKind
-    weight_scale: float
-    weight_intercept: float
-    margin_kind: MarginKind
-    pair_weight: Tensor | None
-    impl: Impl | None
-
-
-# Those that are fields of `Adaptive`.
-_OF_SPEC = tuple(f.name for f in fields(Adaptive) if f.name in AdaptiveKeywords.__annotations__)
 
 
 def adaptive_dpo(
@@ -41,8 +18,19 @@ def adaptive_dpo(
     target: Target,
     *,
     beta: float,
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    reduce: Reduce | None = None,
+    normalize: Normalize = "rms",
+    rho: float = 3.75,
+    weight_kind: WeightKind = "linear",
+    weight_scale: float = 10.0,
+    weight_intercept: float = 1.0,
+    margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
-    **options: Unpack[AdaptiveKeywords],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
 
@@ -59,13 +47,13 @@ def adaptive_dpo(
         statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
             each of the M annotators, the policy first. None takes the batch's.
         reduce: forms them over all processes; see `fastpo.loss`.
-        normalize: the scale over the batch: `rms`, the default, or `l2` as released.
-        rho: 3.75 by default; at B = 16 that is the released 15 with `l2`.
-        weight_kind: `linear`, the default, 1/(k0 + k1 u); `quadratic` (u squared), `sqrt` 1/(k0 +
+        normalize: the scale over the batch: `rms`, or `l2` as released.
+        rho: 3.75 with `rms` is at B = 16 the released 15 with `l2`.
+        weight_kind: `linear` 1/(k0 + k1 u); `quadratic` (u squared), `sqrt` 1/(k0 +
             exp(k1 sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
-        weight_scale: k1, 10 by default.
-        weight_intercept: k0, 1 by default.
-        margin_kind: `quadratic`, the default, or `linear`: u instead of its square.
+        weight_scale: k1.
+        weight_intercept: k0.
+        margin_kind: `quadratic`, or `linear`: u instead of its square.
 
     Raises:
         TypeError: as in `fastpo.loss`.
@@ -73,8 +61,12 @@ def adaptive_dpo(
             infinite, both `minority` and `annotators`, or both `statistics` and `reduce`.
     """
     require_positive(beta=beta)
-    sources = (policy, reference, target)
-    return _adaptive("dpo", sources, (beta,), beta, margin_scale, options)
+    kinds = (normalize, rho, weight_kind, weight_scale, weight_intercept, margin_kind)
+    return pair_loss(
+        policy, reference, target, "dpo", (beta,),
+        annotators=annotators, minority=minority, statistics=statistics, reduce=reduce,
+        adaptive=_spec(beta, margin_scale, *kinds), pair_weight=pair_weight, impl=impl,
+    )  # fmt: skip
 
 
 def adaptive_ipo(
@@ -84,8 +76,19 @@ def adaptive_ipo(
     *,
     tau: float,
     beta: float,
+    annotators: Sequence[Tensor] = (),
+    minority: Tensor | None = None,
+    statistics: Tensor | None = None,
+    reduce: Reduce | None = None,
+    normalize: Normalize = "rms",
+    rho: float = 3.75,
+    weight_kind: WeightKind = "linear",
+    weight_scale: float = 10.0,
+    weight_intercept: float = 1.0,
+    margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
-    **options: Unpack[AdaptiveKeywords],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
 
@@ -93,28 +96,33 @@ def adaptive_ipo(
     here: the larger a pair's gamma, the larger the margin asked of it.
     """
     require_positive(tau=tau, beta=beta)
-    sources = (policy, reference, target)
-    return _adaptive("ipo", sources, (tau,), beta, margin_scale / beta, options)
+    kinds = (normalize, rho, weight_kind, weight_scale, weight_intercept, margin_kind)
+    return pair_loss(
+        policy, reference, target, "ipo", (tau,),
+        annotators=annotators, minority=minority, statistics=statistics, reduce=reduce,
+        adaptive=_spec(beta, margin_scale / beta, *kinds), pair_weight=pair_weight, impl=impl,
+    )  # fmt: skip
 
 
-def _adaptive(
-    objective: str,
-    sources: tuple[Tensor, Tensor, Target],
-    scalars: tuple[float],
+def _spec(
     beta: float,
     shift_scale: float,
-    options: AdaptiveKeywords,
-) -> PairLoss:
-    """`pair_loss` with weights and margins from the minority metric."""
-    require_known(f"adaptive_{objective}", options, AdaptiveKeywords.__annotations__)
-    rest: dict[str, Any] = dict(options)
-    kinds = {name: rest.pop(name) for name in _OF_SPEC if name in rest}
-    spec = Adaptive(beta=beta, shift_scale=shift_scale, **kinds)
-    require_positive(rho=spec.rho)
+    normalize: Normalize,
+    rho: float,
+    weight_kind: WeightKind,
+    weight_scale: float,
+    weight_intercept: float,
+    margin_kind: MarginKind,
+) -> Adaptive:
+    """The kernel's options, checked; names are checked there."""
+    require_positive(rho=rho)
     require_finite(margin_scale=shift_scale)
-    for name in ("weight_scale", "weight_intercept"):
-        value = getattr(spec, name)
+    for name, value in (("weight_scale", weight_scale), ("weight_intercept", weight_intercept)):
         require(0 <= value < math.inf, f"{name} must be finite and not negative", value)
-    if spec.weight_kind in ("linear", "quadratic"):
-        require_positive(weight_intercept=spec.weight_intercept)
-    return pair_loss(*sources, objective, scalars, adaptive=spec, **rest)
+    if weight_kind in ("linear", "quadratic"):
+        require_positive(weight_intercept=weight_intercept)
+    return Adaptive(
+        beta=beta, normalize=normalize, rho=rho, weight_kind=weight_kind,
+        weight_scale=weight_scale, weight_intercept=weight_intercept, margin_kind=margin_kind,
+        shift_scale=shift_scale,
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 
 def require(holds: bool, rule: str, got: float) -> None:
@@ -24,10 +23,3 @@ def require_finite(**options: float) -> None:
     for name, value in options.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-
-
-def require_known(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses keywords that a function has not, as Python does: with `TypeError`."""
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise TypeError(f"{caller} got unexpected keyword arguments {unknown}")

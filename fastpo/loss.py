@@ -39,13 +39,11 @@ Nothing is read back to the host. Each raises `TypeError` on a wrong type or dty
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
 from fastpo.adaptive_loss import adaptive_dpo, adaptive_ipo
-from fastpo.checks import require, require_known, require_positive
+from fastpo.checks import require, require_positive
 from fastpo_kernels.pair_loss import (
     Impl,
     PairDraw,
@@ -79,28 +77,6 @@ __all__ = [
 ]
 
 
-class Common(TypedDict, total=False):
-    """What every objective takes besides its own options; see above."""
-
-    pair_weight: Tensor | None
-    impl: Impl | None
-
-
-def _loss(
-    name: str,
-    policy: Tensor,
-    reference: Tensor | None,
-    target: Target,
-    options: Sequence[float],
-    common: Common,
-    objective: str | None = None,
-    **more: Any,
-) -> PairLoss:
-    """`pair_loss` of the objective `name`, with keywords of `Common` alone from outside."""
-    require_known(name, common, Common.__annotations__)
-    return pair_loss(policy, reference, target, objective or name, options, **common, **more)
-
-
 def _one_element(name: str, vector: Tensor) -> Tensor:
     """The tensor of one element as a vector."""
     if not isinstance(vector, Tensor):
@@ -116,7 +92,8 @@ def dpo(
     *,
     beta: float,
     label_smoothing: float = 0.0,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-DPO: `-(1-a) ls(z) - a ls(-z)` with `a = label_smoothing` in [0, 1/2].
 
@@ -126,7 +103,7 @@ def dpo(
     rule = "label_smoothing must be in [0, 0.5]"
     require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
-    return _loss("dpo", policy, reference, target, options, common)
+    return pair_loss(policy, reference, target, "dpo", options, pair_weight=pair_weight, impl=impl)
 
 
 def robust_dpo(
@@ -136,7 +113,8 @@ def robust_dpo(
     *,
     beta: float,
     label_smoothing: float,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
 
@@ -147,22 +125,36 @@ def robust_dpo(
     rule = "label_smoothing must be in [0, 0.5)"
     require(0 <= label_smoothing < 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
-    return _loss("robust_dpo", policy, reference, target, options, common)
+    return pair_loss(
+        policy, reference, target, "robust_dpo", options, pair_weight=pair_weight, impl=impl
+    )
 
 
 def ipo(
-    policy: Tensor, reference: Tensor, target: Target, *, tau: float, **common: Unpack[Common]
+    policy: Tensor,
+    reference: Tensor,
+    target: Target,
+    *,
+    tau: float,
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
 
     Azar et al. 2023 (arXiv 2310.12036).
     """
     require_positive(tau=tau)
-    return _loss("ipo", policy, reference, target, (tau,), common)
+    return pair_loss(policy, reference, target, "ipo", (tau,), pair_weight=pair_weight, impl=impl)
 
 
 def hinge(
-    policy: Tensor, reference: Tensor, target: Target, *, beta: float, **common: Unpack[Common]
+    policy: Tensor,
+    reference: Tensor,
+    target: Target,
+    *,
+    beta: float,
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink.
 
@@ -170,7 +162,9 @@ def hinge(
     """
     require_positive(beta=beta)
     options = (beta,)
-    return _loss("hinge", policy, reference, target, options, common)
+    return pair_loss(
+        policy, reference, target, "hinge", options, pair_weight=pair_weight, impl=impl
+    )
 
 
 def kto(
@@ -181,7 +175,8 @@ def kto(
     beta: float,
     baseline: Tensor | None = None,
     reduce: Reduce | None = None,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labelled images (Li et al. 2024, arXiv 2404.04465).
 
@@ -195,9 +190,10 @@ def kto(
     """
     require_positive(beta=beta)
     statistics = None if baseline is None else _one_element("baseline", baseline)
-    return _loss(
-        "kto", policy, reference, target, (beta,), common, statistics=statistics, reduce=reduce
-    )
+    return pair_loss(
+        policy, reference, target, "kto", (beta,), statistics=statistics, reduce=reduce,
+        pair_weight=pair_weight, impl=impl,
+    )  # fmt: skip
 
 
 def dmpo(
@@ -207,7 +203,8 @@ def dmpo(
     *,
     beta: float,
     alpha: float = 0.01,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round.
 
@@ -216,7 +213,7 @@ def dmpo(
     require_positive(beta=beta)
     require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
     options = (beta, math.log1p(-alpha), math.log(alpha))
-    return _loss("dmpo", policy, reference, target, options, common)
+    return pair_loss(policy, reference, target, "dmpo", options, pair_weight=pair_weight, impl=impl)
 
 
 def linear_dpo(
@@ -226,7 +223,8 @@ def linear_dpo(
     *,
     beta: float,
     eta: float = 1e-3,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached.
 
@@ -235,7 +233,9 @@ def linear_dpo(
     require_positive(beta=beta)
     require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
     options = (beta, eta)
-    return _loss("linear_dpo", policy, reference, target, options, common)
+    return pair_loss(
+        policy, reference, target, "linear_dpo", options, pair_weight=pair_weight, impl=impl
+    )
 
 
 def sdpo(
@@ -246,7 +246,8 @@ def sdpo(
     beta: float,
     mu: float,
     reduce: Reduce | None = None,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
 
@@ -257,13 +258,17 @@ def sdpo(
     """
     require_positive(beta=beta)
     require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
-    options = {"objective": "dpo", "safeguard": mu, "reduce": reduce}
-    return _loss("sdpo", policy, reference, target, (beta,), common, **options)
+    return pair_loss(
+        policy, reference, target, "dpo", (beta,), safeguard=mu, reduce=reduce,
+        pair_weight=pair_weight, impl=impl,
+    )  # fmt: skip
 
 
-def sft(policy: Tensor, target: Target, **common: Unpack[Common]) -> PairLoss:
+def sft(
+    policy: Tensor, target: Target, *, pair_weight: Tensor | None = None, impl: Impl | None = None
+) -> PairLoss:
     """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`."""
-    return _loss("sft", policy, None, target, (), common)
+    return pair_loss(policy, None, target, "sft", (), pair_weight=pair_weight, impl=impl)
 
 
 def mapo(
@@ -273,11 +278,14 @@ def mapo(
     beta: float = 0.1,
     snr: float = 0.5,
     num_timesteps: int = 1000,
-    **common: Unpack[Common],
+    pair_weight: Tensor | None = None,
+    impl: Impl | None = None,
 ) -> PairLoss:
     """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
 
     Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
     """
     require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
-    return _loss("mapo", policy, None, target, (beta, snr, num_timesteps), common)
+    return pair_loss(
+        policy, None, target, "mapo", (beta, snr, num_timesteps), pair_weight=pair_weight, impl=impl
+    )

@@ -1,8 +1,8 @@
 """The pair losses: inputs, bytes, and the providers that are timed against one another.
 
 `eager` is the loss as trainers write it: `F.mse_loss(pred.float(), target.float())` averaged per
-image, on a target repeated for both sides, then the objective's few lines (the oracle's, but for
-MaPO, whose oracle keeps digits that trainers lose). `reference` is our
+image, on a target repeated for both sides, then the objective's few lines: trainers' own where
+these are known, else the oracle's. `reference` is our
 float64-capable oracle, `compile` its compiled form, `ours` the default of the machine: Triton on a
 GPU, `portable.py` on a CPU.
 """
@@ -119,11 +119,27 @@ def _trainer_errors(pred: Tensor, target: Tensor) -> Tensor:
     return losses.mean(dim=list(range(1, losses.ndim)))
 
 
-def _trainer_mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+def _trainer_dpo(d, e, r, shift, beta, _, __):
+    """DPO in the released trainers' lines."""
+    return -F.logsigmoid(beta * d)
+
+
+def _trainer_robust_dpo(d, e, r, shift, beta, smoothing, _):
+    """Robust DPO in the lines of Adaptive-DPO's trainer."""
+    z = beta * d
+    up, down = F.logsigmoid(z), F.logsigmoid(-z)
+    return (-up * (1 - smoothing) + down * smoothing) / (1 - 2 * smoothing)
+
+
+def _trainer_mapo(d, e, r, shift, weight, snr, num_timesteps):
     """MaPO in the released trainer's lines, but for `expm1`, where that writes `exp(...) - 1`."""
+    e_w, e_l = e
     winner = snr * e_w / torch.expm1(snr * e_w)
     loser = snr * e_l / torch.expm1(snr * e_l)
     return e_w - weight * F.logsigmoid(num_timesteps * (winner - loser))
+
+
+_TRAINERS = {"dpo": _trainer_dpo, "robust_dpo": _trainer_robust_dpo, "mapo": _trainer_mapo}
 
 
 def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
@@ -139,11 +155,9 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
     def plain() -> Tensor:
         e_w, e_l = _trainer_errors(x.policy, target).chunk(2)
         r_w, r_l = known(x.reference).chunk(2) if objective.streams > 1 else (0.0, 0.0)
-        function = oracle.OBJECTIVES[objective.scalar].function
-        if objective.scalar == "mapo":
-            function = _trainer_mapo
+        function = _TRAINERS.get(objective.scalar, oracle.OBJECTIVES[objective.scalar].function)
         d = (r_w - r_l) - (e_w - e_l)
-        return function(d, e_w, e_l, r_w, r_l, 0.0, *objective.options).mean()
+        return function(d, (e_w, e_l), (r_w, r_l), 0.0, *objective.options).mean()
 
     def with_statistics() -> Tensor:
         errors = _trainer_errors(x.policy, target).unflatten(0, (2, -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fastpo.bench.measure import (
     measure,
 )
 from fastpo.bench.table import Row, noted_row, timed_rows
+from fastpo.errors import ConfigError
 
 NAMES = {"pair_loss": tuple(losses.OBJECTIVES), "pair_noise": noise.PREDICTIONS}
 
@@ -67,16 +69,33 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[Case, list[Row]]]:
         """Measures case by case; stops before one that would likely not end in the budget."""
-        start, longest = time.perf_counter(), 0.0
+        start, lately = time.perf_counter(), deque([0.0], maxlen=3)  # the first case starts cold
         for k, case in enumerate(self.cases):
             began = time.perf_counter()
-            if began - start + longest > self.options.budget_seconds:
+            if began - start + max(lately) > self.options.budget_seconds:
                 self.unmeasured = list(self.cases[k:])
                 return
             new = self._measure(case)
             self.rows += new
-            longest = max(longest, time.perf_counter() - began)
+            lately.append(time.perf_counter() - began)
             yield case, new
+
+    def go_on_from(self, rows: Sequence[Row]) -> None:
+        """Takes the rows of an earlier run, and leaves out the cases that they hold.
+
+        Raises:
+            ConfigError: they come from another device, other versions or another commit.
+        """
+        for name in ("device", "torch", "triton", "commit"):
+            found = {getattr(row, name) for row in rows} - {self.where[name]}
+            if found:
+                raise ConfigError(
+                    f"cannot go on from rows whose {name} is {sorted(found)[0]!r}; this is "
+                    f"{self.where[name]!r}"
+                )
+        done = {Case(r.op, r.case, r.latents, r.dtype, r.pairs) for r in rows}
+        self.rows = list(rows)
+        self.cases = [case for case in self.cases if case not in done]
 
     def _labels(self, case: Case) -> dict[str, Any]:
         return {

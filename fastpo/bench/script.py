@@ -14,7 +14,7 @@ import torch
 from fastpo.bench.cases import DIRECTIONS, DTYPES, LATENTS, PAIRS, grid
 from fastpo.bench.measure import ROOT, device
 from fastpo.bench.run import NAMES, Options, Run, providers_of
-from fastpo.bench.table import write_csv
+from fastpo.bench.table import read_rows, write_csv
 
 
 def results_path(op: str) -> Path:
@@ -40,6 +40,7 @@ def _parser(op: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="in all")
     parser.add_argument("--commit", help="for the CSV, where git's history is not at hand")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/<op>.csv")
+    parser.add_argument("--append", action="store_true", help="go on from the file's rows")
     parser.add_argument("--skip-tests", action="store_true", help="they have just passed")
     return parser
 
@@ -55,6 +56,9 @@ def main(op: str, description: str | None, tests: Sequence[str]) -> int:
         args.seconds, args.budget_seconds, args.providers, args.directions, args.commit
     )
     run = Run(cases, options)
+    if args.append and path.exists():
+        run.go_on_from(read_rows(path))
+        cases = run.cases
     if device() == "cpu":
         print("no GPU: eager and compiled CPU path, and ours, the default on a CPU")
     print(f"{run.where['device']}: copy {run.copy:.1f} GB/s; {len(cases)} cases, writing {path}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -49,7 +52,8 @@ def show(run: Run, out: Path | None, console: Console | None = None) -> None:
             progress.update(task, advance=1, description=str(case), rate=rate)
             if out is not None:
                 write_csv(run.rows, out)
-    console.print(_table(run.rows))
+    for table in _tables(run.rows):
+        console.print(table)
     for row in run.rows:
         if row.note:
             console.print(f"{_name(row)} {row.provider}: {row.note}")
@@ -66,32 +70,30 @@ def _out_of_time(cases: list[Case]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.case} {row.latents} {row.dtype} {row.pairs}"
+    return f"{row.case}, {row.latents}, {row.dtype}, {row.pairs} pair{'s' * (row.pairs > 1)}"
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(title="median milliseconds (20th to 80th percentile)")
-    for name in ("case", "latents", "dtype", "pairs", "pass", "provider"):
-        table.add_column(name)
-    for name in ("ms", "host µs", "GB/s", "of copy", "vs best other"):
-        table.add_column(name, justify="right")
-    previous = None
-    for row in rows:
-        if row.note:
-            continue
-        key = (row.case, row.latents, row.dtype, str(row.pairs), row.direction)
-        if previous is not None and key != previous:
-            table.add_section()
-        shown = key if key != previous else ("",) * len(key)
-        previous = key
-        ratio = "" if row.ratio_to_best_other == "" else f"{row.ratio_to_best_other:.2f}x"
-        table.add_row(
-            *shown,
-            row.provider,
-            f"{row.ms_p50:.3g} ({row.ms_p20:.3g} to {row.ms_p80:.3g})",
-            f"{row.host_us:.0f}",
-            f"{row.gb_per_s:.1f}",
-            f"{100 * float(row.share_of_copy):.0f} %",
-            ratio,
-        )
-    return table
+def _tables(rows: list[Row]) -> Iterator[Table]:
+    """One table a case, narrow enough for 80 columns."""
+    timed = [row for row in rows if not row.note]
+    for name, group in groupby(timed, _name):
+        table = Table(title=name, title_justify="left", box=SIMPLE, pad_edge=False)
+        for column in ("pass", "provider"):
+            table.add_column(column, no_wrap=True)
+        for column in ("ms (quintiles)", "host µs", "GB/s", "of copy", "vs best"):
+            table.add_column(column, justify="right", no_wrap=True)
+        previous = None
+        for row in group:
+            shown = row.direction if row.direction != previous else ""
+            previous = row.direction
+            ratio = "" if row.ratio_to_best_other == "" else f"{row.ratio_to_best_other:.2f}x"
+            table.add_row(
+                shown,
+                row.provider,
+                f"{row.ms_p50:.3g} ({row.ms_p20:.3g} to {row.ms_p80:.3g})",
+                f"{row.host_us:.0f}",
+                f"{row.gb_per_s:.1f}",
+                f"{100 * float(row.share_of_copy):.0f} %",
+                ratio,
+            )
+        yield table

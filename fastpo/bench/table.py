@@ -127,6 +127,22 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows that a run wrote, to go on from.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    integers = {f.name for f in fields(Row) if f.type == "int"}
+
+    def value(name: str, text: str) -> int | float | str:
+        if name in integers:
+            return int(text)
+        return float(text) if name in NUMBERS and text else text
+
+    return [Row(**{n: value(n, t) for n, t in row.items()}) for row in read_csv(path)]  # pyright: ignore[reportArgumentType]
+
+
 def marks(name: str) -> tuple[str, str]:
     """What stands before and after a generated section of a Markdown file."""
     return f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"

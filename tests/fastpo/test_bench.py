@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpo.bench import cases, losses, measure, noise, run, table, tune
+from fastpo.bench import cases, losses, measure, noise, run, script, table, tune
 from fastpo.bench.run import Options, Run
 from fastpo.cli import main
+from fastpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 QUICK = Options(seconds=0.02, providers=("eager", "reference", "ours"), commit="abc1234")
@@ -52,14 +54,14 @@ def written(rows, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
 def test_the_command_prints_a_table_and_writes_rows(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "rows.csv"
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "--quick", "--objective", "mapo", "--out", str(out)])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "no GPU: eager and compiled CPU path" in text
-    assert "vs best other" in text and "mapo" in text and "ours" in text
+    assert "mapo, sd15, fp32, 1 pair" in text and "vs best" in text and "…" not in text
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [f.name for f in dataclasses.fields(table.Row)]
@@ -135,6 +137,60 @@ def test_a_run_stops_before_the_case_that_would_pass_its_budget(monkeypatch):
     monkeypatch.setattr(going, "_measure", ten_seconds)
     assert [case.pairs for case, _ in going] == [1, 2]
     assert [case.pairs for case in going.unmeasured] == [3, 4] and len(going.rows) == 2
+
+
+def test_a_run_goes_on_from_the_rows_of_an_earlier_one(tmp_path, monkeypatch):
+    first = Run([small(pairs=1)], QUICK)
+    list(first)
+    table.write_csv(first.rows, tmp_path / "rows.csv")
+    rows = table.read_rows(tmp_path / "rows.csv")
+    assert rows == first.rows
+    going = Run([small(pairs=1), small(pairs=2)], QUICK)
+    going.go_on_from(rows)
+    assert [case.pairs for case, _ in going] == [2]
+    assert going.rows[: len(rows)] == rows and len(going.rows) == 2 * len(rows)
+    other = Run([small()], dataclasses.replace(QUICK, commit="f00d"))
+    with pytest.raises(ConfigError, match="rows whose commit is 'abc1234'; this is 'f00d'"):
+        other.go_on_from(rows)
+
+
+@pytest.fixture
+def gpu_stages(tmp_path):
+    """What `gpu.sh` runs: `gpu_stages(*options) -> {stage's script or module: its words}`."""
+    stub, log = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"if sys.argv[1] != '-c': print(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n"
+    )
+    stub.chmod(0o755)
+
+    def asked(*options):
+        log.write_text("")
+        env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path), "COMMIT": "abc1234"}
+        command = ["bash", ROOT / "benchmarks" / "gpu.sh", *options]
+        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+        return [json.loads(line) for line in log.read_text().splitlines()]
+
+    return asked
+
+
+def test_the_gpu_script_asks_for_what_there_is(gpu_stages):
+    calls = gpu_stages()
+    assert [Path(c[1] if c[0] == "-m" else c[0]).name for c in calls] == [
+        "pytest", "bench_pair_loss.py", "bench_redraw.py", "launch_table.py",
+        "bench_pair_noise.py", "fastpo.bench.tune", "bench_pair_loss.py",
+    ]  # fmt: skip
+    for words in calls:
+        if words[0].endswith("pair_loss.py"):
+            options = script._parser("pair_loss", None).parse_args(words[1:])
+            assert options.append and options.commit == "abc1234" and options.budget_seconds < 530
+        elif words[0].endswith("pair_noise.py"):
+            script._parser("pair_noise", None).parse_args(words[1:])
+        elif words[:2] == ["-m", "pytest"]:
+            assert all((ROOT / w).exists() for w in words if w.startswith("tests/"))
+    (rest,) = gpu_stages("--rest", "--budget-seconds", "100")
+    assert rest[0].endswith("bench_pair_loss.py")
+    assert rest[rest.index("--budget-seconds") + 1] == "85"
 
 
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):

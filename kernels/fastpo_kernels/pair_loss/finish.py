@@ -188,7 +188,7 @@ def finish(
             sources[1], partials_ptr + plane, errors_ptr + 2 * n_pairs, b, valid, n_pairs,
             n_chunks, n_elements, (READY >> 1) & 1, BLOCK_P, BLOCK_B,
         )  # fmt: skip
-    d = (r_w - r_l) - (e_w - e_l)
+    d = (r_w - e_w) - (r_l - e_l)
     tl.store(stats_ptr + b, d, mask=valid)
     tail_ptr = errors_ptr + len(sources) * 2 * n_pairs
     weight = tl.where(valid, 1.0, 0.0)
@@ -204,14 +204,14 @@ def finish(
                     sources[s], partials_ptr + s * plane, errors_ptr + s * 2 * n_pairs, b, valid,
                     n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
                 )  # fmt: skip
-                margins = margins + ((r_w - r_l) - (a_w - a_l),)
+                margins = margins + ((r_w - a_w) - (r_l - a_l),)
             u = _minority_metric(
                 margins, adaptive_scalars[0], statistics_ptr, n_pairs, NORMALIZE, N_SUMS
             )
         weight *= _pair_weight(u, adaptive_scalars[1], adaptive_scalars[2], WEIGHT_KIND)
         shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND, N_SUMS)
     elif BATCH_BASELINE:
-        gain = 0.5 * (r_w + r_l - e_w - e_l)
+        gain = 0.5 * ((r_w - e_w) + (r_l - e_l))
         shift = tl.maximum(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
@@ -272,10 +272,10 @@ def partial_results(
             if s == 0:
                 e_w = a_w
             if s == 0 and BATCH_BASELINE and NORMALIZE is None:
-                tl.store(sums_ptr, 0.5 * tl.sum(r_w + r_l - a_w - a_l))
+                tl.store(sums_ptr, 0.5 * tl.sum((r_w - a_w) + (r_l - a_l)))
                 sums_ptr += 1
             if NORMALIZE is not None:
-                d = (r_w - r_l) - (a_w - a_l)
+                d = (r_w - a_w) - (r_l - a_l)
                 if s == 0:
                     tl.store(sums_ptr, tl.sum(d))
                     sums_ptr += 1

@@ -29,6 +29,9 @@ _FLOATS = (*_EXACT, torch.bfloat16, torch.float16)
 # Elements of one side in a piece, for every core up to eight. On one core of an EPYC (2026-11), of
 # 2**13 ... 2**22, 2**18 and 2**19 were the fastest on SDXL and video latents.
 _PIECE, _MAX_CORES = 1 << 18, 8
+# Elements of both sides up to which the mean's gradient, a tensor of their size where the sum's is
+# a view, costs less than dividing the sum.
+_TINY = 1 << 16
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -240,16 +243,18 @@ def small_loss(
         reference = None if reference is None else reference.view(shape)
     except RuntimeError:  # not dense
         return None
-    errors = _squared_difference(policy, target, _NO_REDUCTION).sum(-1).div_(n_elements)
-    e_w, e_l = errors.unbind()
-    r_w, r_l, reference_error, d = 0.0, 0.0, None, e_l - e_w
-    if reference is not None:
+    square = _squared_difference(policy, target, _NO_REDUCTION)
+    errors = square.mean(-1) if n <= _TINY else square.sum(-1).div_(n_elements)
+    known = reference_error = None
+    if reference is None:
+        d = errors[1] - errors[0]
+    else:
         known = _squared_difference(reference, target, _NO_REDUCTION).mean(-1)
-        r_w, r_l = known.unbind()
-        d = (r_w - r_l) + d
-        reference_error = known.flatten()
-    loss = function(d, e_w, e_l, r_w, r_l, 0.0, *options).mean()
-    return loss, d.detach(), errors.detach().flatten(), reference_error, None, None
+        winner, loser = (known - errors).unbind()
+        d = winner - loser
+        reference_error = known.view(-1)
+    loss = function(d, errors, known, 0.0, *options).mean()
+    return loss, d.detach(), errors.detach().view(-1), reference_error, None, None
 
 
 def pair_loss(

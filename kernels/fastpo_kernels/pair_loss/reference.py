@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Errors = Tensor | Sequence[Tensor]
 WeightKind = Literal["linear", "quadratic", "sqrt", "exponential", "gate"]
 MarginKind = Literal["quadratic", "linear"]
 Normalize = Literal["rms", "l2"]
@@ -48,8 +49,14 @@ class Adaptive:
         return [self.rho, self.weight_scale, self.weight_intercept, self.shift_scale, self.beta]
 
 
-def _margin(e_w: Tensor, e_l: Tensor, r_w, r_l) -> Tensor:
-    return (r_w - r_l) - (e_w - e_l)
+def _margin(e: Errors, r: Errors | None) -> Tensor:
+    """`(r_w - e_w) - (r_l - e_l)`: near the reference both terms are small, and hardly rounded."""
+    if r is None:
+        return e[1] - e[0]
+    if isinstance(e, Tensor) and isinstance(r, Tensor):
+        winner, loser = (r - e).unbind()
+        return winner - loser
+    return (r[0] - e[0]) - (r[1] - e[1])
 
 
 def _logit(d, shift, beta):
@@ -57,72 +64,81 @@ def _logit(d, shift, beta):
     return z - shift if isinstance(shift, Tensor) else z
 
 
-def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+def _minus_log_sigmoid(z: Tensor) -> Tensor:
+    """`log(1 + exp(-z))`, one operator fewer than through the log-sigmoid."""
+    return F.softplus(-z, threshold=40.0)  # beyond, -z alone is float64's nearest
+
+
+def dpo(d, e, r, shift, beta, smoothing, _):
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
+    if smoothing == 0 and not isinstance(shift, Tensor):
+        return F.softplus(-beta * d, threshold=40.0)
     z = _logit(d, shift, beta)
-    if smoothing == 0:
-        return -F.logsigmoid(z)
-    return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+    up = _minus_log_sigmoid(z)
+    return up if smoothing == 0 else (1 - smoothing) * up + smoothing * _minus_log_sigmoid(-z)
 
 
-def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
+def robust_dpo(d, e, r, shift, beta, smoothing, _):
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
     z = _logit(d, shift, beta)
-    return (smoothing * F.logsigmoid(-z) - (1 - smoothing) * F.logsigmoid(z)) / (1 - 2 * smoothing)
+    scale = 1 / (1 - 2 * smoothing)
+    up, down = F.softplus(-z, threshold=40.0), F.softplus(z, threshold=40.0)
+    return (scale * (1 - smoothing)) * up - (scale * smoothing) * down
 
 
-def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
+def ipo(d, e, r, shift, tau, _, __):
     """`(d - shift - 1/(2 tau))**2`: on the margin itself, not on the logit (Azar et al. 2023)."""
-    return (d - shift - 0.5 / tau).square()
+    return (d - (shift + 0.5 / tau)).square()
 
 
-def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
+def hinge(d, e, r, shift, beta, _, __):
     """`max(0, 1 - z)`."""
     return F.relu(1 - _logit(d, shift, beta))
 
 
-def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
+def kto(d, e, r, shift, beta, _, __):
     """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`."""
-    winner = torch.sigmoid(-beta * (r_w - e_w - shift))
-    loser = torch.sigmoid(beta * (r_l - e_l - shift))
+    winner = torch.sigmoid(-beta * (r[0] - e[0] - shift))
+    loser = torch.sigmoid(beta * (r[1] - e[1] - shift))
     return 0.5 * (winner + loser)
 
 
-def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
+def dmpo(d, e, r, shift, beta, log_q, log_not_q):
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
     z = _logit(d, shift, beta)
     p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
     return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
-def linear_dpo(d, e_w, e_l, r_w, r_l, shift, beta, eta, _):
+def linear_dpo(d, e, r, shift, beta, eta, _):
     """`c (e_w - e_l)`, `c = clip(0.5 - 0.2 beta d, eta, 1 - eta)` detached."""
-    z = _logit(d, shift, beta)
-    return (0.5 - 0.2 * z).clamp(eta, 1 - eta).detach() * (e_w - e_l)
+    z = _logit(d.detach(), shift, beta)
+    return (0.5 - 0.2 * z).clamp(eta, 1 - eta) * (e[0] - e[1])
 
 
-def sft(d, e_w, e_l, r_w, r_l, shift, _, __, ___):
+def sft(d, e, r, shift, _, __, ___):
     """`e_w`: fine-tuning on the winner alone."""
-    return e_w
+    return e[0]
 
 
-def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
+def mapo(d, e, r, shift, weight, snr, num_timesteps):
     """`e_w - b ls(T (f(e_w) - f(e_l)))`, `f(e) = s e / expm1(s e)` (Hong et al. 2024)."""
-    winner, loser = _decays(torch.stack((e_w, e_l)), snr).unbind()
-    return e_w - weight * F.logsigmoid((num_timesteps * (winner - loser)).to(e_w.dtype))
+    e = e if isinstance(e, Tensor) else torch.stack(e)
+    winner, loser = _decays(e, snr).unbind()
+    minus_v = (num_timesteps * (loser - winner)).to(e.dtype)
+    return torch.add(e[0], F.softplus(minus_v, threshold=40.0), alpha=weight)
 
 
 def _decays(errors: Tensor, snr: float) -> Tensor:
     """`f` of float32 errors in float64, plainly; of others one less, by the series.
 
     Float64 has the digits that the plain quotient loses, in five operators instead of twenty, which
-    a small batch pays for. With `x = -s e`, `f = x exp(x) / expm1(x)` stays finite for large e.
-    The 1e-8 keeps f and its derivative finite at zero; of the difference of two f it changes
-    nothing that float32 shows.
+    a small batch pays for. Between the bounds f and its derivative keep them; beyond the upper one
+    f is zero, and errors below the lower one belong to predictions that are exact.
     """
     if errors.dtype == torch.float32 and errors.device.type != "mps":  # which has no float64
-        x = errors.double() * -snr - 1e-8
-        return x * x.exp() / torch.expm1(x)
+        x = (errors.double() * snr).clamp(1e-12, 700.0)
+        return x / torch.expm1(x)
     return decay_minus_one(snr * errors)
 
 
@@ -144,9 +160,10 @@ def decay_minus_one(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A scalar function `(d, e_w, e_l, r_w, r_l, shift, a, b, c) -> losses` and what it needs.
+    """A scalar function `(d, e, r, shift, a, b, c) -> losses` and what it needs.
 
-    `d = (r_w - r_l) - (e_w - e_l)`, differentiable in `e_w` and `e_l` as they are.
+    `e` and `r` hold the winners' errors, then the losers', `r` is None without a reference;
+    `d = (r_w - r_l) - (e_w - e_l)` is differentiable in `e`.
     """
 
     function: Callable[..., Any]
@@ -275,12 +292,13 @@ def _adapt(
     return u, pair_weights(u, spec), spec.shift_scale * (mean - power / spec.beta)
 
 
-def _safeguarded(e_l: Tensor, agreement: Sequence[Tensor], mu: float) -> Tensor:
-    """The loser's error, its gradient scaled by Diffusion-SDPO's lambda, its value kept."""
+def _safeguarded(errors: Tensor, agreement: Sequence[Tensor], mu: float) -> list[Tensor]:
+    """The errors, the loser's gradient scaled by Diffusion-SDPO's lambda, its value kept."""
+    e_w, e_l = errors.unbind()
     power, total = agreement
     ratio = (1 - mu) * power / torch.where(total > 0, total, 1.0)
     scale = torch.where(total > 0, ratio.clamp(0, 1), 1.0)
-    return e_l.detach() + scale * (e_l - e_l.detach())
+    return [e_w, e_l.detach() + scale * (e_l - e_l.detach())]
 
 
 def from_errors(
@@ -310,15 +328,16 @@ def from_errors(
     Returns:
         As `pair_loss`.
     """
-    policy_error = errors.detach()
-    e_w, e_l = errors.unbind()
-    r_w, r_l = (0.0, 0.0) if reference_errors is None else reference_errors.unbind()
-    d = _margin(e_w, e_l, r_w, r_l)
+    policy_error, known = errors.detach(), reference_errors
+    d = _margin(errors, known)
     margin = d.detach()
-    gain = (r_w + r_l - e_w - e_l).detach() / 2 if objective == "kto" else None
+    gain = None
+    if objective == "kto":
+        assert known is not None, "kto needs a reference"
+        gain = (known - policy_error).mean(0)
     margins = []
     if adaptive is not None:
-        margins = [margin, *((r_w - r_l) - (a[0] - a[1]) for a in annotator_errors)]
+        margins = [margin, *(_margin(a, known) for a in annotator_errors)]
     agreement = []
     if safeguard is not None:
         assert dot is not None, "a safeguard needs the residuals' product"
@@ -335,12 +354,13 @@ def from_errors(
     elif gain is not None:
         shift = (gain.mean() if statistics is None else statistics[0]).clamp(min=0.0)
     if pair_weight is not None:
-        given = pair_weight.detach().to(e_w.dtype)
+        given = pair_weight.detach().to(errors.dtype)
         weight = given if weight is None else weight * given
+    e: Errors = errors
     if safeguard is not None:
-        e_l = _safeguarded(e_l, sums, safeguard)
-        d = _margin(e_w, e_l, r_w, r_l)
-    losses = OBJECTIVES[objective].function(d, e_w, e_l, r_w, r_l, shift, *options)
+        e = _safeguarded(errors, sums, safeguard)
+        d = _margin(e, known)
+    losses = OBJECTIVES[objective].function(d, e, known, shift, *options)
     loss = (losses if weight is None else weight * losses).mean()
     reference_error = None if reference_errors is None else reference_errors.flatten()
     return loss, margin, policy_error.flatten(), reference_error, u, weight
@@ -355,7 +375,7 @@ def pair_loss(
     safeguard: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`loss = mean_i weight_i * objective(e_w, e_l, r_w, r_l)_i`; see `api.pair_loss`.
+    """`loss = mean_i weight_i * objective(d, e, r)_i`; see `api.pair_loss`.
 
     `rest` are the keywords of `from_errors`.
 
