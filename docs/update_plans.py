@@ -1,10 +1,12 @@
-"""Writes the README's table of what the shipped configurations cost, as `fastpo plan` tells it.
+"""Writes what the shipped configurations cost, as `fastpo plan` tells it: the README's table, and
+the line in each configuration's header that begins with "Planned for".
 
     python docs/update_plans.py
 
 Runs without weights, data or a GPU; about half a minute a configuration.
 """
 
+import re
 from pathlib import Path
 
 from rich.progress import track
@@ -16,6 +18,7 @@ from fastpo.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CONFIGS = ROOT / "fastpo" / "configs"
 # Configuration, GPU, processes: as in the files' headers.
 ROWS = (
     ("sdxl-lora-24gb", "rtx4090", 1),
@@ -50,16 +53,31 @@ def line(name: str, plan: Plan) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def header(plan: Plan) -> str:
+    """The line in a configuration's header."""
+    ours, about = plan.costs[0], plan.assumptions
+    gpus = f"{about.world_size} x {about.gpu.removeprefix('NVIDIA ')}"
+    pairs = about.world_size * about.micro_batch_size * about.accumulation_steps
+    hours = f"{ours.hours:.3g} h at {about.utilisation:.0%} of the peak"
+    return (
+        f"# Planned for {gpus}, {about.micro_batch_size} pair(s) a pass, {pairs:,} a step: "
+        f"{ours.peak_bytes / 1e9:.0f} GB, {hours}."
+    )
+
+
 def main() -> None:
-    """Plans every row and rewrites the text between the README's two marks."""
+    """Plans every row, and rewrites the headers' lines and the text between the README's marks."""
     lines = [
         "| configuration | GPUs | pairs a pass | TFLOP a pair | over the bare policy "
         "| released recipe, time | peak, GB | recipe's peak, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, gpu, processes in track(ROWS, "plans"):
-        config = load_config(ROOT / "fastpo" / "configs" / f"{name}.yaml")
-        lines.append(line(name, make_plan(config, gpu=gpu, world_size=processes)))
+        path = CONFIGS / f"{name}.yaml"
+        plan = make_plan(load_config(path), gpu=gpu, world_size=processes)
+        lines.append(line(name, plan))
+        text = re.sub("^# Planned for.*$", header(plan), path.read_text(), flags=re.MULTILINE)
+        write_text(path, text)
     text = (
         "\n".join(lines)
         + "\n\nPlanned, not measured: FLOPs by torch's counter on the real modules, activations "

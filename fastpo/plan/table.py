@@ -26,7 +26,7 @@ MEMORY = {
     "annotators": "annotators",
     "averages": "exported average",
     "encoders": "VAE and text encoders",
-    "batch": "batch, predictions, loss",
+    "batch": "batch, answers, loss",
     "communication": "communication buffers",
     "activations": "activations (estimate)",
     "allowance": "CUDA context (assumed)",
@@ -59,10 +59,16 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _costs_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="the last three: released recipes",
+        caption_justify="right",
+    )
+    table.add_column("", no_wrap=True)
     for cost in plan.costs:
-        table.add_column(cost.name.replace(", ", ",\n"), justify="right")
+        table.add_column(_head(cost), justify="right", no_wrap=True)
     table.add_row("[bold]TFLOP per pair[/]")
     for key, label in FLOPS.items():
         values = [getattr(cost.flops, key) for cost in plan.costs]
@@ -78,12 +84,17 @@ def _costs_table(plan: Plan) -> Table:
     hosts = [cost.memory.host for cost in plan.costs]
     if any(hosts):
         table.add_row("  in host memory", *(gigabytes(v) for v in hosts))
-    table.columns[0].footer = ""
     table.add_section()
     table.add_row("[bold]pairs/s[/]", *(f"{c.pairs_per_second:.3g}" for c in plan.costs))
     table.add_row("[bold]hours[/]", *(hours(c.hours) for c in plan.costs))
     table.add_row("[bold]time, ours = 1[/]", *(f"{c.slower:.2f}x" for c in plan.costs))
     return table
+
+
+def _head(cost: Cost) -> str:
+    """A recipe's name in two short lines, so that all stand side by side in 80 columns."""
+    own = {"this configuration": "this\nconfig", "plain fine-tuning": "plain\ntuning"}
+    return own.get(cost.name, cost.name.removesuffix(", released").replace("-", "-\n"))
 
 
 def _peak(cost: Cost) -> str:
@@ -127,5 +138,5 @@ def gigabytes(value: int) -> str:
 
 
 def hours(value: float | None) -> str:
-    """Hours to three digits; `-` where not known."""
-    return "-" if value is None else f"{value:.3g}"
+    """Hours to three digits or more; `-` where not known."""
+    return "-" if value is None else (f"{value:,.0f}" if value >= 100 else f"{value:.3g}")

@@ -362,15 +362,19 @@ def test_the_readmes_example_runs_and_finds_the_wrong_labels():
                     ref_pred = reference(latents)
                 yield rows, t, model(latents), ref_pred, noise
 
-    endless, example = batches(), readme_example()
-    assert len(example.strip().splitlines()) <= 16
-    scope = {
-        "num_pairs": pairs,
-        "steps": range(48),
-        "micro_batches": lambda: itertools.islice(endless, 4),
-        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
-    }
+    optimizer, taken = torch.optim.Adam(model.parameters(), lr=1e-3), itertools.count(1)
+
+    def step_taken():
+        if next(taken) % 4:
+            return False
+        optimizer.step()
+        optimizer.zero_grad()
+        return True
+
+    example = readme_example()
+    assert len(example.strip().splitlines()) <= 10
+    scope = {"num_pairs": pairs, "micro_batches": batches, "step_taken": step_taken}
     exec(example, scope)
-    ledger = scope["ledger"]
+    ledger = scope["judge"]
     assert ledger.visits.max() > 4
     assert auroc(ledger, flipped) > 0.9

@@ -1,6 +1,8 @@
 """Plans: counts against torch's own on real tensors, against arithmetic, and against the models."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ from fastpo.plan.planner import measure
 from fastpo.plan.recipes import own_recipe
 from fastpo.plan.table import gigabytes, tflop
 
-CONFIGS = sorted((Path(__file__).parents[2] / "fastpo" / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "fastpo" / "configs").glob("*.yaml"))
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CPU = torch.device("cpu")
@@ -296,6 +299,28 @@ def test_json_is_the_table(capsys, tiny_pipelines, tmp_path, monkeypatch):
         assert line in " ".join(table.split())
 
 
+def test_the_table_reads_at_80_columns(tiny, capsys):
+    plan = tiny(
+        deepspeed="zero2_offload",
+        objective={"name": "adaptive_dpo"},
+        annotators={"kind": "ema"},
+        ema_decay=0.9,
+        gradient_checkpointing=True,
+        world_size=2,
+    )
+    large = plan.costs[0].memory.model_copy(update={"activations": 2 * 10**11})
+    costs = [c.model_copy(update={"memory": large, "hours": 12345.6}) for c in plan.costs]
+    print_plan(plan.model_copy(update={"costs": tuple(costs)}), Console(width=80))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    lines = [line.strip() for line in out.splitlines()]
+    assert any(line.split() == ["config", "tuning", "DPO", "MaPO", "DPO"] for line in lines)
+    labels = ("policy, recomputed", "exported average", "batch, answers, loss", "in host memory")
+    for label in (*labels, "hours", "time, ours = 1"):
+        row = next(line.removeprefix(label) for line in lines if line.startswith(label))
+        assert len(row.split()) == 5, label
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -348,10 +373,6 @@ def test_every_gpu_is_faster_in_half_precision():
         assert gpu.rate("bf16") > gpu.rate("fp32", convolutions=True) >= gpu.rate("fp32")
 
 
-def is_hub_config(path):
-    return "/" in yaml.safe_load(path.read_text())["model"]["path"]
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_packaged_configuration_plans_on_a_tiny_model(path, tiny_pipelines):
     family = "sd15" if "sd15" in path.stem else "sdxl"
@@ -369,7 +390,7 @@ def measured_once():
     def measure_once(architecture, config, shapes, status):
         train = config.train
         passes = (train.method, train.precision, train.gradient_checkpointing, train.weights)
-        key = repr((architecture, passes, train.lora, train.optim.name, train.objective, shapes))
+        key = repr((architecture, passes, train.lora, train.optim.name, shapes))
         if key not in known:
             known[key] = measure(architecture, config, shapes, status)
         return known[key]
@@ -379,10 +400,39 @@ def measured_once():
         yield
 
 
+PLANS = runpy.run_path(str(ROOT / "docs" / "update_plans.py"))
+COMMAND = re.compile(r"fastpo plan +(\S+)\.yaml --gpu (\S+)(?: --world-size (\d+))?")
+FORWARD, VAE = {"sdxl": 13.5, "sd15": 1.6}, {"sdxl": 9.8, "sd15": 2.2}  # TFLOP of a pair
+GIGABYTES = {"rtx4090": 24, "a100": 80, "h100": 80}
+
+
+def test_every_shipped_configuration_for_a_real_model_has_its_row():
+    real = [p.stem for p in CONFIGS if "/" in yaml.safe_load(p.read_text())["model"]["path"]]
+    assert sorted(name for name, *_ in PLANS["ROWS"]) == real
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("measured_once")
-@pytest.mark.parametrize("path", [p for p in CONFIGS if is_hub_config(p)], ids=lambda p: p.stem)
-def test_every_packaged_configuration_plans_at_its_real_size(path):
-    plan = make_plan(load_config(path, ["train.micro_batch_size=1"]), world_size=8)
+@pytest.mark.parametrize(("name", "gpu", "processes"), PLANS["ROWS"], ids=lambda x: str(x))
+def test_a_shipped_configuration_costs_what_its_header_and_the_readme_say(name, gpu, processes):
+    path = ROOT / "fastpo" / "configs" / f"{name}.yaml"
+    plan = make_plan(load_config(path), gpu=gpu, world_size=processes)
+    ours, _, *released = plan.costs
     assert "packaged" in plan.architecture
-    assert plan.costs[0].slower <= plan.costs[-1].slower
+    assert ours.fits and ours.peak_bytes < GIGABYTES[gpu] * 1e9
+    for cost in plan.costs:
+        assert sum(cost.memory.parts.values()) == cost.memory.total == cost.peak_bytes
+        assert sum(cost.flops.model_dump().values()) == pytest.approx(cost.tflop)
+    forward, backward = ours.flops.policy_forward, ours.flops.policy_backward
+    assert forward == pytest.approx(FORWARD[plan.family], rel=0.02)
+    # Frozen weights need no gradient: half of the backward pass, but for the adapters'.
+    both = (2.0, 1e-2) if plan.method == "full" else (1.1, 5e-2)
+    assert backward / forward == pytest.approx(both[0], rel=both[1])
+    assert released[0].flops.reference == pytest.approx(FORWARD[plan.family], rel=0.02)
+    assert released[0].flops.vae == pytest.approx(VAE[plan.family], rel=0.02)
+    own = {"mapo": 1, "adaptive_dpo": 2}.get(plan.objective, 0)  # the recipe of the same objective
+    assert released[own].slower > 1.25 and released[own].peak_bytes > ours.peak_bytes
+    text = path.read_text()
+    assert COMMAND.search(text).groups() == (name, gpu, None if processes == 1 else str(processes))
+    assert PLANS["header"](plan) in text.splitlines()
+    assert PLANS["line"](name, plan) in (ROOT / "README.md").read_text().splitlines()
