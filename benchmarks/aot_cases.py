@@ -211,13 +211,12 @@ def _launches() -> Iterator[Case]:
         yield loss_case(f"dpo, {where}", dtype, dpo, batch, sources=one)
         yield loss_case(f"mapo, {where}", dtype, fl.mapo, batch)
         yield loss_case(f"cached reference, {where}", dtype, dpo, batch, sources=[errors])
-        yield loss_case(f"sdpo, {where}", dtype, OBJECTIVES["sdpo"], batch, sources=one, heavy=True)
+        yield loss_case(f"sdpo, {where}", dtype, OBJECTIVES["sdpo"], batch, sources=one)
         yield loss_case(
-            f"separate targets, {where}", dtype, dpo, batch, sources=one, target=batch.rows(),
-            heavy=True,
-        )  # fmt: skip
+            f"separate targets, {where}", dtype, dpo, batch, sources=one, target=batch.rows()
+        )
         yield loss_case(
-            f"two annotators, {where}", dtype, adaptive, batch, sources=three, heavy=True
+            f"two annotators, {where}", dtype, adaptive, batch, sources=three, heavy=pairs > 1
         )
         yield loss_case(
             f"ledger, pair weights, {where}", dtype, adaptive, batch, sources=one,
@@ -229,12 +228,11 @@ def _launches() -> Iterator[Case]:
         )  # fmt: skip
         for kind in FORMED if pairs > 1 else ():
             yield loss_case(
-                f"{kind}, {where}", dtype, dpo, batch, sources=one, target=batch.formed(kind),
-                heavy="posterior" in kind,
-            )  # fmt: skip
+                f"{kind}, {where}", dtype, dpo, batch, sources=one, target=batch.formed(kind)
+            )
         yield loss_case(
             f"v and posterior redrawn, two annotators, {where}", dtype, adaptive, batch,
-            sources=three, target=batch.formed("v and posterior redrawn"), heavy=True,
+            sources=three, target=batch.formed("v and posterior redrawn"), heavy=pairs > 1,
         )  # fmt: skip
 
 
@@ -247,7 +245,7 @@ def _many_pairs() -> Iterator[Case]:
         for name, options in {"": {}, ", all processes": {"reduce": lambda sums: sums}}.items():
             yield loss_case(
                 f"two annotators, {pairs} pairs{name}", "bf16", adaptive, batch, sources=three,
-                heavy=pairs > 256, **options,
+                heavy=pairs > 256 and bool(options), **options,
             )  # fmt: skip
     for dtype, kind in itertools.product(DTYPES, ("v redrawn", "v and posterior redrawn")):
         batch = Batch(2048, (4, 32, 32), DTYPES[dtype])
@@ -276,7 +274,7 @@ def _layouts() -> Iterator[Case]:
         yield loss_case(f"dpo, {name}", dtype, dpo, batch, sources=three[:1], target=target)
         yield loss_case(
             f"two annotators, {name}", dtype, adaptive, batch, sources=three, target=target,
-            heavy=True,
+            heavy=(name, dtype) == ("channels-last", "bf16"),
         )  # fmt: skip
     batch = Batch(16, SDXL, torch.bfloat16, channels_last)
     for kind in ("epsilon redrawn", "v and posterior redrawn"):
