@@ -143,7 +143,8 @@ class TrainConfig(Section):
     accumulation_steps: PositiveInt = 1
     precision: Precision = "bf16"
     # Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
-    # rounded at random, on average exactly; 4 bytes less per weight and gradient
+    # rounded at random, on average exactly; 4 bytes less per weight and gradient. Gradients are
+    # summed over micro-batches in bf16 too: off by 1.3 % (rms) after 128, 2.7 % after 512
     weights: Literal["fp32", "bf16"] = "fp32"
     # zero1 | zero2 | zero3 | zero2_offload | zero3_offload | a DeepSpeed JSON file; else plain DDP
     deepspeed: Name | None = None

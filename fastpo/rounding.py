@@ -3,6 +3,10 @@
 A bfloat16 number has 8 significant bits, so an update smaller than 1/512 of the weight is lost when
 the sum is rounded to the nearest. Rounded up with the probability of the fraction that is cut off,
 the sum is right on average, and small updates add up.
+
+The gradients of such weights are bfloat16 as well, and so are their sums over micro-batches, which
+autograd rounds to the nearest: an rms error of 0.5 % after 16 micro-batches that differ at random,
+1.3 % after 128, 2.7 % after 512. From 256 on a component that is the same in all of them is lost.
 """
 
 from __future__ import annotations

@@ -65,6 +65,19 @@ def test_rounding_leaves_what_bfloat16_can_say_and_what_is_not_finite():
     assert round_stochastically(nans, generator()).isnan().all()
 
 
+@pytest.mark.parametrize(("passes", "error"), [(16, 0.005), (128, 0.013)])
+def test_gradients_of_bfloat16_weights_are_summed_as_stated(passes, error):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.bfloat16))
+    exact = torch.zeros(20_000, dtype=torch.float64)
+    for _ in range(passes):
+        gradient = torch.randn(20_000, generator=generator).bfloat16()
+        (weight * gradient).sum().backward()
+        exact += gradient.double()
+    off = (weight.grad.double() - exact).norm() / exact.norm()
+    assert off == pytest.approx(error, rel=0.1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_updates_too_small_for_bfloat16_add_up_on_average(name):
     """40 updates of 1e-3 move weights of 1 by 0.04; to the nearest each is lost."""
