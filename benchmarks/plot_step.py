@@ -3,7 +3,8 @@
     python benchmarks/plot_step.py benchmarks/results/<device>/step*.csv [--readme README.md]
 
 Writes a table (`.md`) and a figure (`.png`) beside every CSV; with `--readme`, the tables and
-figures of all files, in their order, between `<!-- step:begin -->` and `<!-- step:end -->` too.
+figures of all files, in their order, between `<!-- step:begin -->` and `<!-- step:end -->` too;
+with `--marks`, what they say of a step's marks between `<!-- marks:begin -->` and its end.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ COLOURS = {
     "ledger": "#999933",
     "rest": "#bbbbbb",
 }
+MARKS = (  # ours; its recipe; the bare policy's time at most; faster than the recipe at least
+    ("FastPO MaPO", "recipe MaPO", 1.03, 2.0),
+    ("FastPO DPO, cached reference", "recipe Diffusion-DPO", 1.03, 2.0),
+    ("FastPO Adaptive-DPO, ledger, cached reference", "recipe Adaptive-DPO", 1.05, 2.5),
+)
 CASE = ("size", "method", "pairs", "precision", "checkpointing")
 Row = dict[str, str]
 
@@ -88,6 +94,34 @@ def _cells(row: Row) -> list[str]:
     return [row["provider"], time, faster + spread, row["peak_mib"]]
 
 
+def marks_table(rows: list[Row]) -> str:
+    """Our steps' medians beside their marks, in Markdown."""
+    lines = [
+        "| case | step | time, bare policy = 1 | faster than its recipe | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for case, group in groupby(rows, case_of):
+        found = {row["provider"]: row for row in group}
+        for ours, recipe, most, least in MARKS:
+            if ours not in found:
+                continue
+            time, faster, peak = (
+                found[ours][k] for k in ("times_floor", "faster_than_recipe", "peak_mib")
+            )
+            other = found[recipe]["peak_mib"] if recipe in found else ""
+            cells = [
+                _verdict(time, float(time) <= most, f"at most {most}"),
+                faster and _verdict(f"{faster}x", float(faster) >= least, f"at least {least}x"),
+                peak and other and _verdict(peak, float(peak) < float(other), f"below {other}"),
+            ]
+            lines.append(f"| {title_of(case)} | {ours} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _verdict(value: str, met: bool, mark: str) -> str:
+    return f"{value}, {'met' if met else 'not met'} ({mark})"
+
+
 def figure(rows: list[Row], path: Path) -> None:
     """One panel a case, one bar a provider, as long as its time over the bare policy's."""
     import matplotlib
@@ -140,19 +174,21 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--readme", type=Path, help="rewrite the text between its step markers")
+    parser.add_argument("--marks", type=Path, help="rewrite the text between its marks markers")
     options = parser.parse_args()
-    texts = []
+    texts, marks = [], []
     for path in options.files:
         rows, picture = read(path), path.with_suffix(".png")
+        marks.append(f"{conditions(rows)}.\n\n{marks_table(rows)}")
         text = f"{conditions(rows)}.\n\n{table(rows)}"
         write_text(path.with_suffix(".md"), f"# Whole training steps\n\n{text}\n")
         figure(rows, picture)
         if options.readme:
             place = Path(os.path.relpath(picture, options.readme.parent)).as_posix()
             texts.append(f"{text}\n\n![Time of a step by part]({place})")
-    if options.readme:
-        body = "\n\n".join(texts)
-        write_text(options.readme, with_section(options.readme.read_text(), "step", body))
+    for file, name, bodies in ((options.readme, "step", texts), (options.marks, "marks", marks)):
+        if file:
+            write_text(file, with_section(file.read_text(), name, "\n\n".join(bodies)))
 
 
 if __name__ == "__main__":

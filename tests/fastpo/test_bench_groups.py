@@ -153,8 +153,28 @@ def test_the_recipes_averages_are_cast_to_the_run(bench):
     assert model.weight.dtype == torch.float32
 
 
-def test_several_files_make_one_section(bench, case, machine, tmp_path, monkeypatch):
-    plot = import_module("plot_step")
+@pytest.fixture
+def plot(bench):
+    """The script that draws, as a module."""
+    return import_module("plot_step")
+
+
+def test_medians_stand_beside_their_marks(bench, case, machine, plot, tmp_path):
+    rows = rows_by_name(bench.measure_providers(case, SECONDS, 3))
+    rows[MAPO]["peak_mib"], rows[MAPO_RECIPE]["peak_mib"] = 100, 200
+    bench.write_records(rows.values(), list(rows[MAPO]), tmp_path / "step.csv")
+    head, _, mapo, dpo = plot.marks_table(plot.read(tmp_path / "step.csv")).splitlines()
+    assert head.startswith("| case | step |")
+    mapo = mapo.split(" | ")[2:]
+    assert mapo == [
+        "1.1, not met (at most 1.03)",
+        "2.0x, met (at least 2.0x)",
+        "100, met (below 200) |",
+    ]
+    assert dpo.split(" | ")[2:] == ["1.0, met (at most 1.03)", "", " |"]
+
+
+def test_several_files_make_one_section(bench, case, machine, plot, tmp_path, monkeypatch):
     files = []
     for k, names in enumerate([[MAPO, MAPO_RECIPE], [LIVE, MAPO]]):
         rows = list(rows_by_name(bench.measure_providers(case, names, 3)).values())
