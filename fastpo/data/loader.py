@@ -14,12 +14,14 @@ worker processes, no copies through shared memory, nothing to fork after CUDA ha
 
 from __future__ import annotations
 
+import atexit
+import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields
+from queue import SimpleQueue
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -174,19 +176,75 @@ class PairLoader:
         batch = self._cache.read(indices, visit=epoch)
         return _pinned(batch) if self._pin else batch
 
-    def _ahead(self, stream: Iterable[tuple[int, list[int]]]) -> Generator[PairBatch, None, None]:
-        """Keeps `AHEAD` batches a thread in flight, in order."""
-        waiting: deque[Future[PairBatch]] = deque()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="read")
+    def _ahead(self, stream: Iterator[tuple[int, list[int]]]) -> Generator[PairBatch, None, None]:
+        """Lets threads draw and read `AHEAD` batches each before they are asked for, in order."""
+        ahead = _ReadAhead(self._read, stream, self._workers)
         try:
-            for drawn in stream:
-                waiting.append(pool.submit(self._read, drawn))
-                if len(waiting) >= AHEAD * self._workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from ahead
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            ahead.close()
+
+
+class _ReadAhead(Iterator[PairBatch]):
+    """Threads that take turns at drawing from a stream, and read what they drew.
+
+    Drawing is theirs too, since an epoch's first draw shuffles it: half a second for ten million
+    pairs. Whoever asks only takes what is ready.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[tuple[int, list[int]]], PairBatch],
+        stream: Iterator[tuple[int, list[int]]],
+        threads: int,
+    ) -> None:
+        self._read, self._stream = read, stream
+        self._turn, self._room = threading.Lock(), threading.Semaphore(AHEAD * threads)
+        self._order: SimpleQueue[Future[PairBatch] | None] = SimpleQueue()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"read_{k}", daemon=True)
+            for k in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def _run(self) -> None:
+        while self._room.acquire() and not self._closed:
+            future: Future[PairBatch] = Future()
+            with self._turn:
+                try:
+                    drawn = next(self._stream, None)
+                except Exception as error:
+                    self._order.put(future)
+                    future.set_exception(error)
+                    return
+                self._order.put(None if drawn is None else future)
+            if drawn is None:
+                return
+            try:
+                future.set_result(self._read(drawn))
+            except Exception as error:
+                future.set_exception(error)
+
+    def __next__(self) -> PairBatch:
+        """Returns the next batch; waits where it is not read yet."""
+        future = self._order.get()
+        if future is None:
+            raise StopIteration
+        batch = future.result()
+        self._room.release()
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads, each behind the batch it reads."""
+        self._closed = True
+        atexit.unregister(self.close)
+        for _ in self._threads:
+            self._room.release()
+        for thread in self._threads:
+            thread.join()
 
 
 def _pinned(batch: PairBatch) -> PairBatch:

@@ -69,13 +69,60 @@ def test_batches_read_ahead_do_not_count_as_taken():
     ahead = loader(reader, workers=2)
     next(batches := iter(ahead))
     deadline = time.monotonic() + 10
-    while reader.calls < 2 * AHEAD and time.monotonic() < deadline:
+    while reader.calls < 2 * AHEAD + 1 and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert reader.calls == 2 * AHEAD
+    time.sleep(0.05)
+    assert reader.calls == 2 * AHEAD + 1
     assert ahead.state_dict() == {"micro_batches": 1}
     assert all(thread.name.startswith("read") for thread in reader.threads)
     batches.close()
     assert not any(thread.is_alive() for thread in reader.threads)
+
+
+def test_an_epochs_shuffle_is_the_reading_threads_work(monkeypatch):
+    threads, original = set(), PairSampler._shuffle
+
+    def shuffle(self, epoch):
+        threads.add(threading.current_thread().name)
+        return original(self, epoch)
+
+    monkeypatch.setattr(PairSampler, "_shuffle", shuffle)
+    sampler = PairSampler(torch.tensor([0, 1, 0, 0]), 2, seed=3)
+    seen(make_loader(Reader(), sampler, total_steps=STEPS, workers=2))
+    assert {name[:4] for name in threads} == {"read"}
+
+
+def test_an_error_while_drawing_reaches_the_caller():
+    class Empty(PairSampler):
+        def micro_batch(self, n):
+            if n == 5:
+                raise RuntimeError("nothing to draw")
+            return super().micro_batch(n)
+
+    sampler = Empty(torch.tensor([0, 0, 0]), 2, seed=0)
+    batches = iter(make_loader(Reader(), sampler, total_steps=STEPS, workers=2))
+    assert len(seen(next(batches) for _ in range(5))) == 5
+    with pytest.raises(RuntimeError, match="nothing to draw"):
+        next(batches)
+
+
+LEFT_OPEN = """
+import torch
+from fastpo.data.loader import make_loader
+from fastpo.data.sampler import PairSampler
+
+class Reader:
+    def read(self, indices, visit):
+        return torch.tensor(indices)
+
+sampler = PairSampler(torch.zeros(99, dtype=torch.int64), 2, seed=0)
+kept = iter(make_loader(Reader(), sampler, total_steps=99, workers=2))
+next(kept)
+"""
+
+
+def test_a_pass_left_open_does_not_keep_the_interpreter_alive(fastpo):
+    fastpo(launcher=("-c", LEFT_OPEN))
 
 
 def test_a_pass_that_fails_ends_its_threads():
