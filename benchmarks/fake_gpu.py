@@ -37,11 +37,13 @@ class FakeGpu:
 
     Attributes:
         compiled: the kernels of all first launches, in order.
+        arguments: of every launch, flat, tensors as their addresses.
     """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.compiled: list[Compiled] = []
+        self.arguments: list[list[Any]] = []
         self._launches: ctypes.c_int | None = None
         self._known: set[int] = set()
         self._install()
@@ -93,7 +95,14 @@ class FakeGpu:
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-        return CudaLauncher, CudaUtils()
+        gpu = self
+
+        class Launcher(CudaLauncher):
+            def __call__(self, *given: Any) -> None:
+                gpu.arguments.append(_flat(given[9:]))  # behind grid, stream, function, hooks
+                super().__call__(*given)
+
+        return Launcher, CudaUtils()
 
     def _record(self) -> None:
         from triton.runtime.jit import JITFunction
@@ -108,6 +117,12 @@ class FakeGpu:
             return kernel
 
         JITFunction.run = recorded
+
+
+def _flat(arguments: Any) -> list[Any]:
+    if isinstance(arguments, tuple):
+        return [one for argument in arguments for one in _flat(argument)]
+    return [arguments.data_ptr() if isinstance(arguments, torch.Tensor) else arguments]
 
 
 class _NoUtils:

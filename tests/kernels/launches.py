@@ -86,6 +86,44 @@ def batches():
     )  # fmt: skip
 
 
+def repeated():
+    """The arguments of a step's launches, and of the same step again: only outputs may move."""
+    x = pair_inputs(3, (4, 8, 12), torch.bfloat16, n_annotators=2)
+    weight = torch.rand(3)
+    target = targets.make("v-stored")
+    drawn = targets.make("flow-posterior")
+    steps = {
+        "annotators": lambda: step(losses.CASES["adaptive_dpo-annotators"], x, pair_weight=weight),
+        "all processes": lambda: step(losses.CASES["sdpo"], x, reduce=lambda sums: sums),
+        "stored": lambda: targets.run(targets.CALLS["dpo"], target, "triton"),
+        "drawn": lambda: targets.run(targets.CALLS["sdpo"], drawn, "triton"),
+    }
+    for name, run in steps.items():
+        launches = []
+        for _ in range(3):
+            before = len(GPU.arguments)
+            run()
+            launches.append(GPU.arguments[before:])
+        # Where all three are alike, nothing moved; an output's address is large in each.
+        yield {
+            "repeats": name,
+            "same": all(
+                len(one) == len(two)
+                and all(a == b or min(a, b) > 2**20 for a, b in zip(one, two, strict=True))
+                for again in launches[1:]
+                for one, two in zip(launches[0], again, strict=True)
+            ),
+            "moved": max(
+                sum(a != b for a, b in zip(one, two, strict=True))
+                for again in launches[1:]
+                for one, two in zip(launches[0], again, strict=True)
+            ),
+        }
+
+
+for found in repeated():
+    print(json.dumps(found), flush=True)
+
 for name, run in batches():
     found = {"name": name}
     for which in ("first", "again"):
