@@ -178,7 +178,10 @@ def load_checkpoint(
     state.weights.load(weights)
     ledger = _read(folder / "ledger.safetensors", load_file)
     state.metric.copy_(ledger.pop("metric"))
-    state.ledger.load_state_dict(ledger)
+    try:
+        state.ledger.load_state_dict(ledger)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'ledger.safetensors'}: {error}") from None
     if state.statistics is not None:
         state.statistics.load_state_dict(ledger, next(iter(state.trainable.values())).device)
     for role, averages in state.averages.items():

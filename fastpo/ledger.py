@@ -234,7 +234,10 @@ class PairLedger:
             ValueError: The state is of another number of pairs or bins, or of an older kind.
         """
         if "moments" not in state or state["moments"].shape != self.moments.shape:
-            raise ValueError("the saved ledger keeps its votes on another scale than this version")
+            raise ValueError(
+                "the saved ledger keeps its votes on another scale than this version of FastPO; go "
+                "on with the version that began"
+            )
         if state["visits"].shape != self.visits.shape:
             raise ValueError(
                 f"the ledger holds {len(self)} pairs, the saved one {state['visits'].shape[0]}"

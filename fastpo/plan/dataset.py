@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.data.manifest import load_manifest
+from fastpo.data.sources.folder import listed
 from fastpo.encoders import DTYPES
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
@@ -62,8 +62,8 @@ def _known_size(config: Config) -> DataSize:
         return DataSize(manifest.pairs, prompts, source)
     listing = Path(config.data.path).expanduser() / "pairs.jsonl"
     if config.data.source == "folder" and listing.is_file():
-        lines = [json.loads(line) for line in listing.read_text().splitlines() if line.strip()]
-        return DataSize(len(lines), len({line.get("prompt") for line in lines}), str(listing))
+        prompts = [entry["prompt"] for _, _, entry in listed(listing)]
+        return DataSize(len(prompts), len(set(prompts)), str(listing))
     if config.data.split == "train" and config.data.path in PUBLISHED:
         return DataSize(*PUBLISHED[config.data.path], source=f"{config.data.path}, as published")
     limit = config.data.limit

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastpo.cli import main
 from fastpo.config import load_config, parse_config
-from fastpo.errors import ConfigError, ModelError
+from fastpo.errors import ConfigError, DataError, ModelError
 from fastpo.plan import Plan, make_plan, print_plan
 from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.gpus import GPUS, find_gpu
@@ -247,6 +247,13 @@ def test_the_cache_is_counted_by_hand(tiny_pipelines, tiny_data):
     assert cache.text_bytes_per_prompt == (77 * 40 + 20) * 2
     assert cache.text == 4 * cache.text_bytes_per_prompt
     assert cache.total == cache.latents + cache.text
+
+
+def test_a_listing_that_preparing_refuses_is_refused(tiny_pipelines, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "winner": "w", "loser": "l"}\n[]\n')
+    data = {"source": "folder", "path": str(tmp_path)}
+    with pytest.raises(DataError, match=r"pairs\.jsonl: line 2: expected"):
+        make_plan(config(tiny_pipelines["sdxl"], resolution=32, data=data))
 
 
 def test_the_prepared_cache_tells_the_number_of_pairs(experiment):

@@ -237,7 +237,7 @@ def test_a_copied_data_set_is_read_once_and_then_known(config_for, tmp_path, mon
 def scan_without_looking(self):
     """A scan of a data set from which an image has vanished since."""
     self._file = Path(self.config.path) / "pairs.jsonl"
-    lines = list(folder_module._lines(self._file))[: self.config.limit]
+    lines = list(folder_module.listed(self._file))[: self.config.limit]
     self._places = np.array([place for _, place, _ in lines])
     self.report.rows = self.report.pairs = len(lines)
 

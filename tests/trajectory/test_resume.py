@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastpo.config import load_config
 from fastpo.errors import CheckpointError
@@ -64,6 +65,17 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(experiment):
     other = load_config(path, ["train.accumulation_steps=1", "train.max_steps=6"])
     with pytest.raises(CheckpointError, match=r"with 2 micro-batches a step.*this run has 1"):
         train(other, resume=True, progress=False)
+
+
+def test_a_ledger_of_another_version_is_named(experiment):
+    path = experiment()
+    folder = train(load_config(path), progress=False)
+    file = folder / "checkpoints" / "step-00000004" / "ledger.safetensors"
+    saved = load_file(file)
+    saved["moments"] = saved["moments"][:3].clone()
+    save_file(saved, file)
+    with pytest.raises(CheckpointError, match=r"ledger\.safetensors: .*another scale"):
+        train(load_config(path), resume=True, progress=False)
 
 
 def test_what_a_killed_save_left_is_swept_up(experiment):

@@ -37,7 +37,7 @@ class FolderSource(PairSource):
                 f"(found: {found_in(folder)})"
             )
         places: list[int] = []
-        for number, place, entry in _lines(self._file):
+        for number, place, entry in listed(self._file):
             for side in ("winner", "loser"):
                 if not (folder / entry[side]).is_file():
                     raise DataError(
@@ -52,10 +52,10 @@ class FolderSource(PairSource):
         self._places = np.array(places, dtype=np.int64)
 
     def _captions(self) -> Iterator[str]:
-        return (entry["prompt"] for _, _, entry in islice(_lines(self._file), len(self)))
+        return (entry["prompt"] for _, _, entry in islice(listed(self._file), len(self)))
 
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
-        lines = _lines(self._file, int(self._places[start]))
+        lines = listed(self._file, int(self._places[start]))
         for _, _, entry in islice(lines, stop - start):
             sides = (entry["winner"], entry["loser"])
             winner, loser = (partial(Path.read_bytes, self._file.parent / side) for side in sides)
@@ -78,13 +78,17 @@ class FolderSource(PairSource):
     @classmethod
     def _named_in(cls, listing: Path) -> Iterator[str]:
         with contextlib.suppress(DataError):  # of a line beyond `data.limit`
-            for _, _, entry in _lines(listing):
+            for _, _, entry in listed(listing):
                 for side in ("winner", "loser"):
                     yield os.path.join(listing.parent, entry[side])
 
 
-def _lines(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yields number, place in bytes and content of a listing's lines from `place` on."""
+def listed(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields number, place in bytes and content of a listing's lines from `place` on.
+
+    Raises:
+        DataError: A line is not what `SCHEMA` says.
+    """
     with path.open("rb") as file:
         file.seek(place)
         for number, line in enumerate(file, start=1):
