@@ -124,11 +124,12 @@ def rows_of(target: str, *, heaviest: bool) -> Iterator[Row]:
 
 def read(path: Path) -> list[Row]:
     """The rows of a CSV."""
-    numbers = {f.name for f in fields(Row) if f.type in ("int", "int | str", "float | str")}
+    kinds = {"int": int, "int | str": int, "float | str": float}
+    numbers = {f.name: kinds[str(f.type)] for f in fields(Row) if f.type in kinds}
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     return [
-        Row(**{k: float(v) if k in numbers and v else v for k, v in row.items()})  # pyright: ignore[reportArgumentType]
+        Row(**{k: numbers[k](v) if k in numbers and v else v for k, v in row.items()})  # pyright: ignore[reportArgumentType]
         for row in found
     ]
 

@@ -99,9 +99,9 @@ def table(found: list[dict[str, object]]) -> str:
     lines = [
         "# Host time of a loss",
         "",
-        f"Microseconds of one CPU thread, median (20th to 80th percentile); ours without the "
-        f"driver's part of a launch, eager on the CPU. {first['device']}, torch {first['torch']}, Triton "
-        f"{first['triton']}, commit {first['commit']}, {first['date']}.",
+        "Microseconds of one CPU thread, median (20th to 80th percentile); ours without the "
+        f"driver's part of a launch, eager on the CPU. {first['device']}, torch {first['torch']}, "
+        f"Triton {first['triton']}, commit {first['commit']}, {first['date']}.",
         "",
         "| objective | direction | ours | eager |",
         "|---|---|---|---|",

@@ -58,12 +58,12 @@ def launch_config(n_pairs: int, n_elements: int, n_streams: int, n_dims: int = 1
     """
     if _forced is not None:
         return _forced
-    # Five streams over 8 warps spill on sm_80: ptxas stays at 128 registers, over 4 it need not.
+    # Five streams over 8 warps spill: ptxas stays at 128 registers, over 4 warps it need not.
     small = n_streams > 4 or n_dims > 1 or n_pairs * n_elements < 1 << 20
     block_size, num_warps = (1024, 4) if small else (2048 if n_streams > 2 else 4096, 8)
-    if n_pairs > 1024:
+    if n_pairs > 1024 and n_streams <= 4:
         # The last program holds vectors of all pairs. 16 warps have 128 registers a thread.
-        block_size, num_warps = (4096, 16) if n_streams <= 4 else (2048, 8)
+        block_size, num_warps = 4096, 16
     if torch.version.hip is not None:
         num_warps //= 2
     programs = max(1, 1024 // max(n_pairs, 1))
