@@ -13,12 +13,13 @@ from fastpo.types import NoisedPair, PairBatch
 POOLED = {"sd15": None, "sdxl": 20}
 
 
-def make(folder, **options):
+def make(folder, method="lora", **options):
     """A policy moved away from its reference, the same for all options."""
-    lora = {"rank": 2, "target_modules": ["to_q", "to_v", "conv1"]}
+    adapted = {"lora": {"rank": 2, "target_modules": ["to_q", "to_v", "conv1"]}}
     config = TrainConfig.model_validate(
         {"output_dir": "o", "max_steps": 1, "objective": {"name": "dpo"}, "precision": "fp32"}
-        | {"lora": lora}
+        | (adapted if method == "lora" else {})
+        | {"method": method}
         | options
     )
     torch.manual_seed(0)
