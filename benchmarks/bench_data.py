@@ -195,7 +195,7 @@ def _begun(cache: PairCache, number: int) -> PairSampler:
     return sampler
 
 
-def read_rows(folder: Path, shards: int, size: int) -> Iterator[dict[str, object]]:
+def read_rows(folder: Path, shards: int, size: int, waits: int) -> Iterator[dict[str, object]]:
     """Random batches of SDXL pairs, from the page cache: against a sequential read of as much."""
     pairs = shards * size
     manifest = write_index(folder / "read", pairs, shard_size=size, prompts=size)
@@ -221,7 +221,7 @@ def read_rows(folder: Path, shards: int, size: int) -> Iterator[dict[str, object
     yield row("read a batch", BATCH, "sequential read of as much", turns(batch, sequential, 100),
               note=note)  # fmt: skip
     yield row("read a batch", BATCH, "safetensors slices", turns(batch, slices, 100), note=note)
-    yield _waiting(cache, pairs)
+    yield _waiting(cache, pairs, waits)
 
 
 def _sequential(path: Path) -> Call:
@@ -254,14 +254,14 @@ def _slices(folder: Path, shards: int, size: int, order: np.random.Generator) ->
     return read
 
 
-def _waiting(cache: PairCache, pairs: int) -> dict[str, object]:
+def _waiting(cache: PairCache, pairs: int, waits: int) -> dict[str, object]:
     """Waiting for a batch while training sleeps, read ahead by two threads or not at all."""
     sampler = PairSampler(torch.zeros(pairs, dtype=torch.int64), BATCH, seed=0)
     passes = {w: iter(make_loader(cache, sampler, total_steps=200, workers=w)) for w in (2, 0)}
 
     def wait(workers: int) -> list[float]:
         found = []
-        for _ in range(61):
+        for _ in range(waits):
             time.sleep(STEP)
             began = time.perf_counter()
             next(passes[workers])
@@ -277,24 +277,26 @@ def _waiting(cache: PairCache, pairs: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Runs all of it and writes `results/<device>/data.csv`."""
+    """Runs all of it and writes the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=959_040)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--shards", type=int, default=8, help="of 64 pairs, 33 MB each")
+    parser.add_argument("--waits", type=int, default=61, help="steps that wait for a batch")
+    parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/data.csv")
     parser.add_argument("--folder", type=Path, help="where to put the files (default: temporary)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        rows += read_rows(folder, options.shards, 64)
+        rows += read_rows(folder, options.shards, 64, options.waits)
         rows += index_rows(folder, options.rows)
         for pairs in options.pairs:
             rows += order_rows(folder, pairs)
     where = environment()
     known = {key: where[key] for key in ("device", "torch", "commit", "date") if key in where}
-    path = results_path("data")
+    path = options.out or results_path("data")
     rows = [{**row, "cores": os.cpu_count(), **known} for row in rows]
     write_records(rows, list(rows[0]), path)
     print(path)

@@ -339,7 +339,10 @@ def main() -> None:
     """Completes the CSV, writes `ledger.md`, refreshes the README's table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="without it, only the tables are written anew")
-    work, results = parser.parse_args().work, Results(results_path("ledger"))
+    parser.add_argument("--csv", type=Path, default=results_path("ledger"), help="the rows' file")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets the table")
+    options = parser.parse_args()
+    work, results = options.work, Results(options.csv)
     if work is not None:
         results.rows = [r for r in results.rows if r["part"] in ("methods", "cost", "cases")]
         runs = list(replayed(work))
@@ -369,9 +372,8 @@ def main() -> None:
     more = [over, means_table(results, "outliers"), constants, means_table(results, "constants")]
     text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join([*tables, *more]) + "\n"
     results.path.with_suffix(".md").write_text(text)
-    readme = ROOT / "README.md"
     body = f"{about}\n\n{tables[0]}\n\n{cases_line(results)}"
-    write_text(readme, with_section(readme.read_text(), "ledger", body))
+    write_text(options.readme, with_section(options.readme.read_text(), "ledger", body))
 
 
 if __name__ == "__main__":

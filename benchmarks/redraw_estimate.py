@@ -15,14 +15,16 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import triton
-from aot_report import FORMED, SEPARATE, SHARED, TARGETS, Case, Target, source_of
-from aot_report import pair_loss_backward as backward
-from aot_report import pair_loss_forward as forward
+from aot_cases import DTYPES, OBJECTIVES, SDXL, Batch, loss_case, target_bytes
+from fake_gpu import FakeGpu, install
+from torch import Tensor
 from triton import knobs
 
-from fastpo_kernels.pair_loss.launch import LaunchConfig
+from fastpo.files import write_text
+from fastpo_kernels.pair_loss import PairTarget
+from fastpo_kernels.pair_loss.launch import LaunchConfig, launches_as
 
 # Bytes a second, and instructions a second of one thread: SMs x 4 schedulers x 32 lanes x clock.
 GPUS = {
@@ -31,31 +33,37 @@ GPUS = {
     "RTX 4090": (1.008e12, 128 * 128 * 2.52e9),
 }
 SMALL, LARGE = LaunchConfig(1024, 16, 8), LaunchConfig(2048, 16, 8)
-# Bytes of one pair-element: the predictions of a pass, and the target's parts read by a pass.
-PREDICTIONS = {"fwd": 8, "bwd": 8}
-# Name, the kernels' target, what the noise kernel writes for it.
-WAYS: dict[str, tuple[Target, int]] = {
-    "epsilon, stored": (SHARED, 4),
-    "epsilon, redrawn": (FORMED["epsilon redrawn"], 0),
-    "v, target stored": (SEPARATE, 8),
-    "v, noise stored": (FORMED["v from noise"], 4),
-    "v, redrawn": (FORMED["v redrawn"], 0),
-    "v of a posterior, redrawn": (FORMED["v and posterior redrawn"], 0),
+# Bytes of one pair-element: a pass's predictions, and what the noise kernel writes of a target.
+PREDICTIONS = 8
+WAYS = {
+    "epsilon, stored": 4,
+    "epsilon, redrawn": 0,
+    "v, target stored": 8,
+    "v, noise stored": 4,
+    "v, redrawn": 0,
+    "v of a posterior, redrawn": 0,
 }
+BATCH = Batch(16, SDXL, DTYPES["bf16"])
 
 
-def read_bytes(target: Target) -> int:
-    """Bytes of a target's parts that a pass reads: noise float32, latents and log-variance bf16."""
-    noise = ("noise" in target.parts) * (8 if target.formula == "separate" else 4)
-    return noise + 4 * (("latents" in target.parts) + ("logvar" in target.parts))
+def target_of(way: str) -> Tensor | PairTarget:
+    """What the losses get."""
+    stored = {"epsilon, stored": BATCH.shared, "v, target stored": BATCH.rows}
+    if way in stored:
+        return stored[way](DTYPES["fp32"])
+    formed = {
+        "epsilon, redrawn": "epsilon redrawn",
+        "v, noise stored": "v from noise",
+        "v, redrawn": "v redrawn",
+        "v of a posterior, redrawn": "v and posterior redrawn",
+    }
+    return BATCH.formed(formed[way])
 
 
-def instructions(case: Case) -> int:
-    """Machine instructions of a kernel for sm_90, padding left out."""
-    options = {"num_warps": case.num_warps}
-    compiled = triton.compile(source_of(case), target=TARGETS["sm_90"], options=options)
+def instructions(kernel: Any) -> int:
+    """Machine instructions of a compiled kernel, padding left out."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -63,11 +71,16 @@ def instructions(case: Case) -> int:
     return len(found) - found.count("NOP")
 
 
-def per_element(target: Target, direction: str) -> float:
-    """Instructions a pair-element: what four elements a thread more add to the kernel."""
-    make = forward if direction == "fwd" else backward
-    small, large = (instructions(make("", "bf16", target=target, config=c)) for c in (SMALL, LARGE))
-    return (large - small) / 4
+def per_element(gpu: FakeGpu, target: Tensor | PairTarget) -> list[float]:
+    """Instructions a pair-element, forward and backward: what four elements a thread more add."""
+    case = loss_case("", "bf16", OBJECTIVES["dpo"], BATCH, sources=[BATCH.rows()], target=target)
+    counts = []
+    for config in (SMALL, LARGE):
+        before = len(gpu.compiled)
+        with launches_as(config):
+            case.run()
+        counts.append([instructions(made.kernel) for made in gpu.compiled[before:]])
+    return [(large - small) / 4 for small, large in zip(*counts, strict=True)]
 
 
 def main() -> None:
@@ -82,20 +95,19 @@ def main() -> None:
         f"| target | written, B | read a pass, B | instructions fwd / bwd | {' | '.join(GPUS)} |",
         "|---" * (4 + len(GPUS)) + "|",
     ]
-    for name, (target, written) in WAYS.items():
-        counts = {d: per_element(target, d) for d in ("fwd", "bwd")}
-        read = read_bytes(target)
+    gpu = install("sm_90")
+    for way, written in WAYS.items():
+        target = target_of(way)
+        counts, read = per_element(gpu, target), target_bytes(target, BATCH.pairs)
         cells = []
         for bandwidth, rate in GPUS.values():
-            seconds = written / bandwidth
-            for d, count in counts.items():
-                seconds += max((PREDICTIONS[d] + read) / bandwidth, count / rate)
-            cells.append(f"{1e12 * seconds:.1f}")
-        work = f"{counts['fwd']:.0f} / {counts['bwd']:.0f}"
-        lines.append(f"| {name} | {written} | {read} | {work} | {' | '.join(cells)} |")
+            passes = [max((PREDICTIONS + read) / bandwidth, count / rate) for count in counts]
+            cells.append(f"{1e12 * (written / bandwidth + sum(passes)):.1f}")
+        work = " / ".join(f"{count:.0f}" for count in counts)
+        lines.append(f"| {way} | {written} | {read} | {work} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        write_text(args.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

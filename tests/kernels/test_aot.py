@@ -11,14 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def compile_all(folder, *options):
-    """Runs the report where Triton compiles: in a process without the interpreter's variable."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    command = [sys.executable, str(ROOT / "benchmarks" / "aot_report.py")]
-    command += ["--out", str(folder / "aot.csv"), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+def run(*words):
+    """Runs a script where Triton compiles: in a process without the interpreter's variable."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def compile_all(folder, *options):
+    run(ROOT / "benchmarks" / "aot_report.py", "--out", folder / "aot.csv", *options)
     return list(csv.DictReader((folder / "aot.csv").open()))
 
 
@@ -45,12 +52,7 @@ def test_no_spills_and_wide_loads(targets, options, tmp_path):
 
 def test_a_stream_that_is_read_in_pieces_is_found(tmp_path):
     """A target that begins off a 16-byte border loses its wide loads, and the report its peace."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
-    done = subprocess.run(
-        [sys.executable, "-c", UNALIGNED], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("-c", UNALIGNED)
 
 
 UNALIGNED = """
@@ -65,3 +67,30 @@ aot_cases.cases = lambda: [
 rows = list(aot_report.rows_of("sm_90", heaviest=False))
 assert [row.good for row in rows] == [True, True, False, False], rows
 """
+
+
+@pytest.mark.slow
+def test_drawing_again_costs_instructions_and_saves_bytes(tmp_path):
+    run(ROOT / "benchmarks" / "redraw_estimate.py", "--out", tmp_path / "redraw.md")
+    lines = (tmp_path / "redraw.md").read_text().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[4:]]
+    ways = {name: (int(written), int(read), *map(int, work.split("/")))
+            for name, written, read, work, *_ in cells}  # fmt: skip
+    assert len(ways) == 6
+    for stored, drawn in (
+        ("epsilon, stored", "epsilon, redrawn"),
+        ("v, noise stored", "v, redrawn"),
+    ):
+        assert ways[stored][:2] > ways[drawn][:2]
+        assert ways[stored][2] < ways[drawn][2] and ways[stored][3] < ways[drawn][3]
+
+
+def test_host_time_is_measured_of_every_objective(tmp_path):
+    run(ROOT / "benchmarks" / "bench_host.py", "--runs", 3, "--out", tmp_path / "host.csv")
+    rows = list(csv.DictReader((tmp_path / "host.csv").open()))
+    timed = {(r["objective"], r["direction"], r["provider"]): float(r["us_p50"]) for r in rows}
+    for objective in ("dpo", "mapo", "sdpo", "adaptive_dpo"):
+        for provider in ("ours", "eager"):
+            assert 0 < timed[objective, "fwd", provider]
+            assert 0 < timed[objective, "both", provider]
+    assert (tmp_path / "host.md").read_text().count("| dpo |") == 2

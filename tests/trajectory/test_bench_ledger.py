@@ -25,3 +25,16 @@ def test_every_part_runs_and_a_finished_run_is_not_repeated(tmp_path, script):
     written = file.read_bytes()
     script(*command, *options, "--parts", "methods")
     assert file.read_bytes() == written
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- ledger:begin -->\n<!-- ledger:end -->\n")
+    replay = ["--work", tmp_path / "short", "--csv", file, "--readme", readme]
+    script("benchmarks/ledger_scales.py", *replay)
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["part"] == "scale"]
+    votes = {row["method"] for row in rows if row["auroc"]}
+    assert {"sign", "step rms", "leveled and worth (ours)"} <= votes
+    table = file.with_suffix(".md").read_text()
+    gate = next(r for r in csv.DictReader(file.open()) if r["case"] == "two tastes, 70/30")
+    assert f"{float(gate['auroc']):.3f}" in readme.read_text() and gate["auroc"] in table
+    for heading in ("each bin's tenth", "WINDOW = 32", "two bursts of 80"):
+        assert f"| {heading} |" in table
