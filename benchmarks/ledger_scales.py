@@ -114,12 +114,12 @@ def one_in_a_hundred(votes: np.ndarray) -> None:
 
 
 def one_a_bin(votes: np.ndarray, place: int = 9) -> None:
-    """The tenth margin of every bin is."""
+    """The tenth margin of every bin is; a bin of fewer has none."""
     generator, size = np.random.default_rng(0), 1e3 * rms_of(votes)
     seen = np.flatnonzero(votes[:, 3])
     bins = votes[seen, 2].astype(int) * BINS // 1000
     for k in range(BINS):
-        votes[seen[bins == k][place], 3] = generator.choice([-1, 1]) * size
+        votes[seen[bins == k][place : place + 1], 3] = generator.choice([-1, 1]) * size
 
 
 def first_of_a_bin(votes: np.ndarray) -> None:
