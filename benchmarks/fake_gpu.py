@@ -35,13 +35,16 @@ class Compiled:
 class FakeGpu:
     """The installed driver; `target` is one of `ARCHITECTURES`.
 
+    Args:
+        keep_arguments: fill `arguments`, which costs the host more than a launch.
+
     Attributes:
         compiled: the kernels of all first launches, in order.
-        arguments: of every launch, flat, tensors as their addresses.
+        arguments: of every launch if kept, flat, tensors as their addresses.
     """
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, *, keep_arguments: bool = False) -> None:
+        self.target, self.keep_arguments = target, keep_arguments
         self.compiled: list[Compiled] = []
         self.arguments: list[list[Any]] = []
         self._launches: ctypes.c_int | None = None
@@ -102,7 +105,7 @@ class FakeGpu:
                 gpu.arguments.append(_flat(given[9:]))  # behind grid, stream, function, hooks
                 super().__call__(*given)
 
-        return Launcher, CudaUtils()
+        return (Launcher if self.keep_arguments else CudaLauncher), CudaUtils()
 
     def _record(self) -> None:
         from triton.runtime.jit import JITFunction
@@ -145,7 +148,7 @@ class _NoLauncher:
         pass
 
 
-def install(target: str = "sm_90") -> FakeGpu:
+def install(target: str = "sm_90", *, keep_arguments: bool = False) -> FakeGpu:
     """Makes Triton take this process for one with a GPU, and the losses take CPU tensors for its.
 
     Raises:
@@ -153,7 +156,7 @@ def install(target: str = "sm_90") -> FakeGpu:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
-    gpu = FakeGpu(target)
+    gpu = FakeGpu(target, keep_arguments=keep_arguments)
     from fastpo_kernels import _impl
 
     _impl._triton_runs_on_cpu = lambda: True

@@ -19,7 +19,7 @@ sys.path[:0] = [
 
 from fake_gpu import install
 
-GPU = install(sys.argv[1] if len(sys.argv) > 1 else "sm_90")
+GPU = install(sys.argv[1] if len(sys.argv) > 1 else "sm_90", keep_arguments=True)
 
 import test_pair_loss as losses
 import test_pair_target as targets
