@@ -361,8 +361,8 @@ def main() -> None:
     wide = "Rows below that name a batch or LoRA come from 1,045 pairs, votes alone."
     over = (
         "Outliers, and other constants of the ledger: mean AUROC over all rows above that differ "
-        "in more than the scale, and in brackets the largest loss of one of them against `leveled "
-        "and worth` without outliers. The bursts' 160 margins are half the votes of some pairs "
+        "in more than the scale, and in brackets the largest loss of one of them against `timestep "
+        "rms and worth` without outliers. The bursts' 160 margins are half the votes of some pairs "
         "after one visit."
     )
     constants = (
