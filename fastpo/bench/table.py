@@ -278,9 +278,10 @@ def _shortfalls(rows: Sequence[Mapping[str, str]]) -> str:
         slower = [key for key, ratio in ratios.items() if ratio < 1]
         worst = min(ratios, key=lambda key: ratios[key])
         case, latents, dtype, pairs, direction = worst
+        count = f"{pairs} pair{'s' * (int(pairs) != 1)}"
         sentences.append(
             f"Slower than {name} on {len(slower)} of {len(ratios)} rows, all directions counted; "
-            f"the lowest ratio is {ratios[worst]:.2f} ({case}, {latents}, {dtype}, {pairs} pairs, "
+            f"the lowest ratio is {ratios[worst]:.2f} ({case}, {latents}, {dtype}, {count}, "
             f"{direction})."
         )
     return " ".join(sentences)
