@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpo import loss as fl
+from fastpo.bench.cases import count_of
 from fastpo_kernels.pair_loss import PairDraw, PairTarget
 from fastpo_kernels.pair_noise import noised_pair
 
@@ -205,7 +206,7 @@ def _launches() -> Iterator[Case]:
     dpo, adaptive = OBJECTIVES["dpo"], OBJECTIVES["adaptive_dpo"]
     for dtype, (pairs, dims) in itertools.product(DTYPES, ((1, SD15), (16, SDXL))):
         batch = Batch(pairs, dims, DTYPES[dtype])
-        where = f"{pairs} pair{'s' * (pairs > 1)}"
+        where = count_of(pairs)
         one, three = [batch.rows()], [batch.rows() for _ in range(3)]
         errors = torch.empty(2 * pairs)
         yield loss_case(f"dpo, {where}", dtype, dpo, batch, sources=one)

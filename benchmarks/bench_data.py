@@ -257,15 +257,14 @@ def _slices(folder: Path, shards: int, size: int, order: np.random.Generator) ->
 def _waiting(cache: PairCache, pairs: int, waits: int) -> dict[str, object]:
     """Waiting for a batch while training sleeps, read ahead by two threads or not at all."""
     sampler = PairSampler(torch.zeros(pairs, dtype=torch.int64), BATCH, seed=0)
-    passes = {w: iter(make_loader(cache, sampler, total_steps=200, workers=w)) for w in (2, 0)}
 
     def wait(workers: int) -> list[float]:
         found = []
-        for _ in range(waits):
-            time.sleep(STEP)
-            began = time.perf_counter()
-            next(passes[workers])
-            found.append(1e3 * (time.perf_counter() - began))
+        with Waits(make_loader(cache, sampler, total_steps=200, workers=workers)) as batches:
+            for _ in range(waits):
+                time.sleep(STEP)
+                next(batches)
+                found.append(1e3 * batches.taken())
         return found
 
     times = wait(2), wait(0)

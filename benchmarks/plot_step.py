@@ -15,6 +15,7 @@ import os
 from itertools import groupby, pairwise
 from pathlib import Path
 
+from fastpo.bench.cases import count_of
 from fastpo.bench.table import with_section
 from fastpo.files import write_text
 
@@ -59,7 +60,7 @@ def title_of(case: tuple[str, ...]) -> str:
     """A panel's heading."""
     size, method, pairs, precision, checkpointing = case
     recompute = ", gradient checkpointing" if checkpointing == "True" else ""
-    return f"{size}, {method}, {pairs} pair{'s' * (pairs != '1')}, {precision}{recompute}"
+    return f"{size}, {method}, {count_of(int(pairs))}, {precision}{recompute}"
 
 
 def conditions(rows: list[Row]) -> str:

@@ -26,6 +26,11 @@ FIRST = (
 _PAIRS_ORDER = (16, 256, 1, 64, 4)
 
 
+def count_of(pairs: int) -> str:
+    """`1 pair`, `16 pairs`."""
+    return f"{pairs} pair{'s' * (pairs != 1)}"
+
+
 @dataclass(frozen=True)
 class Case:
     """One batch of one objective (or of one prediction, for the noise)."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastpo.bench.cases import Case
+from fastpo.bench.cases import Case, count_of
 from fastpo.bench.measure import device
 from fastpo.bench.run import Run
 from fastpo.bench.table import Row, write_csv
@@ -70,7 +70,7 @@ def _out_of_time(cases: list[Case]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.case}, {row.latents}, {row.dtype}, {row.pairs} pair{'s' * (row.pairs > 1)}"
+    return f"{row.case}, {row.latents}, {row.dtype}, {count_of(row.pairs)}"
 
 
 def _tables(rows: list[Row]) -> Iterator[Table]:

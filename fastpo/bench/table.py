@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
+from fastpo.bench.cases import count_of
 from fastpo.bench.measure import Timing
 from fastpo.files import whole_file
 
@@ -278,11 +279,10 @@ def _shortfalls(rows: Sequence[Mapping[str, str]]) -> str:
         slower = [key for key, ratio in ratios.items() if ratio < 1]
         worst = min(ratios, key=lambda key: ratios[key])
         case, latents, dtype, pairs, direction = worst
-        count = f"{pairs} pair{'s' * (int(pairs) != 1)}"
         sentences.append(
             f"Slower than {name} on {len(slower)} of {len(ratios)} rows, all directions counted; "
-            f"the lowest ratio is {ratios[worst]:.2f} ({case}, {latents}, {dtype}, {count}, "
-            f"{direction})."
+            f"the lowest ratio is {ratios[worst]:.2f} ({case}, {latents}, {dtype}, "
+            f"{count_of(int(pairs))}, {direction})."
         )
     return " ".join(sentences)
 

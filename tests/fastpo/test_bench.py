@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import types
@@ -154,28 +153,8 @@ def test_a_run_goes_on_from_the_rows_of_an_earlier_one(tmp_path, monkeypatch):
         other.go_on_from(rows)
 
 
-@pytest.fixture
-def gpu_stages(tmp_path):
-    """What `gpu.sh` runs: `gpu_stages(*options) -> {stage's script or module: its words}`."""
-    stub, log = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(
-        f"#!{sys.executable}\nimport json, sys\n"
-        f"if sys.argv[1] != '-c': print(json.dumps(sys.argv[1:]), file=open({str(log)!r}, 'a'))\n"
-    )
-    stub.chmod(0o755)
-
-    def asked(*options):
-        log.write_text("")
-        env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path), "COMMIT": "abc1234"}
-        command = ["bash", ROOT / "benchmarks" / "gpu.sh", *options]
-        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-        return [json.loads(line) for line in log.read_text().splitlines()]
-
-    return asked
-
-
-def test_the_gpu_script_asks_for_what_there_is(gpu_stages):
-    calls = gpu_stages()
+def test_the_gpu_script_asks_for_what_there_is(script_calls):
+    calls = script_calls("gpu.sh")
     assert [Path(c[1] if c[0] == "-m" else c[0]).name for c in calls] == [
         "pytest", "bench_pair_loss.py", "bench_redraw.py", "launch_table.py",
         "bench_pair_noise.py", "fastpo.bench.tune", "bench_pair_loss.py",
@@ -188,7 +167,7 @@ def test_the_gpu_script_asks_for_what_there_is(gpu_stages):
             script._parser("pair_noise", None).parse_args(words[1:])
         elif words[:2] == ["-m", "pytest"]:
             assert all((ROOT / w).exists() for w in words if w.startswith("tests/"))
-    (rest,) = gpu_stages("--rest", "--budget-seconds", "100")
+    (rest,) = script_calls("gpu.sh", "--rest", "--budget-seconds", "100")
     assert rest[0].endswith("bench_pair_loss.py")
     assert rest[rest.index("--budget-seconds") + 1] == "85"
 

@@ -1,8 +1,5 @@
 """Whole steps in groups: what is measured together, what happens without memory, what is drawn."""
 
-import json
-import os
-import subprocess
 import sys
 import weakref
 from importlib import import_module
@@ -198,22 +195,12 @@ def test_several_files_make_one_section(bench, case, machine, plot, tmp_path, mo
 
 
 @pytest.fixture
-def gpu_cases(bench, tmp_path):
+def gpu_cases(bench, script_calls):
     """What `gpu_steps.sh` asks of `bench_step.py`: `gpu_cases(*names) -> options of each case`."""
-    stub, log = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(
-        f"#!{sys.executable}\nimport json, sys\n"
-        f"if sys.argv[1] != '-c': print(json.dumps(sys.argv[2:]), file=open({str(log)!r}, 'a'))\n"
-    )
-    stub.chmod(0o755)
 
     def asked(*names):
-        log.write_text("")
-        env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path), "COMMIT": "abc1234"}
-        command = ["bash", ROOT / "benchmarks" / "gpu_steps.sh", "--budget-seconds", "9000", *names]
-        subprocess.run(command, env=env, check=True)
-        calls = map(json.loads, log.read_text().splitlines())
-        return [bench.make_parser().parse_args(words) for words in calls]
+        calls = script_calls("gpu_steps.sh", "--budget-seconds", "9000", *names)
+        return [bench.make_parser().parse_args(words[1:]) for words in calls]
 
     return asked
 

@@ -19,13 +19,7 @@ from fastpo.errors import CacheError
 from fastpo.testing import tiny_sdxl_folder, write_folder
 from fastpo.types import pair_key
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def raw_config(pipeline, data, cache):

@@ -21,12 +21,7 @@ from fastpo.hub import (
 PROMPTS = ["a cat", "", "Ünïcode, (punctuation) and CAPITALS", "word " * 60]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_for(folder, **prepare):

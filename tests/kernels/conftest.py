@@ -1,7 +1,14 @@
 """Where the kernels run, poisoned memory and small tiles."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +39,19 @@ def small_tiles():
 
     with launch.launches_as(launch.LaunchConfig(64, 3, 4)):
         yield
+
+
+@pytest.fixture(scope="session")
+def run_compiling():
+    """Runs a script where Triton compiles: in a process without the interpreter's variable."""
+
+    def run(*words):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        folders = (ROOT, ROOT / "kernels", ROOT / "benchmarks")
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
+        command = [sys.executable, *map(str, words)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

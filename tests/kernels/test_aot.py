@@ -1,9 +1,6 @@
 """What launches compile, for every supported GPU: nothing spills, all loads are 16 bytes wide."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words):
-    """Runs a script where Triton compiles: in a process without the interpreter's variable."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def compile_all(folder, *options):
+def compile_all(run, folder, *options):
     run(ROOT / "benchmarks" / "aot_report.py", "--out", folder / "aot.csv", *options)
     return list(csv.DictReader((folder / "aot.csv").open()))
 
@@ -38,8 +22,8 @@ OTHERS = ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"]
     [(["sm_90"], []), (OTHERS, ["--heaviest"])],
     ids=["every case on sm_90", "the heaviest on the others"],
 )
-def test_no_spills_and_wide_loads(targets, options, tmp_path):
-    rows = compile_all(tmp_path, "--targets", *targets, *options)
+def test_no_spills_and_wide_loads(run_compiling, targets, options, tmp_path):
+    rows = compile_all(run_compiling, tmp_path, "--targets", *targets, *options)
     assert {row["target"] for row in rows} == set(targets)
     kernels = {"pair_loss_fwd", "pair_loss_finish", "pair_loss_bwd", "noised_pair"}
     assert {row["kernel"] for row in rows} == kernels
@@ -50,9 +34,9 @@ def test_no_spills_and_wide_loads(targets, options, tmp_path):
     assert asked == kernels - {"pair_loss_finish"}
 
 
-def test_a_stream_that_is_read_in_pieces_is_found(tmp_path):
+def test_a_stream_that_is_read_in_pieces_is_found(run_compiling):
     """A target that begins off a 16-byte border loses its wide loads, and the report its peace."""
-    run("-c", UNALIGNED)
+    run_compiling("-c", UNALIGNED)
 
 
 UNALIGNED = """
@@ -70,8 +54,8 @@ assert [row.good for row in rows] == [True, True, False, False], rows
 
 
 @pytest.mark.slow
-def test_drawing_again_costs_instructions_and_saves_bytes(tmp_path):
-    run(ROOT / "benchmarks" / "redraw_estimate.py", "--out", tmp_path / "redraw.md")
+def test_drawing_again_costs_instructions_and_saves_bytes(run_compiling, tmp_path):
+    run_compiling(ROOT / "benchmarks" / "redraw_estimate.py", "--out", tmp_path / "redraw.md")
     lines = (tmp_path / "redraw.md").read_text().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[4:]]
     ways = {name: (int(written), int(read), *map(int, work.split("/")))
@@ -85,8 +69,10 @@ def test_drawing_again_costs_instructions_and_saves_bytes(tmp_path):
         assert ways[stored][2] < ways[drawn][2] and ways[stored][3] < ways[drawn][3]
 
 
-def test_host_time_is_measured_of_every_objective(tmp_path):
-    run(ROOT / "benchmarks" / "bench_host.py", "--runs", 3, "--out", tmp_path / "host.csv")
+def test_host_time_is_measured_of_every_objective(run_compiling, tmp_path):
+    run_compiling(
+        ROOT / "benchmarks" / "bench_host.py", "--runs", 3, "--out", tmp_path / "host.csv"
+    )
     rows = list(csv.DictReader((tmp_path / "host.csv").open()))
     timed = {(r["objective"], r["direction"], r["provider"]): float(r["us_p50"]) for r in rows}
     for objective in ("dpo", "mapo", "sdpo", "adaptive_dpo"):

@@ -1,9 +1,6 @@
 """What a launch does before a kernel runs, which the interpreter leaves out."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +9,10 @@ ALL_PROCESSES = 3  # errors and sums, the finish, the gradient
 
 
 @pytest.fixture(scope="module")
-def printed():
+def printed(run_compiling):
     """The lines of `launches.py`."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("launches.py")
-    done = subprocess.run(
-        [sys.executable, script], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    text = run_compiling(Path(__file__).with_name("launches.py"))
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -246,13 +246,10 @@ def small_loss(
     square = _squared_difference(policy, target, _NO_REDUCTION)
     errors = square.mean(-1) if n <= _TINY else square.sum(-1).div_(n_elements)
     known = reference_error = None
-    if reference is None:
-        d = errors[1] - errors[0]
-    else:
+    if reference is not None:
         known = _squared_difference(reference, target, _NO_REDUCTION).mean(-1)
-        winner, loser = (known - errors).unbind()
-        d = winner - loser
         reference_error = known.view(-1)
+    d = eager.margin_of(errors, known)
     loss = function(d, errors, known, 0.0, *options).mean()
     return loss, d.detach(), errors.detach().view(-1), reference_error, None, None
 

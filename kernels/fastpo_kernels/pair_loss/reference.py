@@ -49,7 +49,7 @@ class Adaptive:
         return [self.rho, self.weight_scale, self.weight_intercept, self.shift_scale, self.beta]
 
 
-def _margin(e: Errors, r: Errors | None) -> Tensor:
+def margin_of(e: Errors, r: Errors | None) -> Tensor:
     """`(r_w - e_w) - (r_l - e_l)`: near the reference both terms are small, and hardly rounded."""
     if r is None:
         return e[1] - e[0]
@@ -64,26 +64,25 @@ def _logit(d, shift, beta):
     return z - shift if isinstance(shift, Tensor) else z
 
 
-def _minus_log_sigmoid(z: Tensor) -> Tensor:
-    """`log(1 + exp(-z))`, one operator fewer than through the log-sigmoid."""
-    return F.softplus(-z, threshold=40.0)  # beyond, -z alone is float64's nearest
+def _softplus(x: Tensor) -> Tensor:
+    """`-ls(-x) = log(1 + exp(x))`, one operator fewer than through the log-sigmoid."""
+    return F.softplus(x, threshold=40.0)  # beyond, x alone is float64's nearest
 
 
 def dpo(d, e, r, shift, beta, smoothing, _):
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
     if smoothing == 0 and not isinstance(shift, Tensor):
-        return F.softplus(-beta * d, threshold=40.0)
+        return _softplus(-beta * d)
     z = _logit(d, shift, beta)
-    up = _minus_log_sigmoid(z)
-    return up if smoothing == 0 else (1 - smoothing) * up + smoothing * _minus_log_sigmoid(-z)
+    up = _softplus(-z)
+    return up if smoothing == 0 else (1 - smoothing) * up + smoothing * _softplus(z)
 
 
 def robust_dpo(d, e, r, shift, beta, smoothing, _):
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
     z = _logit(d, shift, beta)
     scale = 1 / (1 - 2 * smoothing)
-    up, down = F.softplus(-z, threshold=40.0), F.softplus(z, threshold=40.0)
-    return (scale * (1 - smoothing)) * up - (scale * smoothing) * down
+    return (scale * (1 - smoothing)) * _softplus(-z) - (scale * smoothing) * _softplus(z)
 
 
 def ipo(d, e, r, shift, tau, _, __):
@@ -126,7 +125,7 @@ def mapo(d, e, r, shift, weight, snr, num_timesteps):
     e = e if isinstance(e, Tensor) else torch.stack(e)
     winner, loser = _decays(e, snr).unbind()
     minus_v = (num_timesteps * (loser - winner)).to(e.dtype)
-    return torch.add(e[0], F.softplus(minus_v, threshold=40.0), alpha=weight)
+    return torch.add(e[0], _softplus(minus_v), alpha=weight)
 
 
 def _decays(errors: Tensor, snr: float) -> Tensor:
@@ -163,7 +162,7 @@ class Objective:
     """A scalar function `(d, e, r, shift, a, b, c) -> losses` and what it needs.
 
     `e` and `r` hold the winners' errors, then the losers', `r` is None without a reference;
-    `d = (r_w - r_l) - (e_w - e_l)` is differentiable in `e`.
+    `d = (r_w - e_w) - (r_l - e_l)` is differentiable in `e`.
     """
 
     function: Callable[..., Any]
@@ -329,7 +328,7 @@ def from_errors(
         As `pair_loss`.
     """
     policy_error, known = errors.detach(), reference_errors
-    d = _margin(errors, known)
+    d = margin_of(errors, known)
     margin = d.detach()
     gain = None
     if objective == "kto":
@@ -337,7 +336,7 @@ def from_errors(
         gain = (known - policy_error).mean(0)
     margins = []
     if adaptive is not None:
-        margins = [margin, *(_margin(a, known) for a in annotator_errors)]
+        margins = [margin, *(margin_of(a, known) for a in annotator_errors)]
     agreement = []
     if safeguard is not None:
         assert dot is not None, "a safeguard needs the residuals' product"
@@ -359,7 +358,7 @@ def from_errors(
     e: Errors = errors
     if safeguard is not None:
         e = _safeguarded(errors, sums, safeguard)
-        d = _margin(e, known)
+        d = margin_of(e, known)
     losses = OBJECTIVES[objective].function(d, e, known, shift, *options)
     loss = (losses if weight is None else weight * losses).mean()
     reference_error = None if reference_errors is None else reference_errors.flatten()
