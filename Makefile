@@ -5,7 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_FLAGS ?=
 # A file's tests stay together: many share what is made once per file. Files with slow tests come first.
-TEST_FLAGS ?= --numprocesses auto --dist loadscope --no-loadscope-reorder
+# A process that dies fails the test it ran: started again it would run that test again, without end.
+TEST_FLAGS ?= --numprocesses auto --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
