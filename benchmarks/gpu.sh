@@ -53,7 +53,8 @@ if [ -n "$REST" ]; then
   exit "$failed"
 fi
 spread=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then spread=(-n 6); fi
+workers=$(($(nproc) > 12 ? 12 : $(nproc)))
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then spread=(-n "$workers"); fi
 # The slow GPU tests too; not what runs on the CPU alone.
 stage tests 150 "$PYTHON" -m pytest tests/kernels tests/fastpo/test_loss.py -q -p no:cacheprovider \
   ${spread[@]+"${spread[@]}"} -m "gpu or not slow" -k "not cpu_default and not rough_hardware" \
