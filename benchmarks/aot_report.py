@@ -27,7 +27,7 @@ from fake_gpu import ARCHITECTURES, Compiled, install
 
 from fastpo.bench.measure import environment
 from fastpo.bench.table import write_records
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 
 NAMES = {
     "pair_loss_fwd_kernel": "pair_loss_fwd",

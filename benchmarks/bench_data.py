@@ -33,8 +33,8 @@ from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
 from fastpo.config import DataConfig, parse_config
 from fastpo.data.cache import PairCache
+from fastpo.data.cache.manifest import Manifest
 from fastpo.data.loader import Waits, make_loader, micro_batch_numbers
-from fastpo.data.manifest import Manifest
 from fastpo.data.sampler import PairSampler
 from fastpo.data.sources import open_source
 from fastpo.testing import write_index, write_pickapic_columns

@@ -27,7 +27,7 @@ from fastpo.bench.losses import trainer_loss
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 from fastpo_kernels.testing import PairInputs, pair_inputs
 
 PAIRS, DIMS = 16, (4, 2, 2)

@@ -29,7 +29,7 @@ import torch
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
-import fastpo.train
+import fastpo.train.loop
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
@@ -39,10 +39,10 @@ from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
-from fastpo.distributed import setup_accelerator
 from fastpo.evaluate import evaluate
-from fastpo.models import predict
-from fastpo.run import StepTable
+from fastpo.models.denoisers import predict
+from fastpo.train.distributed import setup_accelerator
+from fastpo.train.run_folder import StepTable
 from fastpo.types import pair_key
 
 ROWS, ROWS_SHORT = 700, 60
@@ -179,7 +179,7 @@ def relabel(folder: Path, case: str) -> set[int]:
 def recorded() -> Iterator[list[np.ndarray]]:
     """Gives every vote of the run inside: step, pair, timestep, margin."""
     votes: list[np.ndarray] = []
-    original = fastpo.train.record
+    original = fastpo.train.loop.record
 
     def record(trainer, table: StepTable, *, moved: bool) -> None:
         step = torch.full((len(table.rows),), float(len(votes)))
@@ -187,11 +187,11 @@ def recorded() -> Iterator[list[np.ndarray]]:
         votes.append(torch.stack([c.double() for c in columns], dim=1).numpy())
         original(trainer, table, moved=moved)
 
-    fastpo.train.record = record
+    fastpo.train.loop.record = record
     try:
         yield votes
     finally:
-        fastpo.train.record = original
+        fastpo.train.loop.record = original
 
 
 def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
@@ -258,7 +258,7 @@ def run_methods(
             work = place.work(f"seed-{seed}", seed=seed)
             config = place.configure(work, method, METHODS[method], flip_rate=rate, seed=seed)
             with recorded() as votes:
-                run = fastpo.train.train(config, overwrite=True, progress=False)
+                run = fastpo.train.loop.train(config, overwrite=True, progress=False)
             evaluation = evaluate(config, base_samples=work / "base-samples")
             gain = evaluation.metrics["ink_reward"].gain
             clean = gain
@@ -288,7 +288,7 @@ def run_variants(place: Place, seed: int) -> None:
         work = place.work(f"variants-{seed}", seed=seed, times=2)
         config = place.configure(work, name, train, flip_rate=rate, seed=seed)
         with recorded() as votes:
-            run = fastpo.train.train(config, overwrite=True, progress=False)
+            run = fastpo.train.loop.train(config, overwrite=True, progress=False)
         keep(path, votes, minority_columns(run)[1])
 
 
@@ -302,7 +302,7 @@ def run_cases(place: Place, seed: int, results: Results) -> None:
         work = place.work(f"case-{number}-{seed}", seed=seed)
         found = relabel(work / "preferences", case)
         config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)
-        run = fastpo.train.train(config, overwrite=True, progress=False)
+        run = fastpo.train.loop.train(config, overwrite=True, progress=False)
         ids, _, metrics = minority_columns(run)
         wrong = np.array([int(name.split(":")[0]) in found for name in ids])
         results.add(
@@ -321,10 +321,10 @@ def step_costs(place: Place, results: Results) -> None:
     work = place.work("seed-0", seed=0)
     for method in METHODS:
         config = place.configure(work, method, METHODS[method], flip_rate=0.2, seed=0)
-        trainer = fastpo.train.setup_trainer(config, setup_accelerator(config.train))
+        trainer = fastpo.train.loop.setup_trainer(config, setup_accelerator(config.train))
         batch = trainer.cache.read(list(range(16)), visit=0)
         for step in range(2):  # until the weights have moved nobody judges
-            fastpo.train.optimizer_step(trainer, itertools.repeat(batch), step)
+            fastpo.train.loop.optimizer_step(trainer, itertools.repeat(batch), step)
         calls[method] = _step_of(trainer, batch)
         if method == "dpo":
             calls["bare"] = _bare(trainer, batch)
@@ -346,7 +346,7 @@ def _step_of(trainer, batch) -> Callable[[], None]:
     def call() -> None:
         loss, rows = trainer.training_step(batch, step=10)
         loss.backward()
-        fastpo.train.record(trainer, StepTable.read(rows, 0.0, 0.0), moved=True)
+        fastpo.train.loop.record(trainer, StepTable.read(rows, 0.0, 0.0), moved=True)
 
     return call
 

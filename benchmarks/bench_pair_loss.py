@@ -11,5 +11,5 @@ import sys
 from fastpo.bench.script import main
 
 if __name__ == "__main__":
-    tests = ("tests/fastpo/test_loss.py", "tests/kernels/test_pair_loss.py")
+    tests = ("tests/loss/test_loss.py", "tests/kernels/test_pair_loss.py")
     sys.exit(main("pair_loss", __doc__, tests))

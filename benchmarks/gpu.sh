@@ -56,7 +56,7 @@ spread=()
 workers=$(($(nproc) > 12 ? 12 : $(nproc)))
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then spread=(-n "$workers"); fi
 # The slow GPU tests too; not what runs on the CPU alone.
-stage tests 150 "$PYTHON" -m pytest tests/kernels tests/fastpo/test_loss.py -q -p no:cacheprovider \
+stage tests 150 "$PYTHON" -m pytest tests/kernels tests/loss/test_loss.py -q -p no:cacheprovider \
   ${spread[@]+"${spread[@]}"} -m "gpu or not slow" -k "not cpu_default and not rough_hardware" \
   --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_launches.py
 if [ "$failed" -ne 0 ]; then

@@ -29,8 +29,8 @@ from fastpo.bench.measure import ROOT
 from fastpo.bench.script import results_path
 from fastpo.bench.table import with_section
 from fastpo.demo.base import SCHEDULE
-from fastpo.files import write_text
 from fastpo.ledger import BINS, CERTAIN, DOUBT, PRIOR, WINDOW, PairLedger
+from fastpo.system.files import write_text
 
 OURS = "leveled and worth (ours)"
 CONSTANTS = {

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from fastpo.bench.table import conditions, full_table, marks, read_csv, summary, with_section
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 
 MARKS = marks("bench")
 

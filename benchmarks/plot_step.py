@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastpo.bench.cases import count_of
 from fastpo.bench.table import with_section
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 
 COLOURS = {
     "policy forward": "#4477aa",

@@ -22,7 +22,7 @@ from fake_gpu import FakeGpu, install
 from torch import Tensor
 from triton import knobs
 
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 from fastpo_kernels.pair_loss import PairTarget
 from fastpo_kernels.pair_loss.launch import LaunchConfig, launches_as
 

@@ -26,17 +26,17 @@ from step_models import (
 from step_recipes import RECIPES, Recipe, make_averages
 from torch import Tensor, nn
 
-from fastpo.averages import setup_averages
 from fastpo.bench.measure import device
-from fastpo.checkpoint import TrainingState
 from fastpo.config import Config, parse_config
-from fastpo.distributed import choose_optimizer, prepare_policy, setup_accelerator
 from fastpo.ledger import PairLedger
-from fastpo.models import DTYPES, Denoisers, predict, setup_denoisers
+from fastpo.models.denoisers import DTYPES, Denoisers, predict, setup_denoisers
 from fastpo.noise import PairNoise, make_noise
-from fastpo.objectives import build_loss
-from fastpo.optim import setup_schedule
-from fastpo.train import Trainer, optimizer_step, record
+from fastpo.train.checkpoint import TrainingState
+from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
+from fastpo.train.ema import setup_averages
+from fastpo.train.loop import Trainer, optimizer_step, record
+from fastpo.train.objective import build_loss
+from fastpo.train.optimizer import setup_schedule
 from fastpo.types import PairBatch
 
 DEVICE = device()
@@ -362,7 +362,7 @@ class _TimedNoise:
 
 
 class _KnownErrors:
-    """The reference's errors as `fastpo.data.reference_errors` reads them: from a mapped table."""
+    """The reference's errors as `fastpo.reference_cache.store` reads them: from a mapped table."""
 
     def __init__(self) -> None:
         self._table = np.full((1024, 2), 0.1, dtype=np.float32)

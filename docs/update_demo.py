@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastpo._version import __version__
 from fastpo.bench.table import with_section
-from fastpo.files import write_text
+from fastpo.system.files import write_text
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"

@@ -13,8 +13,8 @@ from rich.progress import track
 
 from fastpo.bench.table import with_section
 from fastpo.config import load_config
-from fastpo.files import write_text
 from fastpo.plan import Plan, make_plan
+from fastpo.system.files import write_text
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -97,8 +97,8 @@ def prepare(
 ) -> None:
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
-    from fastpo.data.launcher import Worker
     from fastpo.data.prepare import prepare
+    from fastpo.system.process import Worker
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
@@ -150,7 +150,7 @@ def consolidate(
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint's weights as a folder that stock diffusers loads."""
-    from fastpo.consolidate import consolidate
+    from fastpo.train.consolidate import consolidate
 
     print(consolidate(source, out, average=average))
 

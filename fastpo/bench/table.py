@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastpo.bench.cases import count_of
 from fastpo.bench.measure import Timing
-from fastpo.files import whole_file
+from fastpo.system.files import whole_file
 
 Number = float | str
 

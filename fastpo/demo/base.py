@@ -29,7 +29,7 @@ from torch import Tensor
 from fastpo.demo.base_training import BaseRecipe, Captioned, train_unet, train_vae
 from fastpo.demo.digits import SIZE, WORDS, load_scans, prompts
 from fastpo.demo.text import WIDTH, build_text_encoders, build_tokenizer, encode
-from fastpo.files import whole_folder
+from fastpo.system.files import whole_folder
 
 LAYOUT = 1  # raise when the architecture or the data of the base changes
 SHORT = BaseRecipe(vae_steps=4, unet_steps=4)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpo.data.manifest import write_atomically
+from fastpo.data.cache.manifest import write_atomically
 from fastpo.demo.digits import Grey, Scans, ink, load_scans, prompts, to_image
 
 JUST_NOTICEABLE = 0.01  # of ink; an annotator who sees no difference calls it a tie

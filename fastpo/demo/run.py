@@ -24,9 +24,9 @@ from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
-from fastpo.evaluate import Evaluation, evaluate
-from fastpo.files import write_text
+from fastpo.evaluate.compare import Evaluation, evaluate
 from fastpo.report import load_metrics, minority_auroc, write_report
+from fastpo.system.files import write_text
 from fastpo.train import train
 
 N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped

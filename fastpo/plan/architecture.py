@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpo.config import Config, ModelConfig
 from fastpo.errors import ModelError
-from fastpo.hub import (
+from fastpo.models.folder import (
     Family,
     detect_family,
     is_hub_id,
@@ -134,7 +134,7 @@ def _vae_config(model: ModelConfig, own: Path | None, family: Family) -> dict[st
 
 
 def _packaged(family: Family, part: str) -> dict[str, Any]:
-    file = resources.files("fastpo.plan").joinpath("architectures", family, f"{part}.json")
+    file = resources.files("fastpo.models").joinpath("architectures", family, f"{part}.json")
     return json.loads(file.read_text())
 
 

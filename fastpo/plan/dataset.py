@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpo.config import Config
-from fastpo.data.manifest import load_manifest
+from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.sources.folder import listed
-from fastpo.encoders import DTYPES
+from fastpo.models.encoders import DTYPES
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
 from fastpo.plan.recipes import reads_reference_cache

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo.config import Precision, TrainConfig
-from fastpo.encoders import DTYPES
-from fastpo.models import Denoisers, setup_denoisers
+from fastpo.models.denoisers import Denoisers, setup_denoisers
+from fastpo.models.encoders import DTYPES
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from fastpo.config import OptimConfig, TrainConfig
-from fastpo.optim import optimizer_bytes
 from fastpo.plan.schema import Memory
-from fastpo.rounding import CHUNK
-from fastpo.zero import read_settings
+from fastpo.train.bf16_optimizer import CHUNK
+from fastpo.train.optimizer import optimizer_bytes
+from fastpo.train.zero import read_settings
 
 ALLOWANCE = 10**9
 """Bytes for the CUDA context, cuBLAS and cuDNN workspaces: an assumption."""

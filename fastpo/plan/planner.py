@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fastpo.config import Config, Precision, TrainConfig
 from fastpo.data.images import make_geometry
-from fastpo.encoders import vae_factor
 from fastpo.errors import ConfigError
+from fastpo.models.encoders import vae_factor
 from fastpo.plan.architecture import Architecture, resolve_architecture
 from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
 from fastpo.plan.gpus import Gpu, find_gpu

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastpo.annotators import in_one_pass
 from fastpo.config import EmaAnnotators, LedgerAnnotators, Precision, TrainConfig
-from fastpo.objectives import needs_reference
+from fastpo.train.lora_batched import in_one_pass
+from fastpo.train.objective import needs_reference
 
 RELEASED_AVERAGES = 2
 """Moving averages of the released Adaptive-DPO."""

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fastpo._version import __version__
-from fastpo.comparison import MetricSummary
+from fastpo.evaluate.win_rate import MetricSummary
 from fastpo.report.figures import (
     colour,
     curve_panels,
@@ -25,7 +25,7 @@ from fastpo.report.figures import (
 from fastpo.report.grids import build_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 
-PAGE = "report.html"
+PAGE = "page.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "signed": format_signed}
-    template = files("fastpo").joinpath("templates", PAGE).read_text(encoding="utf-8")
+    template = files("fastpo.report").joinpath(PAGE).read_text(encoding="utf-8")
     html = environment.from_string(template).render(
         title=title,
         version=__version__,

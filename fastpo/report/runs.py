@@ -14,8 +14,8 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from fastpo.comparison import MetricSummary
 from fastpo.errors import DataError
+from fastpo.evaluate.win_rate import MetricSummary
 
 Array = NDArray[np.float64]
 REFERENCE_FREE = ("sft", "mapo")

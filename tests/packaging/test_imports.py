@@ -50,20 +50,6 @@ def test_the_kernels_never_import_fastpo():
             assert not [n for n in names if n.split(".")[0] == "fastpo"], path
 
 
-def test_data_noise_and_models_do_not_import_one_another():
-    rooms = {
-        "data": sorted((ROOT / "fastpo" / "data").rglob("*.py")),
-        "noise": [ROOT / "fastpo" / "noise.py"],
-        "models": [ROOT / "fastpo" / "models.py"],
-    }
-    for room, files in rooms.items():
-        others = tuple(f"fastpo.{name}" for name in rooms if name != room)
-        for path in files:
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.module:
-                    assert not node.module.startswith(others), path
-
-
 def test_kernels_from_the_root_is_not_ours():
     """`kernels` is another distribution's name; ours must not answer to it."""
     code = "import importlib.util as u; s = u.find_spec('kernels')\n"

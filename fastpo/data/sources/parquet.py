@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, content_hash, found_in
 from fastpo.errors import DataError
-from fastpo.hub import is_hub_id
+from fastpo.models.folder import is_hub_id
 from fastpo.types import PreferencePair
 
 IMAGES = ("jpg_0", "jpg_1")

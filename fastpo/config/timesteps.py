@@ -1,0 +1,56 @@
+"""How often each timestep of the schedule is drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fastpo.config.fields import Count, NotNegative, Positive, Real, Section
+
+
+class UniformTimesteps(Section):
+    """Every timestep of the range equally often, as published."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class ListTimesteps(Section):
+    """These timesteps only, each as often as it is listed: SDXL Turbo's are 249, 499, 749, 999."""
+
+    kind: Literal["list"]
+    values: Annotated[tuple[Count, ...], Field(min_length=1, max_length=65536)]
+
+
+class LogitNormalTimesteps(Section):
+    """The middle of the range more often: its fraction is the sigmoid of a normal number.
+
+    Esser et al. 2024 (arXiv 2403.03206), section 3.1; a positive mean prefers noisier timesteps.
+    """
+
+    kind: Literal["logit_normal"]
+    mean: Real = 0.0
+    std: Positive = 1.0
+
+
+class BinTimesteps(Section):
+    """The range cut into equal parts, each drawn in proportion to its weight.
+
+    `[1, 1, 1, 2]` draws the noisiest quarter twice as often as each other quarter.
+    """
+
+    kind: Literal["bins"]
+    weights: Annotated[tuple[NotNegative, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> BinTimesteps:
+        if not 0.0 < math.fsum(self.weights) < math.inf:
+            raise ValueError("train.timesteps.weights: at least one must be positive")
+        return self
+
+
+TimestepsConfig = Annotated[
+    UniformTimesteps | ListTimesteps | LogitNormalTimesteps | BinTimesteps,
+    Field(discriminator="kind"),
+]

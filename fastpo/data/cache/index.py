@@ -1,0 +1,216 @@
+"""The merged index: one memory-mapped Arrow file for all pairs, one for all prompts.
+
+Columns of `index.arrow`, one row per usable pair in the order of the source: `pair_id`, `pair_key`,
+`position` in the source, number of the `prompt`, `bucket` (number of the latent shape), `shard`,
+`slot` (row in the shard's tensor of this shape), `add_time_ids`. Any Arrow reader opens it. Nothing
+is copied to memory when it is opened; processes of one machine share its pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from fastpo.data.cache.manifest import FileRecord, Manifest, Quarantined, write_atomically
+from fastpo.data.cache.parts import INDEX, PROMPTS, Unit, read_table, units_of
+from fastpo.data.sources.base import numbered
+from fastpo.errors import CacheError
+from fastpo.types import pair_key
+
+INDEX_FILE, PROMPTS_FILE, QUARANTINE = "index.arrow", "prompts.arrow", "quarantine.jsonl"
+INDEX_TYPES = {
+    "pair_id": pa.large_string(),
+    "pair_key": pa.int64(),
+    "position": pa.int64(),
+    "prompt": pa.int64(),
+    "bucket": pa.int64(),
+    "shard": pa.int32(),
+    "slot": pa.int32(),
+    "add_time_ids": pa.list_(pa.float32(), 6),
+}
+
+
+class Texts(Sequence[str]):
+    """Many texts, decoded when they are asked for; equal to any sequence of the same texts."""
+
+    def __init__(self, array: pa.Array) -> None:
+        """Wraps an Arrow array of strings."""
+        self._array = array
+
+    def __len__(self) -> int:
+        """Returns the number of texts."""
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """Returns one text, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return self._array[index].to_pylist()
+        return self._array[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        """Decodes some thousand texts at a time."""
+        step = 8192
+        parts = (self._array[i : i + step].to_pylist() for i in range(0, len(self), step))
+        return chain.from_iterable(parts)
+
+    def __eq__(self, other: object) -> bool:
+        """Compares text by text."""
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return NotImplemented if not isinstance(other, Sequence) else False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def open_arrow(path: Path) -> pa.RecordBatch:
+    """Maps a file of one record batch.
+
+    The pages are private: who writes into a tensor made of them changes no file.
+
+    Raises:
+        CacheError: It is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages))).get_batch(0)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CacheError(f"{path} is damaged: {error}") from error
+
+
+def column(batch: pa.RecordBatch, name: str) -> Tensor:
+    """Returns a column of numbers as a tensor on the same memory."""
+    return torch.from_dlpack(batch.column(name))
+
+
+def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
+    """Joins the finished units' indices and enters the result into the manifest (without saving).
+
+    Names that occur several times get their numbered suffix here, where all names are known.
+
+    Returns:
+        The pairs left out, in the order of the source; they also stand in `quarantine.jsonl`.
+
+    Raises:
+        CacheError: A unit is damaged, or two pairs cannot be told apart.
+    """
+    records = {unit: unit.record(folder) for unit in units_of(manifest)}
+    shards = [unit for unit in records if unit.kind == "shard"]
+    quarantined = {
+        position: pair
+        for unit in shards
+        for position, pair in records[unit].quarantined.items()
+        if position < manifest.source_pairs
+    }
+    index, manifest.shapes, duplicates = _merge_index(folder, manifest, shards, quarantined)
+    manifest.report["duplicates"] = duplicates
+    manifest.pairs, manifest.quarantined = index.num_rows, len(quarantined)
+    left_out = [quarantined[position] for position in sorted(quarantined)]
+    lines = "".join(pair.model_dump_json() + "\n" for pair in left_out)
+    write_atomically(folder / QUARANTINE, lambda path: path.write_text(lines))
+    prompts = [read_table(folder / u.name / PROMPTS)["prompt"] for u in records if u.kind == "text"]
+    texts = pa.chunked_array([c for p in prompts for c in p.chunks], pa.string())
+    texts = texts.cast(pa.large_string()).combine_chunks()
+    manifest.files = {
+        f"{unit.name}/{name}": file
+        for unit, record in records.items()
+        for name, file in record.files.items()
+    }
+    manifest.files[INDEX_FILE] = write_arrow(folder / INDEX_FILE, index)
+    prompts = pa.record_batch([texts], names=["prompt"])
+    manifest.files[PROMPTS_FILE] = write_arrow(folder / PROMPTS_FILE, prompts)
+    return left_out
+
+
+def _merge_index(
+    folder: Path, manifest: Manifest, shards: Sequence[Unit], quarantined: dict[int, Quarantined]
+) -> tuple[pa.RecordBatch, list[tuple[int, int]], int]:
+    """Returns the index, the latent shapes, and how many names occurred before."""
+    tables = [read_table(folder / unit.name / INDEX) for unit in shards]
+    shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(table) for table in tables])
+    table = pa.concat_tables(tables).combine_chunks()
+    position = table["position"].to_numpy()
+    kept = position < manifest.source_pairs
+    if not kept.all():
+        table, shard, position = (
+            table.filter(pa.array(kept)).combine_chunks(),
+            shard[kept],
+            position[kept],
+        )
+    shapes = table["height"].to_numpy().astype(np.int64) << 32 | table["width"].to_numpy()
+    distinct, bucket = np.unique(shapes, return_inverse=True)
+    names = table["pair_id"].cast(pa.large_string()).combine_chunks()
+    names, keys, duplicates = _number_names(names, position, quarantined)
+    columns = {
+        "pair_id": names,
+        "pair_key": keys,
+        "position": position,
+        "prompt": table["prompt"].to_numpy(),
+        "bucket": bucket,
+        "shard": shard,
+        "slot": table["slot"].to_numpy(),
+        "add_time_ids": table["add_time_ids"].combine_chunks(),
+    }
+    arrays = [pa.array(columns[name], type=kind) for name, kind in INDEX_TYPES.items()]
+    pairs = [(int(shape >> 32), int(shape & 0xFFFFFFFF)) for shape in distinct]
+    return pa.record_batch(arrays, names=list(INDEX_TYPES)), pairs, duplicates
+
+
+def _number_names(
+    names: pa.Array, position: np.ndarray, quarantined: dict[int, Quarantined]
+) -> tuple[pa.Array, np.ndarray, int]:
+    """Gives repeated names a suffix, those in quarantine included; returns names, keys, count.
+
+    Raises:
+        CacheError: Two pairs still have the same key.
+    """
+    keys = np.fromiter(map(pair_key, Texts(names)), dtype=np.int64, count=len(names))
+    others = sorted(quarantined)
+    all_keys = np.concatenate(
+        [keys, np.array([pair_key(quarantined[p].pair_id) for p in others], dtype=np.int64)]
+    )
+    places = np.concatenate([position, np.array(others, dtype=np.int64)])
+    order = np.lexsort((places, all_keys))
+    repeats = np.flatnonzero(all_keys[order][1:] == all_keys[order][:-1]) + 1
+    renamed: dict[int, str] = {}
+    last, occurrence = -1, 1
+    for r in repeats.tolist():
+        occurrence = occurrence + 1 if r == last + 1 else 2
+        last, place = r, int(order[r])
+        if place < len(names):
+            renamed[place] = numbered(names[place].as_py(), occurrence)
+        else:
+            pair = quarantined[others[place - len(names)]]
+            pair.pair_id = numbered(pair.pair_id, occurrence)
+    if renamed:
+        listed = names.to_pylist()
+        for place, name in renamed.items():
+            listed[place], keys[place] = name, pair_key(name)
+        names = pa.array(listed, pa.large_string())
+    if len(np.unique(keys)) != len(keys):
+        raise CacheError("two pairs of the data set have the same key; name them differently")
+    return names, keys, len(repeats)
+
+
+def write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:
+    """Writes a file that `open_arrow` maps, atomically."""
+
+    def write(temporary: Path) -> None:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as file:
+            file.write_batch(batch)
+
+    return write_atomically(path, write)

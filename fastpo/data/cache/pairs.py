@@ -1,0 +1,208 @@
+"""Reading a prepared cache: checked against the configuration, then random access by pair."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpo.config import Config
+from fastpo.data.cache.fingerprint import cache_identity
+from fastpo.data.cache.flips import is_flipped, write_flip_mask
+from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow
+from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
+from fastpo.data.cache.parts import LATENTS, TEXT, finished_units, unit_name
+from fastpo.data.cache.tensors import TensorFiles, bytes_of
+from fastpo.errors import CacheError
+from fastpo.types import PairBatch
+
+
+class PairCache:
+    """Latents and text embeddings of all pairs, on disk; the index is mapped, not loaded.
+
+    Attributes:
+        folder: The cache's folder.
+        family: `sd15` or `sdxl`.
+        fingerprint: SHA-256 of the content: identity and files.
+        report: Counts of the source's scan.
+        quarantined: How many pairs were left out as unusable.
+        pair_ids: Names, in the order of the source.
+        pair_keys: `(N,)` int64, `fastpo.types.pair_key` of each name.
+        flipped: `(N,)` bool, pairs whose winner and loser `read` exchanges.
+        bucket: `(N,)` int64, number of the pair's latent shape.
+        latent_shapes: `(h, w)` by bucket number.
+        prompts: The distinct prompts; number 0 is the empty one.
+        prompt_index: `(N,)` int64, number of each pair's prompt.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, config: Config) -> None:
+        """Maps the index; use `PairCache.open`."""
+        self._opened_as = (folder, manifest, config)
+        self.folder = folder
+        self.family = manifest.identity["model family"]
+        self.fingerprint = manifest.fingerprint
+        self.report = dict(manifest.report)
+        self.quarantined = manifest.quarantined
+        self.latent_shapes = list(manifest.shapes)
+        self._files = TensorFiles(folder)
+        self.prompts: Sequence[str] = Texts(open_arrow(folder / PROMPTS_FILE).column("prompt"))
+        self._text_starts = np.array([span.start for span in manifest.texts])
+        index = open_arrow(folder / INDEX_FILE)
+        if index.num_rows != manifest.pairs or len(self.prompts) != manifest.texts[-1].stop:
+            raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
+        self._all_pair_ids: Sequence[str] = Texts(index.column("pair_id"))
+        if config.data.limit is not None:
+            position = index.column("position").to_numpy()
+            index = index.slice(0, int(np.searchsorted(position, config.data.limit)))
+        if not index.num_rows:
+            raise CacheError(f"{self.folder}: no pair is left within data.limit")
+        self.pair_ids: Sequence[str] = Texts(index.column("pair_id"))
+        self.pair_keys = column(index, "pair_key")
+        self.prompt_index = column(index, "prompt")
+        self.bucket = column(index, "bucket")
+        self._shard, self._slot = column(index, "shard"), column(index, "slot")
+        times = index.column("add_time_ids")
+        self._add_time_ids = torch.from_dlpack(times.flatten()).view(-1, 6)
+        rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
+        flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)
+        self.flipped = torch.zeros(len(self), dtype=torch.bool)
+        if rate > 0:
+            self.flipped = torch.from_numpy(np.fromiter(flips, dtype=bool, count=len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the mapped index out: a copy maps it again."""
+        return {"opened_as": self._opened_as}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Opens the same cache."""
+        self.__init__(*state["opened_as"])
+
+    @classmethod
+    def open(cls, config: Config, *, verify: bool = False) -> PairCache:
+        """Opens the cache that `prepare` made for this configuration.
+
+        Args:
+            config: The configuration; `prepare.cache_dir` names the folder. `data.limit` may be
+                smaller than the prepared one, the flip settings may be any.
+            verify: Also hash every file and compare.
+
+        Raises:
+            CacheError: Missing, unfinished, damaged, or made from something else; the text names
+                each differing field.
+            ModelError: The model folder is missing.
+        """
+        folder = config.prepare.cache_dir
+        manifest = load_manifest(folder)
+        if manifest is None:
+            raise CacheError(f"no prepared cache in {folder}: run `fastpo prepare` first")
+        identity = cache_identity(config, manifest.weights)
+        check_identity(folder, identity.fields, manifest.identity)
+        if not manifest.complete:
+            raise CacheError(
+                f"the cache {folder} is unfinished ({finished_units(folder, manifest)} of "
+                f"{len(manifest.shards) + len(manifest.texts)} parts done): run `fastpo prepare` "
+                f"again, it continues where it stopped"
+            )
+        if not manifest.covers(config.data.limit):
+            raise CacheError(
+                f"the cache {folder} does not fit the configuration: data.limit: the configuration "
+                f"gives {config.data.limit}, the cache was made with {manifest.limit}. Run "
+                f"`fastpo prepare` again, it adds the missing pairs"
+            )
+        check_files(folder, manifest.files, verify=verify)
+        return cls(folder, manifest, config)
+
+    def __len__(self) -> int:
+        """Returns the number of pairs."""
+        return len(self.pair_ids)
+
+    def read(self, indices: Sequence[int], visit: int) -> PairBatch:
+        """Reads pairs of one latent shape.
+
+        Flipped pairs come with winner and loser exchanged. Latents and embeddings keep the dtype
+        they are stored in.
+
+        Args:
+            indices: B positions in the cache, all of one bucket.
+            visit: How often these pairs were drawn before.
+
+        Raises:
+            ValueError: No index, or indices of different buckets.
+            CacheError: A file is damaged.
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        buckets = set(self.bucket[index].tolist())
+        if len(buckets) != 1:
+            raise ValueError(f"indices must be of one bucket, got buckets {sorted(buckets)}")
+        flipped = self.flipped[index]
+        mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
+        embeds, pooled = self._text(self.prompt_index[index].tolist())
+        return PairBatch(
+            index=index,
+            pair_key=self.pair_keys[index],
+            visit=torch.full_like(index, visit),
+            flipped=flipped,
+            latent_mean=mean,
+            latent_logvar=logvar,
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            add_time_ids=self._add_time_ids[index] if self.family == "sdxl" else None,
+        )
+
+    def empty_prompt(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """Returns the empty prompt's `(1, L, D)` states and `(1, P)` pooled states (or None)."""
+        embeds, pooled = self._text([0])
+        return embeds.to(device), None if pooled is None else pooled.to(device)
+
+    def write_flip_mask(self, otherwise: Path | None = None) -> Path:
+        """Writes which pairs are flipped beside the cache, those beyond `data.limit` included.
+
+        Args:
+            otherwise: The folder to write to where the cache's is read-only.
+        """
+        rate, seed = self._flips
+        try:
+            return write_flip_mask(self.folder, self._all_pair_ids, rate=rate, seed=seed)
+        except OSError as error:
+            read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            if otherwise is None or not read_only:
+                raise
+        return write_flip_mask(otherwise, self._all_pair_ids, rate=rate, seed=seed)
+
+    def _latents(
+        self, index: Tensor, shape: tuple[int, int], flipped: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns mean and log-variance, each `(2B, C, h, w)`, winners first."""
+        key = f"{shape[0]}x{shape[1]}"
+        names = [f"{unit_name('shard', k)}/{LATENTS}" for k in self._shard[index].tolist()]
+        rows, pairs = self._files.rows(names[0], key), len(names)
+        mean, logvar = (torch.empty((2 * pairs, *rows.shape[2:]), dtype=rows.dtype) for _ in "ml")
+        into = bytes_of(mean), bytes_of(logvar)
+        places = zip(names, self._slot[index].tolist(), flipped.tolist(), strict=True)
+        for i, (name, slot, turned) in enumerate(places):
+            sides = (pairs + i, i) if turned else (i, pairs + i)
+            parts = [statistic[side] for statistic in into for side in sides]
+            self._files.read(name, key, slot, parts)
+        return mean, logvar
+
+    def _text(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Returns states and pooled states of prompts by number."""
+        parts = np.searchsorted(self._text_starts, numbers, side="right") - 1
+        places = [
+            (f"{unit_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
+            for part, number in zip(parts.tolist(), numbers, strict=True)
+        ]
+        embeds = self._rows(places, "prompt_embeds")
+        return embeds, None if self.family == "sd15" else self._rows(places, "pooled")
+
+    def _rows(self, places: Sequence[tuple[str, int]], key: str) -> Tensor:
+        rows = self._files.rows(places[0][0], key)
+        found = torch.empty((len(places), *rows.shape), dtype=rows.dtype)
+        for into, (name, row) in zip(bytes_of(found), places, strict=True):
+            self._files.read(name, key, row, [into])
+        return found

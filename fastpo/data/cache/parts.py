@@ -1,0 +1,188 @@
+"""The parts of a cache: each a folder that appears on disk in one rename, or not at all.
+
+- `shard-k` holds `latents.safetensors`: per latent shape one tensor `hxw` of
+  `(pairs, 2, 2, C, h, w)`: mean and log-variance, each of the side that the source calls the winner
+  and of the other, so that a pair is one stretch of bytes; and `index.parquet`, see `INDEX_SCHEMA`.
+- `text-k` holds `text.safetensors`: `prompt_embeds` `(prompts, L, D)` and, for SDXL, `pooled`
+  `(prompts, P)`; and `prompts.parquet`, their text in the same order.
+
+Both hold `record.json`: the files' sizes and hashes, and the pairs in quarantine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastpo.data.cache.manifest import (
+    FileRecord,
+    Manifest,
+    Quarantined,
+    Record,
+    Span,
+    partial_name,
+    seal,
+)
+from fastpo.errors import CacheError
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),  # as the source gives it
+        ("position", pa.int64()),  # in the source, pairs in quarantine included
+        ("prompt", pa.int32()),  # number of the prompt
+        ("height", pa.int32()),  # of the latent
+        ("width", pa.int32()),
+        ("slot", pa.int32()),  # row in the latent tensor of this shape and shard
+        ("add_time_ids", pa.list_(pa.float32(), 6)),
+    ]
+)
+PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
+LATENTS, INDEX = "latents.safetensors", "index.parquet"
+TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
+RECORD = "record.json"
+
+Kind = Literal["shard", "text"]
+
+
+class UnitRecord(Record):
+    """What stands in a unit's `record.json`.
+
+    Attributes:
+        span: What it covers.
+        files: Its other files by name.
+        quarantined: Position in the source of each pair left out, and why.
+        contents: Of a shard, the digests of its pairs in the source one after the other; see
+            `fastpo.data.prepare.verify_source`.
+    """
+
+    span: Span
+    files: dict[str, FileRecord]
+    quarantined: dict[int, Quarantined]
+    contents: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of a cache.
+
+    Attributes:
+        kind: `shard` or `text`.
+        number: Its number among its kind.
+        span: What it covers.
+    """
+
+    kind: Kind
+    number: int
+    span: Span
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return unit_name(self.kind, self.number)
+
+    @property
+    def claim(self) -> int:
+        """Its number among all units, for `Claims`."""
+        return 2 * self.number + (self.kind == "text")
+
+    def done(self, folder: Path) -> bool:
+        """Tells whether it stands in a cache folder."""
+        return (folder / self.name / RECORD).is_file()
+
+    def write(
+        self,
+        folder: Path,
+        writers: Mapping[str, Callable[[Path], Any]],
+        quarantined: Mapping[int, Quarantined] | None = None,
+        contents: str = "",
+    ) -> None:
+        """Writes the files beside the cache's and puts all of them in place by one rename.
+
+        If another process was faster, its files stay.
+        """
+        temporary, target = folder / partial_name(self.name), folder / self.name
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            files = {}
+            for name, write in writers.items():
+                write(temporary / name)
+                files[name] = seal(temporary / name)
+            left_out = dict(quarantined or {})
+            record = UnitRecord(
+                span=self.span, files=files, quarantined=left_out, contents=contents
+            )
+            (temporary / RECORD).write_text(record.model_dump_json(indent=1))
+            seal(temporary / RECORD)
+            os.rename(temporary, target)
+        except OSError:
+            if not self.done(folder):
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def record(self, folder: Path) -> UnitRecord:
+        """Reads its record.
+
+        Raises:
+            CacheError: It is damaged or of another plan.
+        """
+        path = folder / self.name / RECORD
+        try:
+            record = UnitRecord.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise CacheError(f"{path} is damaged ({error}); delete {path.parent}") from None
+        if record.span != self.span:
+            raise CacheError(
+                f"{path} covers {record.span.start} to {record.span.stop}, the manifest says "
+                f"{self.span.start} to {self.span.stop}; delete {path.parent}"
+            )
+        return record
+
+
+def unit_name(kind: Kind, number: int) -> str:
+    """Returns the name of a unit's folder."""
+    return f"{kind}-{number:05d}"
+
+
+def units_of(manifest: Manifest) -> list[Unit]:
+    """Returns the plan's units: the texts, then the shards."""
+    texts = [Unit("text", k, span) for k, span in enumerate(manifest.texts)]
+    return texts + [Unit("shard", k, span) for k, span in enumerate(manifest.shards)]
+
+
+def tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
+    """Returns what writes tensors as safetensors."""
+    return lambda path: save_file(tensors, path)
+
+
+def table_writer(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Callable[[Path], Any]:
+    """Returns what writes rows as parquet."""
+    return lambda path: pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Reads a parquet file.
+
+    Raises:
+        CacheError: It is damaged.
+    """
+    try:
+        return pq.read_table(path, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise CacheError(f"{path} is damaged: {error}") from error
+
+
+def finished_units(folder: Path, manifest: Manifest) -> int:
+    """Counts the parts that are done."""
+    return sum(unit.done(folder) for unit in units_of(manifest))

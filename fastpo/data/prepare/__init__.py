@@ -1,0 +1,7 @@
+"""Encodes every image and prompt once: data set -> cache."""
+
+from fastpo.data.prepare.latents import prepare
+
+__all__ = [
+    "prepare",
+]

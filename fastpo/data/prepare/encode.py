@@ -1,0 +1,157 @@
+"""Encodes the pairs of one shard, and the prompts of one text part."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo.config import Config
+from fastpo.data.cache.manifest import Quarantined
+from fastpo.data.cache.parts import (
+    INDEX,
+    INDEX_SCHEMA,
+    LATENTS,
+    PROMPT_SCHEMA,
+    PROMPTS,
+    TEXT,
+    Unit,
+    table_writer,
+    tensor_writer,
+)
+from fastpo.data.images import PairImages, UnusableImageError, to_model_range
+from fastpo.errors import CacheError, ModelError, NonFiniteLatentsError
+from fastpo.models.encoders import DTYPES, Encoders
+from fastpo.types import PreferencePair
+
+
+class ShardBuilder:
+    """Collects pairs by image size and encodes them in batches of one size.
+
+    Batches never reach into another shard, so it does not matter who encodes which shard, or after
+    how many interruptions.
+    """
+
+    def __init__(self, config: Config, encoders: Encoders, position: int) -> None:
+        """Starts an empty shard.
+
+        Args:
+            config: Gives the batch size and the stored dtype.
+            encoders: VAE and text encoders.
+            position: Position in the source of the first pair.
+        """
+        self._encoders = encoders
+        self._position = position
+        self._batch_size = config.prepare.batch_size
+        self._dtype = DTYPES[config.prepare.store_precision]
+        self._waiting: dict[tuple[int, int], list[tuple[str, Tensor]]] = defaultdict(list)
+        self._slots: dict[str, int] = defaultdict(int)
+        self._latents: dict[str, list[Tensor]] = defaultdict(list)
+        self._rows: list[dict[str, Any]] = []
+        self._quarantined: dict[int, Quarantined] = {}
+        self._contents: list[str] = []
+
+    def add(
+        self,
+        pair: PreferencePair,
+        prompt: int,
+        content: str,
+        images: PairImages | UnusableImageError,
+    ) -> None:
+        """Takes the next pair of the source; an unusable one goes to the quarantine.
+
+        Args:
+            pair: The pair.
+            prompt: Number of its prompt.
+            content: Its `pair_content`.
+            images: Both images, or why there are none.
+        """
+        position, self._position = self._position, self._position + 1
+        self._contents.append(content)
+        if isinstance(images, UnusableImageError):
+            self._quarantined[position] = Quarantined(pair_id=pair.pair_id, reason=str(images))
+            return
+        size = images.pixels.shape[-2], images.pixels.shape[-1]
+        height, width = (side // self._encoders.vae_factor for side in size)
+        shape = f"{height}x{width}"
+        self._rows.append(
+            {
+                "pair_id": pair.pair_id,
+                "position": position,
+                "prompt": prompt,
+                "height": height,
+                "width": width,
+                "slot": self._slots[shape],
+                "add_time_ids": images.add_time_ids,
+            }
+        )
+        self._slots[shape] += 1
+        self._waiting[size].append((pair.pair_id, images.pixels))
+        if 2 * len(self._waiting[size]) >= self._batch_size:
+            self._encode(size)
+
+    def write(self, folder: Path, unit: Unit) -> None:
+        """Encodes what is left and puts the shard in place."""
+        for size in list(self._waiting):
+            self._encode(size)
+        latents = {name: torch.cat(parts) for name, parts in self._latents.items()}
+        writers = {LATENTS: tensor_writer(latents), INDEX: table_writer(self._rows, INDEX_SCHEMA)}
+        unit.write(folder, writers, self._quarantined, "".join(self._contents))
+
+    def _encode(self, size: tuple[int, int]) -> None:
+        """Encodes the waiting pairs of one image size."""
+        names, pairs = zip(*self._waiting.pop(size), strict=True)
+        pixels = torch.stack(pairs).flatten(0, 1)
+        encoded = []
+        for number, part in enumerate(pixels.split(self._batch_size)):
+            images = to_model_range(part.to(self._encoders.device))
+            try:
+                encoded.append(self._encoders.encode_images(images))
+            except NonFiniteLatentsError as error:
+                rows = (number * self._batch_size + row for row in error.rows)
+                bad = ", ".join(dict.fromkeys(names[row // 2] for row in rows))
+                raise ModelError(f"{error}; seen in the pairs {bad}") from None
+        statistics = []
+        for name, parts in zip(("mean", "logvar"), zip(*encoded, strict=True), strict=True):
+            values = store(torch.cat(parts), self._dtype, f"latent {name}")
+            statistics.append(values.unflatten(0, (len(pairs), 2)))
+        latents = torch.stack(statistics, dim=1)
+        self._latents[f"{latents.shape[-2]}x{latents.shape[-1]}"].append(latents)
+
+
+def write_text(
+    config: Config, encoders: Encoders, folder: Path, unit: Unit, prompts: Sequence[str]
+) -> None:
+    """Encodes a text part's prompts and puts it in place."""
+    size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
+    states: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for start in range(0, len(prompts), size):
+        embeds, pool = encoders.encode_prompts(prompts[start : start + size])
+        states.append(store(embeds, dtype, "prompt"))
+        if pool is not None:
+            pooled.append(store(pool, dtype, "pooled prompt"))
+    text = {"prompt_embeds": torch.cat(states)}
+    if pooled:
+        text["pooled"] = torch.cat(pooled)
+    rows = [{"prompt": prompt} for prompt in prompts]
+    unit.write(folder, {TEXT: tensor_writer(text), PROMPTS: table_writer(rows, PROMPT_SCHEMA)})
+
+
+def store(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns values in the stored dtype on the CPU.
+
+    Raises:
+        CacheError: They do not fit into it.
+    """
+    stored = values.to(dtype).cpu()
+    if not bool(torch.isfinite(stored).all()):
+        raise CacheError(
+            f"a {name} value of {values.abs().max().item():g} does not fit into {dtype}; "
+            f"set prepare.store_precision to bf16 or fp32"
+        )
+    return stored

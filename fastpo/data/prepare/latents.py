@@ -1,0 +1,238 @@
+"""Encodes every image and prompt once: data set -> cache, by any number of processes.
+
+    fastpo prepare CONFIG
+    torchrun --nproc_per_node 8 -m fastpo prepare CONFIG
+    accelerate launch -m fastpo prepare CONFIG
+    srun fastpo prepare CONFIG
+
+Processes meet in the cache's folder only, so they may run on several machines, come late, and be
+killed at any time. Each reads the source's columns, takes parts that nobody works on, beginning
+where its rank lies, and puts each finished part in place by one rename. Whoever finds all parts
+there merges them. What a killed process had claimed is free again at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from fastpo.config import Config
+from fastpo.data.cache import PairCache
+from fastpo.data.cache.fingerprint import CacheIdentity, cache_identity
+from fastpo.data.cache.index import QUARANTINE, merge
+from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
+from fastpo.data.cache.parts import Unit, units_of
+from fastpo.data.images import Geometry, PairImages, UnusableImageError, load_pair
+from fastpo.data.prepare.encode import ShardBuilder, write_text
+from fastpo.data.prepare.partition import plan
+from fastpo.data.prepare.verify_source import ahead, check_contents, pair_content, read_image
+from fastpo.data.sources import PairSource, open_source, source_stamp
+from fastpo.data.sources.base import PromptTable
+from fastpo.errors import CacheError, DataError
+from fastpo.models.encoders import Encoders
+from fastpo.system.locks import Claims
+from fastpo.system.process import Worker
+from fastpo.system.progress import Advance, image_progress
+from fastpo.types import PreferencePair
+
+POLL_SECONDS = 0.5
+"""How long to wait between two looks at parts that other processes are working on."""
+
+
+def prepare(config: Config, *, progress: bool = True) -> PairCache:
+    """Makes the cache of a configuration, continues an unfinished one, or finds it done.
+
+    Returns when the whole cache is there, also the parts that other processes make. A pair with a
+    corrupt or missing image, or with images of different aspect ratio, is left out and listed in
+    `quarantine.jsonl` with the reason.
+
+    Args:
+        config: Everything but `train` and `evaluate` is used.
+        progress: Show a progress bar with images/s and time left, in the process of rank 0.
+
+    Returns:
+        The opened cache.
+
+    Raises:
+        CacheError: The folder holds a cache made from something else (also from other images under
+            the same names), a damaged one, or another process is preparing it with another
+            `data.limit`.
+        DataError: The data set is missing, wrong, or has no usable pair.
+        ModelError: The model is missing, unsupported, or answers with NaN.
+    """
+    folder, worker = config.prepare.cache_dir, Worker.of_launch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
+    manifest = load_manifest(folder)
+    identity = cache_identity(config, manifest.weights if manifest else None)
+    if manifest is not None:
+        check_identity(folder, identity.fields, manifest.identity)
+    show = progress and worker.rank == 0
+    with Claims(folder) as claims:
+        stamp = _compare(config, claims, show=show)
+        if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
+            source = open_source(config.data)
+            prompts = source.prompt_table()
+            manifest = plan(config, identity, source, prompts, claims, stamp=stamp)
+            work = _Work(config, identity, manifest, source, prompts, worker)
+            with image_progress(2 * len(source), show=show) as advance:
+                work.make_parts(claims, advance)
+            with claims.manifest():
+                _finish(config, manifest, claims)
+        elif manifest.weights != identity.weights:
+            _remember(folder, identity, claims)
+    cache = PairCache.open(config)
+    if config.data.flip_rate > 0 and worker.rank == 0:
+        cache.write_flip_mask()
+    return cache
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one process needs to make parts of the cache."""
+
+    config: Config
+    identity: CacheIdentity
+    manifest: Manifest
+    source: PairSource
+    prompts: PromptTable
+    worker: Worker
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """VAE and text encoders, loaded with the first part."""
+        return Encoders.load(self.config, device=self.worker.device())
+
+    def make_parts(self, claims: Claims, advance: Advance) -> None:
+        """Makes what nobody else makes, and waits until all of it is there."""
+        folder = self.config.prepare.cache_dir
+        units = units_of(self.manifest)
+        first = self.worker.rank * len(units) // self.worker.world_size
+        left = units[first:] + units[:first]
+        while True:
+            left = [unit for unit in left if not unit.done(folder)]
+            advance.to(self._images(units) - self._images(left))
+            if not left:
+                return
+            made = [self._make(unit, claims, advance) for unit in left]
+            if not any(made):
+                time.sleep(POLL_SECONDS)
+
+    def _make(self, unit: Unit, claims: Claims, advance: Advance) -> bool:
+        """Makes one part, unless it is there or another process is at work on it."""
+        folder = self.config.prepare.cache_dir
+        if not claims.take(unit.claim):
+            return False
+        try:
+            if unit.done(folder):
+                return True
+            if unit.kind == "text":
+                prompts = self.prompts.prompts[unit.span.start : unit.span.stop]
+                write_text(self.config, self.encoders, folder, unit, prompts)
+            else:
+                self._make_shard(unit, advance)
+            return True
+        finally:
+            claims.give_back(unit.claim)
+
+    def _make_shard(self, unit: Unit, advance: Advance) -> None:
+        start, stop = unit.span.start, unit.span.stop
+        builder = ShardBuilder(self.config, self.encoders, start)
+        loaded = ahead(
+            self.source.pairs(start, stop),
+            partial(_load, geometry=self.identity.geometry),
+            workers=self.config.prepare.workers,
+        )
+        numbers = self.prompts.numbers[start:stop].tolist()
+        with closing(loaded):
+            for number, (pair, content, images) in zip(numbers, loaded, strict=True):
+                builder.add(pair, number, content, images)
+                advance(2)
+        builder.write(self.config.prepare.cache_dir, unit)
+
+    def _images(self, units: Iterable[Unit]) -> int:
+        pairs = len(self.source)
+        shards = (unit.span for unit in units if unit.kind == "shard")
+        return 2 * sum(min(span.stop, pairs) - span.start for span in shards)
+
+
+def _finish(config: Config, manifest: Manifest, claims: Claims) -> None:
+    """Merges the parts unless another process has; call it with the manifest claimed."""
+    folder = config.prepare.cache_dir
+    current = load_manifest(folder)
+    if current is None or current.shards != manifest.shards or current.texts != manifest.texts:
+        raise CacheError(f"another process changed the plan of {folder}; prepare again")
+    if current.complete:
+        return
+    quarantined = merge(folder, current)
+    if not current.pairs:
+        raise DataError(
+            f"data.path {config.data.path}: none of the {len(quarantined)} pairs is usable; the "
+            f"first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: {folder / QUARANTINE})"
+        )
+    check_files(folder, current.files, verify=False)
+    current.complete = True
+    current.save(folder)
+    if not claims.locks:
+        return  # another process may still be making what this one has made
+    for name in ("shard-*", "text-*", "*.arrow", "*.json*"):  # what killed processes left
+        for leftover in folder.glob(f".{name}.partial-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _remember(folder: Path, identity: CacheIdentity, claims: Claims) -> None:
+    """Notes that the model's files were hashed, so that nobody hashes them again."""
+    with claims.manifest():
+        manifest = load_manifest(folder)
+        if manifest is not None:
+            manifest.weights = identity.weights
+            manifest.save(folder)
+
+
+def _compare(config: Config, claims: Claims, *, show: bool) -> str | None:
+    """Compares pairs where the data set's files are not as they were; see `contents`.
+
+    Returns:
+        The data set's stamp.
+
+    Raises:
+        CacheError: As `check_contents`.
+    """
+    folder, workers = config.prepare.cache_dir, config.prepare.workers
+    stamp = source_stamp(config.data)
+    with claims.manifest():
+        manifest = load_manifest(folder)
+        if manifest is None or stamp is None or manifest.stamp == stamp:
+            return stamp
+        source = open_source(config.data)
+        check_contents(folder, manifest, source, workers=workers, show=show)
+        if len(source) >= manifest.source_pairs:  # all of them were compared
+            manifest.stamp = stamp
+            manifest.save(folder)
+    return stamp
+
+
+def _load(
+    pair: PreferencePair, geometry: Geometry
+) -> tuple[PreferencePair, str, PairImages | UnusableImageError]:
+    """Reads and decodes a pair's images, or says why they are unusable; with its content."""
+    winner, loser = read_image(pair.winner), read_image(pair.loser)
+    content = pair_content(pair, winner, loser)
+    try:
+        images = load_pair(partial(_give, winner), partial(_give, loser), geometry)
+    except UnusableImageError as error:
+        return pair, content, error
+    return pair, content, images
+
+
+def _give(image: bytes | OSError) -> bytes:
+    if isinstance(image, OSError):
+        raise image
+    return image

@@ -1,0 +1,112 @@
+"""Who may make which part: the stretches of pairs and prompts, agreed on in the manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from fastpo.config import Config
+from fastpo.data.cache.fingerprint import CacheIdentity
+from fastpo.data.cache.manifest import Manifest, Span, check_identity, load_manifest
+from fastpo.data.cache.parts import units_of
+from fastpo.data.sources import PairSource
+from fastpo.data.sources.base import PromptTable
+from fastpo.errors import CacheError
+from fastpo.system.locks import Claims
+
+
+def plan(
+    config: Config,
+    identity: CacheIdentity,
+    source: PairSource,
+    prompts: PromptTable,
+    claims: Claims,
+    *,
+    stamp: str | None = None,
+) -> Manifest:
+    """Returns the folder's plan: the one that stands there, extended if need be, or a new one.
+
+    Every process that comes with the same configuration gets the same plan; `stamp` is the data
+    set's `source_stamp`, for a new one.
+
+    Raises:
+        CacheError: The folder's plan is of something else, or other processes are working on one
+            with another `data.limit`.
+    """
+    folder = config.prepare.cache_dir
+    with claims.manifest():
+        manifest = load_manifest(folder)
+        if manifest is None:
+            stray = [*folder.glob("shard-*"), *folder.glob("text-*")]
+            if stray:
+                raise CacheError(
+                    f"{folder} holds {stray[0].name} but no manifest.json; delete the folder or "
+                    f"point prepare.cache_dir elsewhere"
+                )
+            manifest = Manifest(identity=identity.fields, stamp=stamp)
+        check_identity(folder, identity.fields, manifest.identity)
+        if manifest.complete and manifest.covers(config.data.limit):
+            return manifest
+        before = manifest.model_copy(deep=True)
+        if manifest.source_pairs != len(source):
+            _stretch(config, manifest, source, prompts, claims)
+        if not manifest.covers(config.data.limit):
+            manifest.limit = config.data.limit
+        manifest.report = manifest.report | source.report.as_dict()
+        manifest.weights = manifest.weights or identity.weights
+        if manifest != before:
+            manifest.save(folder)
+        return manifest
+
+
+def _stretch(
+    config: Config,
+    manifest: Manifest,
+    source: PairSource,
+    prompts: PromptTable,
+    claims: Claims,
+) -> None:
+    """Makes the plan span the source, keeping the parts that are done."""
+    folder, size = config.prepare.cache_dir, config.prepare.shard_size
+    with claims.alone() as alone:
+        if manifest.shards and not alone:
+            raise CacheError(
+                f"another process is preparing {folder} with data.limit {manifest.limit}, here it "
+                f"is {config.data.limit}: wait for it, or use the same"
+            )
+        before = units_of(manifest)
+        done = {unit.name for unit in before if unit.done(folder)}
+        for kind, total in (("shard", len(source)), ("text", len(prompts.prompts))):
+            old = [unit for unit in before if unit.kind == kind]
+            spans = plan_spans(total, size, [u.span for u in old], [u.name in done for u in old])
+            if kind == "shard":
+                manifest.shards = spans
+            else:
+                manifest.texts = spans
+        kept = {unit.name for unit in units_of(manifest)}
+        for name in done - kept:
+            shutil.rmtree(folder / name)
+    manifest.source_pairs = len(source)
+    manifest.limit = config.data.limit
+    manifest.complete, manifest.files = False, {}
+
+
+def plan_spans(
+    total: int, size: int, planned: Sequence[Span], finished: Sequence[bool]
+) -> list[Span]:
+    """Returns the stretches that cover `0..total-1`, keeping those that are planned already.
+
+    Args:
+        total: What is to be covered.
+        size: Length of a new stretch.
+        planned: Earlier stretches, in order.
+        finished: Which of them are done; those stay even where they reach beyond `total`.
+    """
+    spans: list[Span] = []
+    for span, done in zip(planned, finished, strict=True):
+        if span.start >= total:
+            break
+        spans.append(span if done else Span(start=span.start, stop=min(span.stop, total)))
+    start = spans[-1].stop if spans else 0
+    spans += [Span(start=s, stop=min(s + size, total)) for s in range(start, total, size)]
+    return spans

@@ -1,0 +1,226 @@
+"""Base against aligned model: the same prompts and seeds sampled from both, scored, compared.
+
+`<output_dir>/evaluation/` then holds
+
+    base/ aligned/   one PNG per prompt and seed, under the same name in both
+    samples.json     prompt, seed and file of each, the sampling settings, both fingerprints
+    scores.csv       every metric of every image
+    summary.json     per metric means, gain and win rate with intervals
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fastpo.config import Config
+from fastpo.errors import ConfigError
+from fastpo.evaluate.sampling import (
+    Sample,
+    Sampler,
+    check_aligned,
+    holds_samples,
+    plan_samples,
+    progress_bar,
+    read_images,
+)
+from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
+from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
+from fastpo.system.files import replace_folder, write_text
+
+SCORE_TOGETHER = 64  # images held in memory at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        folder: The folder `evaluation` with images, scores and summary.
+        samples: What was sampled from both models.
+        base_scores: `(N,)` per metric, of the base's images.
+        aligned_scores: The same of the aligned model's.
+        metrics: The comparison per metric.
+        primary: The first scorer's first metric; None without scorers.
+    """
+
+    folder: Path
+    samples: tuple[Sample, ...]
+    base_scores: Scores
+    aligned_scores: Scores
+    metrics: dict[str, MetricSummary]
+    primary: str | None
+
+
+def evaluate(
+    config: Config,
+    *,
+    aligned: Path | None = None,
+    scorers: Sequence[Scorer] | None = None,
+    progress: bool = True,
+    base_samples: Path | None = None,
+) -> Evaluation:
+    """Samples both models alike, scores the images and writes `<output_dir>/evaluation/`.
+
+    Images that are there already are kept if everything they depend on is unchanged (weights,
+    prompts, seeds, settings, versions); so is the part that an interrupted call left.
+
+    Args:
+        config: The experiment.
+        aligned: Folder with `pytorch_lora_weights.safetensors` or `unet/`; default
+            `<output_dir>/final`.
+        scorers: Objects with the protocol `fastpo.evaluate.Scorer`; default: built from
+            `evaluate.scorers`. Without any, images are made but not compared.
+        progress: Whether to show progress bars and the outcome on standard error.
+        base_samples: Folder in which several runs share the base's images: it is sampled once for
+            all runs that agree in model, prompts, seeds and settings (by one run at a time).
+
+    Raises:
+        ConfigError: No prompts, an unknown scorer, or two scorers with one metric's name.
+        CheckpointError: There is no aligned model to evaluate.
+        ModelError: The base pipeline or a scorer's model is not to be had.
+    """
+    folder = config.train.output_dir / "evaluation"
+    samples = plan_samples(config)
+    source = check_aligned(aligned or config.train.output_dir / "final")
+    judges = build_scorers(config.evaluate.scorers) if scorers is None else list(scorers)
+    sampler = Sampler(config, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    _fill_base(sampler, folder / "base", samples, base_samples)
+    sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
+    base = score_folder(judges, folder / "base", samples, progress=progress)
+    after = score_folder(judges, folder / "aligned", samples, progress=progress)
+    index = [sample.prompt_index for sample in samples]
+    metrics = {
+        name: compare_scores(base[name], after[name], index, confidence=config.evaluate.confidence)
+        for name in base
+    }
+    result = Evaluation(folder, tuple(samples), base, after, metrics, next(iter(metrics), None))
+    fingerprints = {
+        "base": sampler.fingerprint(samples),
+        "aligned": sampler.fingerprint(samples, source),
+    }
+    _write(result, config, sampler.settings, fingerprints)
+    if progress:
+        _show(result)
+    return result
+
+
+def score_folder(
+    scorers: Sequence[Scorer], folder: Path, samples: Sequence[Sample], *, progress: bool = True
+) -> Scores:
+    """Scores the images of a filled folder, a few at a time; errors as in `score_images`."""
+    parts: list[Scores] = []
+    if not scorers:
+        return {}
+    with progress_bar(f"score {folder.name}", len(samples), 0, enabled=progress) as advance:
+        for i in range(0, len(samples), SCORE_TOGETHER):
+            some = samples[i : i + SCORE_TOGETHER]
+            prompts = [sample.prompt for sample in some]
+            parts.append(score_images(scorers, read_images(folder, some), prompts))
+            advance(len(some))
+    return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+
+
+def score_images(
+    scorers: Sequence[Scorer], images: Sequence[Image.Image], prompts: Sequence[str]
+) -> Scores:
+    """Returns all scorers' metrics, in order.
+
+    Raises:
+        ConfigError: Two scorers share a metric's name, or one returned anything but a finite
+            number per image.
+    """
+    scores: dict[str, NDArray[np.float64]] = {}
+    for scorer in scorers:
+        for metric, values in scorer.score(images, prompts).items():
+            array = np.asarray(values, dtype=np.float64)
+            if metric in scores:
+                raise ConfigError(f"evaluate.scorers: two scorers give a metric {metric!r}")
+            if array.shape != (len(images),) or not np.isfinite(array).all():
+                raise ConfigError(
+                    f"evaluate.scorers: {scorer.name} must give one finite number per image for "
+                    f"{metric!r}, got shape {array.shape} for {len(images)} images with "
+                    f"{int((~np.isfinite(array)).sum())} of them not finite"
+                )
+            scores[metric] = array
+    return scores
+
+
+def _fill_base(
+    sampler: Sampler, folder: Path, samples: Sequence[Sample], shared: Path | None
+) -> None:
+    """Samples the base into the run's folder, by way of the shared one if there is one."""
+    if shared is None:
+        sampler.fill(folder, samples, label="base")
+        return
+    fingerprint = sampler.fingerprint(samples)
+    store = shared / fingerprint[:16]
+    sampler.fill(store, samples, label="base")
+    if not holds_samples(folder, samples, fingerprint):
+        copy = folder.with_name(f".{folder.name}.copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(store, copy)
+        replace_folder(copy, folder)
+
+
+def _write(
+    result: Evaluation, config: Config, settings: dict[str, Any], fingerprints: dict[str, str]
+) -> None:
+    listed = [
+        {**asdict(s), "base": f"base/{s.file}", "aligned": f"aligned/{s.file}"}
+        for s in result.samples
+    ]
+    about = {"settings": settings, "fingerprints": fingerprints, "samples": listed}
+    write_text(result.folder / "samples.json", json.dumps(about, indent=1) + "\n")
+    write_text(result.folder / "scores.csv", _scores_csv(result))
+    summary = {
+        "primary": result.primary,
+        "prompts": len({sample.prompt_index for sample in result.samples}),
+        "comparisons": len(result.samples),
+        "confidence": config.evaluate.confidence,
+        "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
+        "notes": NOTES,
+    }
+    write_text(result.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _scores_csv(result: Evaluation) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "prompt_index", "seed", "prompt", *result.metrics])
+    for model, scores in (("base", result.base_scores), ("aligned", result.aligned_scores)):
+        for i, s in enumerate(result.samples):
+            values = (repr(float(scores[name][i])) for name in result.metrics)
+            writer.writerow([model, s.prompt_index, s.seed, s.prompt, *values])
+    return text.getvalue()
+
+
+def _show(result: Evaluation) -> None:
+    console = Console(stderr=True)
+    if not result.metrics:
+        console.print("no scorers given (evaluate.scorers): images were made but not compared")
+        return
+    table = Table("metric", "base", "aligned", "gain", "win rate")
+    for name, m in result.metrics.items():
+        low, high = m.win_interval
+        table.add_row(
+            name,
+            f"{m.base_mean:.4g}",
+            f"{m.aligned_mean:.4g}",
+            f"{m.gain:+.4g}",
+            f"{m.win_rate:.1%} [{low:.1%}, {high:.1%}]".replace("[", r"\["),
+        )
+    console.print(table)

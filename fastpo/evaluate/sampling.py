@@ -1,0 +1,354 @@
+"""Images from the base and from the aligned model, for the same prompts and seeds.
+
+Every image has its own generator on the CPU, seeded with the image's own seed: neither the batch
+size nor the device changes the noise it starts from, and
+`pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), ...)` makes it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastpo.config import Config
+from fastpo.errors import CheckpointError, ConfigError, ModelError
+from fastpo.models.folder import (
+    component_files,
+    detect_family,
+    digest_files,
+    resolve_model_folder,
+    resolve_vae_folder,
+)
+from fastpo.system.files import replace_folder, whole_file, write_text
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image to make.
+
+    Attributes:
+        prompt_index: Position of its prompt among the prompts.
+        prompt: The prompt.
+        seed: Of its generator; no two samples share one.
+    """
+
+    prompt_index: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Its file's name in a folder of samples."""
+        return f"{self.prompt_index:05d}-{self.seed}.png"
+
+
+def plan_samples(config: Config) -> list[Sample]:
+    """Lists what is sampled: `seeds_per_prompt` images of each prompt.
+
+    A prompt given twice counts once. Sample i has the seed `first_seed + i`: a seed of its own, so
+    that samples of different prompts are independent, which their intervals rest on.
+
+    Raises:
+        ConfigError: No prompt is given, or the file of prompts is missing.
+    """
+    options = config.evaluate
+    prompts = list(options.prompts)
+    if options.prompts_file is not None:
+        try:
+            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(
+            "nothing to sample: give evaluate.prompts (a list) or evaluate.prompts_file (a text "
+            "file, one prompt per line)"
+        )
+    each = options.seeds_per_prompt
+    return [
+        Sample(p, prompt, options.first_seed + p * each + k)
+        for p, prompt in enumerate(dict.fromkeys(prompts))
+        for k in range(each)
+    ]
+
+
+class Sampler:
+    """Makes images with the pipeline of a configuration; loads it when the first one is needed.
+
+    Args:
+        config: The experiment.
+        progress: Whether a progress bar is shown.
+
+    Raises:
+        ModelError: The pipeline is not to be had, or is neither SD1.5 nor SDXL.
+    """
+
+    def __init__(self, config: Config, *, progress: bool = True) -> None:
+        self.config = config
+        self.progress = progress
+        model = config.model
+        self.folder = resolve_model_folder(model.path, model.revision, model.variant)
+        self.family = detect_family(self.folder)
+        vae = model.vae
+        self.vae = None if vae is None else resolve_vae_folder(vae, variant=model.variant)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything besides prompts, seeds and weights that decides how an image looks.
+
+        Raises:
+            ConfigError: The size is none that these pipelines make.
+        """
+        options, side = self.config.evaluate, self.config.prepare.resolution
+        height, width = options.height or side, options.width or side
+        if height % 8 or width % 8:
+            raise ConfigError(
+                f"evaluate.height and evaluate.width (default: prepare.resolution) must be "
+                f"multiples of 8, got {height} and {width}"
+            )
+        return {
+            "family": self.family,
+            "height": height,
+            "width": width,
+            "num_inference_steps": options.num_inference_steps,
+            "guidance_scale": options.guidance_scale,
+            "precision": options.precision,
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        }
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Digests of the base pipeline's components."""
+        folders = {name: self.folder / name for name in COMPONENTS}
+        if self.vae is not None:
+            folders["vae"] = self.vae
+        variant = self.config.model.variant
+        return {
+            name: digest_files(component_files(folder, variant))
+            for name, folder in folders.items()
+            if folder.is_dir()
+        }
+
+    def fingerprint(self, samples: Sequence[Sample], aligned: Path | None = None) -> str:
+        """Returns the name of what will be made: equal ones mean equal images."""
+        content: dict[str, Any] = {
+            "settings": self.settings,
+            "weights": self.weights,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        if aligned is not None:
+            file = aligned / LORA_FILE
+            files = [file] if file.is_file() else component_files(aligned / "unet")
+            content["aligned"] = digest_files(files)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def fill(
+        self, folder: Path, samples: Sequence[Sample], *, label: str, aligned: Path | None = None
+    ) -> bool:
+        """Puts one PNG per sample into `folder`, unless it holds these very images already.
+
+        An interrupted call leaves what it made beside `folder`, and the next one goes on from it;
+        `folder` itself appears, or changes, whole.
+
+        Args:
+            folder: Where to.
+            samples: What to make.
+            label: Name of the model on the progress bar.
+            aligned: Folder with the aligned LoRA or UNet; None for the base.
+
+        Returns:
+            Whether anything had to be sampled.
+        """
+        fingerprint = self.fingerprint(samples, aligned)
+        if holds_samples(folder, samples, fingerprint):
+            return False
+        partial = folder.with_name(f".{folder.name}.partial-{fingerprint[:16]}")
+        partial.mkdir(parents=True, exist_ok=True)
+        missing = [sample for sample in samples if not (partial / sample.file).exists()]
+        if missing:
+            self._sample(partial, missing, len(samples), label, aligned)
+        marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
+        write_text(partial / "set.json", json.dumps(marker, indent=1) + "\n")
+        replace_folder(partial, folder)
+        for stale in folder.parent.glob(f".{folder.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        return True
+
+    def _sample(
+        self, folder: Path, missing: list[Sample], total: int, label: str, aligned: Path | None
+    ) -> None:
+        size = self.config.evaluate.batch_size
+        with (
+            self._aligned(aligned) as pipeline,
+            progress_bar(
+                f"sample {label}", total, total - len(missing), enabled=self.progress
+            ) as advance,
+        ):
+            for i in range(0, len(missing), size):
+                batch = missing[i : i + size]
+                for sample, image in zip(batch, self._images(pipeline, batch), strict=True):
+                    write_png(folder / sample.file, image)
+                advance(len(batch))
+
+    @torch.inference_mode()
+    def _images(self, pipeline: Any, batch: list[Sample]) -> list[Image.Image]:
+        settings = self.settings
+        return pipeline(
+            prompt=[sample.prompt for sample in batch],
+            height=settings["height"],
+            width=settings["width"],
+            num_inference_steps=settings["num_inference_steps"],
+            guidance_scale=settings["guidance_scale"],
+            generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
+        ).images
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The base pipeline; without watermark or safety checker, which would alter images."""
+        dtype = DTYPES[self.config.evaluate.precision]
+        options: dict[str, Any] = {"dtype": dtype, "variant": self.config.model.variant}
+        if self.family == "sdxl":
+            kind = StableDiffusionXLPipeline
+            options["add_watermarker"] = False
+        else:
+            kind = StableDiffusionPipeline
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        try:
+            if self.vae is not None:
+                options["vae"] = AutoencoderKL.from_pretrained(self.vae, dtype=dtype)
+            pipeline = kind.from_pretrained(self.folder, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.folder} could not be loaded: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    @contextmanager
+    def _aligned(self, folder: Path | None) -> Iterator[Any]:
+        """Gives the pipeline with the aligned weights in it, and takes them out again."""
+        pipeline = self.pipeline
+        if folder is None:
+            yield pipeline
+        elif (folder / LORA_FILE).is_file():
+            # What pipeline.load_lora_weights does, less its warnings about the text encoders.
+            layers, alphas, metadata = pipeline.lora_state_dict(
+                folder,
+                weight_name=LORA_FILE,
+                unet_config=pipeline.unet.config,
+                return_lora_metadata=True,
+            )
+            pipeline.load_lora_into_unet(
+                layers, network_alphas=alphas, unet=pipeline.unet, metadata=metadata
+            )
+            try:
+                yield pipeline
+            finally:
+                pipeline.unload_lora_weights()
+        else:
+            base = pipeline.unet
+            unet: Any = UNet2DConditionModel.from_pretrained(
+                folder, subfolder="unet", dtype=base.dtype
+            )
+            base.to("cpu")
+            pipeline.unet = unet.to(self.device)
+            try:
+                yield pipeline
+            finally:
+                pipeline.unet = base.to(self.device)
+
+
+def check_aligned(folder: Path) -> Path:
+    """Returns `folder` if it holds what training exports.
+
+    Raises:
+        CheckpointError: It does not exist or holds neither a LoRA nor a UNet.
+    """
+    if (folder / LORA_FILE).is_file() or (folder / "unet" / "config.json").is_file():
+        return folder
+    reason = f"holds neither {LORA_FILE} nor unet/" if folder.is_dir() else "does not exist"
+    raise CheckpointError(
+        f"no aligned model: {folder} {reason}; train first (fastpo train CONFIG), to the end"
+    )
+
+
+def holds_samples(folder: Path, samples: Sequence[Sample], fingerprint: str) -> bool:
+    """Tells whether `folder` holds all images made under `fingerprint`."""
+    try:
+        marker = json.loads((folder / "set.json").read_text())
+    except (OSError, ValueError):
+        return False
+    whole = all((folder / sample.file).is_file() for sample in samples)
+    return marker.get("fingerprint") == fingerprint and whole
+
+
+def read_images(folder: Path, samples: Sequence[Sample]) -> list[Image.Image]:
+    """Returns the images of a filled folder, in order."""
+    images = []
+    for sample in samples:
+        with Image.open(folder / sample.file) as image:
+            images.append(image.convert("RGB"))
+    return images
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Writes an image whole or not at all."""
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextmanager
+def progress_bar(
+    label: str, total: int, done: int, *, enabled: bool
+) -> Iterator[Callable[[int], None]]:
+    """Shows images and images/s; gives a function to call with the number just made."""
+    progress = Progress(
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+    with progress:
+        task = progress.add_task(label, total=total, completed=done, rate="")
+
+        def advance(count: int) -> None:
+            elapsed = progress.tasks[0].elapsed or 1e-9
+            made = progress.tasks[0].completed + count - done
+            progress.update(task, advance=count, rate=f"{made / elapsed:.2f} images/s")
+
+        yield advance

@@ -1,0 +1,279 @@
+"""Who judges the samples: named scorers behind one protocol.
+
+| name in `evaluate.scorers` | metrics                        | what it needs                    |
+|----------------------------|--------------------------------|----------------------------------|
+| `pickscore[:folder or id]` | `pickscore`                    | PickScore v1 (CLIP-H)            |
+| `clip[:folder or id]`      | `clip`, cosine x 100           | any CLIP model, default ViT-L/14 |
+| `aesthetic:head.pth`       | `aesthetic`, about 1 to 10     | LAION's head on CLIP ViT-L/14    |
+| `digits`                   | `ink_reward`, `ink`, `legible` | the demonstration's own scorer   |
+
+Any object with `name` and `score` serves as well: `evaluate(config, scorers=[mine])`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastpo.errors import ConfigError, ModelError
+from fastpo.models.folder import is_hub_id
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP = "openai/clip-vit-large-patch14"
+BATCH_SIZE = 16
+
+Scores = dict[str, NDArray[np.float64]]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Judges images.
+
+    Attributes:
+        name: What messages call it.
+    """
+
+    name: str
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
+        """Returns one `(N,)` float64 array per metric, higher is better, the main metric first."""
+        ...
+
+
+class ClipScorer:
+    """Agreement of image and prompt by CLIP: 100 times the cosine of the two embeddings.
+
+    Args:
+        path: A folder or hub id of a CLIP model with its processor.
+        device: Where it runs; default CUDA if there is any.
+
+    Raises:
+        ModelError: The model or its processor is not to be had.
+    """
+
+    name = "clip"
+
+    def __init__(self, path: str = CLIP, *, device: torch.device | str | None = None) -> None:
+        self.device = _device(device)
+        self.model = _load_clip(self.name, path, self.device)
+        self.processor = _load_processor(self.name, path)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
+        """Returns `{name: (N,)}`."""
+        return {self.name: self.scale() * _batched(self._cosine, images, prompts)}
+
+    def scale(self) -> float:
+        """What the cosine is multiplied by."""
+        return 100.0
+
+    def _cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        inputs = self.processor(
+            text=list(prompts),
+            images=[image.convert("RGB") for image in images],
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        output = self.model(**inputs)  # both embeddings have unit length
+        return (output.image_embeds.double() * output.text_embeds.double()).sum(-1)
+
+
+class PickScorer(ClipScorer):
+    """PickScore (arXiv 2305.01569): a CLIP-H tuned on human choices; temperature times cosine.
+
+    The published scale, about 20 to 24. A folder without a processor uses that of the CLIP it was
+    tuned from.
+
+    Args:
+        path: A folder or hub id.
+        device: Where it runs; default CUDA if there is any.
+
+    Raises:
+        ModelError: The model or its processor is not to be had.
+    """
+
+    name = "pickscore"
+
+    def __init__(self, path: str = PICKSCORE, *, device: torch.device | str | None = None) -> None:
+        self.device = _device(device)
+        self.model = _load_clip(self.name, path, self.device)
+        processors = ("processor_config.json", "preprocessor_config.json")
+        own = any((Path(path).expanduser() / name).is_file() for name in processors)
+        self.processor = _load_processor(self.name, path if own else PICKSCORE_PROCESSOR)
+
+    def scale(self) -> float:
+        """The temperature learnt with the model."""
+        return self.model.logit_scale.exp().item()
+
+
+class AestheticScorer:
+    """LAION's aesthetic predictor: linear layers on CLIP ViT-L/14's image embedding; no prompt.
+
+    Args:
+        head: The head's weights, `sac+logos+ava1-l14-linearMSE.pth`.
+        clip: A folder or hub id of the CLIP the head was trained on.
+        device: Where it runs; default CUDA if there is any.
+
+    Raises:
+        ConfigError: No head was given.
+        ModelError: The head or CLIP is not to be had, or they do not fit together.
+    """
+
+    name = "aesthetic"
+
+    def __init__(
+        self, head: str = "", clip: str = CLIP, *, device: torch.device | str | None = None
+    ) -> None:
+        if not head:
+            raise ConfigError(
+                "evaluate.scorers: aesthetic needs the head's weights: "
+                "aesthetic:/path/to/sac+logos+ava1-l14-linearMSE.pth"
+            )
+        self.device = _device(device)
+        self.model = _load_clip(self.name, clip, self.device)
+        self.processor = _load_processor(self.name, clip)
+        self.layers = _load_head(Path(head).expanduser(), self.model.config.projection_dim)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
+        """Returns `{"aesthetic": (N,)}`."""
+        return {self.name: _batched(self._rating, images, prompts)}
+
+    def _rating(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        rgb = [image.convert("RGB") for image in images]
+        inputs = self.processor(images=rgb, return_tensors="pt").to(self.device)
+        pooled = self.model.vision_model(pixel_values=inputs["pixel_values"]).pooler_output
+        x = torch.nn.functional.normalize(self.model.visual_projection(pooled).double(), dim=-1)
+        for weight, bias in self.layers:  # dropout between them, no activation: as released
+            x = torch.nn.functional.linear(x, weight.to(x), bias.to(x))
+        return x[:, 0]
+
+
+def build_scorer(text: str, *, device: torch.device | str | None = None) -> Scorer:
+    """Builds a scorer from its name and, after a colon, its argument (`clip:/models/clip-l`).
+
+    Raises:
+        ConfigError: The name is unknown; the text gives the nearest valid one.
+        ModelError: Its model is not to be had.
+    """
+    name, colon, argument = text.partition(":")
+    if name not in SCORERS:
+        near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"evaluate.scorers: unknown scorer {name!r}{hint} (valid: {', '.join(SCORERS)})"
+        )
+    if colon and not argument:
+        raise ConfigError(f"evaluate.scorers: {text!r} has a colon but nothing after it")
+    return SCORERS[name](argument, device)
+
+
+def build_scorers(
+    names: Sequence[str], *, device: torch.device | str | None = None
+) -> list[Scorer]:
+    """Builds every scorer of `evaluate.scorers`, in order; errors as in `build_scorer`."""
+    return [build_scorer(name, device=device) for name in names]
+
+
+def _digits(argument: str, device: torch.device | str | None) -> Scorer:
+    if argument:
+        raise ConfigError(f"evaluate.scorers: digits takes no argument, got {argument!r}")
+    from fastpo.demo.scorer import DigitScorer
+
+    return cast(Scorer, DigitScorer())
+
+
+Device = torch.device | str | None
+SCORERS: dict[str, Callable[[str, Device], Scorer]] = {
+    "pickscore": lambda path, device: PickScorer(path or PICKSCORE, device=device),
+    "clip": lambda path, device: ClipScorer(path or CLIP, device=device),
+    "aesthetic": lambda head, device: AestheticScorer(head, device=device),
+    "digits": _digits,
+}
+
+
+@torch.inference_mode()
+def _batched(
+    judge: Callable[[Sequence[Image.Image], Sequence[str]], Tensor],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+) -> NDArray[np.float64]:
+    """Runs `judge` over slices of the images; `(N,)`."""
+    if len(images) != len(prompts):
+        raise ValueError(f"one prompt per image: got {len(images)} and {len(prompts)}")
+    starts = range(0, len(images), BATCH_SIZE)
+    parts = [judge(images[i : i + BATCH_SIZE], prompts[i : i + BATCH_SIZE]) for i in starts]
+    return torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _load_clip(scorer: str, path: str, device: torch.device) -> Any:
+    from transformers import AutoModel
+
+    model = _load(scorer, path, AutoModel.from_pretrained)
+    if not hasattr(model, "logit_scale") or not hasattr(model, "visual_projection"):
+        raise ModelError(f"scorer {scorer}: {path} is a {type(model).__name__}, expected CLIP")
+    return model.float().eval().to(device)
+
+
+def _load_processor(scorer: str, path: str) -> Any:
+    from transformers import AutoProcessor
+
+    return _load(scorer, path, AutoProcessor.from_pretrained)
+
+
+def _load(scorer: str, path: str, loader: Callable[[str], Any]) -> Any:
+    folder = Path(path).expanduser()
+    try:
+        return loader(str(folder) if folder.is_dir() else path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        hub_id = path if is_hub_id(path) else PICKSCORE if scorer == PickScorer.name else CLIP
+        raise ModelError(
+            f"scorer {scorer}: {path!r} could not be loaded ({reason}). Fetch it where there is a "
+            f"network (`hf download {hub_id} --local-dir DIR`) and "
+            f"give the folder: evaluate.scorers: [{scorer}:DIR]"
+        ) from error
+
+
+def _load_head(path: Path, width: int) -> list[tuple[Tensor, Tensor]]:
+    """Reads `layers.<i>.weight|bias` in order and checks that they form one chain to a number."""
+    if not path.is_file():
+        raise ModelError(
+            f"scorer aesthetic: no such file: {path}. The head is published as "
+            "sac+logos+ava1-l14-linearMSE.pth with the improved-aesthetic-predictor repository"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = [re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state]
+        order = sorted(int(match[1]) for match in found if match)
+        layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in order]
+    except Exception as error:
+        raise ModelError(f"scorer aesthetic: {path} is no such head: {error}") from error
+    widths = [width, *(len(weight) for weight, _ in layers)]
+    if (
+        not layers
+        or widths[-1] != 1
+        or any(
+            weight.shape[1] != before for (weight, _), before in zip(layers, widths, strict=False)
+        )
+    ):
+        shapes = [tuple(weight.shape) for weight, _ in layers]
+        raise ModelError(
+            f"scorer aesthetic: {path} must lead from CLIP's {width} features to one number, its "
+            f"layers are {shapes}"
+        )
+    return layers

@@ -1,0 +1,80 @@
+"""The objectives: one function each, tensors first, options by keyword.
+
+A batch holds B pairs, winners in rows `0..B-1`, losers in `B..2B-1`. With `e` and `r` the mean
+squared denoising errors of policy and reference, the margin is `d = (r_w - r_l) - (e_w - e_l)` and
+the logit `z = beta d`: **beta is the slope itself**. Trainers that write `0.5 * beta_dpo * d` call
+5000 what is 2500 here. `ls` below is the log-sigmoid. The batch's loss is the mean of the pairs'
+losses.
+
+Every function takes (`sft` and `mapo` without `reference`)
+
+* `policy`: `[2B, *dims]` float32, bfloat16 or float16 predictions; it alone gets a gradient;
+* `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already
+known;
+* `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`, which the
+  kernels form in registers from latents, noise (or its counters) and the schedule, and the CPU
+  default as a tensor;
+* `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
+* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU (compute
+  capability 8.0, or AMD) and there are at most 2048 pairs, else the reference's mathematics in
+  fewer operators and passes, the default on a CPU. A name never falls back; Triton needs vectors
+  and ready errors contiguous.
+
+Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
+`policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or
+None. Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo) also take
+
+* `reduce`: maps this process's sums, one short float32 vector whose last entry is its number of
+  pairs, to those of all processes (`dist.all_reduce`, for one). The pass over the predictions and
+  the finish are then two launches, with one call of `reduce` between them.
+
+Nothing is read back to the host. Each raises `TypeError` on a wrong type or dtype and
+`ValueError` on a wrong shape, device, option or `impl`, naming the rule and what it got.
+
+    >>> policy, reference, target = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3)
+    >>> out = dpo(policy.requires_grad_(), reference, target, beta=2500.0)
+    >>> out.loss.backward()
+"""
+
+from fastpo.loss.adaptive import adaptive_dpo, adaptive_ipo
+from fastpo.loss.preference import (
+    dmpo,
+    dpo,
+    hinge,
+    ipo,
+    kto,
+    linear_dpo,
+    mapo,
+    robust_dpo,
+    sdpo,
+    sft,
+)
+from fastpo_kernels.pair_loss import (
+    PairDraw,
+    PairLoss,
+    PairTarget,
+    Reduce,
+    Target,
+    pair_errors,
+)
+
+__all__ = [
+    "PairDraw",
+    "PairLoss",
+    "PairTarget",
+    "Reduce",
+    "Target",
+    "adaptive_dpo",
+    "adaptive_ipo",
+    "dmpo",
+    "dpo",
+    "hinge",
+    "ipo",
+    "kto",
+    "linear_dpo",
+    "mapo",
+    "pair_errors",
+    "robust_dpo",
+    "sdpo",
+    "sft",
+]

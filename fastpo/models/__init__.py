@@ -1,0 +1,40 @@
+"""The denoisers and encoders: from a model folder to predictions."""
+
+from typing import TYPE_CHECKING
+
+from fastpo.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastpo.models.denoisers import Denoisers as Denoisers
+    from fastpo.models.denoisers import add_lora as add_lora
+    from fastpo.models.denoisers import drop_captions as drop_captions
+    from fastpo.models.denoisers import load_unet as load_unet
+    from fastpo.models.denoisers import predict as predict
+    from fastpo.models.denoisers import setup_denoisers as setup_denoisers
+    from fastpo.models.denoisers import without_dropout as without_dropout
+    from fastpo.models.encoders import Encoders as Encoders
+
+__all__ = [
+    "Denoisers",
+    "Encoders",
+    "add_lora",
+    "drop_captions",
+    "load_unet",
+    "predict",
+    "setup_denoisers",
+    "without_dropout",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Denoisers": "fastpo.models.denoisers",
+        "Encoders": "fastpo.models.encoders",
+        "add_lora": "fastpo.models.denoisers",
+        "drop_captions": "fastpo.models.denoisers",
+        "load_unet": "fastpo.models.denoisers",
+        "predict": "fastpo.models.denoisers",
+        "setup_denoisers": "fastpo.models.denoisers",
+        "without_dropout": "fastpo.models.denoisers",
+    },
+)

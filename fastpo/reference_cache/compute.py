@@ -1,0 +1,363 @@
+"""The reference's errors on the visits to come: computed once, for every run that shares them.
+
+    fastpo prepare CONFIG --reference 4
+    torchrun --nproc_per_node 8 -m fastpo prepare CONFIG --reference auto
+
+Training with `train.reference: cached` then holds and runs no reference model. Each pair and visit
+costs one forward pass, as in a live run, but at inference batch sizes, without the policy in
+memory, on any number of processes, and once for all runs that differ in objective, slope, optimiser
+or adapters. The live pass sees other pairs in its batch, which changes the last digits: in float32
+an error of order 1 by 1e-7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpo.config import Config
+from fastpo.data.cache import PairCache
+from fastpo.data.cache.fingerprint import component_digest
+from fastpo.data.cache.manifest import WeightsMemo, write_atomically
+from fastpo.data.sampler import PairSampler, count_steps
+from fastpo.errors import CacheError, ConfigError, ModelError
+from fastpo.loss import pair_errors
+from fastpo.models.denoisers import DTYPES, drop_captions, load_unet, predict, setup_denoisers
+from fastpo.models.folder import resolve_model_folder
+from fastpo.noise import PairNoise, setup_noise
+from fastpo.reference_cache.store import (
+    ReferenceErrors,
+    merge_parts,
+    open_reference_errors,
+    part_path,
+    reference_folder,
+    reference_root,
+    write_part,
+)
+from fastpo.system.locks import Claims
+from fastpo.system.process import Worker
+from fastpo.system.progress import Advance, rate_progress
+from fastpo.train.objective import needs_reference, runs_reference
+from fastpo.types import PairBatch
+
+Block = tuple[int, int]  # visit, number
+BLOCK_PAIRS = 512  # what a kill can lose, per process
+POLL_SECONDS = 0.5  # between two looks at what other processes are working on
+MEMO = "unet.json"
+# Besides what `PairNoise.identity` names, these decide the errors; everything else in
+# `TrainConfig` leaves them alone.
+DECIDING_KEYS = ("precision", "attention", "empty_prompt_rate")
+
+
+def reference_identity(config: Config, cache: PairCache, noise: PairNoise) -> dict[str, str]:
+    """Names everything on which a visit's reference errors depend, without loading the model.
+
+    With drawn latents the two sides of a flipped pair exchange their draws, so flips count; with
+    `sample_latents: false` one set of errors serves every flip setting. In float32 it serves LoRA
+    and full fine-tuning alike; in half precision they round the reference's norms differently.
+    What plays no part has an empty value.
+
+    Raises:
+        ModelError: The UNet is missing.
+    """
+    train, data = config.train, config.data
+    flips = train.sample_latents
+    return {
+        "UNet": _unet_digest(config),
+        "prepared latents": cache.fingerprint,
+        **noise.identity(),
+        **{f"train.{key}": str(getattr(train, key)) for key in DECIDING_KEYS},
+        "train.method": "" if train.precision == "fp32" else train.method,
+        "data.flip_rate": str(data.flip_rate) if flips else "",
+        "data.flip_seed": str(data.flip_seed) if flips and data.flip_rate > 0 else "",
+    }
+
+
+def _unet_digest(config: Config) -> str:
+    """Hashes the UNet, or recalls it from beside the errors while its files are untouched."""
+    model = config.model
+    folder = resolve_model_folder(model.path, model.revision, model.variant)
+    path, known = reference_root(config.prepare.cache_dir) / MEMO, None
+    with contextlib.suppress(OSError, ValueError):
+        known = WeightsMemo.model_validate_json(path.read_text())
+    memo = component_digest(folder / "unet", model.variant, known)
+    if memo != known:
+        with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
+            write_atomically(path, lambda file: file.write_text(memo.model_dump_json()))
+    return memo.sha256
+
+
+def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> list[np.ndarray]:
+    """Returns, visit by visit, the positions of the pairs that a run draws.
+
+    Args:
+        sampler: The run's stream.
+        num_pairs: Pairs of the cache of latents.
+        micro_batches: How many the run takes of the stream; the last epoch may be partial.
+    """
+    per_epoch = sampler.micro_batches_per_epoch
+    visits, rest = divmod(micro_batches, per_epoch)
+    needed = [np.arange(num_pairs)] * visits
+    if rest:
+        drawn = (sampler.micro_batch(visits * per_epoch + k)[1] for k in range(rest))
+        needed.append(np.sort(np.concatenate([np.asarray(pairs) for pairs in drawn])))
+    return needed
+
+
+def open_for_run(
+    config: Config, cache: PairCache, noise: PairNoise, sampler: PairSampler, processes: int
+) -> ReferenceErrors | None:
+    """Opens the errors that a training run reads, and checks that they last to its end.
+
+    A run that has no reference, or runs it live, gets None.
+
+    Args:
+        config: The run's configuration.
+        cache: Its prepared latents.
+        noise: Its noise source.
+        sampler: Its stream.
+        processes: How many train.
+
+    Raises:
+        CacheError: There are none, they were computed from something else (each differing field is
+            named), or they end before the run does; the text says which command mends it.
+    """
+    if runs_reference(config.train) or not needs_reference(config.train):
+        return None
+    group = processes * config.train.accumulation_steps
+    steps = count_steps(config, sampler, group)
+    needed = needed_pairs(sampler, len(cache), steps * group)
+    whole = f"fastpo prepare CONFIG --reference {len(needed)}"
+    errors = open_reference_errors(
+        config.prepare.cache_dir, reference_identity(config, cache, noise), command=whole
+    )
+    for visit, pairs in enumerate(needed):
+        missing = errors.missing(visit, pairs)
+        if not len(missing):
+            continue
+        raise CacheError(
+            f"the reference errors in {errors.folder} end before the run does: they hold "
+            f"{errors.complete_visits(len(cache))} whole visits of the {len(cache)} pairs, "
+            f"{steps} steps of {group} micro-batches need {len(needed)}; visit {visit} (from 0) "
+            f"lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for these "
+            f"pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; only "
+            "what is missing is computed"
+        )
+    return errors
+
+
+def prepare_reference(
+    config: Config,
+    visits: int | None = None,
+    *,
+    processes: int | None = None,
+    progress: bool = True,
+) -> ReferenceErrors:
+    """Computes the missing errors; processes of any number of launches share the work.
+
+    Each block of 512 pairs is whole on disk before it counts, so a killed run goes on where it was.
+    Processes find one another through the folder of the cache, which all of them must see.
+
+    Args:
+        config: The experiment; its latents are prepared.
+        visits: How many visits of every pair, from the first; None computes those pairs and visits
+            that the configuration's run draws, up to its last step.
+        processes: How many processes will train (for None); default: as many as run now.
+        progress: Show a bar with pairs/s and time left.
+
+    Returns:
+        The errors, all that were asked for; what other processes are at work on is waited for.
+
+    Raises:
+        CacheError: The latents are not prepared, or a file of earlier work is damaged.
+        ConfigError: fp16 was asked for without a GPU.
+        ModelError: The UNet is missing, or answers with NaN or infinity.
+    """
+    worker = Worker.of_launch()
+    device = torch.device(worker.device())
+    if device.type == "cpu" and config.train.precision == "fp16":
+        raise ConfigError("train.precision: fp16 needs a CUDA device; use bf16 or fp32 here")
+    cache = PairCache.open(config)
+    model = config.model
+    folder = resolve_model_folder(model.path, model.revision, model.variant)
+    noise = setup_noise(config, folder, device)
+    needed = [np.arange(len(cache))] * (visits or 0)
+    if visits is None:
+        sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
+        group = (processes or worker.world_size) * config.train.accumulation_steps
+        needed = needed_pairs(sampler, len(cache), count_steps(config, sampler, group) * group)
+    reference_root(config.prepare.cache_dir).mkdir(exist_ok=True)
+    identity = reference_identity(config, cache, noise)
+    target = reference_folder(config.prepare.cache_dir, identity)
+    target.mkdir(exist_ok=True)
+    with Claims(target) as claims:
+        with claims.manifest():
+            errors = merge_parts(target, identity, len(cache))
+        task = _Task(config, cache, noise, device, identity, claims)
+        while missing := _blocks(errors, needed):
+            task.make(missing, worker, show=progress and worker.rank == 0)
+            with claims.manifest():
+                errors = merge_parts(target, identity, len(cache))
+    return errors
+
+
+def _blocks(errors: ReferenceErrors, needed: Sequence[np.ndarray]) -> dict[Block, np.ndarray]:
+    """Cuts what is missing into blocks: `(visit, number)` to positions."""
+    blocks: dict[Block, np.ndarray] = {}
+    for visit, pairs in enumerate(needed):
+        for positions in _runs(missing := errors.missing(visit, pairs), missing // BLOCK_PAIRS):
+            blocks[visit, int(positions[0]) // BLOCK_PAIRS] = positions
+    return blocks
+
+
+def _runs(values: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Splits values where their labels, equal ones side by side, change."""
+    return np.split(values, np.flatnonzero(np.diff(labels)) + 1) if len(values) else []
+
+
+class _Task:
+    """What one process needs to compute blocks; the model is loaded for the first one."""
+
+    def __init__(
+        self,
+        config: Config,
+        cache: PairCache,
+        noise: PairNoise,
+        device: torch.device,
+        identity: dict[str, str],
+        claims: Claims,
+    ) -> None:
+        self.config, self.cache, self.noise = config, cache, noise
+        self.device, self.identity, self.claims = device, identity, claims
+        self.folder = reference_folder(config.prepare.cache_dir, identity)
+        self.model: nn.Module | None = None
+        self.empty = cache.empty_prompt(device)
+
+    def make(self, blocks: dict[Block, np.ndarray], worker: Worker, *, show: bool) -> None:
+        """Computes the blocks that nobody else does, and waits until all of them are there.
+
+        The processes of a launch begin at different places and help out with what is left.
+        """
+        order = sorted(blocks)
+        first = worker.rank * len(order) // worker.world_size
+        left = order[first:] + order[:first]
+        total = sum(map(len, blocks.values()))
+        with rate_progress("reference errors", "pairs", total, show=show) as advance:
+            while left:
+                busy = [b for b in left if not self._is_there(b, blocks[b], advance)]
+                if len(busy) == len(left):
+                    time.sleep(POLL_SECONDS)
+                left = busy
+
+    def _is_there(self, block: Block, positions: np.ndarray, advance: Advance) -> bool:
+        """Computes a block if need be; False while another process is at work on it."""
+        with self._claimed(block) as free:
+            if not free:
+                return False
+            missing = self._still_missing(block, positions)
+            advance(len(positions) - len(missing))
+            if len(missing):
+                self._compute(block, missing, advance)
+            return True
+
+    @contextlib.contextmanager
+    def _claimed(self, block: Block) -> Iterator[bool]:
+        visit, number = block
+        claim = visit * -(-len(self.cache) // BLOCK_PAIRS) + number
+        free = self.claims.take(claim)
+        try:
+            yield free
+        finally:
+            if free:
+                self.claims.give_back(claim)
+
+    def _still_missing(self, block: Block, positions: np.ndarray) -> np.ndarray:
+        """What nobody has computed since the blocks were cut."""
+        if part_path(self.folder, *block).exists():
+            return positions[:0]
+        with self.claims.manifest():
+            errors = open_reference_errors(
+                self.config.prepare.cache_dir, self.identity, command="fastpo prepare"
+            )
+        return errors.missing(block[0], positions)
+
+    def _compute(self, block: Block, positions: np.ndarray, advance: Advance) -> None:
+        """Runs the reference over a block and writes its part."""
+        visit, number = block
+        bucket = self.cache.bucket.numpy()
+        positions = positions[np.argsort(bucket[positions], kind="stable")]
+        size = max(1, self.config.prepare.batch_size // 2)  # it counts images
+        batches = [
+            run[i : i + size]
+            for run in _runs(positions, bucket[positions])
+            for i in range(0, len(run), size)
+        ]
+        errors = []
+        for batch in _read_ahead(self.cache, batches, visit):
+            errors.append(self._errors(batch))
+            advance(len(batch))
+        table = np.concatenate(errors)
+        bad = positions[~np.isfinite(table).all(axis=1)]
+        if len(bad):
+            names = ", ".join(self.cache.pair_ids[int(i)] for i in bad[:8])
+            raise ModelError(
+                f"the reference's errors are not finite on visit {visit} of {len(bad)} pairs "
+                f"({names}); with train.precision: fp16 use bf16, else look at these pairs' latents"
+            )
+        write_part(self.folder, visit, number, positions, table)
+
+    @torch.no_grad()
+    def _errors(self, batch: PairBatch) -> np.ndarray:
+        """The reference's errors on a batch, `(B, 2)` float32, in the data set's order of sides."""
+        train = self.config.train
+        if self.model is None:
+            self.model = load_reference(self.config, self.device)
+        batch = batch.to(self.device)
+        noised = self.noise.noised_pair(batch)
+        if train.empty_prompt_rate > 0.0:
+            dropped = self.noise.empty_prompts(batch, train.empty_prompt_rate)
+            batch = drop_captions(batch, dropped, self.empty)
+        half = train.precision != "fp32"
+        with torch.autocast(self.device.type, DTYPES[train.precision] if half else None, half):
+            prediction = predict(self.model, noised, batch)
+        errors = pair_errors(prediction, noised.target, impl=train.loss_impl)
+        sides = errors.float().view(2, -1).T
+        return torch.where(batch.flipped[:, None], sides.flip(1), sides).cpu().numpy()
+
+
+def load_reference(config: Config, device: torch.device) -> nn.Module:
+    """Loads the reference alone, as a live run sets it up, but never compiled.
+
+    Raises:
+        ModelError: There is no UNet that diffusers loads.
+        ConfigError: The attention asked for is not to be had here.
+    """
+    model = config.model
+    folder = resolve_model_folder(model.path, model.revision, model.variant)
+    train = config.train.model_copy(update={"gradient_checkpointing": False, "compile": False})
+    denoisers = setup_denoisers(load_unet(folder, model.variant), train, needs_reference=True)
+    if denoisers.frozen is not None:
+        return nn.Module.to(denoisers.frozen, device)
+    denoisers.policy.disable_adapters()
+    return nn.Module.to(denoisers.policy.eval().requires_grad_(False), device)
+
+
+def _read_ahead(
+    cache: PairCache, batches: Sequence[np.ndarray], visit: int, ahead: int = 3
+) -> Iterator[PairBatch]:
+    """Reads batches in a thread, a few before they are asked for."""
+    waiting: deque[Future[PairBatch]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        for positions in batches:
+            waiting.append(pool.submit(cache.read, positions.tolist(), visit))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,269 @@
+"""Save and resume: weights, optimiser, averages, ledger, counters, configuration.
+
+A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed
+when complete: a killed run never leaves a half-written one. Noise, timesteps, dropout and the order
+of the data come from counters, so the step's number is all there is to say about them.
+
+Weights, averages and the optimiser's state lie there whole, in float32, by parameter name: any
+number of processes goes on from it, under any ZeRO stage or none, if a step keeps its number of
+micro-batches. Where processes share them, the
+main process gathers them one by one into its host memory: 21 GB at a time for SDXL's 2.57 billion
+weights under AdamW, and 31 GB on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastpo.config import Config
+from fastpo.errors import CheckpointError
+from fastpo.ledger import PairLedger
+from fastpo.system.files import whole_folder
+from fastpo.train.batch_statistics import RunningStatistics
+from fastpo.train.ema import MovingAverages
+from fastpo.train.weights import PolicyWeights
+
+# Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
+# results are kept, not what is computed.
+FREE_KEYS = (
+    "train.output_dir",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+    "train.loader_workers",
+    "train.deepspeed",
+    "train.accumulation_steps",  # only its product with the processes matters, and is compared
+    "train.reference",  # the same errors, to rounding; a cache of others is refused
+    "prepare.cache_dir",
+    "prepare.batch_size",
+    "prepare.workers",
+    "evaluate",
+)
+# Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that changes while training, besides the step's number.
+
+    Attributes:
+        trainable: The policy's trainable parameters by name.
+        weights: Where these and their optimiser's state lie.
+        optimizer: Their optimiser.
+        schedule: The learning-rate schedule.
+        ledger: Every pair's votes.
+        metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
+        averages: Moving averages by role (`annotators`, `export`).
+        scaler: The gradient scaler (fp16), or None.
+        statistics: Running batch statistics, where the run keeps any.
+    """
+
+    trainable: dict[str, nn.Parameter]
+    weights: PolicyWeights
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ledger: PairLedger
+    metric: Tensor
+    averages: dict[str, MovingAverages]
+    scaler: Any = None
+    statistics: RunningStatistics | None = None
+
+
+def save_checkpoint(
+    run: Path, step: int, state: TrainingState, config: Config, cache: str, group: int, *, keep: int
+) -> Path:
+    """Writes a checkpoint after optimiser step `step` and removes the oldest beyond `keep`.
+
+    All processes must call it, since each may hold a part of the weights; the main one writes.
+
+    Args:
+        run: The run's folder.
+        step: Number of finished optimiser steps.
+        state: What is saved.
+        config: The resolved configuration, saved beside it.
+        cache: The prepared cache's fingerprint.
+        group: Micro-batches per optimiser step, over all processes.
+        keep: How many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    target = run / "checkpoints" / f"step-{step:08d}"
+    if not state.weights.main:
+        for _ in _parts(state):
+            pass
+        return target
+    with whole_folder(target) as folder:
+        for name, content in _parts(state):
+            if name.endswith(".pt"):
+                torch.save(content, folder / name)
+            else:
+                save_file(content, folder / name)
+        votes = {**state.ledger.state_dict(), "metric": state.metric}
+        if state.statistics is not None:
+            votes |= state.statistics.state_dict()
+        save_file(votes, folder / "ledger.safetensors")
+        about = {"step": step, "cache": cache, "group": group}
+        about["config"] = config.model_dump(mode="json")
+        (folder / "state.json").write_text(json.dumps(about, indent=1))
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gathers file after file, so that host memory holds one at a time (collective)."""
+    weights = state.weights
+    yield "trainable.safetensors", weights.collect(weights.stores)
+    for role, averages in state.averages.items():
+        yield f"average-{role}.safetensors", weights.collect(averages.state_dict())
+    yield (
+        "optimizer.pt",
+        {
+            "optimizer": weights.optimizer_state(),
+            "schedule": state.schedule.state_dict(),
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        },
+    )
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(
+    folder: Path, state: TrainingState, config: Config, cache: str, group: int
+) -> int:
+    """Restores `state` in place.
+
+    Returns:
+        The number of finished optimiser steps.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the checkpoint belongs to another
+            configuration or cache; the text names every key that differs.
+    """
+    about = _read(folder / "state.json", lambda path: json.loads(path.read_text()))
+    differing = differing_keys(about["config"], config)
+    if differing:
+        raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
+    if about["cache"] != cache:
+        raise CheckpointError(
+            f"{folder} was trained on another prepared cache "
+            f"(fingerprint {about['cache'][:12]}, this one is {cache[:12]})"
+        )
+    if about["group"] != group:
+        raise CheckpointError(
+            f"{folder} was trained with {about['group']} micro-batches a step (processes x "
+            f"accumulation), this run has {group}; resume on as many processes, or keep the product"
+        )
+    weights = _read(folder / "trainable.safetensors", load_file)
+    if weights.keys() != state.trainable.keys():
+        raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
+    state.weights.load(weights)
+    ledger = _read(folder / "ledger.safetensors", load_file)
+    state.metric.copy_(ledger.pop("metric"))
+    try:
+        state.ledger.load_state_dict(ledger)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'ledger.safetensors'}: {error}") from None
+    if state.statistics is not None:
+        state.statistics.load_state_dict(ledger, next(iter(state.trainable.values())).device)
+    for role, averages in state.averages.items():
+        whole = _read(folder / f"average-{role}.safetensors", load_file)
+        state.weights.spread(whole, averages.state_dict())
+    rest = _read(
+        folder / "optimizer.pt",
+        lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
+    )
+    state.weights.load_optimizer_state(rest["optimizer"])
+    state.schedule.load_state_dict(rest["schedule"])
+    rates = state.schedule.get_last_lr()
+    for options, rate in zip(state.schedule.optimizer.param_groups, rates, strict=True):
+        options["lr"] = rate
+    if state.scaler is not None and rest["scaler"] is not None:
+        state.scaler.load_state_dict(rest["scaler"])
+    return about["step"]
+
+
+def differing_keys(saved: dict, config: Config) -> list[str]:
+    """Returns `key: saved -> current` for every key on which results depend.
+
+    A key that the saved configuration is too old to have counts as its default, and one that is
+    gone by now differs.
+    """
+    saved = _completed(saved)
+    free = list(FREE_KEYS)
+    if config.train.optim.schedule in CONSTANT_SCHEDULES:
+        free += ["train.epochs", "train.max_steps"]
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+
+
+def _completed(saved: dict) -> dict:
+    """A saved configuration with the defaults of the keys that it lacks."""
+    try:
+        return _with_defaults(saved)
+    except ValidationError as error:
+        extra = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+    known = copy.deepcopy(saved)
+    gone = [(path, _section(known, path).pop(path[-1])) for path in extra]
+    try:
+        filled = _with_defaults(known)
+    except ValidationError:
+        return saved
+    for path, value in gone:
+        _section(filled, path)[path[-1]] = value
+    return filled
+
+
+def _with_defaults(saved: dict) -> dict:
+    return Config.model_validate(saved).model_dump(mode="json")
+
+
+def _section(tree: dict, path: tuple[int | str, ...]) -> dict:
+    """Where a path's last key stands; a union's tag, which the path names too, is no key."""
+    for key in path[:-1]:
+        tree = tree.get(key, tree)
+    return tree
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a whole checkpoint: {path.name} is missing"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

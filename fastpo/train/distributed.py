@@ -1,0 +1,233 @@
+"""Processes, devices and precision: the only module that knows accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastpo.config import TrainConfig
+from fastpo.errors import ConfigError
+from fastpo.models.denoisers import DTYPES
+from fastpo.train import zero
+from fastpo.train.optimizer import setup_optimizer
+from fastpo.train.weights import PolicyWeights
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.DEEPSPEED,
+)
+ASKS_FOR_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+ENVIRONMENT = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    ASKS_FOR_DEEPSPEED,
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+)
+"""What joining may change in the environment; the next run would take it for its launcher's."""
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[Accelerator]:
+    """Joins the processes for one run; group and environment are then as they were before.
+
+    Raises:
+        ConfigError: As `setup_accelerator`.
+    """
+    keep_group = torch.distributed.is_initialized()
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    try:
+        accelerator = setup_accelerator(config)
+        try:
+            yield accelerator
+        finally:
+            leave(accelerator, keep_group=keep_group)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def setup_accelerator(config: TrainConfig) -> Accelerator:
+    """Joins the processes that `torchrun`, `accelerate launch`, `deepspeed` or nobody started.
+
+    Without a GPU, processes talk over gloo. A process group that exists already is used.
+
+    Raises:
+        ConfigError: fp16 was asked for without a GPU, a tracker is not installed, DeepSpeed is not
+            installed or its settings contradict ours, or the launcher asks for other sharded
+            training than `train.deepspeed`.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and config.precision == "fp16":
+        raise ConfigError(
+            "train.precision: fp16 needs a CUDA device (its gradients must be scaled); "
+            "use bf16 or fp32 here"
+        )
+    missing = [t for t in config.trackers if not _importable(t)]
+    if missing:
+        raise ConfigError(
+            f"train.trackers: {missing[0]} is not installed; `pip install {missing[0]}`, "
+            "or take it out of the list"
+        )
+    _forget_earlier_run()
+    plugin = _deepspeed_plugin(config)
+    handlers: list[KwargsHandler] = []
+    if "WORLD_SIZE" in os.environ and (plugin or int(os.environ["WORLD_SIZE"]) > 1):
+        # The others wait while the main process saves, which may take long on shared storage.
+        backend = "gloo" if on_cpu else "nccl"
+        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30))]
+    accelerator = Accelerator(
+        cpu=on_cpu and plugin is None,  # accelerate takes `cpu` for "no DeepSpeed"
+        deepspeed_plugins=plugin,
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.accumulation_steps, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+        log_with=list(config.trackers) or None,
+        project_dir=config.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise RuntimeError(f"accelerate runs {accelerator.distributed_type} for train.deepspeed")
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; "
+            "set train.deepspeed (zero3 shares weights as FSDP does), and launch with torchrun or "
+            "accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def _forget_earlier_run() -> None:
+    """Drops what accelerate remembers of an earlier run in this process, whose mode may differ."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
+    """Our settings as accelerate takes them; None without `train.deepspeed`."""
+    asked = os.environ.get(ASKS_FOR_DEEPSPEED, "false").lower() == "true"
+    if config.deepspeed is None:
+        if asked:
+            raise ConfigError(
+                "the launcher asks for DeepSpeed; say which in train.deepspeed "
+                f"({', '.join(zero.NAMES)}, or a JSON file)"
+            )
+        return None
+    own = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if asked and own not in ("none", config.deepspeed):
+        raise ConfigError(
+            f"accelerate's configuration names the DeepSpeed file {own}, train.deepspeed names "
+            f"{config.deepspeed}; put the one you mean into train.deepspeed"
+        )
+    zero.prepare_environment()
+    # accelerate takes the first for "no DeepSpeed", and refuses a file beside the second.
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_CONFIG_DS_FIELDS"):
+        os.environ.pop(name, None)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    settings = zero.read_settings(config, int(os.environ["WORLD_SIZE"]))
+    # No `zero.Init` while models load: it would share out the frozen reference as well, silently.
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def choose_optimizer(
+    accelerator: Accelerator,
+    trainable: dict[str, nn.Parameter],
+    config: TrainConfig,
+    *,
+    seed: int,
+) -> Optimizer:
+    """The configured optimiser; DeepSpeed's AdamW where its state stays in host memory."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and zero.offloads_optimizer(plugin.deepspeed_config):
+        return zero.cpu_adam(list(trainable.values()), config.optim)
+    fused = accelerator.device.type == "cuda" and config.precision != "fp16"
+    return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused)
+
+
+def prepare_policy(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    optimizer: Optimizer,
+) -> tuple[nn.Module, Any, PolicyWeights]:
+    """Hands policy and optimiser to the launcher's way of training.
+
+    Returns:
+        The policy to call, the optimiser to step, and where the weights lie from now on.
+    """
+    main = accelerator.is_main_process
+    wrapped, prepared = accelerator.prepare(policy, optimizer)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return wrapped, prepared, PolicyWeights(trainable, prepared, main=main)
+    stage, device = plugin.zero_stage, accelerator.device
+    weights = zero.ZeroWeights(trainable, wrapped.optimizer, stage, device=device, main=main)
+    return wrapped, prepared, weights
+
+
+def autocast(accelerator: Accelerator, config: TrainConfig) -> torch.autocast:
+    """The precision in which denoisers run; accelerate's own does nothing under DeepSpeed."""
+    half = config.precision != "fp32"
+    dtype = DTYPES[config.precision] if half else None
+    return torch.autocast(accelerator.device.type, dtype=dtype, enabled=half)
+
+
+def gradient_norm(norm: Any) -> Any:
+    """The norm before clipping; DeepSpeed reports one that is not finite as -1."""
+    return float("nan") if isinstance(norm, float) and norm < 0 else norm
+
+
+def gather(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """Returns the rows of all processes, `(P * N, K)`; one collective, nothing with one process."""
+    return rows if accelerator.num_processes == 1 else accelerator.gather(rows)  # pyright: ignore[reportReturnType]
+
+
+def all_reduce_sum(accelerator: Accelerator, vector: Tensor) -> Tensor:
+    """Returns the sum of the processes' vectors; one collective, nothing with one process."""
+    return vector if accelerator.num_processes == 1 else accelerator.reduce(vector)  # pyright: ignore[reportReturnType]
+
+
+def leave(accelerator: Accelerator, *, keep_group: bool) -> None:
+    """Closes the trackers, and the process group unless it was there before the run."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if keep_group or not torch.distributed.is_initialized():
+        return
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # torch's own would leave DeepSpeed with dead groups
+    else:
+        accelerator.state.destroy_process_group()

@@ -1,0 +1,125 @@
+"""Optimiser and learning-rate schedule from the configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from fastpo.config import OptimConfig
+from fastpo.errors import ConfigError
+from fastpo.train.bf16_optimizer import RoundedOptimizer
+
+BLOCK = 256  # 8-bit states that share one scale, in bitsandbytes
+SMALLEST_8BIT = 4096  # it gives smaller tensors float32 states
+
+
+def setup_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    seed: int = 0,
+    fused: bool = False,
+) -> Optimizer:
+    """AdamW, 8-bit AdamW, or Adafactor; with stochastic rounding where weights are bfloat16.
+
+    Adafactor runs at a fixed rate (no relative step), which SDXL's published DPO uses. 8-bit AdamW
+    is bitsandbytes': both moments in 8 bits, with a float32 scale for every 256 of them.
+
+    Args:
+        parameters: The trainable weights.
+        config: The options.
+        seed: The run's seed; keys the rounding.
+        fused: Run AdamW as one kernel; it cannot tell the fp16 scaler that it skipped a step. Else
+            the choice is torch's.
+
+    Raises:
+        ConfigError: 8-bit AdamW was asked for and bitsandbytes is not installed.
+    """
+    weights = list(parameters)
+    build = partial(_build, config=config, fused=fused)
+    if any(p.dtype == torch.bfloat16 for p in weights):
+        return RoundedOptimizer(weights, build, seed=seed)
+    return build(weights)
+
+
+def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool) -> Optimizer:
+    if config.name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
+    options: Any = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw_8bit":
+        return _adamw_8bit()(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=fused or None, **options)
+
+
+def _adamw_8bit() -> type[Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"train.optim.name: adamw_8bit needs bitsandbytes ({error}); "
+            "`pip install fastpo[8bit]`, or use adamw or adafactor"
+        ) from None
+    return AdamW8bit
+
+
+def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
+    """diffusers' schedules by name, counted in optimiser steps."""
+    return get_scheduler(
+        config.schedule,
+        optimizer=optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=total_steps,
+    )
+
+
+def has_moved(schedule: LRScheduler) -> bool:
+    """Whether an update has changed the weights: a warm-up's first has a rate of zero.
+
+    The schedule counts updates; those that the fp16 scaler left out are not among them. Until then
+    policy and reference agree, and a margin is the rounding of cached errors, of another batch or
+    of compiled code.
+    """
+    assert isinstance(schedule, LambdaLR), "diffusers' schedules are factors of the rate"
+    factor = schedule.lr_lambdas[0]
+    return any(factor(update) > 0.0 for update in range(schedule.last_epoch))
+
+
+def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
+    """Bytes of optimiser state, whatever the weights' type.
+
+    AdamW keeps two float32 per weight; 8-bit AdamW two bytes and two float32 scales per block;
+    Adafactor the sums over rows and over columns.
+    """
+    total = 0
+    for p in parameters:
+        if config.name == "adamw_8bit" and p.numel() >= SMALLEST_8BIT:
+            total += 2 * p.numel() + 8 * math.ceil(p.numel() / BLOCK)
+        elif config.name != "adafactor":
+            total += 8 * p.numel()
+        elif p.ndim < 2:
+            total += 4 * p.numel()
+        else:
+            total += 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2])
+    return total

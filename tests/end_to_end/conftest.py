@@ -1,0 +1,97 @@
+"""Runs on two processes, and the configuration file that they change."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from fastpo.config import load_config
+from fastpo.train import train
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("many_runs.py")
+STEPS, MIDDLE = 4, 2
+
+
+@pytest.fixture(scope="session")
+def train_on_two():
+    """Runs all jobs of `many_runs.py` in one launch: `train_on_two(folder, jobs) -> outcomes`."""
+
+    def launch(folder, jobs):
+        listed = folder / "jobs.json"
+        listed.write_text(json.dumps(jobs))
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [sys.executable, *command, WORKER, listed],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=1500,
+            check=False,
+        )
+        file = listed.with_suffix(".done")
+        outcomes = dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {}
+        names = [job["name"] for job in jobs]
+        text = done.stdout[-3000:] + done.stderr[-6000:]
+        assert list(outcomes) == names, text
+        assert done.returncode == 0, text
+        return outcomes
+
+    return launch
+
+
+@pytest.fixture
+def run(experiment, read_metrics):
+    """Trains a small experiment: `run(**options)` gives its metrics."""
+
+    def train_it(**options):
+        return read_metrics(train(load_config(experiment(**options)), progress=False))
+
+    return train_it
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """Loads the weights that a run left for diffusers: `exported(folder, name="final")`."""
+
+    def load(folder, name="final"):
+        files = sorted((folder / name).rglob("*.safetensors"))
+        assert files
+        return {f"{f.name}.{k}": v for f in files for k, v in load_file(f).items()}
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def base(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+    """A configuration file of four steps, with a checkpoint after two."""
+    raw = {
+        "seed": 7,
+        "model": {"path": str(tiny_pipelines["sdxl"])},
+        "data": {"source": "folder", "path": str(tiny_data)},
+        "prepare": {
+            "cache_dir": str(tiny_caches / "sdxl"),
+            "resolution": 32,
+            "store_precision": "fp32",
+        },
+        "train": {
+            "output_dir": "unused",
+            "objective": {"name": "dpo", "beta": 500.0},
+            # Fast, or margins would be little more than rounding, and its sign a ledger's vote.
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "max_steps": STEPS,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "checkpoint_every": MIDDLE,
+            "trackers": [],
+        },
+    }
+    path = tmp_path_factory.mktemp("two") / "base.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path

@@ -1,0 +1,177 @@
+"""The command line as a user meets it: each mistake gets one clear line and exit code 2."""
+
+import json
+
+import pytest
+import yaml
+
+from fastpo.cli import main
+
+
+def call(capsys, *arguments):
+    """Runs the command in this process; returns its exit code and what it wrote."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return stopped.value.code, out.out + out.err
+
+
+def complaint(capsys, *arguments):
+    code, text = call(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in text
+    assert text.count("error:") == 1
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
+def test_a_mistyped_key_is_named_with_the_nearest_valid_one(capsys, experiment, command):
+    path = experiment()
+    text = complaint(capsys, command, path, "--set", "train.objective.betta=3")
+    assert "unknown key train.objective.betta; did you mean train.objective.beta?" in text
+
+
+def test_a_missing_configuration_is_named(capsys, tmp_path):
+    assert "config file not found" in complaint(capsys, "train", tmp_path / "none.yaml")
+
+
+def test_training_before_preparing_says_what_to_do(capsys, experiment, tmp_path):
+    text = complaint(capsys, "train", experiment(), "--set", f"prepare.cache_dir={tmp_path / 'x'}")
+    assert "fastpo prepare" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_resolution_is_refused_by_name(capsys, experiment):
+    text = complaint(capsys, "train", experiment(), "--set", "prepare.resolution=48")
+    assert "resolution" in text
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "/nowhere"])
+def test_a_missing_model_is_named(capsys, experiment, path):
+    assert path in complaint(capsys, "prepare", experiment(), "--set", f"model.path={path}")
+
+
+def data_folder(tmp_path, text):
+    folder = tmp_path / "bad-data"
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"prompt": "a", "winner": "w.png"}\n', "loser"),
+        ("not json\n", "pairs.jsonl"),
+        ("", "holds no labelled pair"),
+    ],
+)
+def test_bad_data_is_named_and_leaves_no_cache(capsys, experiment, tmp_path, text, expected):
+    folder = data_folder(tmp_path, text)
+    cache = tmp_path / "cache"
+    said = complaint(
+        capsys,
+        "prepare",
+        experiment(),
+        *("--set", f"data.path={folder}", "--set", f"prepare.cache_dir={cache}"),
+    )
+    assert expected in said
+    assert not (cache.exists() and list(cache.rglob("*.safetensors")))
+
+
+def test_evaluating_before_training_says_what_to_do(capsys, experiment):
+    assert "train" in complaint(
+        capsys, "evaluate", experiment(), "--set", "evaluate.scorers=[clip:/nowhere]"
+    )
+
+
+def test_reporting_on_a_folder_that_is_no_run(capsys, tmp_path):
+    text = complaint(capsys, "report", tmp_path, "--out", tmp_path / "out")
+    assert str(tmp_path) in text
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_run_in_the_folder_is_not_overwritten_unasked(capsys, experiment, fastpo, read_metrics):
+    path = experiment()
+    fastpo("train", path)
+    before = read_metrics(path.parent / "run")
+    assert "--resume" in complaint(capsys, "train", path)
+    assert read_metrics(path.parent / "run") == before
+
+
+def test_debug_shows_where_an_error_came_from(fastpo, tmp_path):
+    done = fastpo("train", tmp_path / "none.yaml", "--debug", check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "ConfigError" in done.stderr
+
+
+def test_the_banner_states_what_is_about_to_run(experiment, fastpo):
+    done = fastpo("train", experiment(), env={"COLUMNS": "200"})
+    for text in (
+        "dpo",
+        "slope",
+        "--beta_dpo 1000",
+        "0.6931",
+        "11",
+        "2 pairs",
+        "fp32",
+        "cpu",
+        "KiB",
+    ):
+        assert text in done.stderr, text
+
+
+LAUNCHERS = {
+    "fastpo": ("-m", "fastpo", "train"),
+    "python -m": ("-m", "fastpo.train"),
+    "accelerate": (
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("-m", "fastpo.train"),
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_every_launcher_trains_and_saves_the_resolved_configuration(experiment, fastpo, launcher):
+    path = experiment()
+    fastpo(path, "--set", "train.optim.lr=2e-4", launcher=launcher)
+    saved = yaml.safe_load((path.parent / "run" / "config.yaml").read_text())
+    assert saved["train"]["optim"]["lr"] == 2e-4
+    state = path.parent / "run" / "checkpoints" / "step-00000004" / "state.json"
+    assert json.loads(state.read_text())["config"] == saved
+
+
+def test_tensorboard_gets_the_metrics(experiment, fastpo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = experiment()
+    fastpo("train", path, "--set", "train.trackers=[tensorboard]")
+    events = list((path.parent / "run").rglob("events.out.tfevents.*"))
+    read = EventAccumulator(str(events[0].parent))
+    read.Reload()
+    assert [event.step for event in read.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_is_not_installed_is_named(capsys, experiment, monkeypatch):
+    import fastpo.train.distributed
+
+    monkeypatch.setattr(fastpo.train.distributed, "_importable", lambda name: name != "wandb")
+    text = complaint(capsys, "train", experiment(), "--set", "train.trackers=[wandb]")
+    assert "pip install wandb" in text
+
+
+def test_fp16_without_a_gpu_is_refused_with_a_way_out(capsys, experiment):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("fp16 trains on this machine")
+    text = complaint(capsys, "train", experiment(), "--set", "train.precision=fp16")
+    assert "bf16 or fp32" in text
+
+
+def test_version(fastpo):
+    from fastpo import __version__
+
+    assert fastpo("--version").stdout.strip() == __version__

@@ -1,0 +1,164 @@
+"""Scorers against direct computation with tiny random CLIP models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+
+from fastpo.errors import ConfigError, ModelError
+from fastpo.evaluate import scorers
+from fastpo.evaluate.scorers import AestheticScorer, ClipScorer, PickScorer, Scorer, build_scorer
+
+PROMPTS = ["a cat", "seven", "a very long prompt " * 20, "x", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of a few thousand random weights with tokenizer and image processor."""
+    letters = sorted(ByteLevel.alphabet())
+    names = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={n: i for i, n in enumerate(names)}, merges=[])
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(
+        text_config=dict(
+            **tower,
+            vocab_size=len(names),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(**tower, image_size=16, patch_size=8),
+        projection_dim=12,
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)) for _ in PROMPTS]
+
+
+@torch.no_grad()
+def direct(folder: Path, images: list[Image.Image]) -> tuple[np.ndarray, CLIPModel]:
+    """Cosines one image at a time, from the two towers' features."""
+    model, processor = CLIPModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    cosines = []
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        x = processor(
+            text=[prompt], images=[image], truncation=True, max_length=77, return_tensors="pt"
+        )
+        seen = model.vision_model(pixel_values=x["pixel_values"]).pooler_output
+        read = model.text_model(input_ids=x["input_ids"]).pooler_output
+        pair = model.visual_projection(seen)[0], model.text_projection(read)[0]
+        cosines.append(torch.cosine_similarity(*pair, dim=0).item())
+    return np.array(cosines), model
+
+
+def test_clip_is_a_hundred_cosines(clip_folder: Path, images: list[Image.Image]) -> None:
+    scores = build_scorer(f"clip:{clip_folder}").score(images, PROMPTS)
+    assert list(scores) == ["clip"] and scores["clip"].dtype == np.float64
+    np.testing.assert_allclose(scores["clip"], 100 * direct(clip_folder, images)[0], atol=1e-4)
+
+
+def test_pickscore_is_temperature_times_cosine(
+    clip_folder: Path, images: list[Image.Image]
+) -> None:
+    cosines, model = direct(clip_folder, images)
+    scores = build_scorer(f"pickscore:{clip_folder}").score(images, PROMPTS)
+    assert list(scores) == ["pickscore"]
+    expected = model.logit_scale.exp().item() * cosines
+    np.testing.assert_allclose(scores["pickscore"], expected, atol=1e-5)
+
+
+def test_batches_do_not_matter(
+    clip_folder: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = PickScorer(str(clip_folder))
+    whole = scorer.score(images, PROMPTS)["pickscore"]
+    monkeypatch.setattr(scorers, "BATCH_SIZE", 2)
+    np.testing.assert_allclose(scorer.score(images, PROMPTS)["pickscore"], whole, atol=1e-5)
+
+
+def test_grey_images_and_no_images(clip_folder: Path, images: list[Image.Image]) -> None:
+    scorer = ClipScorer(str(clip_folder))
+    grey = scorer.score([images[0].convert("L")], PROMPTS[:1])["clip"]
+    assert grey.shape == (1,) and np.isfinite(grey).all()
+    assert scorer.score([], [])["clip"].shape == (0,)
+    with pytest.raises(ValueError, match="one prompt per image: got 1 and 2"):
+        scorer.score(images[:1], PROMPTS[:2])
+
+
+def test_aesthetic_head_is_linear_on_the_unit_embedding(
+    clip_folder: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    head = torch.nn.Sequential(
+        torch.nn.Linear(12, 5), torch.nn.Dropout(), torch.nn.Linear(5, 1)
+    ).eval()
+    path = tmp_path / "head.pth"
+    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, path)
+    scores = AestheticScorer(str(path), str(clip_folder)).score(images, PROMPTS)["aesthetic"]
+    model, processor = (
+        CLIPModel.from_pretrained(clip_folder),
+        AutoProcessor.from_pretrained(clip_folder),
+    )
+    with torch.no_grad():
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        features = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        expected = head(features / features.norm(dim=-1, keepdim=True))[:, 0]
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+
+
+def test_aesthetic_refuses_what_does_not_fit(clip_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the head's weights"):
+        build_scorer("aesthetic")
+    with pytest.raises(ModelError, match="no such file"):
+        AestheticScorer(str(tmp_path / "none.pth"), str(clip_folder))
+    path = tmp_path / "head.pth"
+    torch.save({"layers.0.weight": torch.zeros(1, 7), "layers.0.bias": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match=r"from CLIP's 12 features to one number.*\(1, 7\)"):
+        AestheticScorer(str(path), str(clip_folder))
+
+
+def test_unknown_names_give_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown scorer 'pikscore'; did you mean 'pickscore'"):
+        build_scorer("pikscore")
+    with pytest.raises(ConfigError, match="colon but nothing after"):
+        build_scorer("clip:")
+    with pytest.raises(ConfigError, match="digits takes no argument"):
+        build_scorer("digits:x")
+
+
+def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"hf download .* --local-dir DIR.*\[clip:DIR\]"):
+        build_scorer(f"clip:{tmp_path}")
+
+
+def test_any_object_with_the_protocol_is_a_scorer(clip_folder: Path) -> None:
+    class Constant:
+        name = "constant"
+
+        def score(self, images: list, prompts: list) -> dict[str, np.ndarray]:
+            return {"constant": np.ones(len(images))}
+
+    assert isinstance(Constant(), Scorer)
+    assert isinstance(ClipScorer(str(clip_folder)), Scorer)
