@@ -98,19 +98,21 @@ def prepare(
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
     from fastpo.data.prepare import prepare
+    from fastpo.models.folder import ModelFolder
     from fastpo.system.process import Worker
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
     resolved = load_config(config, overrides or ())
-    cache, tell = prepare(resolved), Worker.of_launch().rank == 0
+    model = ModelFolder.resolve(resolved.model)
+    cache, tell = prepare(resolved, model=model), Worker.of_launch().rank == 0
     if tell:
         print(f"{len(cache)} pairs in {cache.folder}")
     if reference is not None:
         from fastpo.reference_cache import prepare_reference
 
-        errors = prepare_reference(resolved, visits, processes=processes)
+        errors = prepare_reference(resolved, visits, processes=processes, model=model)
         if tell:
             print(f"the reference's errors on them in {errors.folder}")
 

@@ -31,13 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ModelError
-from fastpo.models.folder import (
-    component_files,
-    detect_family,
-    digest_files,
-    resolve_model_folder,
-    resolve_vae_folder,
-)
+from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.system.files import replace_folder, whole_file, write_text
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -117,11 +111,8 @@ class Sampler:
     def __init__(self, config: Config, *, progress: bool = True) -> None:
         self.config = config
         self.progress = progress
-        model = config.model
-        self.folder = resolve_model_folder(model.path, model.revision, model.variant)
-        self.family = detect_family(self.folder)
-        vae = model.vae
-        self.vae = None if vae is None else resolve_vae_folder(vae, variant=model.variant)
+        self.model = ModelFolder.resolve(config.model)
+        self.family = self.model.family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
@@ -153,14 +144,10 @@ class Sampler:
     @cached_property
     def weights(self) -> dict[str, str]:
         """Digests of the base pipeline's components."""
-        folders = {name: self.folder / name for name in COMPONENTS}
-        if self.vae is not None:
-            folders["vae"] = self.vae
-        variant = self.config.model.variant
         return {
-            name: digest_files(component_files(folder, variant))
-            for name, folder in folders.items()
-            if folder.is_dir()
+            name: self.model.digest(name).sha256
+            for name in COMPONENTS
+            if self.model.component(name).is_dir()
         }
 
     def fingerprint(self, samples: Sequence[Sample], aligned: Path | None = None) -> str:
@@ -240,7 +227,7 @@ class Sampler:
     def pipeline(self) -> Any:
         """The base pipeline; without watermark or safety checker, which would alter images."""
         dtype = DTYPES[self.config.evaluate.precision]
-        options: dict[str, Any] = {"dtype": dtype, "variant": self.config.model.variant}
+        options: dict[str, Any] = {"dtype": dtype, "variant": self.model.variant}
         if self.family == "sdxl":
             kind = StableDiffusionXLPipeline
             options["add_watermarker"] = False
@@ -248,11 +235,11 @@ class Sampler:
             kind = StableDiffusionPipeline
             options |= {"safety_checker": None, "requires_safety_checker": False}
         try:
-            if self.vae is not None:
-                options["vae"] = AutoencoderKL.from_pretrained(self.vae, dtype=dtype)
-            pipeline = kind.from_pretrained(self.folder, **options)
+            if self.model.other_vae is not None:
+                options["vae"] = AutoencoderKL.from_pretrained(self.model.vae, dtype=dtype)
+            pipeline = kind.from_pretrained(self.model.path, **options)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.folder} could not be loaded: {error}") from error
+            raise ModelError(f"{self.model.path} could not be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

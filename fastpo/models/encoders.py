@@ -12,13 +12,7 @@ from torch import Tensor
 
 from fastpo.config import Config, Precision
 from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
-from fastpo.models.folder import (
-    Family,
-    component_variant,
-    detect_family,
-    resolve_model_folder,
-    resolve_vae_folder,
-)
+from fastpo.models.folder import Family, ModelFolder, component_variant
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -46,25 +40,29 @@ class Encoders:
     device: torch.device
 
     @classmethod
-    def load(cls, config: Config, *, device: torch.device | str | None = None) -> Encoders:
+    def load(
+        cls,
+        config: Config,
+        *,
+        device: torch.device | str | None = None,
+        model: ModelFolder | None = None,
+    ) -> Encoders:
         """Loads what `config.model` and `config.prepare` name.
 
         Args:
             config: Gives the model, the VAE that replaces its own, and both precisions.
             device: Defaults to the first CUDA device if there is one, else the CPU.
+            model: The folder of the configuration's model; by default it is looked for.
 
         Raises:
             ModelError: A folder or a part of it is missing, or the family is not supported.
             ConfigError: The VAE is known to overflow in the precision asked for.
         """
-        model, prepare = config.model, config.prepare
-        folder = resolve_model_folder(model.path, model.revision, model.variant)
-        family = detect_family(folder)
+        model, prepare = model or ModelFolder.resolve(config.model), config.prepare
+        family = model.family
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        vae = _load_vae(vae_folder_of(config, folder), model.variant, DTYPES[prepare.vae_precision])
-        tokenizers, texts = _load_texts(
-            folder, family, model.variant, DTYPES[prepare.text_precision]
-        )
+        vae = _load_vae(model.vae, model.variant, DTYPES[prepare.vae_precision])
+        tokenizers, texts = _load_texts(model, DTYPES[prepare.text_precision])
         if family == "sdxl" and vae.dtype == torch.float16 and vae.config.force_upcast:
             raise ConfigError(
                 "prepare.vae_precision: fp16 overflows in this VAE (its config.json asks for "
@@ -151,15 +149,6 @@ class Encoders:
         return prompt_embeds, pooled
 
 
-def vae_folder_of(config: Config, folder: Path) -> Path:
-    """Returns the folder of the VAE in use: `model.vae` if given, else the pipeline's own.
-
-    Raises:
-        ModelError: It is missing or holds no VAE.
-    """
-    return resolve_vae_folder(config.model.vae or str(folder), variant=config.model.variant)
-
-
 def vae_factor(vae_config: dict[str, Any]) -> int:
     """Returns how many image pixels one latent pixel spans on each side."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -175,20 +164,18 @@ def _load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         raise ModelError(f"{folder}: the VAE could not be loaded: {error}") from error
 
 
-def _load_texts(
-    folder: Path, family: Family, variant: str | None, dtype: torch.dtype
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _load_texts(model: ModelFolder, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Returns tokenizers and text encoders in the pipeline's order."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     tokenizers, encoders = [], []
-    for name in list(kinds)[: 2 if family == "sdxl" else 1]:
-        part = folder / name
-        chosen = component_variant(part, variant)
+    for name in list(kinds)[: 2 if model.family == "sdxl" else 1]:
+        part = model.path / name
+        chosen = component_variant(part, model.variant)
         try:
             encoders.append(kinds[name].from_pretrained(part, variant=chosen, dtype=dtype))
-            part = folder / name.replace("text_encoder", "tokenizer")
+            part = model.path / name.replace("text_encoder", "tokenizer")
             tokenizers.append(CLIPTokenizer.from_pretrained(part))
         except (OSError, ValueError) as error:
             raise ModelError(f"{part} could not be loaded: {error}") from error

@@ -1,13 +1,22 @@
-"""Model folders: where they are, of which family they are, and which weights they hold."""
+"""Model folders: where they are, of which family they are, and which weights they hold.
+
+A command resolves its model once, as a `ModelFolder`, and hands it on: a hub repository may change
+between two questions, and weights of one snapshot must not meet a fingerprint of another.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
+from fastpo.config import ModelConfig
 from fastpo.errors import ModelError
 
 Family = Literal["sd15", "sdxl"]
@@ -15,6 +24,78 @@ Family = Literal["sd15", "sdxl"]
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _VOLATILE_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+class WeightsMemo(BaseModel):
+    """A component's digest, valid while its files keep name, size and time of change."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stamp: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A pipeline on this machine: one snapshot for everything that a command reads of the model.
+
+    Attributes:
+        path: The pipeline's folder, with `model_index.json`.
+        variant: Weight variant such as `fp16`, preferred where a component has it.
+        other_vae: `model.vae`: a folder or hub id of a VAE that replaces the pipeline's own.
+    """
+
+    path: Path
+    variant: str | None = None
+    other_vae: str | None = None
+    _digests: dict[Path, WeightsMemo] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def resolve(cls, config: ModelConfig) -> ModelFolder:
+        """Finds the folder that a configuration names, downloading it from the hub if needed.
+
+        Raises:
+            ModelError: As `resolve_model_folder`.
+        """
+        path = resolve_model_folder(config.path, config.revision, config.variant)
+        return cls(path, config.variant, config.vae)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family, read from the folder when it is first asked for.
+
+        Raises:
+            ModelError: As `detect_family`.
+        """
+        return detect_family(self.path)
+
+    @cached_property
+    def vae(self) -> Path:
+        """The folder of the VAE in use: `model.vae` if given, else the pipeline's own.
+
+        Raises:
+            ModelError: It is missing or holds no VAE.
+        """
+        return resolve_vae_folder(self.other_vae or str(self.path), variant=self.variant)
+
+    def component(self, name: str) -> Path:
+        """Returns the folder of a component by its name in the pipeline, such as `text_encoder`."""
+        return self.vae if name == "vae" else self.path / name
+
+    def digest(self, name: str, memo: WeightsMemo | None = None) -> WeightsMemo:
+        """Hashes what a component computes with, once.
+
+        Args:
+            name: The component, as in `component`.
+            memo: An earlier answer; it is given again while the files are untouched.
+
+        Raises:
+            ModelError: The component's folder is missing or empty.
+        """
+        folder = self.component(name)
+        if folder not in self._digests:
+            self._digests[folder] = component_digest(folder, self.variant, memo)
+        return self._digests[folder]
 
 
 def is_hub_id(path: str) -> bool:
@@ -162,6 +243,22 @@ def digest_files(files: list[Path]) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def component_digest(
+    folder: Path, variant: str | None, memo: WeightsMemo | None = None
+) -> WeightsMemo:
+    """Hashes what a component computes with; `memo` is the answer while its files are untouched.
+
+    Raises:
+        ModelError: The folder is missing or empty.
+    """
+    files = component_files(folder, variant)
+    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
+    if memo is not None and memo.stamp == stamp:
+        return memo
+    return WeightsMemo(stamp=stamp, sha256=digest_files(files))
 
 
 def _stable_config(path: Path) -> bytes:

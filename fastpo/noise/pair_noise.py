@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +29,7 @@ from fastpo.config.timesteps import (
     UniformTimesteps,
 )
 from fastpo.errors import ConfigError, ModelError
-from fastpo.models.encoders import vae_folder_of
-from fastpo.models.folder import read_json
+from fastpo.models.folder import ModelFolder, read_json
 from fastpo.types import NoisedPair, PairBatch
 from fastpo_kernels.pair_noise import Prediction, Stream, noised_pair, pair_uniform
 
@@ -261,19 +259,21 @@ def make_noise(
     )
 
 
-def setup_noise(config: Config, folder: Path, device: torch.device | str = "cpu") -> PairNoise:
-    """Makes the noise source of a run from its configuration and its pipeline's folder.
+def setup_noise(
+    config: Config, model: ModelFolder, device: torch.device | str = "cpu"
+) -> PairNoise:
+    """Makes the noise source of a run from its configuration and its model's folder.
 
     Raises:
         ModelError: A configuration file of the model is missing, or its schedule is not supported.
         ConfigError: As in `make_noise`.
     """
     train = config.train
-    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = read_json(model.component("scheduler") / "scheduler_config.json")
     scheduler: Any = DDPMScheduler.from_config(schedule)  # pyright: ignore[reportArgumentType]
     return make_noise(
         scheduler,
-        read_json(vae_folder_of(config, folder) / "config.json"),
+        read_json(model.vae / "config.json"),
         seed=config.seed,
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,

@@ -24,13 +24,12 @@ from torch import nn
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.fingerprint import component_digest
-from fastpo.data.cache.manifest import WeightsMemo, write_atomically
+from fastpo.data.cache.manifest import write_atomically
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import DTYPES, drop_captions, load_unet, predict, setup_denoisers
-from fastpo.models.folder import resolve_model_folder
+from fastpo.models.folder import ModelFolder, WeightsMemo
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.reference_cache.store import (
     ReferenceErrors,
@@ -56,7 +55,9 @@ MEMO = "unet.json"
 DECIDING_KEYS = ("precision", "attention", "empty_prompt_rate")
 
 
-def reference_identity(config: Config, cache: PairCache, noise: PairNoise) -> dict[str, str]:
+def reference_identity(
+    config: Config, model: ModelFolder, cache: PairCache, noise: PairNoise
+) -> dict[str, str]:
     """Names everything on which a visit's reference errors depend, without loading the model.
 
     With drawn latents the two sides of a flipped pair exchange their draws, so flips count; with
@@ -70,7 +71,7 @@ def reference_identity(config: Config, cache: PairCache, noise: PairNoise) -> di
     train, data = config.train, config.data
     flips = train.sample_latents
     return {
-        "UNet": _unet_digest(config),
+        "UNet": _unet_digest(config, model),
         "prepared latents": cache.fingerprint,
         **noise.identity(),
         **{f"train.{key}": str(getattr(train, key)) for key in DECIDING_KEYS},
@@ -80,14 +81,12 @@ def reference_identity(config: Config, cache: PairCache, noise: PairNoise) -> di
     }
 
 
-def _unet_digest(config: Config) -> str:
+def _unet_digest(config: Config, model: ModelFolder) -> str:
     """Hashes the UNet, or recalls it from beside the errors while its files are untouched."""
-    model = config.model
-    folder = resolve_model_folder(model.path, model.revision, model.variant)
     path, known = reference_root(config.prepare.cache_dir) / MEMO, None
     with contextlib.suppress(OSError, ValueError):
         known = WeightsMemo.model_validate_json(path.read_text())
-    memo = component_digest(folder / "unet", model.variant, known)
+    memo = model.digest("unet", known)
     if memo != known:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
             write_atomically(path, lambda file: file.write_text(memo.model_dump_json()))
@@ -112,7 +111,12 @@ def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> li
 
 
 def open_for_run(
-    config: Config, cache: PairCache, noise: PairNoise, sampler: PairSampler, processes: int
+    config: Config,
+    model: ModelFolder,
+    cache: PairCache,
+    noise: PairNoise,
+    sampler: PairSampler,
+    processes: int,
 ) -> ReferenceErrors | None:
     """Opens the errors that a training run reads, and checks that they last to its end.
 
@@ -120,6 +124,7 @@ def open_for_run(
 
     Args:
         config: The run's configuration.
+        model: The folder of its model.
         cache: Its prepared latents.
         noise: Its noise source.
         sampler: Its stream.
@@ -136,7 +141,7 @@ def open_for_run(
     needed = needed_pairs(sampler, len(cache), steps * group)
     whole = f"fastpo prepare CONFIG --reference {len(needed)}"
     errors = open_reference_errors(
-        config.prepare.cache_dir, reference_identity(config, cache, noise), command=whole
+        config.prepare.cache_dir, reference_identity(config, model, cache, noise), command=whole
     )
     for visit, pairs in enumerate(needed):
         missing = errors.missing(visit, pairs)
@@ -159,6 +164,7 @@ def prepare_reference(
     *,
     processes: int | None = None,
     progress: bool = True,
+    model: ModelFolder | None = None,
 ) -> ReferenceErrors:
     """Computes the missing errors; processes of any number of launches share the work.
 
@@ -171,6 +177,7 @@ def prepare_reference(
             that the configuration's run draws, up to its last step.
         processes: How many processes will train (for None); default: as many as run now.
         progress: Show a bar with pairs/s and time left.
+        model: The folder of the configuration's model; by default it is looked for.
 
     Returns:
         The errors, all that were asked for; what other processes are at work on is waited for.
@@ -184,23 +191,22 @@ def prepare_reference(
     device = torch.device(worker.device())
     if device.type == "cpu" and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs a CUDA device; use bf16 or fp32 here")
-    cache = PairCache.open(config)
-    model = config.model
-    folder = resolve_model_folder(model.path, model.revision, model.variant)
-    noise = setup_noise(config, folder, device)
+    model = model or ModelFolder.resolve(config.model)
+    cache = PairCache.open(config, model=model)
+    noise = setup_noise(config, model, device)
     needed = [np.arange(len(cache))] * (visits or 0)
     if visits is None:
         sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
         group = (processes or worker.world_size) * config.train.accumulation_steps
         needed = needed_pairs(sampler, len(cache), count_steps(config, sampler, group) * group)
     reference_root(config.prepare.cache_dir).mkdir(exist_ok=True)
-    identity = reference_identity(config, cache, noise)
+    identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
     target.mkdir(exist_ok=True)
     with Claims(target) as claims:
         with claims.manifest():
             errors = merge_parts(target, identity, len(cache))
-        task = _Task(config, cache, noise, device, identity, claims)
+        task = _Task(config, model, cache, noise, identity, claims)
         while missing := _blocks(errors, needed):
             task.make(missing, worker, show=progress and worker.rank == 0)
             with claims.manifest():
@@ -228,17 +234,17 @@ class _Task:
     def __init__(
         self,
         config: Config,
+        source: ModelFolder,
         cache: PairCache,
         noise: PairNoise,
-        device: torch.device,
         identity: dict[str, str],
         claims: Claims,
     ) -> None:
-        self.config, self.cache, self.noise = config, cache, noise
-        self.device, self.identity, self.claims = device, identity, claims
+        self.config, self.source, self.cache, self.noise = config, source, cache, noise
+        self.device, self.identity, self.claims = noise.signal.device, identity, claims
         self.folder = reference_folder(config.prepare.cache_dir, identity)
         self.model: nn.Module | None = None
-        self.empty = cache.empty_prompt(device)
+        self.empty = cache.empty_prompt(self.device)
 
     def make(self, blocks: dict[Block, np.ndarray], worker: Worker, *, show: bool) -> None:
         """Computes the blocks that nobody else does, and waits until all of them are there.
@@ -318,7 +324,7 @@ class _Task:
         """The reference's errors on a batch, `(B, 2)` float32, in the data set's order of sides."""
         train = self.config.train
         if self.model is None:
-            self.model = load_reference(self.config, self.device)
+            self.model = load_reference(self.config, self.source, self.device)
         batch = batch.to(self.device)
         noised = self.noise.noised_pair(batch)
         if train.empty_prompt_rate > 0.0:
@@ -332,17 +338,15 @@ class _Task:
         return torch.where(batch.flipped[:, None], sides.flip(1), sides).cpu().numpy()
 
 
-def load_reference(config: Config, device: torch.device) -> nn.Module:
+def load_reference(config: Config, model: ModelFolder, device: torch.device) -> nn.Module:
     """Loads the reference alone, as a live run sets it up, but never compiled.
 
     Raises:
         ModelError: There is no UNet that diffusers loads.
         ConfigError: The attention asked for is not to be had here.
     """
-    model = config.model
-    folder = resolve_model_folder(model.path, model.revision, model.variant)
     train = config.train.model_copy(update={"gradient_checkpointing": False, "compile": False})
-    denoisers = setup_denoisers(load_unet(folder, model.variant), train, needs_reference=True)
+    denoisers = setup_denoisers(load_unet(model.path, model.variant), train, needs_reference=True)
     if denoisers.frozen is not None:
         return nn.Module.to(denoisers.frozen, device)
     denoisers.policy.disable_adapters()

@@ -17,7 +17,7 @@ from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError
 from fastpo.models.denoisers import add_lora
 from fastpo.models.export import empty_unet, export_policy
-from fastpo.models.folder import read_json, resolve_model_folder
+from fastpo.models.folder import ModelFolder, unet_config
 from fastpo.train.checkpoint import list_checkpoints
 
 
@@ -63,8 +63,8 @@ def _find(source: Path) -> Path:
 
 def _architecture(config: Config) -> UNet2DConditionModel:
     """The policy without weights."""
-    folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
-    unet = empty_unet(read_json(folder / "unet" / "config.json"))
+    model = ModelFolder.resolve(config.model)
+    unet = empty_unet(unet_config(model.path))
     if config.train.method == "lora":
         with torch.device("meta"):
             add_lora(unet, config.train.lora)

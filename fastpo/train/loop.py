@@ -40,7 +40,7 @@ from fastpo.models.denoisers import (
     setup_denoisers,
 )
 from fastpo.models.export import export_policy
-from fastpo.models.folder import resolve_model_folder
+from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.reference_cache.compute import open_for_run
 from fastpo.reference_cache.store import ReferenceErrors
@@ -153,14 +153,14 @@ class Trainer:
 def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """Loads the cache and the models and puts everything together, in the order data flows."""
     train = config.train
-    cache = PairCache.open(config)
+    model = ModelFolder.resolve(config.model)
+    cache = PairCache.open(config, model=model)
     sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
-    folder = resolve_model_folder(config.model.path, config.model.revision, config.model.variant)
-    noise = setup_noise(config, folder, accelerator.device)
-    known = open_for_run(config, cache, noise, sampler, accelerator.num_processes)
+    noise = setup_noise(config, model, accelerator.device)
+    known = open_for_run(config, model, cache, noise, sampler, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the adapters' first values
     denoisers = setup_denoisers(
-        load_unet(folder, config.model.variant), train, needs_reference=runs_reference(train)
+        load_unet(model.path, model.variant), train, needs_reference=runs_reference(train)
     )
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)

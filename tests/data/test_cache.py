@@ -215,12 +215,12 @@ def test_the_loader_gives_each_pair_once_an_epoch(open_with, workers):
 
 
 def test_open_without_verify_loads_no_model_and_hashes_nothing(open_with, monkeypatch):
-    import fastpo.data.cache.fingerprint as identity
+    from fastpo.models import folder
 
     def fail(*args):
         raise AssertionError("hashed")
 
-    monkeypatch.setattr(identity, "digest_files", fail)
+    monkeypatch.setattr(folder, "digest_files", fail)
     open_with()
 
 

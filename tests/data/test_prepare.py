@@ -251,8 +251,8 @@ def test_nan_from_the_vae_stops_the_preparation_and_names_the_pair(
         if len(batches) == 2:
             output[1] = float("nan")  # the loser of the fourth pair: three pairs fill a batch
 
-    def broken(config, device):
-        encoders = original(config, device=device)
+    def broken(config, **options):
+        encoders = original(config, **options)
         encoders.vae.quant_conv.register_forward_hook(spoil)
         return encoders
 

@@ -19,7 +19,7 @@ from fastpo.config import TrainConfig
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import CacheError, ConfigError, ModelError
-from fastpo.models.folder import resolve_model_folder
+from fastpo.models.folder import ModelFolder
 from fastpo.noise import setup_noise
 from fastpo.reference_cache.compute import DECIDING_KEYS, open_for_run, prepare_reference
 from fastpo.reference_cache.store import MANIFEST, reference_root
@@ -30,10 +30,11 @@ PAIRS = 11  # of the tiny data; with micro-batches of two an epoch has six
 
 def opened(config, processes=1):
     """What a training run of this configuration opens."""
-    cache = PairCache.open(config)
-    noise = setup_noise(config, resolve_model_folder(config.model.path))
+    model = ModelFolder.resolve(config.model)
+    cache = PairCache.open(config, model=model)
+    noise = setup_noise(config, model)
     sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
-    errors = open_for_run(config, cache, noise, sampler, processes)
+    errors = open_for_run(config, model, cache, noise, sampler, processes)
     assert errors is not None
     return errors
 
@@ -248,11 +249,11 @@ def test_damaged_errors_are_named(alone, settle):
 
 
 def test_the_unet_is_hashed_once(alone, settle, monkeypatch):
-    import fastpo.data.cache.fingerprint as identity
+    from fastpo.models import folder
 
     config = settle(alone, max_steps=3)
-    hashed, digest = [], identity.digest_files
-    monkeypatch.setattr(identity, "digest_files", lambda f: (hashed.append(f), digest(f))[1])
+    hashed, digest = [], folder.digest_files
+    monkeypatch.setattr(folder, "digest_files", lambda f: (hashed.append(f), digest(f))[1])
     prepare_reference(config, 1, progress=False)
     opened(config)
     assert sum("unet" in str(files[0]) for files in hashed) == 1
@@ -277,7 +278,7 @@ UNRELATED = {
 
 def test_every_training_key_is_known_to_decide_the_errors_or_not(shared, settle):
     config = settle(shared)
-    noise = setup_noise(config, resolve_model_folder(config.model.path))
+    noise = setup_noise(config, ModelFolder.resolve(config.model))
     drawn = {k.removeprefix("train.") for k in noise.identity() if k.startswith("train.")}
     assert set(TrainConfig.model_fields) == UNRELATED | drawn | {*DECIDING_KEYS, "method"}
 

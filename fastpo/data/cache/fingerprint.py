@@ -8,24 +8,13 @@ compared by its own rule: a cache serves every limit up to its own.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastpo.config import Config
-from fastpo.data.cache.manifest import WeightsMemo
 from fastpo.data.images import Geometry, make_geometry
 from fastpo.data.sources import source_digest
-from fastpo.models.encoders import vae_factor, vae_folder_of
-from fastpo.models.folder import (
-    Family,
-    component_files,
-    detect_family,
-    digest_files,
-    read_json,
-    resolve_model_folder,
-    unet_config,
-)
+from fastpo.models.encoders import vae_factor
+from fastpo.models.folder import Family, ModelFolder, WeightsMemo, read_json, unet_config
 
 
 @dataclass(frozen=True)
@@ -45,33 +34,33 @@ class CacheIdentity:
     geometry: Geometry
 
 
-def cache_identity(config: Config, memo: dict[str, WeightsMemo] | None = None) -> CacheIdentity:
+def cache_identity(
+    config: Config, model: ModelFolder, memo: dict[str, WeightsMemo] | None = None
+) -> CacheIdentity:
     """Works out the identity without loading any model.
 
     Args:
         config: The configuration.
-        memo: Digests of an earlier call, reused for components whose files are untouched.
+        model: The folder of its model.
+        memo: Earlier digests, reused for components whose files are untouched.
 
     Raises:
-        ModelError: The model folder or a part of it is missing or not supported.
+        ModelError: A part of the model folder is missing or not supported.
         ConfigError: The resolution does not fit the model.
     """
-    model, prepare, data = config.model, config.prepare, config.data
-    folder = resolve_model_folder(model.path, model.revision, model.variant)
-    family = detect_family(folder)
-    components = _components(config, folder, family)
+    prepare, data = config.prepare, config.data
     weights = {
-        name: component_digest(path, model.variant, (memo or {}).get(name))
-        for name, path in components.items()
+        name: model.digest(component, (memo or {}).get(name))
+        for name, component in _components(model.family).items()
     }
     geometry = make_geometry(
         prepare.resolution,
         use_buckets=prepare.buckets,
-        vae_factor=vae_factor(read_json(components["VAE"] / "config.json")),
-        unet_factor=2 ** (len(unet_config(folder)["block_out_channels"]) - 1),
+        vae_factor=vae_factor(read_json(model.vae / "config.json")),
+        unet_factor=2 ** (len(unet_config(model.path)["block_out_channels"]) - 1),
     )
     fields = {
-        "model family": family,
+        "model family": model.family,
         **{name: record.sha256 for name, record in weights.items()},
         "data.source": data.source,
         "data.path": data.path,
@@ -84,30 +73,14 @@ def cache_identity(config: Config, memo: dict[str, WeightsMemo] | None = None) -
         "prepare.text_precision": prepare.text_precision,
         "prepare.store_precision": prepare.store_precision,
     }
-    return CacheIdentity(fields, weights, family, geometry)
+    return CacheIdentity(fields, weights, model.family, geometry)
 
 
-def _components(config: Config, folder: Path, family: Family) -> dict[str, Path]:
-    """The folders of the parts that the cached numbers come from, by the names errors use."""
-    parts = {"VAE": vae_folder_of(config, folder)}
+def _components(family: Family) -> dict[str, str]:
+    """The parts that the cached numbers come from: the names errors use, and the pipeline's."""
+    parts = {"VAE": "vae"}
     for name in ("text_encoder", "tokenizer"):
-        parts[name] = folder / name
+        parts[name] = name
         if family == "sdxl":
-            parts[f"{name}_2"] = folder / f"{name}_2"
+            parts[f"{name}_2"] = f"{name}_2"
     return parts
-
-
-def component_digest(
-    folder: Path, variant: str | None, known: WeightsMemo | None = None
-) -> WeightsMemo:
-    """Hashes what a component computes with; `known` is answered while its files are untouched.
-
-    Raises:
-        ModelError: The folder is missing or empty.
-    """
-    files = component_files(folder, variant)
-    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
-    if known is not None and known.stamp == stamp:
-        return known
-    return WeightsMemo(stamp=stamp, sha256=digest_files(files))

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo.errors import CacheError
+from fastpo.models.folder import WeightsMemo
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -50,13 +51,6 @@ class Span(Record):
 
     start: int
     stop: int
-
-
-class WeightsMemo(Record):
-    """A component's digest, valid while its files keep name, size and time of change."""
-
-    stamp: str
-    sha256: str
 
 
 class Manifest(Record):

@@ -19,6 +19,7 @@ from fastpo.data.cache.manifest import Manifest, check_files, check_identity, lo
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_units, unit_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.errors import CacheError
+from fastpo.models.folder import ModelFolder
 from fastpo.types import PairBatch
 
 
@@ -83,13 +84,16 @@ class PairCache:
         self.__init__(*state["opened_as"])
 
     @classmethod
-    def open(cls, config: Config, *, verify: bool = False) -> PairCache:
+    def open(
+        cls, config: Config, *, verify: bool = False, model: ModelFolder | None = None
+    ) -> PairCache:
         """Opens the cache that `prepare` made for this configuration.
 
         Args:
             config: The configuration; `prepare.cache_dir` names the folder. `data.limit` may be
                 smaller than the prepared one, the flip settings may be any.
             verify: Also hash every file and compare.
+            model: The folder of the configuration's model; by default it is looked for.
 
         Raises:
             CacheError: Missing, unfinished, damaged, or made from something else; the text names
@@ -100,7 +104,8 @@ class PairCache:
         manifest = load_manifest(folder)
         if manifest is None:
             raise CacheError(f"no prepared cache in {folder}: run `fastpo prepare` first")
-        identity = cache_identity(config, manifest.weights)
+        model = model or ModelFolder.resolve(config.model)
+        identity = cache_identity(config, model, manifest.weights)
         check_identity(folder, identity.fields, manifest.identity)
         if not manifest.complete:
             raise CacheError(

@@ -35,6 +35,7 @@ from fastpo.data.sources import PairSource, open_source, source_stamp
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError
 from fastpo.models.encoders import Encoders
+from fastpo.models.folder import ModelFolder
 from fastpo.system.locks import Claims
 from fastpo.system.process import Worker
 from fastpo.system.progress import Advance, image_progress
@@ -44,7 +45,9 @@ POLL_SECONDS = 0.5
 """How long to wait between two looks at parts that other processes are working on."""
 
 
-def prepare(config: Config, *, progress: bool = True) -> PairCache:
+def prepare(
+    config: Config, *, progress: bool = True, model: ModelFolder | None = None
+) -> PairCache:
     """Makes the cache of a configuration, continues an unfinished one, or finds it done.
 
     Returns when the whole cache is there, also the parts that other processes make. A pair with a
@@ -54,6 +57,7 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
     Args:
         config: Everything but `train` and `evaluate` is used.
         progress: Show a progress bar with images/s and time left, in the process of rank 0.
+        model: The folder of the configuration's model; by default it is looked for.
 
     Returns:
         The opened cache.
@@ -71,7 +75,8 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
     except OSError as error:
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
     manifest = load_manifest(folder)
-    identity = cache_identity(config, manifest.weights if manifest else None)
+    model = model or ModelFolder.resolve(config.model)
+    identity = cache_identity(config, model, manifest.weights if manifest else None)
     if manifest is not None:
         check_identity(folder, identity.fields, manifest.identity)
     show = progress and worker.rank == 0
@@ -81,14 +86,14 @@ def prepare(config: Config, *, progress: bool = True) -> PairCache:
             source = open_source(config.data)
             prompts = source.prompt_table()
             manifest = plan(config, identity, source, prompts, claims, stamp=stamp)
-            work = _Work(config, identity, manifest, source, prompts, worker)
+            work = _Work(config, model, identity, manifest, source, prompts, worker)
             with image_progress(2 * len(source), show=show) as advance:
                 work.make_parts(claims, advance)
             with claims.manifest():
                 _finish(config, manifest, claims)
         elif manifest.weights != identity.weights:
             _remember(folder, identity, claims)
-    cache = PairCache.open(config)
+    cache = PairCache.open(config, model=model)
     if config.data.flip_rate > 0 and worker.rank == 0:
         cache.write_flip_mask()
     return cache
@@ -99,6 +104,7 @@ class _Work:
     """What one process needs to make parts of the cache."""
 
     config: Config
+    model: ModelFolder
     identity: CacheIdentity
     manifest: Manifest
     source: PairSource
@@ -108,7 +114,7 @@ class _Work:
     @cached_property
     def encoders(self) -> Encoders:
         """VAE and text encoders, loaded with the first part."""
-        return Encoders.load(self.config, device=self.worker.device())
+        return Encoders.load(self.config, device=self.worker.device(), model=self.model)
 
     def make_parts(self, claims: Claims, advance: Advance) -> None:
         """Makes what nobody else makes, and waits until all of it is there."""
