@@ -42,7 +42,7 @@ from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
 from fastpo.evaluate import evaluate
 from fastpo.models.denoisers import predict
 from fastpo.train.distributed import setup_accelerator
-from fastpo.train.run_folder import StepTable
+from fastpo.train.metrics import StepTable
 from fastpo.types import pair_key
 
 ROWS, ROWS_SHORT = 700, 60

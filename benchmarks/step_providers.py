@@ -31,12 +31,12 @@ from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import DTYPES, Denoisers, predict, setup_denoisers
 from fastpo.noise import PairNoise, make_noise
-from fastpo.train.checkpoint import TrainingState
 from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
 from fastpo.train.ema import setup_averages
 from fastpo.train.loop import Trainer, optimizer_step, record
 from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import setup_schedule
+from fastpo.train.state import TrainingState
 from fastpo.types import PairBatch
 
 DEVICE = device()

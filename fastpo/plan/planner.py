@@ -25,14 +25,7 @@ from fastpo.plan.measure import (
     measure_vae,
     module_bytes,
 )
-from fastpo.plan.memory import (
-    Sharding,
-    Trained,
-    count_trained,
-    held,
-    peak,
-    read_sharding,
-)
+from fastpo.plan.memory import peak
 from fastpo.plan.recipes import (
     BARE,
     RELEASED,
@@ -43,6 +36,7 @@ from fastpo.plan.recipes import (
 )
 from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan
 from fastpo.plan.verdict import make_notes, make_verdict
+from fastpo.train.sharding import Sharding, Trained, count_trained, held, read_sharding
 
 TERA = 1e12
 

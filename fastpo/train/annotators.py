@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastpo.config import EmaAnnotators, LedgerAnnotators, TrainConfig
 from fastpo.models.denoisers import Denoisers, predict, without_dropout
-from fastpo.train.checkpoint import TrainingState
 from fastpo.train.distributed import autocast
 from fastpo.train.ema import MovingAverages
 from fastpo.train.lora_batched import in_one_pass, predict_together
 from fastpo.train.objective import runs_reference
 from fastpo.train.optimizer import has_moved
+from fastpo.train.state import TrainingState
 from fastpo.types import NoisedPair, PairBatch
 
 

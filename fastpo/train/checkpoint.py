@@ -17,24 +17,17 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError
-from fastpo.ledger import PairLedger
 from fastpo.system.files import whole_folder
-from fastpo.train.batch_statistics import RunningStatistics
-from fastpo.train.ema import MovingAverages
-from fastpo.train.weights import PolicyWeights
+from fastpo.train.state import TrainingState
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
 # results are kept, not what is computed.
@@ -54,33 +47,6 @@ FREE_KEYS = (
 )
 # Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Everything that changes while training, besides the step's number.
-
-    Attributes:
-        trainable: The policy's trainable parameters by name.
-        weights: Where these and their optimiser's state lie.
-        optimizer: Their optimiser.
-        schedule: The learning-rate schedule.
-        ledger: Every pair's votes.
-        metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
-        averages: Moving averages by role (`annotators`, `export`).
-        scaler: The gradient scaler (fp16), or None.
-        statistics: Running batch statistics, where the run keeps any.
-    """
-
-    trainable: dict[str, nn.Parameter]
-    weights: PolicyWeights
-    optimizer: Optimizer
-    schedule: LRScheduler
-    ledger: PairLedger
-    metric: Tensor
-    averages: dict[str, MovingAverages]
-    scaler: Any = None
-    statistics: RunningStatistics | None = None
 
 
 def save_checkpoint(

@@ -30,7 +30,7 @@ from fastpo.config import Config, EmaAnnotators
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import Waits, make_loader
 from fastpo.data.sampler import PairSampler, count_steps
-from fastpo.errors import CheckpointError
+from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import (
     Denoisers,
@@ -45,13 +45,9 @@ from fastpo.noise import PairNoise, setup_noise
 from fastpo.reference_cache.compute import open_for_run
 from fastpo.reference_cache.store import ReferenceErrors
 from fastpo.train.annotators import Judges
+from fastpo.train.banner import show_banner
 from fastpo.train.batch_statistics import RunningStatistics, make_statistics
-from fastpo.train.checkpoint import (
-    TrainingState,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from fastpo.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.train.distributed import (
     all_reduce_sum,
     autocast,
@@ -62,16 +58,11 @@ from fastpo.train.distributed import (
     prepare_policy,
 )
 from fastpo.train.ema import exported_weights, setup_averages
+from fastpo.train.metrics import StepTable, table_rows
 from fastpo.train.objective import LossFunction, build_loss, runs_reference
 from fastpo.train.optimizer import has_moved, setup_schedule
-from fastpo.train.run_folder import (
-    RunFolder,
-    StepTable,
-    check_finite,
-    progress_bar,
-    show_banner,
-    table_rows,
-)
+from fastpo.train.run_folder import RunFolder, progress_bar
+from fastpo.train.state import TrainingState
 from fastpo.types import PairBatch, PairPredictions, pair_key
 
 
@@ -313,6 +304,25 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
             advance(metrics)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
                 checkpoint(trainer, run, step + 1)
+
+
+def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
+    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept."""
+    bad, what = table.non_finite(), "loss"
+    # fp16 gradients overflow now and then; the scaler leaves such a step out.
+    if not bad and not math.isfinite(table.grad_norm) and trainer.state.scaler is None:
+        bad, what = table.index.tolist(), "gradient"
+    if not bad:
+        return
+    names = [trainer.cache.pair_ids[i] for i in bad[:8]]
+    more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+    kept = sorted((run.path / "checkpoints").glob("step-*"))
+    raise NonFiniteLossError(
+        f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
+        f"{', '.join(names)}{more}; "
+        + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
+        + ". A lower train.optim.lr or slope usually helps."
+    )
 
 
 def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) -> StepTable:

@@ -26,12 +26,11 @@ LAYERS = [
 # `python -m fastpo.train` is the one entry that launchers start; it hands on to the command line.
 CLIMBS = {
     ("fastpo.train.__main__", "fastpo.cli"),
-    ("fastpo.train.run_folder", "fastpo.plan.memory"),
     ("fastpo.reference_cache.compute", "fastpo.train.objective"),
     ("fastpo.evaluate.scorers", "fastpo.demo.scorer"),
 }
 TYPES_ALONE = {
-    ("fastpo.train.run_folder", "fastpo.train.loop"),
+    ("fastpo.train.banner", "fastpo.train.loop"),
     ("fastpo.config.checks", "fastpo.config.sections"),
 }
 

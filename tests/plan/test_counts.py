@@ -21,8 +21,8 @@ from fastpo.plan.measure import (
     measure_vae,
     unet_inputs,
 )
-from fastpo.plan.memory import count_trained
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+from fastpo.train.sharding import count_trained
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -14,9 +14,10 @@ from fastpo.errors import ConfigError, DataError, ModelError
 from fastpo.plan import Plan, make_plan, print_plan
 from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.gpus import GPUS, find_gpu
-from fastpo.plan.memory import ALLOWANCE, Sharding, Trained, held, read_sharding
+from fastpo.plan.memory import ALLOWANCE
 from fastpo.plan.recipes import own_recipe
 from fastpo.plan.table import gigabytes, tflop
+from fastpo.train.sharding import Sharding, Trained, held, read_sharding
 
 ROOT = Path(__file__).parents[2]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

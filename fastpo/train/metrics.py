@@ -1,0 +1,113 @@
+"""What a step tells of every pair: one table, brought to the host at once, and its metrics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpo.loss import PairLoss
+from fastpo.types import PairBatch
+
+COLUMNS = (
+    "index",
+    "timestep",
+    "loss",
+    "margin",
+    "error_winner",
+    "error_loser",
+    "minority",
+    "weight",
+)
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """One row per pair of an optimiser step, on the host.
+
+    Attributes:
+        rows: `(N, K)` float64 by `COLUMNS`, without padding.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: The rate this step used.
+    """
+
+    rows: Tensor
+    grad_norm: float
+    learning_rate: float
+
+    @classmethod
+    def read(cls, rows: Tensor, grad_norm: Tensor | float, learning_rate: float) -> StepTable:
+        """Brings the step's rows and its gradient norm to the host: the step's one wait."""
+        norm = torch.as_tensor(grad_norm, dtype=rows.dtype, device=rows.device)
+        host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
+        rows, norm = host[:-1], host[-1, 0]
+        return cls(rows[rows[:, 0] >= 0], norm.item(), learning_rate)
+
+    def __getitem__(self, column: str) -> Tensor:
+        """Returns one column, `(N,)` float64."""
+        return self.rows[:, COLUMNS.index(column)]
+
+    @property
+    def index(self) -> Tensor:
+        """The pairs' positions in the cache, `(N,)` int64."""
+        return self["index"].long()
+
+    def non_finite(self) -> list[int]:
+        """Returns the positions of the pairs in micro-batches whose loss is NaN or infinite."""
+        return self.index[~torch.isfinite(self["loss"])].tolist()
+
+    def metrics(
+        self, *, step: int, epoch: float, seconds: float, waited: float = 0.0
+    ) -> dict[str, float]:
+        """Returns the line of `metrics.jsonl`; keys whose column was not computed are left out.
+
+        Args:
+            step: Finished optimiser steps.
+            epoch: Finished epochs.
+            seconds: What the step took.
+            waited: How much of that it waited for data; `data/wait` is the share.
+        """
+        margin = self["margin"]
+        metrics = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "loss": self["loss"].mean().item(),
+            "rewards/margins": margin.mean().item(),
+            "rewards/accuracies": (margin > 0).double().mean().item(),
+            "error/winner": self["error_winner"].mean().item(),
+            "error/loser": self["error_loser"].mean().item(),
+            "lr": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "pairs_per_second": len(margin) / seconds,
+            "data/wait": waited / seconds,
+        }
+        minority, weight = self["minority"], self["weight"]
+        if not minority.isnan().any():
+            for q in (0.1, 0.5, 0.9):
+                metrics[f"minority/q{round(100 * q)}"] = minority.quantile(q).item()
+        if not weight.isnan().any():
+            metrics["weight/mean"] = weight.mean().item()
+        return metrics
+
+
+def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:
+    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
+    pairs = len(batch)
+    error = out.policy_error.double()
+    if out.reference_error is not None:
+        error = error - out.reference_error
+    nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
+    columns = {
+        "index": batch.index,
+        "timestep": timesteps,
+        "loss": out.loss.detach().expand(pairs),
+        "margin": out.margin,
+        "error_winner": error[:pairs],
+        "error_loser": error[pairs:],
+        "minority": nothing if out.minority is None else out.minority,
+        "weight": nothing if out.weight is None else out.weight,
+    }
+    rows = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
+    return torch.nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)

@@ -1,0 +1,42 @@
+"""What changes while a run trains, and what a checkpoint therefore holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastpo.ledger import PairLedger
+from fastpo.train.batch_statistics import RunningStatistics
+from fastpo.train.ema import MovingAverages
+from fastpo.train.weights import PolicyWeights
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that changes while training, besides the step's number.
+
+    Attributes:
+        trainable: The policy's trainable parameters by name.
+        weights: Where these and their optimiser's state lie.
+        optimizer: Their optimiser.
+        schedule: The learning-rate schedule.
+        ledger: Every pair's votes.
+        metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
+        averages: Moving averages by role (`annotators`, `export`).
+        scaler: The gradient scaler (fp16), or None.
+        statistics: Running batch statistics, where the run keeps any.
+    """
+
+    trainable: dict[str, nn.Parameter]
+    weights: PolicyWeights
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ledger: PairLedger
+    metric: Tensor
+    averages: dict[str, MovingAverages]
+    scaler: Any = None
+    statistics: RunningStatistics | None = None
