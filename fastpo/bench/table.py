@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import statistics
 from collections import defaultdict
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from fastpo.bench.cases import count_of
 from fastpo.bench.measure import Timing
-from fastpo.system.files import whole_file
+from fastpo.system.files import make_folder, write_text
 
 Number = float | str
 
@@ -99,11 +100,12 @@ def write_records(
     records: Iterable[Mapping[str, object]], columns: Sequence[str], path: Path
 ) -> None:
     """Writes a CSV of any columns anew, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    make_folder(path.parent)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, text.getvalue())
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpo.data.cache.manifest import write_atomically
 from fastpo.demo.digits import Grey, Scans, ink, load_scans, prompts, to_image
+from fastpo.system.files import make_folder, whole_file
 
 JUST_NOTICEABLE = 0.01  # of ink; an annotator who sees no difference calls it a tie
 FILE = "train-00000-of-00001.parquet"
@@ -69,9 +69,10 @@ def write_preferences(folder: Path, *, n_pairs: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     scans = load_scans()
     rows = [_row(i, scans, rng) for i in range(n_pairs)]
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "data")
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    write_atomically(folder / "data" / FILE, lambda path: pq.write_table(table, path))
+    with whole_file(folder / "data" / FILE) as path:
+        pq.write_table(table, path)
     return folder
 
 

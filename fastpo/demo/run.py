@@ -8,7 +8,6 @@ released, and Adaptive-DPO judged by the ledger, both on the same flipped labels
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -26,7 +25,7 @@ from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
 from fastpo.evaluate.compare import Evaluation, evaluate
 from fastpo.report import load_metrics, minority_auroc, write_report
-from fastpo.system.files import write_text
+from fastpo.system.files import write_json
 from fastpo.train import train
 
 N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped
@@ -89,7 +88,7 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
         runs, work / "report", title="FastPO demo: bolder digits", extra=sections(summary)
     )
     for place in (work / "summary.json", out / "summary.json"):
-        write_text(place, json.dumps(summary, indent=1) + "\n")
+        write_json(place, summary)
     console.rule("done")
     console.print(f"{summary['wall_s']:.0f} s; numbers in {out / 'summary.json'}")
     print(page)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ from fastpo.evaluate.sampling import (
 )
 from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
 from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
-from fastpo.system.files import replace_folder, write_text
+from fastpo.system.files import make_folder, whole_folder, write_json, write_text
 
 SCORE_TOGETHER = 64  # images held in memory at once
 
@@ -97,7 +96,7 @@ def evaluate(
     source = check_aligned(aligned or config.train.output_dir / "final")
     judges = build_scorers(config.evaluate.scorers) if scorers is None else list(scorers)
     sampler = Sampler(config, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _fill_base(sampler, folder / "base", samples, base_samples)
     sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
     base = score_folder(judges, folder / "base", samples, progress=progress)
@@ -170,10 +169,8 @@ def _fill_base(
     store = shared / fingerprint[:16]
     sampler.fill(store, samples, label="base")
     if not holds_samples(folder, samples, fingerprint):
-        copy = folder.with_name(f".{folder.name}.copy")
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(store, copy)
-        replace_folder(copy, folder)
+        with whole_folder(folder) as copy:
+            shutil.copytree(store, copy, dirs_exist_ok=True)
 
 
 def _write(
@@ -184,7 +181,7 @@ def _write(
         for s in result.samples
     ]
     about = {"settings": settings, "fingerprints": fingerprints, "samples": listed}
-    write_text(result.folder / "samples.json", json.dumps(about, indent=1) + "\n")
+    write_json(result.folder / "samples.json", about)
     write_text(result.folder / "scores.csv", _scores_csv(result))
     summary = {
         "primary": result.primary,
@@ -194,7 +191,7 @@ def _write(
         "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
         "notes": NOTES,
     }
-    write_text(result.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(result.folder / "summary.json", summary)
 
 
 def _scores_csv(result: Evaluation) -> str:

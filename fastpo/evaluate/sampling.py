@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ModelError
 from fastpo.models.folder import ModelFolder, component_files, digest_files
-from fastpo.system.files import replace_folder, whole_file, write_text
+from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = (
@@ -181,18 +180,20 @@ class Sampler:
             Whether anything had to be sampled.
         """
         fingerprint = self.fingerprint(samples, aligned)
+        if folder.parent.is_dir():
+            sweep(folder.parent)
         if holds_samples(folder, samples, fingerprint):
             return False
         partial = folder.with_name(f".{folder.name}.partial-{fingerprint[:16]}")
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         missing = [sample for sample in samples if not (partial / sample.file).exists()]
         if missing:
             self._sample(partial, missing, len(samples), label, aligned)
         marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
-        write_text(partial / "set.json", json.dumps(marker, indent=1) + "\n")
+        write_json(partial / "set.json", marker)
         replace_folder(partial, folder)
         for stale in folder.parent.glob(f".{folder.name}.partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            remove(stale)
         return True
 
     def _sample(

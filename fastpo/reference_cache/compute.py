@@ -24,7 +24,6 @@ from torch import nn
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.manifest import write_atomically
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
@@ -40,6 +39,7 @@ from fastpo.reference_cache.store import (
     reference_root,
     write_part,
 )
+from fastpo.system.files import make_folder, write_text
 from fastpo.system.locks import Claims
 from fastpo.system.process import Worker
 from fastpo.system.progress import Advance, rate_progress
@@ -89,7 +89,7 @@ def _unet_digest(config: Config, model: ModelFolder) -> str:
     memo = model.digest("unet", known)
     if memo != known:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
-            write_atomically(path, lambda file: file.write_text(memo.model_dump_json()))
+            write_text(path, memo.model_dump_json())
     return memo.sha256
 
 
@@ -199,10 +199,10 @@ def prepare_reference(
         sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
         group = (processes or worker.world_size) * config.train.accumulation_steps
         needed = needed_pairs(sampler, len(cache), count_steps(config, sampler, group) * group)
-    reference_root(config.prepare.cache_dir).mkdir(exist_ok=True)
+    make_folder(reference_root(config.prepare.cache_dir))  # the UNet's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
-    target.mkdir(exist_ok=True)
+    make_folder(target)
     with Claims(target) as claims:
         with claims.manifest():
             errors = merge_parts(target, identity, len(cache))

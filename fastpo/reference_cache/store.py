@@ -26,8 +26,9 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from fastpo.data.cache.manifest import FileRecord, Record, differing_fields, write_atomically
+from fastpo.data.cache.manifest import FileRecord, Record, differing_fields, write_recorded
 from fastpo.errors import CacheError
+from fastpo.system.files import remove, whole_file, write_text
 from fastpo.types import PairBatch
 
 FORMAT = 1
@@ -203,7 +204,8 @@ def write_part(
         "positions": np.ascontiguousarray(positions, dtype=np.int64),
         "errors": np.ascontiguousarray(errors, dtype=np.float32),
     }
-    write_atomically(part_path(folder, visit, block), lambda path: save_file(content, path))
+    with whole_file(part_path(folder, visit, block)) as path:
+        save_file(content, path)
 
 
 def merge_parts(folder: Path, identity: Mapping[str, str], num_pairs: int) -> ReferenceErrors:
@@ -230,12 +232,11 @@ def merge_parts(folder: Path, identity: Mapping[str, str], num_pairs: int) -> Re
             record = _merge_visit(folder, visit, before, parts.get(visit, []), num_pairs)
             records[visit : visit + 1] = [record]
     manifest.visits = tuple(records)
-    text = manifest.model_dump_json(indent=1)
-    write_atomically(folder / MANIFEST, lambda path: path.write_text(text))
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
     kept = {record.name for record in records}
     merged = [path for paths in parts.values() for path in paths]
     for path in [*merged, *(p for p in folder.glob("visit-*.npy") if p.name not in kept)]:
-        path.unlink()
+        remove(path)
     return ReferenceErrors(folder, manifest)
 
 
@@ -263,7 +264,7 @@ def _merge_visit(
         with path.open("wb") as file:
             np.save(file, table)
 
-    file = write_atomically(folder / name, write)
+    file = write_recorded(folder / name, write)
     return VisitRecord(name=name, pairs=len(table), computed=computed, file=file)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fastpo.report.figures import (
 )
 from fastpo.report.grids import build_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
+from fastpo.system.files import make_folder, write_bytes, write_text
 
 PAGE = "page.html"
 
@@ -92,10 +92,11 @@ def write_report(
         differences=config_differences(loaded),
         extra=[_section(heading, content) for heading, content in (extra or {}).items()],
     )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, png in pictures.items():
-        _write(out / name, png)
-    return _write(out / PAGE, html.encode("utf-8"))
+        write_bytes(out / name, png)
+    write_text(out / PAGE, html)
+    return out / PAGE
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -281,10 +282,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return format_number(value) if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path

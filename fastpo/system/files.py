@@ -1,64 +1,230 @@
-"""Files and folders that are written whole or not at all."""
+"""The durable write: a file or folder is there whole or not at all, even after a power cut.
+
+Every write goes the same way: a temporary name beside the target, the content, a flush of each file
+to disk, one rename, a flush of the folder that holds the name. All temporaries of killed processes
+carry one kind of name, which `sweep` knows.
+"""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
+
+Step = Literal["make", "flush", "rename", "remove", "append"]
+
+# `.NAME.partial-HOST+PID+NUMBER` while it is written, `.NAME.old-...` while it is replaced. The
+# names of earlier versions, `.NAME.partial-HOST-PID` and `.NAME.old-PID`, are known too.
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>partial|old)-"
+    r"(?:(?P<host>[^+]+)\+(?P<pid>\d+)\+\d+|(?:[^+]+-)?\d{1,7})",
+    re.DOTALL,
+)
+_numbers = itertools.count()
+_in_progress: set[str] = set()
+
+
+def _commit(step: Step, path: Path) -> None:
+    """Is called before each step that changes what the disk holds for good.
+
+    Does nothing: tests put a function here that counts the steps, or ends the process at one.
+    """
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `target` that takes its place if the block ends well."""
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    """Gives a temporary path beside `target` that takes its place if the block ends well.
+
+    Raises:
+        OSError: It cannot be written; `target` is as it was.
+    """
+    temporary = _temporary(target, "partial")
+    _in_progress.add(temporary.name)
     try:
         yield temporary
-        os.replace(temporary, target)
+        flush(temporary)
+        _rename(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(target: Path, text: str) -> None:
-    """Writes a text file."""
-    with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        _in_progress.discard(temporary.name)
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Gives a fresh temporary folder that takes `target`'s place if the block ends well."""
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Gives a fresh temporary folder that takes `target`'s place if the block ends well.
+
+    Args:
+        target: The folder to make; missing parents are made too.
+        replace: Takes the place of an existing folder. False leaves one that is not empty.
+
+    Raises:
+        OSError: It cannot be written, or `target` stays as `replace` says.
+    """
+    make_folder(target.parent)
+    temporary = _temporary(target, "partial")
+    _in_progress.add(temporary.name)
+    temporary.mkdir()
     try:
         yield temporary
-        replace_folder(temporary, target)
+        if replace:
+            replace_folder(temporary, target)
+        else:
+            _flush_tree(temporary)
+            _rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Removes what killed processes left in `folder`; call it where no other process writes.
-
-    A folder that was killed between the two renames of `replace_folder` gets its old content back.
-    """
-    for left in folder.glob(".*.old-*"):
-        target = folder / left.name[1:].rpartition(".old-")[0]
-        if target.exists():
-            shutil.rmtree(left)
-        else:
-            left.rename(target)
-    for left in folder.glob(".*.partial-*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _in_progress.discard(temporary.name)
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Moves `new` into `target`'s place; `target` is gone for no longer than two renames take."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Moves the folder `new` into `target`'s place, with everything in it flushed to disk.
+
+    `target` is gone for no longer than two renames take; after a kill between them `sweep` puts its
+    old content back.
+    """
+    _flush_tree(new)
+    old = _temporary(target, "old")
+    _in_progress.add(old.name)
+    try:
+        if target.exists():
+            _commit("rename", target)
+            target.rename(old)
+        _rename(new, target)
+    finally:
+        if old.exists():
+            if target.exists():
+                _commit("remove", old)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(target)
+        _in_progress.discard(old.name)
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Writes a file."""
+    with whole_file(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a text file in UTF-8, line ends as they are."""
+    write_bytes(target, text.encode("utf-8"))
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Writes a JSON file, indented by one blank."""
+    write_text(target, json.dumps(value, indent=1) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a text file; survives a kill, and a power cut after the next `flush`."""
+    _commit("append", path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk holds a file's content, or a folder's names."""
+    _commit("flush", path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems flush no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its missing parents.
+
+    Raises:
+        OSError: It cannot be made, or a file has its name.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    _commit("make", path)
+    path.mkdir(exist_ok=True)
+    flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it exists; a folder's name is gone before its first file."""
+    if not path.is_dir() or path.is_symlink():
+        _commit("remove", path)
+        path.unlink(missing_ok=True)
+        return
+    temporary = _temporary(path, "partial")
+    _commit("remove", path)
+    path.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def sweep(folder: Path, *, sole_writer: bool = False) -> None:
+    """Removes from `folder` the temporaries of processes that were killed.
+
+    A folder that was killed between the two renames of `replace_folder` gets its old content back.
+    Temporaries of processes that are alive on this host stay.
+
+    Args:
+        folder: Where to look, not below it.
+        sole_writer: No other process writes here, so that temporaries of other hosts and those of
+            versions that did not name the host are nobody's; otherwise they stay.
+    """
+    found = [(path, _TEMPORARY.fullmatch(path.name)) for path in folder.glob(".*")]
+    dead = [
+        (path, match) for path, match in found if match and not _is_used(path, match, sole_writer)
+    ]
+    replaced = [(path, match["name"]) for path, match in dead if match["kind"] == "old"]
+    for path, name in sorted(replaced, key=lambda found: -found[0].stat().st_ctime_ns):
+        if not (folder / name).exists():
+            _rename(path, folder / name)
+    for path, _ in dead:
+        _commit("remove", path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary(target: Path, kind: Literal["partial", "old"]) -> Path:
+    """A name beside `target` that no other process, host or call uses."""
+    owner = f"{socket.gethostname()}+{os.getpid()}+{next(_numbers)}"
+    return target.with_name(f".{target.name}.{kind}-{owner}")
+
+
+def _is_used(path: Path, match: re.Match[str], sole_writer: bool) -> bool:
+    if match["host"] != socket.gethostname():
+        return not sole_writer
+    if int(match["pid"]) == os.getpid():  # another container's process may have had this number
+        return path.name in _in_progress
+    try:
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _flush_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            flush(Path(place, name))
+        flush(Path(place))
+
+
+def _rename(old: Path, new: Path) -> None:
+    _commit("rename", new)
+    os.replace(old, new)
+    flush(new.parent)

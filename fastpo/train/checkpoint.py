@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError
-from fastpo.system.files import whole_folder
+from fastpo.system.files import remove, whole_folder
 from fastpo.train.state import TrainingState
 
 # Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
@@ -87,7 +86,7 @@ def save_checkpoint(
         about["config"] = config.model_dump(mode="json")
         (folder / "state.json").write_text(json.dumps(about, indent=1))
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return target
 
 

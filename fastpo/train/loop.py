@@ -375,6 +375,7 @@ def checkpoint(trainer: Trainer, run: RunFolder, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
     config, cache = trainer.config, trainer.cache.fingerprint
     keep = config.train.keep_checkpoints
+    run.flush()
     save_checkpoint(run.path, step, trainer.state, config, cache, trainer.group, keep=keep)
     trainer.accelerator.wait_for_everyone()
 

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,13 @@ from torch import Tensor
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
 from fastpo.ledger import PairLedger
-from fastpo.system.files import sweep, write_text
+from fastpo.system.files import append_text, flush, make_folder, remove, sweep, write_text
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
 
-MINORITY = "minority.csv"
-RESULTS = ("metrics.jsonl", "config.yaml", MINORITY)
+METRICS, MINORITY = "metrics.jsonl", "minority.csv"
+RESULTS = (METRICS, "config.yaml", MINORITY)
 FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
 
@@ -60,17 +59,17 @@ class RunFolder:
         if not self.main:
             return
         for name in (*FOLDERS, "tensorboard", "fastpo"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            remove(self.path / name)
         for name in RESULTS:
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
 
     def sweep(self) -> None:
         """Makes the folder, or tidies up what a killed process left there."""
         if not self.main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         for folder in (self.path, self.path / "checkpoints"):
-            sweep(folder)
+            sweep(folder, sole_writer=True)
 
     def has_results(self, exports: Iterable[str]) -> bool:
         """Whether all that a run writes at its end is there.
@@ -84,19 +83,23 @@ class RunFolder:
         """Saves the resolved configuration and drops what steps that come will write anew."""
         if not self.main:
             return
-        (self.path / MINORITY).unlink(missing_ok=True)
+        remove(self.path / MINORITY)
         write_text(self.path / "config.yaml", dump_config(config))
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         lines = path.read_text().splitlines() if path.exists() else []
         write_text(path, "".join(f"{line}\n" for line in lines[:start]))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`."""
         if self.main:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                # JSON has no infinity; an fp16 gradient norm may be one.
-                finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-                file.write(json.dumps(finite) + "\n")
+            # JSON has no infinity; an fp16 gradient norm may be one.
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            append_text(self.path / METRICS, json.dumps(finite) + "\n")
+
+    def flush(self) -> None:
+        """Waits until the disk holds the metrics; a checkpoint goes on from lines that last."""
+        if self.main:
+            flush(self.path / METRICS)
 
     def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
         """Writes what the run found out about every pair, its last result, for the report."""

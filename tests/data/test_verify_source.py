@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import fastpo.data.sources.folder as folder_module
-from fastpo.data import contents
 from fastpo.data.cache import PairCache
-from fastpo.data.prepare import prepare
+from fastpo.data.prepare import prepare, verify_source
 from fastpo.errors import CacheError
 from fastpo.models.encoders import Encoders
 from fastpo.testing import pickapic_row, write_folder, write_pickapic
@@ -75,8 +74,8 @@ def test_a_copied_data_set_is_read_once_and_then_known(config_for, tmp_path, mon
     first = prepare(config_for(), progress=False)
     copied(data)
     reads = []
-    original = contents.read_image
-    monkeypatch.setattr(contents, "read_image", lambda read: reads.append(1) or original(read))
+    original = verify_source.read_image
+    monkeypatch.setattr(verify_source, "read_image", lambda read: reads.append(1) or original(read))
     for _ in range(2):
         assert prepare(config_for(), progress=False).fingerprint == first.fingerprint
         assert len(reads) == 10

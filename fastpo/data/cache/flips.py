@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastpo.system.files import whole_file
+from fastpo.system.files import write_text
 
 
 def is_flipped(pair_id: str, *, rate: float, seed: int) -> bool:
@@ -35,7 +36,7 @@ def flip_mask_path(cache_dir: Path, *, rate: float, seed: int) -> Path:
 
 
 def write_flip_mask(cache_dir: Path, pair_ids: Iterable[str], *, rate: float, seed: int) -> Path:
-    """Writes which pairs are flipped as CSV (`pair_id,flipped`, flipped is 0 or 1), atomically.
+    """Writes which pairs are flipped as CSV (`pair_id,flipped`, flipped is 0 or 1).
 
     Args:
         cache_dir: Folder of the cache.
@@ -47,11 +48,9 @@ def write_flip_mask(cache_dir: Path, pair_ids: Iterable[str], *, rate: float, se
         The file's path.
     """
     path = flip_mask_path(cache_dir, rate=rate, seed=seed)
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["pair_id", "flipped"])
-        writer.writerows((name, int(is_flipped(name, rate=rate, seed=seed))) for name in pair_ids)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["pair_id", "flipped"])
+    writer.writerows((name, int(is_flipped(name, rate=rate, seed=seed))) for name in pair_ids)
+    write_text(path, text.getvalue())
     return path

@@ -19,10 +19,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fastpo.data.cache.manifest import FileRecord, Manifest, Quarantined, write_atomically
+from fastpo.data.cache.manifest import FileRecord, Manifest, Quarantined, write_recorded
 from fastpo.data.cache.parts import INDEX, PROMPTS, Unit, read_table, units_of
 from fastpo.data.sources.base import numbered
 from fastpo.errors import CacheError
+from fastpo.system.files import write_text
 from fastpo.types import pair_key
 
 INDEX_FILE, PROMPTS_FILE, QUARANTINE = "index.arrow", "prompts.arrow", "quarantine.jsonl"
@@ -121,7 +122,7 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
     manifest.pairs, manifest.quarantined = index.num_rows, len(quarantined)
     left_out = [quarantined[position] for position in sorted(quarantined)]
     lines = "".join(pair.model_dump_json() + "\n" for pair in left_out)
-    write_atomically(folder / QUARANTINE, lambda path: path.write_text(lines))
+    write_text(folder / QUARANTINE, lines)
     prompts = [read_table(folder / u.name / PROMPTS)["prompt"] for u in records if u.kind == "text"]
     texts = pa.chunked_array([c for p in prompts for c in p.chunks], pa.string())
     texts = texts.cast(pa.large_string()).combine_chunks()
@@ -207,10 +208,10 @@ def _number_names(
 
 
 def write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:
-    """Writes a file that `open_arrow` maps, atomically."""
+    """Writes a file that `open_arrow` maps, whole or not at all."""
 
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as file:
             file.write_batch(batch)
 
-    return write_atomically(path, write)
+    return write_recorded(path, write)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo.errors import CacheError
 from fastpo.models.folder import WeightsMemo
+from fastpo.system.files import whole_file, write_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -100,9 +99,8 @@ class Manifest(Record):
         return self.limit is None or (limit is not None and limit <= self.limit)
 
     def save(self, cache_dir: Path) -> None:
-        """Writes `manifest.json` atomically."""
-        text = self.model_dump_json(indent=1)
-        write_atomically(cache_dir / MANIFEST, lambda p: p.write_text(text))
+        """Writes `manifest.json`, whole or not at all."""
+        write_text(cache_dir / MANIFEST, self.model_dump_json(indent=1))
 
 
 def load_manifest(cache_dir: Path) -> Manifest | None:
@@ -155,33 +153,25 @@ def differing_fields(expected: Mapping[str, str], found: Mapping[str, str]) -> l
     ]
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> FileRecord:
-    """Lets `write` fill a temporary file beside `path`, flushes it to disk and renames it.
+def write_recorded(path: Path, write: Callable[[Path], Any]) -> FileRecord:
+    """Lets `write` fill a file, whole or not at all.
 
     Returns:
         Size and SHA-256 of what was written.
     """
-    temporary = path.with_name(partial_name(path.name))
-    try:
+    with whole_file(path) as temporary:
         write(temporary)
-        record = seal(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return record
+        return file_record(temporary)
 
 
-def partial_name(name: str) -> str:
-    """Returns a temporary name that no other process on any machine uses."""
-    return f".{name}.partial-{socket.gethostname()}-{os.getpid()}"
+def file_record(path: Path) -> FileRecord:
+    """Returns a file's size and SHA-256."""
+    return FileRecord(bytes=path.stat().st_size, sha256=_sha256(path))
 
 
-def seal(path: Path) -> FileRecord:
-    """Flushes a file to disk and returns its size and SHA-256."""
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return FileRecord(bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(cache_dir: Path, files: Mapping[str, FileRecord], *, verify: bool) -> None:
@@ -199,8 +189,7 @@ def check_files(cache_dir: Path, files: Mapping[str, FileRecord], *, verify: boo
         if size != record.bytes:
             raise CacheError(f"{path} is damaged: {size} bytes, expected {record.bytes}")
         if verify:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(path)
             if digest != record.sha256:
                 raise CacheError(
                     f"{path} is damaged: SHA-256 {digest[:12]}, expected {record.sha256[:12]}"

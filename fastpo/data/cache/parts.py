@@ -11,8 +11,6 @@ Both hold `record.json`: the files' sizes and hashes, and the pairs in quarantin
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +28,10 @@ from fastpo.data.cache.manifest import (
     Quarantined,
     Record,
     Span,
-    partial_name,
-    seal,
+    file_record,
 )
 from fastpo.errors import CacheError
+from fastpo.system.files import whole_folder
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -110,26 +108,22 @@ class Unit:
 
         If another process was faster, its files stay.
         """
-        temporary, target = folder / partial_name(self.name), folder / self.name
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
-            files = {}
-            for name, write in writers.items():
-                write(temporary / name)
-                files[name] = seal(temporary / name)
-            left_out = dict(quarantined or {})
-            record = UnitRecord(
-                span=self.span, files=files, quarantined=left_out, contents=contents
-            )
-            (temporary / RECORD).write_text(record.model_dump_json(indent=1))
-            seal(temporary / RECORD)
-            os.rename(temporary, target)
+            with whole_folder(folder / self.name, replace=False) as temporary:
+                files = {}
+                for name, write in writers.items():
+                    write(temporary / name)
+                    files[name] = file_record(temporary / name)
+                record = UnitRecord(
+                    span=self.span,
+                    files=files,
+                    quarantined=dict(quarantined or {}),
+                    contents=contents,
+                )
+                (temporary / RECORD).write_text(record.model_dump_json(indent=1))
         except OSError:
             if not self.done(folder):
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def record(self, folder: Path) -> UnitRecord:
         """Reads its record.

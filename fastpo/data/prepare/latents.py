@@ -13,7 +13,6 @@ there merges them. What a killed process had claimed is free again at once.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -36,6 +35,7 @@ from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
+from fastpo.system.files import make_folder, sweep
 from fastpo.system.locks import Claims
 from fastpo.system.process import Worker
 from fastpo.system.progress import Advance, image_progress
@@ -71,7 +71,7 @@ def prepare(
     """
     folder, worker = config.prepare.cache_dir, Worker.of_launch()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
     manifest = load_manifest(folder)
@@ -186,11 +186,8 @@ def _finish(config: Config, manifest: Manifest, claims: Claims) -> None:
     check_files(folder, current.files, verify=False)
     current.complete = True
     current.save(folder)
-    if not claims.locks:
-        return  # another process may still be making what this one has made
-    for name in ("shard-*", "text-*", "*.arrow", "*.json*"):  # what killed processes left
-        for leftover in folder.glob(f".{name}.partial-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    # Without locks another process may still be making what this one has made.
+    sweep(folder, sole_writer=claims.locks)
 
 
 def _remember(folder: Path, identity: CacheIdentity, claims: Claims) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from fastpo.config import Config
@@ -12,6 +11,7 @@ from fastpo.data.cache.parts import units_of
 from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError
+from fastpo.system.files import remove
 from fastpo.system.locks import Claims
 
 
@@ -85,7 +85,7 @@ def _stretch(
                 manifest.texts = spans
         kept = {unit.name for unit in units_of(manifest)}
         for name in done - kept:
-            shutil.rmtree(folder / name)
+            remove(folder / name)
     manifest.source_pairs = len(source)
     manifest.limit = config.data.limit
     manifest.complete, manifest.files = False, {}
