@@ -356,7 +356,7 @@ def _bare(trainer, batch) -> Callable[[], None]:
 
     def call() -> None:
         noised = trainer.noise.noised_pair(batch)
-        answer = predict(trainer.policy, noised, batch)
+        answer = predict(trainer.policy, noised, batch.conditions)
         (answer - noised.target).square().mean().backward()
 
     return call

@@ -139,6 +139,12 @@ def make_inputs(size: Size, pairs: int, device: torch.device) -> Inputs:
     sdxl = size.family == "sdxl"
     pixels = torch.rand(rows, 3, 8 * side, 8 * side, generator=make) * 2 - 1
     times = [8.0 * side, 8.0 * side, 0.0, 0.0, 8.0 * side, 8.0 * side]
+    conditions = {
+        "prompt_embeds": torch.randn(pairs, TOKENS, sum(size.text_dims), generator=make).half()
+    }
+    if sdxl:
+        conditions["pooled"] = torch.randn(pairs, size.text_dims[-1], generator=make).half()
+        conditions["add_time_ids"] = torch.tensor([times] * pairs)
     batch = PairBatch(
         index=torch.arange(pairs),
         pair_key=torch.randint(2**62, (pairs,), generator=make),
@@ -146,11 +152,7 @@ def make_inputs(size: Size, pairs: int, device: torch.device) -> Inputs:
         flipped=torch.zeros(pairs, dtype=torch.bool),
         latent_mean=torch.randn(rows, 4, side, side, generator=make).half(),
         latent_logvar=torch.full((rows, 4, side, side), -10.0).half(),
-        prompt_embeds=torch.randn(pairs, TOKENS, sum(size.text_dims), generator=make).half(),
-        pooled_prompt_embeds=(
-            torch.randn(pairs, size.text_dims[-1], generator=make).half() if sdxl else None
-        ),
-        add_time_ids=torch.tensor([times] * pairs) if sdxl else None,
+        conditions=conditions,
     )
     tokens = torch.randint(1000, (pairs, TOKENS), generator=make)
     return Inputs(pixels.to(device), tokens.to(device), batch)

@@ -259,7 +259,7 @@ class Bench:
                 times = torch.randint(1000, (len(batch),), device=device)
                 noisy = self.scheduler.add_noise(latents, noise, times.repeat(2))  # pyright: ignore[reportArgumentType]
             with self.accelerator.autocast():
-                answer = predict(policy, _Noised(noisy, times), batch)  # pyright: ignore[reportArgumentType]
+                answer = predict(policy, _Noised(noisy, times), batch.conditions)  # pyright: ignore[reportArgumentType]
             with self.parts("loss"):
                 loss = F.mse_loss(answer.float(), noise)
             with self.parts("backward"):
@@ -333,8 +333,7 @@ class Bench:
             scaler=self.accelerator.scaler,
         )
         known = _KnownErrors() if train.reference == "cached" else None
-        text = self.inputs.batch
-        pooled = text.pooled_prompt_embeds
+        conditions = self.inputs.batch.conditions
         return Trainer(
             config=config,
             accelerator=self.accelerator,
@@ -345,7 +344,7 @@ class Bench:
             policy=self.policy,
             state=state,
             loss=self.parts.wrap("loss", build_loss(train)),
-            empty_prompt=(text.prompt_embeds[:1], None if pooled is None else pooled[:1]),
+            empty_prompt={n: t[:1] for n, t in conditions.items() if n != "add_time_ids"},
             reference_errors=known,  # pyright: ignore[reportArgumentType]
         )
 

@@ -68,8 +68,7 @@ class Recipe:
                 embeds, pooled = encode_text(self.text_encoders, inputs.tokens)
         conditions: dict[str, Any] = {"encoder_hidden_states": embeds.repeat(2, 1, 1)}
         if pooled is not None:
-            times = inputs.batch.add_time_ids
-            assert times is not None
+            times = inputs.batch.conditions["add_time_ids"]
             conditions["added_cond_kwargs"] = {
                 "text_embeds": pooled.repeat(2, 1),
                 "time_ids": times.to(pooled.device).repeat(2, 1),

@@ -56,10 +56,8 @@ class PairBatch:
         flipped: `(B,)` bool, synthetic minority labels.
         latent_mean: `(2B, C, h, w)` mean of the VAE's posterior, unscaled, winners first.
         latent_logvar: `(2B, C, h, w)` its log-variance.
-        prompt_embeds: `(B, L, D)` text states for the cross attention.
-        pooled_prompt_embeds: `(B, P)` pooled text state (SDXL), else None.
-        add_time_ids: `(B, 6)` float32 (SDXL: original height, width, crop top, left, target height,
-            width, in pixels), else None.
+        conditions: What the denoiser is told beside the noisy latents, each `(B, ...)`, under the
+            names that the model's family gives them. Both sides of a pair share them.
     """
 
     index: Tensor
@@ -68,9 +66,7 @@ class PairBatch:
     flipped: Tensor
     latent_mean: Tensor
     latent_logvar: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor | None
-    add_time_ids: Tensor | None
+    conditions: dict[str, Tensor]
 
     def __len__(self) -> int:
         """Returns B."""
@@ -78,11 +74,16 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """Returns the batch on `device`; pinned memory is copied without waiting."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
-        return PairBatch(**moved)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        """Returns the batch with a function applied to every tensor."""
+        moved: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in _PLAIN_FIELDS}
+        conditions = {name: change(tensor) for name, tensor in self.conditions.items()}
+        return PairBatch(**moved, conditions=conditions)
+
+
+_PLAIN_FIELDS = tuple(f for f in fields(PairBatch) if f.name != "conditions")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import fields
 from queue import SimpleQueue
-from typing import Any, Protocol, Self
-
-from torch import Tensor
+from typing import Protocol, Self
 
 from fastpo.data.sampler import PairSampler
 from fastpo.types import PairBatch
@@ -248,10 +245,7 @@ class _ReadAhead(Iterator[PairBatch]):
 
 
 def _pinned(batch: PairBatch) -> PairBatch:
-    values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return PairBatch(
-        **{name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in values.items()}
-    )
+    return batch.map(lambda tensor: tensor.pin_memory())
 
 
 class Waits(Iterator[PairBatch]):

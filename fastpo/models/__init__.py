@@ -7,7 +7,6 @@ from fastpo.system.lazy import lazy_names
 if TYPE_CHECKING:
     from fastpo.models.denoisers import Denoisers as Denoisers
     from fastpo.models.denoisers import add_lora as add_lora
-    from fastpo.models.denoisers import drop_captions as drop_captions
     from fastpo.models.denoisers import load_unet as load_unet
     from fastpo.models.denoisers import predict as predict
     from fastpo.models.denoisers import setup_denoisers as setup_denoisers
@@ -18,7 +17,6 @@ __all__ = [
     "Denoisers",
     "Encoders",
     "add_lora",
-    "drop_captions",
     "load_unet",
     "predict",
     "setup_denoisers",
@@ -31,7 +29,6 @@ __getattr__ = lazy_names(
         "Denoisers": "fastpo.models.denoisers",
         "Encoders": "fastpo.models.encoders",
         "add_lora": "fastpo.models.denoisers",
-        "drop_captions": "fastpo.models.denoisers",
         "load_unet": "fastpo.models.denoisers",
         "predict": "fastpo.models.denoisers",
         "setup_denoisers": "fastpo.models.denoisers",

@@ -9,9 +9,9 @@ bf16` asks for bfloat16 with stochastic rounding; frozen ones are kept in the pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.attention import check_attention, use_attention
-from fastpo.types import NoisedPair, PairBatch
+from fastpo.types import NoisedPair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,48 +47,32 @@ def _cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionMode
     return unet
 
 
-def predict(unet: nn.Module, noised: NoisedPair, batch: PairBatch) -> Tensor:
+def predict(unet: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]) -> Tensor:
     """Runs a denoiser on both sides of every pair; `(2B, C, h, w)`, winners first.
 
     SDXL's `add_time_ids` stay float32: its sinusoidal embedding of sizes in the hundreds is not
     representable in half precision.
+
+    Args:
+        unet: The denoiser.
+        noised: B noisy pairs.
+        conditions: `prompt_embeds` `(B, L, D)` and, for SDXL, `pooled` `(B, P)` and `add_time_ids`
+            `(B, 6)`; text in any dtype.
     """
     dtype = noised.noisy_latents.dtype  # embeddings come as they are stored
     added = None
-    if batch.pooled_prompt_embeds is not None and batch.add_time_ids is not None:
+    if "add_time_ids" in conditions:
         added = {
-            "text_embeds": batch.pooled_prompt_embeds.to(dtype).repeat(2, 1),
-            "time_ids": batch.add_time_ids.repeat(2, 1),
+            "text_embeds": conditions["pooled"].to(dtype).repeat(2, 1),
+            "time_ids": conditions["add_time_ids"].repeat(2, 1),
         }
     return unet(
         noised.noisy_latents,
         noised.timesteps.repeat(2),
-        batch.prompt_embeds.to(dtype).repeat(2, 1, 1),
+        conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1),
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
-
-
-def drop_captions(
-    batch: PairBatch, dropped: Tensor, empty: tuple[Tensor, Tensor | None]
-) -> PairBatch:
-    """Replaces the captions of some pairs by the empty one, for both sides alike.
-
-    Args:
-        batch: The pairs.
-        dropped: `(B,)` bool.
-        empty: The empty prompt's `(1, L, D)` states and `(1, P)` pooled state.
-    """
-    embeds, pooled = empty
-    prompt_embeds = torch.where(
-        dropped[:, None, None], embeds.to(batch.prompt_embeds), batch.prompt_embeds
-    )
-    if batch.pooled_prompt_embeds is None or pooled is None:
-        return replace(batch, prompt_embeds=prompt_embeds)
-    pooled = torch.where(
-        dropped[:, None], pooled.to(batch.pooled_prompt_embeds), batch.pooled_prompt_embeds
-    )
-    return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Encoders:
         return mean, logvar
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encodes prompts as `StableDiffusion(XL)Pipeline.encode_prompt` does the positive prompt.
 
         SD1.5 takes the last layer's states; SDXL joins the last but one layer's states of both
@@ -116,7 +116,7 @@ class Encoders:
             prompts: N prompts; an empty one is the unconditional prompt.
 
         Returns:
-            `(N, L, D)` states and `(N, P)` pooled states (None for SD1.5), in the encoders' dtype.
+            `prompt_embeds` `(N, L, D)` and, for SDXL, `pooled` `(N, P)`, in the encoders' dtype.
 
         Raises:
             ModelError: An encoder answered with NaN or infinity.
@@ -139,14 +139,16 @@ class Encoders:
             )
             states.append(output[0] if self.family == "sd15" else output.hidden_states[-2])
             pooled = output[0] if output[0].ndim == 2 else pooled
-        prompt_embeds = torch.cat(states, dim=-1)
-        for tensor in (prompt_embeds, pooled):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        conditions = {"prompt_embeds": torch.cat(states, dim=-1)}
+        if pooled is not None:
+            conditions["pooled"] = pooled
+        for tensor in conditions.values():
+            if not bool(torch.isfinite(tensor).all()):
                 raise ModelError(
                     f"a text encoder produced NaN or infinity in {tensor.dtype}; "
                     f"set prepare.text_precision=fp32"
                 )
-        return prompt_embeds, pooled
+        return conditions
 
 
 def vae_factor(vae_config: dict[str, Any]) -> int:

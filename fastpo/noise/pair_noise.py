@@ -13,7 +13,8 @@ the same timestep.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +109,18 @@ class PairNoise:
         coin = pair_uniform(batch.pair_key, batch.visit, seed=self.seed, stream=Stream.EMPTY_PROMPT)
         return coin < rate
 
+    def drop_captions(
+        self, batch: PairBatch, rate: float, empty: Mapping[str, Tensor]
+    ) -> PairBatch:
+        """Takes the caption from both sides of a pair on the visits of `empty_prompts`.
+
+        Args:
+            batch: The pairs.
+            rate: The visits' share.
+            empty: The conditions that the empty prompt gives, each `(1, ...)`.
+        """
+        return drop_captions(batch, self.empty_prompts(batch, rate), empty) if rate else batch
+
     def snr_weight(self, timesteps: Tensor, gamma: float | None) -> Tensor | None:
         """The min-SNR weight of each pair's loss, `(B,)` float32 in [0, 1]; None without gamma.
 
@@ -145,6 +158,22 @@ class PairNoise:
             "train.timesteps": ("uniform" if self.table is None else _digest(self.table.timesteps)),
             "train.sample_latents": str(self.sample_latents).lower(),
         }
+
+
+def drop_captions(batch: PairBatch, dropped: Tensor, empty: Mapping[str, Tensor]) -> PairBatch:
+    """Replaces what prompts give by what the empty one gives; conditions of pairs stay.
+
+    Args:
+        batch: The pairs.
+        dropped: `(B,)` bool, the pairs that lose their caption.
+        empty: The conditions that the empty prompt gives, each `(1, ...)`.
+    """
+    conditions = dict(batch.conditions)
+    for name, nothing in empty.items():
+        given = conditions[name]
+        rows = dropped.view(-1, *[1] * (given.ndim - 1))
+        conditions[name] = torch.where(rows, nothing.to(given), given)
+    return replace(batch, conditions=conditions)
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -27,7 +27,7 @@ from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
-from fastpo.models.denoisers import DTYPES, drop_captions, load_unet, predict, setup_denoisers
+from fastpo.models.denoisers import DTYPES, load_unet, predict, setup_denoisers
 from fastpo.models.folder import ModelFolder, WeightsMemo
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.reference_cache.store import (
@@ -327,12 +327,10 @@ class _Task:
             self.model = load_reference(self.config, self.source, self.device)
         batch = batch.to(self.device)
         noised = self.noise.noised_pair(batch)
-        if train.empty_prompt_rate > 0.0:
-            dropped = self.noise.empty_prompts(batch, train.empty_prompt_rate)
-            batch = drop_captions(batch, dropped, self.empty)
+        batch = self.noise.drop_captions(batch, train.empty_prompt_rate, self.empty)
         half = train.precision != "fp32"
         with torch.autocast(self.device.type, DTYPES[train.precision] if half else None, half):
-            prediction = predict(self.model, noised, batch)
+            prediction = predict(self.model, noised, batch.conditions)
         errors = pair_errors(prediction, noised.target, impl=train.loss_impl)
         sides = errors.float().view(2, -1).T
         return torch.where(batch.flipped[:, None], sides.flip(1), sides).cpu().numpy()

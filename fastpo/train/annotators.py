@@ -83,7 +83,7 @@ class Judges:
                 return (judges[0] if live else reference), tuple(judges[live:])
             if live:
                 with self.denoisers.reference() as model, autocast(self.accelerator, self.config):
-                    reference = predict(model, noised, batch)
+                    reference = predict(model, noised, batch.conditions)
             answers = () if averages is None else self._one_by_one(averages, noised, batch)
         return reference, answers
 
@@ -94,7 +94,7 @@ class Judges:
             without_dropout(self.denoisers.policy) as model,
             autocast(self.accelerator, self.config),
         ):
-            return predict_together(model, averages, noised, batch, reference=reference)
+            return predict_together(model, averages, noised, batch.conditions, reference=reference)
 
     def _one_by_one(
         self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch
@@ -103,5 +103,5 @@ class Judges:
         with without_dropout(self.denoisers.policy) as model:
             for which in range(len(averages.decays)):
                 with averages.applied(which), autocast(self.accelerator, self.config):
-                    answers.append(predict(model, noised, batch))
+                    answers.append(predict(model, noised, batch.conditions))
         return tuple(answers)

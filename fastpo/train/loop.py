@@ -34,7 +34,6 @@ from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import (
     Denoisers,
-    drop_captions,
     load_unet,
     predict,
     setup_denoisers,
@@ -80,7 +79,7 @@ class Trainer:
         policy: The policy as the launcher wrapped it.
         state: Everything a checkpoint holds.
         loss: The objective.
-        empty_prompt: The empty prompt's states, `(1, L, D)` and `(1, P)` or None.
+        empty_prompt: The conditions that the empty prompt gives, each `(1, ...)`.
         reference_errors: The reference's errors, where they were computed before.
     """
 
@@ -93,7 +92,7 @@ class Trainer:
     policy: nn.Module
     state: TrainingState
     loss: LossFunction
-    empty_prompt: tuple[Tensor, Tensor | None]
+    empty_prompt: dict[str, Tensor]
     reference_errors: ReferenceErrors | None = None
 
     @property
@@ -122,23 +121,17 @@ class Trainer:
         known = None if self.reference_errors is None else self.reference_errors.lookup(batch)
         batch = batch.to(self.accelerator.device)
         noised = self.noise.noised_pair(batch)
-        batch = self._drop_captions(batch)
+        rate = self.config.train.empty_prompt_rate
+        batch = self.noise.drop_captions(batch, rate, self.empty_prompt)
         reference, annotators = judges.judge(noised, batch, step, known)
         with autocast(self.accelerator, self.config.train):
-            policy = predict(self.policy, noised, batch)
+            policy = predict(self.policy, noised, batch.conditions)
         predictions = PairPredictions(policy, reference, annotators)
         weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
         out = self.loss(predictions, noised.target, minority, weight)
         rows = table_rows(batch, noised.timesteps, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
-
-    def _drop_captions(self, batch: PairBatch) -> PairBatch:
-        rate = self.config.train.empty_prompt_rate
-        if rate == 0.0:
-            return batch
-        dropped = self.noise.empty_prompts(batch, rate)
-        return drop_captions(batch, dropped, self.empty_prompt)
 
 
 def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:

@@ -9,10 +9,9 @@ model, to be trained, exported or counted by mistake. Rows come in equal blocks;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from fastpo.config import EmaAnnotators, TrainConfig
 from fastpo.models.denoisers import predict
 from fastpo.train.ema import MovingAverages
-from fastpo.types import NoisedPair, PairBatch
+from fastpo.types import NoisedPair
 
 ADAPTER = "default"
 # Elements of the latents `(2B, C, h, w)` up to which one pass is taken: the largest batch measured
@@ -51,7 +50,7 @@ def predict_together(
     unet: UNet2DConditionModel,
     averages: MovingAverages,
     noised: NoisedPair,
-    batch: PairBatch,
+    conditions: Mapping[str, Tensor],
     *,
     reference: bool = True,
 ) -> list[Tensor]:
@@ -61,7 +60,7 @@ def predict_together(
         unet: The policy, with LoRA adapters; they are off inside.
         averages: Averages of exactly these adapters' weights.
         noised: B noisy pairs.
-        batch: Their conditions.
+        conditions: What the denoiser is told of them, each `(B, ...)`.
         reference: Whether the base is wanted, too.
 
     Returns:
@@ -73,19 +72,14 @@ def predict_together(
         noisy_latents=_tiled(noised.noisy_latents, judges),
         timesteps=_tiled(noised.timesteps, judges),
     )
-    conditions = replace(
-        batch,
-        prompt_embeds=_tiled(batch.prompt_embeds, judges),
-        pooled_prompt_embeds=_tiled(batch.pooled_prompt_embeds, judges),
-        add_time_ids=_tiled(batch.add_time_ids, judges),
-    )
+    tiled = {name: _tiled(tensor, judges) for name, tensor in conditions.items()}
     with _adapters_by_rows(unet, averages, skip=int(reference)):
-        return list(predict(unet, stacked, conditions).chunk(judges))
+        return list(predict(unet, stacked, tiled).chunk(judges))
 
 
-def _tiled(tensor: Any, times: int) -> Any:
-    """Returns the rows `times` over; None stays None."""
-    return None if tensor is None else tensor.repeat(times, *[1] * (tensor.ndim - 1))
+def _tiled(tensor: Tensor, times: int) -> Tensor:
+    """Returns the rows `times` over."""
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
 
 @contextmanager

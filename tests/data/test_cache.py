@@ -73,15 +73,16 @@ def test_batch_has_the_promised_shapes_and_dtypes(open_with, family):
     assert batch.visit.tolist() == [2, 2, 2]
     assert batch.pair_key.tolist() == [pair_key(f"p{i}") for i in (4, 0, 3)]
     assert batch.latent_mean.shape == batch.latent_logvar.shape == (6, 4, 8, 8)
-    assert batch.latent_mean.dtype == batch.prompt_embeds.dtype == torch.float16
-    assert batch.prompt_embeds.shape == (3, 77, {"sd15": 16, "sdxl": 40}[family])
+    given = batch.conditions
+    assert batch.latent_mean.dtype == given["prompt_embeds"].dtype == torch.float16
+    assert given["prompt_embeds"].shape == (3, 77, {"sd15": 16, "sdxl": 40}[family])
     if family == "sd15":
-        assert batch.pooled_prompt_embeds is None
-        assert batch.add_time_ids is None
+        assert given.keys() == {"prompt_embeds"}
         return
-    assert batch.pooled_prompt_embeds.shape == (3, 20)
-    assert batch.add_time_ids.dtype == torch.float32
-    assert batch.add_time_ids.tolist() == [[48, 48, 0, 0, 32, 32]] * 3
+    assert given.keys() == {"prompt_embeds", "pooled", "add_time_ids"}
+    assert given["pooled"].shape == (3, 20)
+    assert given["add_time_ids"].dtype == torch.float32
+    assert given["add_time_ids"].tolist() == [[48, 48, 0, 0, 32, 32]] * 3
 
 
 def test_attributes_describe_the_pairs(open_with):
@@ -105,8 +106,8 @@ def test_any_order_gives_the_same_pairs(open_with):
     for row, i in enumerate([9, 1, 3, 1]):
         assert torch.equal(batch.latent_mean[[row, row + 4]], one[i].latent_mean)
         assert torch.equal(batch.latent_logvar[[row, row + 4]], one[i].latent_logvar)
-        assert torch.equal(batch.prompt_embeds[row], one[i].prompt_embeds[0])
-        assert torch.equal(batch.pooled_prompt_embeds[row], one[i].pooled_prompt_embeds[0])
+        for name, rows in batch.conditions.items():
+            assert torch.equal(rows[row], one[i].conditions[name][0])
 
 
 def test_flips_exchange_the_sides_and_nothing_else(open_with):
@@ -121,7 +122,8 @@ def test_flips_exchange_the_sides_and_nothing_else(open_with):
         swap = [1, 0] if flipped.flipped[i] else [0, 1]
         assert torch.equal(b.latent_mean, a.latent_mean[swap])
         assert torch.equal(b.latent_logvar, a.latent_logvar[swap])
-        assert torch.equal(b.add_time_ids, a.add_time_ids)
+        for name, rows in a.conditions.items():
+            assert torch.equal(b.conditions[name], rows)
         assert torch.equal(b.flipped, flipped.flipped[i : i + 1])
         assert not torch.equal(a.latent_mean[0], a.latent_mean[1])
 
@@ -145,10 +147,10 @@ def test_flips_are_the_same_in_every_epoch_and_reading_changes_nothing(open_with
 def test_empty_prompt_is_number_zero(open_with):
     for family in ("sd15", "sdxl"):
         cache = open_with(family)
-        embeds, pooled = cache.empty_prompt()
-        assert embeds.shape[:2] == (1, 77)
-        assert (pooled is None) == (family == "sd15")
-        assert not torch.equal(embeds, cache.read([0], 0).prompt_embeds)
+        empty, other = cache.empty_prompt(), cache.read([0], 0).conditions
+        assert empty.keys() == other.keys() - {"add_time_ids"}
+        assert empty["prompt_embeds"].shape[:2] == (1, 77)
+        assert not torch.equal(empty["prompt_embeds"], other["prompt_embeds"])
 
 
 def test_limit_takes_the_first_pairs(open_with):

@@ -34,9 +34,7 @@ class Reader:
             flipped=index > 100,
             latent_mean=empty,
             latent_logvar=empty,
-            prompt_embeds=empty,
-            pooled_prompt_embeds=None,
-            add_time_ids=None,
+            conditions={"prompt_embeds": empty},
         )
 
 

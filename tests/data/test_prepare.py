@@ -40,13 +40,12 @@ def test_cache_holds_what_the_encoders_answer(config_for, tmp_path, family, work
         )
         pixels = pixels.view(2, sides[0].height, sides[0].width, 3).permute(0, 3, 1, 2)
         mean, logvar = encoders.encode_images(to_model_range(pixels))
-        embeds, pooled = encoders.encode_prompts([f"prompt {i % 3}"])
+        encoded = encoders.encode_prompts([f"prompt {i % 3}"])
         batch = cache.read([i], 0)
         torch.testing.assert_close(batch.latent_mean, mean, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(batch.latent_logvar, logvar, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(batch.prompt_embeds, embeds, atol=1e-6, rtol=1e-5)
-        if pooled is not None:
-            torch.testing.assert_close(batch.pooled_prompt_embeds, pooled, atol=1e-6, rtol=1e-5)
+        for name, states in encoded.items():
+            torch.testing.assert_close(batch.conditions[name], states, atol=1e-6, rtol=1e-5)
 
 
 def test_pickapic_end_to_end_with_ties(config_for, tmp_path):
@@ -76,7 +75,8 @@ def test_a_corrupt_image_shifts_nothing(config_for, tmp_path, workers):
     for i, name in enumerate(cache.pair_ids):
         got, expected = cache.read([i], 0), whole.read([whole.pair_ids.index(name)], 0)
         torch.testing.assert_close(got.latent_mean, expected.latent_mean, atol=1e-5, rtol=1e-5)
-        assert torch.equal(got.add_time_ids, expected.add_time_ids)
+        for key, rows in expected.conditions.items():
+            torch.testing.assert_close(got.conditions[key], rows, atol=1e-6, rtol=1e-5)
         assert cache.prompts[cache.prompt_index[i]] == f"prompt {int(name[1:]) % 3}"
     limited = PairCache.open(config_for(prepare={"workers": workers}, data={"limit": 4}))
     assert limited.pair_ids == ["p0", "p1", "p3"], "the limit counts pairs of the source"
@@ -206,7 +206,8 @@ def test_another_vae_gives_another_cache(config_for, tmp_path):
     )
     assert one.fingerprint != two.fingerprint
     assert not torch.allclose(one.read([0], 0).latent_mean, two.read([0], 0).latent_mean)
-    assert torch.equal(one.read([0], 0).prompt_embeds, two.read([0], 0).prompt_embeds)
+    for name, states in one.read([0], 0).conditions.items():
+        assert torch.equal(states, two.read([0], 0).conditions[name])
 
 
 def test_a_larger_limit_adds_the_missing_pairs(config_for, tmp_path):

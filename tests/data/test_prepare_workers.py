@@ -277,7 +277,8 @@ def test_limits_may_shrink_and_grow_while_unfinished(config_for, tmp_path, whole
     for i in (0, 8, 12, 20):
         one = PairCache.open(config_for(cache_dir=str(whole))).read([i], 0)
         assert torch.equal(large.read([i], 0).latent_mean, one.latent_mean)
-        assert torch.equal(large.read([i], 0).prompt_embeds, one.prompt_embeds)
+        for name, states in one.conditions.items():
+            assert torch.equal(large.read([i], 0).conditions[name], states)
 
 
 @given(

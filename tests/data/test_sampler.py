@@ -28,9 +28,7 @@ class EchoCache:
             flipped=torch.zeros(len(indices), dtype=torch.bool),
             latent_mean=torch.zeros(2 * len(indices), 1),
             latent_logvar=torch.zeros(2 * len(indices), 1),
-            prompt_embeds=torch.zeros(len(indices), 1),
-            pooled_prompt_embeds=None,
-            add_time_ids=None,
+            conditions={"prompt_embeds": torch.zeros(len(indices), 1)},
         )
 
 

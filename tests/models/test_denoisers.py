@@ -7,13 +7,13 @@ from torch import nn
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.denoisers import (
-    drop_captions,
     load_unet,
     predict,
     setup_denoisers,
     without_dropout,
 )
 from fastpo.models.export import export_policy
+from fastpo.noise import drop_captions
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.train.ema import MovingAverages
 from fastpo.types import NoisedPair, PairBatch
@@ -38,6 +38,11 @@ def inputs(width, pooled, pairs=2):
     g = torch.Generator().manual_seed(0)
     zeros = torch.zeros(pairs, dtype=torch.int64)
     latents = torch.randn(2 * pairs, 4, 8, 8, generator=g)
+    conditions = {"prompt_embeds": torch.randn(pairs, 77, width, generator=g)}
+    if pooled is not None:
+        sizes = [[64.0, 48, 0, 3, 32, 32], [1024, 768, 5, 0, 32, 32]]
+        conditions["pooled"] = torch.randn(pairs, pooled, generator=g)
+        conditions["add_time_ids"] = torch.tensor(sizes)
     batch = PairBatch(
         index=zeros,
         pair_key=zeros,
@@ -45,11 +50,7 @@ def inputs(width, pooled, pairs=2):
         flipped=zeros.bool(),
         latent_mean=latents,
         latent_logvar=latents,
-        prompt_embeds=torch.randn(pairs, 77, width, generator=g),
-        pooled_prompt_embeds=None if pooled is None else torch.randn(pairs, pooled, generator=g),
-        add_time_ids=None
-        if pooled is None
-        else torch.tensor([[64.0, 48, 0, 3, 32, 32], [1024, 768, 5, 0, 32, 32]]),
+        conditions=conditions,
     )
     return NoisedPair(latents, torch.tensor([10, 900]), latents), batch
 
@@ -65,12 +66,12 @@ def test_the_reference_is_the_untrained_model_bit_for_bit(pipeline, method):
     folder, width, pooled = pipeline
     noised, batch = inputs(width, pooled)
     with torch.no_grad():
-        untrained = predict(load_unet(folder), noised, batch)
+        untrained = predict(load_unet(folder), noised, batch.conditions)
         denoisers = setup_denoisers(load_unet(folder), config(method=method), needs_reference=True)
         nudge(denoisers)
         with denoisers.reference() as reference:
-            assert torch.equal(predict(reference, noised, batch), untrained)
-        assert not torch.equal(predict(denoisers.policy, noised, batch), untrained)
+            assert torch.equal(predict(reference, noised, batch.conditions), untrained)
+        assert not torch.equal(predict(denoisers.policy, noised, batch.conditions), untrained)
 
 
 def test_a_frozen_copy_in_bf16_agrees_with_the_policy_before_training(pipeline):
@@ -87,9 +88,9 @@ def test_a_frozen_copy_in_bf16_agrees_with_the_policy_before_training(pipeline):
         options = config(method="full", precision="bf16")
         denoisers = setup_denoisers(unet, options, needs_reference=True)
         with torch.autocast("cpu", torch.bfloat16):
-            policy = predict(denoisers.policy, noised, batch)
+            policy = predict(denoisers.policy, noised, batch.conditions)
         with denoisers.reference() as reference, torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(predict(reference, noised, batch), policy)
+            assert torch.equal(predict(reference, noised, batch.conditions), policy)
 
 
 def test_bf16_weights_keep_vectors_and_averages_in_float32(pipeline):
@@ -105,13 +106,13 @@ def test_bf16_weights_keep_vectors_and_averages_in_float32(pipeline):
     averages = MovingAverages(denoisers.trainable, [0.5])
     assert all(t.dtype == torch.float32 for t in averages.shadows[0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        policy = predict(denoisers.policy, noised, batch)
+        policy = predict(denoisers.policy, noised, batch.conditions)
         with denoisers.reference() as reference:
-            assert torch.equal(predict(reference, noised, batch), policy)
+            assert torch.equal(predict(reference, noised, batch.conditions), policy)
         nudge(denoisers)
         with averages.applied(0):
-            assert torch.equal(predict(denoisers.policy, noised, batch), policy)
-        assert not torch.equal(predict(denoisers.policy, noised, batch), policy)
+            assert torch.equal(predict(denoisers.policy, noised, batch.conditions), policy)
+        assert not torch.equal(predict(denoisers.policy, noised, batch.conditions), policy)
     averages.update(1)
     name, weight = next(iter(denoisers.trainable.items()))
     start = averages.state_dict()[f"0.{name}"]
@@ -126,7 +127,9 @@ def test_a_judge_is_asked_without_dropout(pipeline):
     denoisers = setup_denoisers(load_unet(folder), options, needs_reference=True)
     nudge(denoisers)
     with torch.no_grad(), without_dropout(denoisers.policy) as judge:
-        assert torch.equal(predict(judge, noised, batch), predict(judge, noised, batch))
+        assert torch.equal(
+            predict(judge, noised, batch.conditions), predict(judge, noised, batch.conditions)
+        )
     assert denoisers.policy.training
 
 
@@ -154,20 +157,23 @@ def test_winner_and_loser_get_the_same_conditioning(pipeline):
     noised, batch = inputs(width, pooled)
     twins = torch.cat((noised.noisy_latents[:2], noised.noisy_latents[:2]))
     with torch.no_grad():
-        out = predict(load_unet(folder), NoisedPair(twins, noised.timesteps, twins), batch)
+        out = predict(
+            load_unet(folder), NoisedPair(twins, noised.timesteps, twins), batch.conditions
+        )
     torch.testing.assert_close(out[:2], out[2:])
 
 
 def test_captions_are_dropped_for_whole_pairs(pipeline):
     _, width, pooled = pipeline
     _, batch = inputs(width, pooled)
-    empty = (torch.zeros(1, 77, width), None if pooled is None else torch.zeros(1, pooled))
-    dropped = drop_captions(batch, torch.tensor([True, False]), empty)
-    assert not dropped.prompt_embeds[0].any()
-    assert torch.equal(dropped.prompt_embeds[1], batch.prompt_embeds[1])
+    empty = {"prompt_embeds": torch.zeros(1, 77, width)}
     if pooled is not None:
-        assert not dropped.pooled_prompt_embeds[0].any()
-        assert torch.equal(dropped.pooled_prompt_embeds[1], batch.pooled_prompt_embeds[1])
+        empty["pooled"] = torch.zeros(1, pooled)
+    dropped = drop_captions(batch, torch.tensor([True, False]), empty).conditions
+    assert dropped.keys() == batch.conditions.keys()
+    for name, given in batch.conditions.items():
+        assert torch.equal(dropped[name][1], given[1])
+        assert dropped[name][0].any() == (name == "add_time_ids"), "what pairs give stays"
 
 
 def test_lora_targets_that_match_nothing_are_refused(pipeline):
@@ -208,8 +214,8 @@ def test_exported_adapters_act_as_they_did_in_training(pipeline, tmp_path, alpha
     stock = DiffusionPipeline.from_pretrained(folder)
     stock.load_lora_weights(export_policy(denoisers.policy, tmp_path / "final", "lora"))
     with torch.no_grad():
-        trained = predict(denoisers.policy, noised, batch)
-        torch.testing.assert_close(predict(stock.unet, noised, batch), trained)
+        trained = predict(denoisers.policy, noised, batch.conditions)
+        torch.testing.assert_close(predict(stock.unet, noised, batch.conditions), trained)
 
 
 def test_moving_averages_follow_the_ramp_worked_by_hand():

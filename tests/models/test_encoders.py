@@ -63,11 +63,12 @@ def test_prompts_equal_the_pipelines_exactly(tiny_pipelines, family, precision):
         expected, _, pooled, _ = pipeline.encode_prompt(
             PROMPTS, device="cpu", do_classifier_free_guidance=False
         )
-    got, got_pooled = encoders.encode_prompts(PROMPTS)
-    assert got.dtype == dtype
-    assert torch.equal(got, expected)
-    assert (got_pooled is None) == (pooled is None)
-    assert pooled is None or torch.equal(got_pooled, pooled)
+    wanted = {"prompt_embeds": expected} | ({} if pooled is None else {"pooled": pooled})
+    got = encoders.encode_prompts(PROMPTS)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert got[name].dtype == dtype
+        assert torch.equal(got[name], tensor)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

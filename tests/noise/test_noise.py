@@ -26,9 +26,7 @@ def batch(pairs=3, first=0, visit=0):
         flipped=torch.zeros(pairs, dtype=torch.bool),
         latent_mean=mean,
         latent_logvar=torch.zeros_like(mean),
-        prompt_embeds=torch.zeros(pairs, 1, 1),
-        pooled_prompt_embeds=None,
-        add_time_ids=None,
+        conditions={"prompt_embeds": torch.zeros(pairs, 1, 1)},
     )
 
 

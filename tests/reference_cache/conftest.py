@@ -42,9 +42,9 @@ def computed(monkeypatch):
     """Counts the pairs that the reference is run on, and the batches."""
     seen, predict = [], module.predict
 
-    def counting(model, noised, batch):
-        seen.append(len(batch))
-        return predict(model, noised, batch)
+    def counting(model, noised, conditions):
+        seen.append(len(noised.timesteps))
+        return predict(model, noised, conditions)
 
     monkeypatch.setattr(module, "predict", counting)
     return seen

@@ -55,21 +55,23 @@ def setting(targets, pairs=3, size=8):
         flipped=none.bool(),
         latent_mean=noised.noisy_latents,
         latent_logvar=noised.noisy_latents,
-        prompt_embeds=torch.randn(pairs, 5, unet.config.cross_attention_dim),
-        pooled_prompt_embeds=torch.randn(pairs, wide),
-        add_time_ids=torch.randint(8, 64, (pairs, 6)).float(),
+        conditions={
+            "prompt_embeds": torch.randn(pairs, 5, unet.config.cross_attention_dim),
+            "pooled": torch.randn(pairs, wide),
+            "add_time_ids": torch.randint(8, 64, (pairs, 6)).float(),
+        },
     )
     return denoisers, averages, noised, batch
 
 
 def one_by_one(denoisers, averages, noised, batch):
     with torch.no_grad(), denoisers.reference() as model:
-        found = [predict(model, noised, batch)]
+        found = [predict(model, noised, batch.conditions)]
     with torch.no_grad(), without_dropout(denoisers.policy) as model:
         for which in range(2):
             with averages.applied(which):
-                found.append(predict(model, noised, batch))
-        found.append(predict(model, noised, batch))  # the policy itself
+                found.append(predict(model, noised, batch.conditions))
+        found.append(predict(model, noised, batch.conditions))  # the policy itself
     return found
 
 
@@ -79,7 +81,7 @@ def test_one_pass_equals_separate_ones(targets, reference):
     denoisers, averages, noised, batch = setting(targets)
     *separate, policy = one_by_one(denoisers, averages, noised, batch)
     with without_dropout(denoisers.policy) as model:
-        together = predict_together(model, averages, noised, batch, reference=reference)
+        together = predict_together(model, averages, noised, batch.conditions, reference=reference)
     separate = separate if reference else separate[1:]
     assert len(together) == len(separate)
     for one, other in zip(together, separate, strict=True):

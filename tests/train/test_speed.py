@@ -35,6 +35,12 @@ def inputs(unet, pooled, pairs=2):
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(2 * pairs, 4, 8, 8, generator=g)
     index = torch.arange(pairs)
+    conditions = {
+        "prompt_embeds": torch.randn(pairs, 77, unet.config.cross_attention_dim, generator=g)
+    }
+    if pooled is not None:
+        conditions["pooled"] = torch.randn(pairs, pooled, generator=g)
+        conditions["add_time_ids"] = torch.full((pairs, 6), 32.0)
     batch = PairBatch(
         index=index,
         pair_key=index,
@@ -42,9 +48,7 @@ def inputs(unet, pooled, pairs=2):
         flipped=index > pairs,
         latent_mean=latents,
         latent_logvar=latents,
-        prompt_embeds=torch.randn(pairs, 77, unet.config.cross_attention_dim, generator=g),
-        pooled_prompt_embeds=None if pooled is None else torch.randn(pairs, pooled, generator=g),
-        add_time_ids=None if pooled is None else torch.full((pairs, 6), 32.0),
+        conditions=conditions,
     )
     return NoisedPair(latents, torch.tensor([10, 900]), latents[:pairs]), batch
 
@@ -53,8 +57,8 @@ def step(denoisers, pooled):
     """The DPO loss of one step and its gradients."""
     noised, batch = inputs(denoisers.policy, pooled)
     with torch.no_grad(), denoisers.judging(), denoisers.reference() as model:
-        reference = predict(model, noised, batch)
-    policy = predict(denoisers.policy, noised, batch)
+        reference = predict(model, noised, batch.conditions)
+    policy = predict(denoisers.policy, noised, batch.conditions)
     loss = dpo(policy, reference, noised.target, beta=10.0).loss
     grads = torch.autograd.grad(loss, list(denoisers.trainable.values()))
     return loss.detach(), grads
@@ -96,7 +100,7 @@ def test_channels_last_reaches_every_convolution_and_its_output(tiny_pipelines, 
                 module.register_forward_hook(lambda m, i, o: outputs.append(o))
     noised, batch = inputs(denoisers.policy, 20)
     with torch.no_grad():
-        prediction = predict(models[-1], noised, batch)
+        prediction = predict(models[-1], noised, batch.conditions)
     wide = [o for o in outputs if o.shape[1] > 1 and o.shape[-1] > 1]
     assert len(wide) > 10
     assert all(o.is_contiguous(memory_format=torch.channels_last) for o in [*wide, prediction])
@@ -130,7 +134,7 @@ def test_a_compiled_policy_sees_adapters_and_averages_change(tiny_pipelines):
     noised, batch = inputs(plain.policy, pooled)
 
     def policies():
-        return [predict(d.policy, noised, batch).detach() for d in (plain, compiled)]
+        return [predict(d.policy, noised, batch.conditions).detach() for d in (plain, compiled)]
 
     loss, grads = step(plain, pooled)
     other, others = step(compiled, pooled)
@@ -142,11 +146,11 @@ def test_a_compiled_policy_sees_adapters_and_averages_change(tiny_pipelines):
     on = policies()
     torch.testing.assert_close(on[1], on[0])
     with torch.no_grad(), compiled.judging(), compiled.reference() as model:
-        eager = predict(model, noised, batch)
+        eager = predict(model, noised, batch.conditions)
     with torch.no_grad(), plain.reference() as model:
-        assert torch.equal(eager, predict(model, noised, batch))
+        assert torch.equal(eager, predict(model, noised, batch.conditions))
     with torch.no_grad(), compiled.reference() as model:
-        torch.testing.assert_close(predict(model, noised, batch), eager)
+        torch.testing.assert_close(predict(model, noised, batch.conditions), eager)
     assert (on[0] - eager).abs().max() > 1e-3
 
     averages = [MovingAverages(d.trainable, [0.5]) for d in (plain, compiled)]

@@ -98,6 +98,12 @@ def column(batch: pa.RecordBatch, name: str) -> Tensor:
     return torch.from_dlpack(batch.column(name))
 
 
+def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
+    """Returns a column of lists of equal length as a tensor `(rows, length)` on the same memory."""
+    lists = batch.column(name)
+    return torch.from_dlpack(lists.flatten()).view(-1, lists.type.list_size)
+
+
 def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
     """Joins the finished units' indices and enters the result into the manifest (without saving).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastpo.config import Config
 from fastpo.data.cache.fingerprint import cache_identity
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
-from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow
+from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow, rows_of
 from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_units, unit_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
@@ -28,7 +28,7 @@ class PairCache:
 
     Attributes:
         folder: The cache's folder.
-        family: `sd15` or `sdxl`.
+        family: Name of the model's family.
         fingerprint: SHA-256 of the content: identity and files.
         report: Counts of the source's scan.
         quarantined: How many pairs were left out as unusable.
@@ -41,9 +41,22 @@ class PairCache:
         prompt_index: `(N,)` int64, number of each pair's prompt.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: Config) -> None:
-        """Maps the index; use `PairCache.open`."""
-        self._opened_as = (folder, manifest, config)
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        config: Config,
+        pair_conditions: Sequence[str] = (),
+    ) -> None:
+        """Maps the index; use `PairCache.open`.
+
+        Args:
+            folder: The cache's folder.
+            manifest: Its table of contents.
+            config: The configuration.
+            pair_conditions: Columns of the index that the denoiser is told.
+        """
+        self._opened_as = (folder, manifest, config, pair_conditions)
         self.folder = folder
         self.family = manifest.identity["model family"]
         self.fingerprint = manifest.fingerprint
@@ -67,8 +80,7 @@ class PairCache:
         self.prompt_index = column(index, "prompt")
         self.bucket = column(index, "bucket")
         self._shard, self._slot = column(index, "shard"), column(index, "slot")
-        times = index.column("add_time_ids")
-        self._add_time_ids = torch.from_dlpack(times.flatten()).view(-1, 6)
+        self._pair_conditions = {name: rows_of(index, name) for name in pair_conditions}
         rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
         flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)
         self.flipped = torch.zeros(len(self), dtype=torch.bool)
@@ -120,7 +132,7 @@ class PairCache:
                 f"`fastpo prepare` again, it adds the missing pairs"
             )
         check_files(folder, manifest.files, verify=verify)
-        return cls(folder, manifest, config)
+        return cls(folder, manifest, config, _pair_conditions(model))
 
     def __len__(self) -> int:
         """Returns the number of pairs."""
@@ -146,7 +158,8 @@ class PairCache:
             raise ValueError(f"indices must be of one bucket, got buckets {sorted(buckets)}")
         flipped = self.flipped[index]
         mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
-        embeds, pooled = self._text(self.prompt_index[index].tolist())
+        of_prompts = self._text(self.prompt_index[index].tolist())
+        of_pairs = {name: rows[index] for name, rows in self._pair_conditions.items()}
         return PairBatch(
             index=index,
             pair_key=self.pair_keys[index],
@@ -154,15 +167,12 @@ class PairCache:
             flipped=flipped,
             latent_mean=mean,
             latent_logvar=logvar,
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            add_time_ids=self._add_time_ids[index] if self.family == "sdxl" else None,
+            conditions=of_prompts | of_pairs,
         )
 
-    def empty_prompt(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-        """Returns the empty prompt's `(1, L, D)` states and `(1, P)` pooled states (or None)."""
-        embeds, pooled = self._text([0])
-        return embeds.to(device), None if pooled is None else pooled.to(device)
+    def empty_prompt(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Returns the conditions that the empty prompt gives, each `(1, ...)`."""
+        return {name: tensor.to(device) for name, tensor in self._text([0]).items()}
 
     def write_flip_mask(self, otherwise: Path | None = None) -> Path:
         """Writes which pairs are flipped beside the cache, those beyond `data.limit` included.
@@ -195,15 +205,14 @@ class PairCache:
             self._files.read(name, key, slot, parts)
         return mean, logvar
 
-    def _text(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Returns states and pooled states of prompts by number."""
+    def _text(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the conditions that prompts give, by the prompts' numbers."""
         parts = np.searchsorted(self._text_starts, numbers, side="right") - 1
         places = [
             (f"{unit_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
             for part, number in zip(parts.tolist(), numbers, strict=True)
         ]
-        embeds = self._rows(places, "prompt_embeds")
-        return embeds, None if self.family == "sd15" else self._rows(places, "pooled")
+        return {key: self._rows(places, key) for key in self._files.keys(places[0][0])}
 
     def _rows(self, places: Sequence[tuple[str, int]], key: str) -> Tensor:
         rows = self._files.rows(places[0][0], key)
@@ -211,3 +220,7 @@ class PairCache:
         for into, (name, row) in zip(bytes_of(found), places, strict=True):
             self._files.read(name, key, row, [into])
         return found
+
+
+def _pair_conditions(model: ModelFolder) -> tuple[str, ...]:
+    return ("add_time_ids",) if model.family == "sdxl" else ()

@@ -3,8 +3,8 @@
 - `shard-k` holds `latents.safetensors`: per latent shape one tensor `hxw` of
   `(pairs, 2, 2, C, h, w)`: mean and log-variance, each of the side that the source calls the winner
   and of the other, so that a pair is one stretch of bytes; and `index.parquet`, see `INDEX_SCHEMA`.
-- `text-k` holds `text.safetensors`: `prompt_embeds` `(prompts, L, D)` and, for SDXL, `pooled`
-  `(prompts, P)`; and `prompts.parquet`, their text in the same order.
+- `text-k` holds `text.safetensors`: the conditions that prompts give, each `(prompts, ...)`, under
+  the names of the model's family; and `prompts.parquet`, their text in the same order.
 
 Both hold `record.json`: the files' sizes and hashes, and the pairs in quarantine.
 """

@@ -14,7 +14,8 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from torch import Tensor
 
 from fastpo.errors import CacheError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +100,32 @@ class TensorFiles:
         Raises:
             CacheError: The file is damaged or lacks the tensor.
         """
+        with self._damage(name, key):
+            return self._header(name)[key]
+
+    def keys(self, name: str) -> list[str]:
+        """Returns the names of a file's tensors.
+
+        Raises:
+            CacheError: The file is missing or damaged.
+        """
+        with self._damage(name, "its header"):
+            return sorted(self._header(name))
+
+    def _header(self, name: str) -> dict[str, Rows]:
+        header = self._headers.get(name)
+        if header is None:
+            header = self._headers[name] = _header(self._file(name))
+        return header
+
+    @contextmanager
+    def _damage(self, name: str, what: str) -> Iterator[None]:
+        """Says which file cannot be read."""
         try:
-            header = self._headers.get(name)
-            if header is None:
-                header = self._headers[name] = _header(self._file(name))
-            return header[key]
+            yield
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(
-                f"{self._folder / name}: cannot read {key}: {type(error).__name__}: {error}"
+                f"{self._folder / name}: cannot read {what}: {type(error).__name__}: {error}"
             ) from error
 
     def read(self, name: str, key: str, row: int, parts: Sequence[memoryview]) -> None:

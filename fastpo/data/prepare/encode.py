@@ -128,27 +128,22 @@ def write_text(
 ) -> None:
     """Encodes a text part's prompts and puts it in place."""
     size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
-    states: list[Tensor] = []
-    pooled: list[Tensor] = []
+    encoded: dict[str, list[Tensor]] = defaultdict(list)
     for start in range(0, len(prompts), size):
-        embeds, pool = encoders.encode_prompts(prompts[start : start + size])
-        states.append(store(embeds, dtype, "prompt"))
-        if pool is not None:
-            pooled.append(store(pool, dtype, "pooled prompt"))
-    text = {"prompt_embeds": torch.cat(states)}
-    if pooled:
-        text["pooled"] = torch.cat(pooled)
+        for name, values in encoders.encode_prompts(prompts[start : start + size]).items():
+            encoded[name].append(store(values, dtype, name))
+    text = {name: torch.cat(parts) for name, parts in encoded.items()}
     rows = [{"prompt": prompt} for prompt in prompts]
     unit.write(folder, {TEXT: tensor_writer(text), PROMPTS: table_writer(rows, PROMPT_SCHEMA)})
 
 
 def store(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Returns values in the stored dtype on the CPU.
+    """Returns values in the stored dtype on the CPU; integers and masks keep their own.
 
     Raises:
         CacheError: They do not fit into it.
     """
-    stored = values.to(dtype).cpu()
+    stored = values.to(dtype if values.is_floating_point() else values.dtype).cpu()
     if not bool(torch.isfinite(stored).all()):
         raise CacheError(
             f"a {name} value of {values.abs().max().item():g} does not fit into {dtype}; "
