@@ -40,7 +40,6 @@ from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
 from fastpo.evaluate import evaluate
-from fastpo.models.denoisers import predict
 from fastpo.train.distributed import setup_accelerator
 from fastpo.train.metrics import StepTable
 from fastpo.types import pair_key
@@ -356,7 +355,7 @@ def _bare(trainer, batch) -> Callable[[], None]:
 
     def call() -> None:
         noised = trainer.noise.noised_pair(batch)
-        answer = predict(trainer.policy, noised, batch.conditions)
+        answer = trainer.denoisers.predict(trainer.policy, noised, batch.conditions)
         (answer - noised.target).square().mean().backward()
 
     return call

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from fastpo.bench.measure import device
 from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
-from fastpo.models.denoisers import DTYPES, Denoisers, predict, setup_denoisers
+from fastpo.models.denoisers import DTYPES, Denoisers, setup_denoisers
+from fastpo.models.registry import load_family
 from fastpo.noise import PairNoise, make_noise
 from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
 from fastpo.train.ema import setup_averages
@@ -204,7 +205,9 @@ class Bench:
         torch.manual_seed(0)
         with self.inputs.pixels.device:  # random weights are drawn where they are used
             unet = build_unet(self.size)
-        denoisers = setup_denoisers(unet, config.train, needs_reference=needs_reference)
+        denoisers = setup_denoisers(
+            load_family(self.size.family), unet, config.train, needs_reference=needs_reference
+        )
         for module in (denoisers.policy, denoisers.frozen):
             if module is not None:
                 nn.Module.to(module, self.accelerator.device)
@@ -259,7 +262,7 @@ class Bench:
                 times = torch.randint(1000, (len(batch),), device=device)
                 noisy = self.scheduler.add_noise(latents, noise, times.repeat(2))  # pyright: ignore[reportArgumentType]
             with self.accelerator.autocast():
-                answer = predict(policy, _Noised(noisy, times), batch.conditions)  # pyright: ignore[reportArgumentType]
+                answer = self.denoisers.predict(policy, _Noised(noisy, times), batch.conditions)  # pyright: ignore[reportArgumentType]
             with self.parts("loss"):
                 loss = F.mse_loss(answer.float(), noise)
             with self.parts("backward"):

@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         config: The experiment.
-        aligned: Folder with `pytorch_lora_weights.safetensors` or `unet/`; default
+        aligned: Folder with `pytorch_lora_weights.safetensors` or the denoiser; default
             `<output_dir>/final`.
         scorers: Objects with the protocol `fastpo.evaluate.Scorer`; default: built from
             `evaluate.scorers`. Without any, images are made but not compared.
@@ -93,9 +93,9 @@ def evaluate(
     """
     folder = config.train.output_dir / "evaluation"
     samples = plan_samples(config)
-    source = check_aligned(aligned or config.train.output_dir / "final")
-    judges = build_scorers(config.evaluate.scorers) if scorers is None else list(scorers)
     sampler = Sampler(config, progress=progress)
+    source = check_aligned(aligned or config.train.output_dir / "final", sampler.family)
+    judges = build_scorers(config.evaluate.scorers) if scorers is None else list(scorers)
     make_folder(folder)
     _fill_base(sampler, folder / "base", samples, base_samples)
     sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)

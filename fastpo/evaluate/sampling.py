@@ -18,32 +18,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
-    StableDiffusionXLPipeline,
-)
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastpo.config import Config
-from fastpo.errors import CheckpointError, ConfigError, ModelError
+from fastpo.errors import CheckpointError, ConfigError
+from fastpo.models.encoders import DTYPES
+from fastpo.models.export import LORA_FILE
+from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-COMPONENTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +89,7 @@ class Sampler:
         progress: Whether a progress bar is shown.
 
     Raises:
-        ModelError: The pipeline is not to be had, or is neither SD1.5 nor SDXL.
+        ModelError: The pipeline is not available, or of a family that FastPO does not know.
     """
 
     def __init__(self, config: Config, *, progress: bool = True) -> None:
@@ -129,7 +114,7 @@ class Sampler:
                 f"multiples of 8, got {height} and {width}"
             )
         return {
-            "family": self.family,
+            "family": self.family.name,
             "height": height,
             "width": width,
             "num_inference_steps": options.num_inference_steps,
@@ -143,9 +128,10 @@ class Sampler:
     @cached_property
     def weights(self) -> dict[str, str]:
         """Digests of the base pipeline's components."""
+        names = (self.family.denoiser, "vae", *self.family.encoder_parts, "scheduler")
         return {
             name: self.model.digest(name).sha256
-            for name in COMPONENTS
+            for name in names
             if self.model.component(name).is_dir()
         }
 
@@ -158,7 +144,7 @@ class Sampler:
         }
         if aligned is not None:
             file = aligned / LORA_FILE
-            files = [file] if file.is_file() else component_files(aligned / "unet")
+            files = [file] if file.is_file() else component_files(aligned / self.family.denoiser)
             content["aligned"] = digest_files(files)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -174,7 +160,7 @@ class Sampler:
             folder: Where to.
             samples: What to make.
             label: Name of the model on the progress bar.
-            aligned: Folder with the aligned LoRA or UNet; None for the base.
+            aligned: Folder with the aligned LoRA or denoiser; None for the base.
 
         Returns:
             Whether anything had to be sampled.
@@ -226,21 +212,8 @@ class Sampler:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The base pipeline; without watermark or safety checker, which would alter images."""
-        dtype = DTYPES[self.config.evaluate.precision]
-        options: dict[str, Any] = {"dtype": dtype, "variant": self.model.variant}
-        if self.family == "sdxl":
-            kind = StableDiffusionXLPipeline
-            options["add_watermarker"] = False
-        else:
-            kind = StableDiffusionPipeline
-            options |= {"safety_checker": None, "requires_safety_checker": False}
-        try:
-            if self.model.other_vae is not None:
-                options["vae"] = AutoencoderKL.from_pretrained(self.model.vae, dtype=dtype)
-            pipeline = kind.from_pretrained(self.model.path, **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.model.path} could not be loaded: {error}") from error
+        """The base pipeline, without what would alter images."""
+        pipeline = self.family.pipeline(self.model, DTYPES[self.config.evaluate.precision])
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -251,42 +224,33 @@ class Sampler:
         if folder is None:
             yield pipeline
         elif (folder / LORA_FILE).is_file():
-            # What pipeline.load_lora_weights does, less its warnings about the text encoders.
-            layers, alphas, metadata = pipeline.lora_state_dict(
-                folder,
-                weight_name=LORA_FILE,
-                unet_config=pipeline.unet.config,
-                return_lora_metadata=True,
-            )
-            pipeline.load_lora_into_unet(
-                layers, network_alphas=alphas, unet=pipeline.unet, metadata=metadata
-            )
+            self.family.load_lora(pipeline, folder)
             try:
                 yield pipeline
             finally:
                 pipeline.unload_lora_weights()
         else:
-            base = pipeline.unet
-            unet: Any = UNet2DConditionModel.from_pretrained(
-                folder, subfolder="unet", dtype=base.dtype
-            )
+            name = self.family.denoiser
+            base = pipeline.components[name]
+            aligned = type(base).from_pretrained(folder, subfolder=name, dtype=base.dtype)
             base.to("cpu")
-            pipeline.unet = unet.to(self.device)
+            setattr(pipeline, name, aligned.to(self.device))
             try:
                 yield pipeline
             finally:
-                pipeline.unet = base.to(self.device)
+                setattr(pipeline, name, base.to(self.device))
 
 
-def check_aligned(folder: Path) -> Path:
+def check_aligned(folder: Path, family: ModelFamily) -> Path:
     """Returns `folder` if it holds what training exports.
 
     Raises:
-        CheckpointError: It does not exist or holds neither a LoRA nor a UNet.
+        CheckpointError: It does not exist or holds neither a LoRA nor a denoiser.
     """
-    if (folder / LORA_FILE).is_file() or (folder / "unet" / "config.json").is_file():
+    if (folder / LORA_FILE).is_file() or (folder / family.denoiser / "config.json").is_file():
         return folder
-    reason = f"holds neither {LORA_FILE} nor unet/" if folder.is_dir() else "does not exist"
+    nothing = f"holds neither {LORA_FILE} nor {family.denoiser}/"
+    reason = nothing if folder.is_dir() else "does not exist"
     raise CheckpointError(
         f"no aligned model: {folder} {reason}; train first (fastpo train CONFIG), to the end"
     )

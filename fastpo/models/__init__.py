@@ -7,15 +7,19 @@ from fastpo.system.lazy import lazy_names
 if TYPE_CHECKING:
     from fastpo.models.denoisers import Denoisers as Denoisers
     from fastpo.models.denoisers import add_lora as add_lora
-    from fastpo.models.denoisers import load_unet as load_unet
-    from fastpo.models.denoisers import predict as predict
     from fastpo.models.denoisers import setup_denoisers as setup_denoisers
     from fastpo.models.denoisers import without_dropout as without_dropout
     from fastpo.models.encoders import Encoders as Encoders
+    from fastpo.models.family import ModelFamily as ModelFamily
+    from fastpo.models.folder import ModelFolder as ModelFolder
+    from fastpo.models.unet import load_unet as load_unet
+    from fastpo.models.unet import predict as predict
 
 __all__ = [
     "Denoisers",
     "Encoders",
+    "ModelFamily",
+    "ModelFolder",
     "add_lora",
     "load_unet",
     "predict",
@@ -28,9 +32,11 @@ __getattr__ = lazy_names(
     {
         "Denoisers": "fastpo.models.denoisers",
         "Encoders": "fastpo.models.encoders",
+        "ModelFamily": "fastpo.models.family",
+        "ModelFolder": "fastpo.models.folder",
         "add_lora": "fastpo.models.denoisers",
-        "load_unet": "fastpo.models.denoisers",
-        "predict": "fastpo.models.denoisers",
+        "load_unet": "fastpo.models.unet",
+        "predict": "fastpo.models.unet",
         "setup_denoisers": "fastpo.models.denoisers",
         "without_dropout": "fastpo.models.denoisers",
     },

@@ -9,9 +9,9 @@ import warnings
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -41,7 +41,7 @@ class FlashAttnProcessor(AttnProcessor2_0):
 
 
 def check_attention(
-    unet: UNet2DConditionModel,
+    denoiser: nn.Module,
     name: AttentionName,
     *,
     device: torch.device | str,
@@ -50,7 +50,7 @@ def check_attention(
     """Tries the attention once, forward and backward, at each head size of the model.
 
     Args:
-        unet: The model.
+        denoiser: The model.
         name: The attention of the configuration.
         device: Where the model will run.
         dtype: Of the queries, that is, the precision of the run.
@@ -60,7 +60,7 @@ def check_attention(
     """
     if name == "sdpa":
         return
-    for size in sorted(head_sizes(unet)):
+    for size in sorted(head_sizes(denoiser)):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -95,14 +95,16 @@ def _try(name: AttentionName, query: Tensor) -> None:
     out.sum().backward()
 
 
-def use_attention(unet: UNet2DConditionModel, name: AttentionName) -> None:
-    """Gives every attention layer the processor of that name (sdpa is diffusers' own choice)."""
+def use_processors(unet: Any, name: AttentionName) -> None:
+    """Gives every attention layer of a UNet the processor of that name."""
     if name == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     elif name == "flash":
         unet.set_attn_processor(FlashAttnProcessor())
 
 
-def head_sizes(unet: UNet2DConditionModel) -> set[int]:
+def head_sizes(denoiser: nn.Module) -> set[int]:
     """Features per head, over all attention layers: 64 in SDXL; 40, 80 and 160 in SD1.5."""
-    return {m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}
+    kinds = (Attention, AttentionModuleMixin)
+    layers: Any = (m for m in denoiser.modules() if isinstance(m, kinds))
+    return {layer.inner_dim // layer.heads for layer in layers}

@@ -1,7 +1,8 @@
-"""The frozen parts that turn images and prompts into what the UNet is trained on."""
+"""The frozen parts that turn images and prompts into what a denoiser is trained on."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config, Precision
-from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
-from fastpo.models.folder import Family, ModelFolder, component_variant
+from fastpo.errors import ModelError, NonFiniteLatentsError
+from fastpo.models.folder import ModelFolder, component_variant
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -22,26 +23,25 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Encoders:
+class Encoders(ABC):
     """A VAE and the text encoders of one pipeline folder, in evaluation mode.
 
+    A family gives a subclass that says what a prompt's conditions are.
+
     Attributes:
-        family: `sd15` (one text encoder) or `sdxl` (two).
-        vae: The `AutoencoderKL`.
+        vae: An `AutoencoderKL`; a family with another overrides `encode_images`.
         tokenizers: One tokenizer per text encoder.
-        text_encoders: The CLIP text models, in the pipeline's order.
+        text_encoders: The text models, in the pipeline's order.
         device: Where all of them live and where inputs are moved to.
     """
 
-    family: Family
     vae: Any
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[Any, ...]
     device: torch.device
 
-    @classmethod
+    @staticmethod
     def load(
-        cls,
         config: Config,
         *,
         device: torch.device | str | None = None,
@@ -58,25 +58,18 @@ class Encoders:
             ModelError: A folder or a part of it is missing, or the family is not supported.
             ConfigError: The VAE is known to overflow in the precision asked for.
         """
-        model, prepare = model or ModelFolder.resolve(config.model), config.prepare
-        family = model.family
+        model = model or ModelFolder.resolve(config.model)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        vae = _load_vae(model.vae, model.variant, DTYPES[prepare.vae_precision])
-        tokenizers, texts = _load_texts(model, DTYPES[prepare.text_precision])
-        if family == "sdxl" and vae.dtype == torch.float16 and vae.config.force_upcast:
-            raise ConfigError(
-                "prepare.vae_precision: fp16 overflows in this VAE (its config.json asks for "
-                "force_upcast, as SDXL's original one does); set prepare.vae_precision=fp32 or "
-                "bf16, or model.vae to an fp16-fix VAE"
-            )
-        for module in (vae, *texts):
-            module.to(place).eval().requires_grad_(False)
-        return cls(family, vae, tokenizers, texts, place)
+        return model.family.load_encoders(model, config.prepare, place)
 
     @property
     def vae_factor(self) -> int:
         """Image pixels per latent pixel and side."""
         return vae_factor(self.vae.config)
+
+    @abstractmethod
+    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encodes prompts; see `encode_prompts`."""
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,42 +99,19 @@ class Encoders:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encodes prompts as `StableDiffusion(XL)Pipeline.encode_prompt` does the positive prompt.
-
-        SD1.5 takes the last layer's states; SDXL joins the last but one layer's states of both
-        encoders and adds the second one's pooled projection. Prompts are cut at the tokenizer's
-        length.
+        """Encodes prompts as the family's pipeline does the positive prompt.
 
         Args:
             prompts: N prompts; an empty one is the unconditional prompt.
 
         Returns:
-            `prompt_embeds` `(N, L, D)` and, for SDXL, `pooled` `(N, P)`, in the encoders' dtype.
+            The conditions that prompts give, each `(N, ...)` with the same sizes for every call, in
+            the encoders' dtype (masks bool or int64), under the names that `predict` reads.
 
         Raises:
             ModelError: An encoder answered with NaN or infinity.
         """
-        states: list[Tensor] = []
-        pooled: Tensor | None = None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            output = encoder(
-                tokens.input_ids,
-                attention_mask=tokens.attention_mask if masked else None,
-                output_hidden_states=self.family == "sdxl",
-            )
-            states.append(output[0] if self.family == "sd15" else output.hidden_states[-2])
-            pooled = output[0] if output[0].ndim == 2 else pooled
-        conditions = {"prompt_embeds": torch.cat(states, dim=-1)}
-        if pooled is not None:
-            conditions["pooled"] = pooled
+        conditions = self.prompt_conditions(prompts)
         for tensor in conditions.values():
             if not bool(torch.isfinite(tensor).all()):
                 raise ModelError(
@@ -156,7 +126,12 @@ def vae_factor(vae_config: dict[str, Any]) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
-def _load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """Loads an `AutoencoderKL`, of a variant if the folder has it.
+
+    Raises:
+        ModelError: diffusers cannot load it.
+    """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     chosen = component_variant(folder, variant)
@@ -166,19 +141,28 @@ def _load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         raise ModelError(f"{folder}: the VAE could not be loaded: {error}") from error
 
 
-def _load_texts(model: ModelFolder, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns tokenizers and text encoders in the pipeline's order."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Loads one of CLIP's text encoders and its tokenizer.
 
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    tokenizers, encoders = [], []
-    for name in list(kinds)[: 2 if model.family == "sdxl" else 1]:
-        part = model.path / name
-        chosen = component_variant(part, model.variant)
-        try:
-            encoders.append(kinds[name].from_pretrained(part, variant=chosen, dtype=dtype))
-            part = model.path / name.replace("text_encoder", "tokenizer")
-            tokenizers.append(CLIPTokenizer.from_pretrained(part))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{part} could not be loaded: {error}") from error
-    return tuple(tokenizers), tuple(encoders)
+    Args:
+        folder: The pipeline.
+        name: The encoder's component, `text_encoder` or `text_encoder_2`.
+        kind: The class of the encoder.
+        dtype: Of its weights.
+
+    Returns:
+        The tokenizer and the encoder.
+
+    Raises:
+        ModelError: One of them cannot be loaded.
+    """
+    from transformers import CLIPTokenizer
+
+    part = folder.path / name
+    chosen = component_variant(part, folder.variant)
+    try:
+        encoder = kind.from_pretrained(part, variant=chosen, dtype=dtype)
+        part = folder.path / name.replace("text_encoder", "tokenizer")
+        return CLIPTokenizer.from_pretrained(part), encoder
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{part} could not be loaded: {error}") from error

@@ -12,14 +12,17 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from fastpo.config import ModelConfig
 from fastpo.errors import ModelError
+from fastpo.models.registry import detect
+from fastpo.system.files import listing
 
-Family = Literal["sd15", "sdxl"]
+if TYPE_CHECKING:
+    from fastpo.models.family import ModelFamily
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -61,13 +64,13 @@ class ModelFolder:
         return cls(path, config.variant, config.vae)
 
     @cached_property
-    def family(self) -> Family:
+    def family(self) -> ModelFamily:
         """The family, read from the folder when it is first asked for.
 
         Raises:
-            ModelError: As `detect_family`.
+            ModelError: As `fastpo.models.registry.detect`.
         """
-        return detect_family(self.path)
+        return detect(self.path)
 
     @cached_property
     def vae(self) -> Path:
@@ -121,7 +124,7 @@ def resolve_model_folder(
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json "
-            f"(found: {_listing(folder)})"
+            f"(found: {listing(folder)})"
         )
     return folder
 
@@ -140,51 +143,8 @@ def resolve_vae_folder(path: str, *, variant: str | None = None) -> Path:
             return candidate
     raise ModelError(
         f"model.vae: {folder} holds no VAE: expected a config.json of AutoencoderKL in it or in "
-        f"its vae/ subfolder (found: {_listing(folder)})"
+        f"its vae/ subfolder (found: {listing(folder)})"
     )
-
-
-def detect_family(folder: Path) -> Family:
-    """Returns the family of a pipeline folder, read from `unet/config.json`.
-
-    Raises:
-        ModelError: The pipeline has no UNet, or one that FastPO does not train (inpainting, the
-            SDXL refiner, image-conditioned or transformer models).
-    """
-    config = unet_config(folder)
-    wrong = None
-    if (config.get("in_channels"), config.get("out_channels")) != (4, 4):
-        wrong = (
-            f"its UNet maps {config.get('in_channels')} to {config.get('out_channels')} channels"
-        )
-    elif not (folder / "text_encoder").is_dir():
-        wrong = "it has no text_encoder (the SDXL refiner is one such model)"
-    elif config.get("addition_embed_type") not in (None, "text_time"):
-        wrong = f"its UNet's addition_embed_type is {config['addition_embed_type']!r}"
-    elif config.get("class_embed_type") is not None or config.get("encoder_hid_dim_type"):
-        wrong = "its UNet takes conditioning beside the text"
-    elif config.get("addition_embed_type") and not (folder / "text_encoder_2").is_dir():
-        wrong = "its UNet is SDXL's but text_encoder_2 is missing"
-    if wrong:
-        raise ModelError(
-            f"{folder}: FastPO trains SD1.5 and SDXL text-to-image models, but {wrong}"
-        )
-    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
-
-
-def unet_config(folder: Path) -> dict[str, Any]:
-    """Returns `unet/config.json` of a pipeline folder.
-
-    Raises:
-        ModelError: The file is missing or unreadable.
-    """
-    path = folder / "unet" / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} has no unet/config.json: FastPO trains SD1.5 and SDXL, whose denoiser is a "
-            f"UNet (found: {_listing(folder)})"
-        )
-    return read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -306,8 +266,3 @@ def _download_vae(path: str, variant: str | None) -> Path:
 def _require_hub_id(key: str, path: str) -> None:
     if not is_hub_id(path):
         raise ModelError(f"{key}: no such folder: {path} (and no hub id either)")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"

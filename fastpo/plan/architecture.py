@@ -13,16 +13,10 @@ from typing import Any
 
 from fastpo.config import Config, ModelConfig
 from fastpo.errors import ModelError
-from fastpo.models.folder import (
-    Family,
-    detect_family,
-    is_hub_id,
-    read_json,
-    resolve_vae_folder,
-    unet_config,
-)
+from fastpo.models.folder import is_hub_id, read_json, resolve_vae_folder
+from fastpo.models.registry import detect
 
-PACKAGED: dict[str, Family] = {
+PACKAGED: dict[str, str] = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/sdxl-turbo": "sdxl",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -31,7 +25,7 @@ PACKAGED: dict[str, Family] = {
 }
 """Hub ids whose architecture is known without the hub."""
 
-PACKAGED_VAES: dict[str, Family] = {
+PACKAGED_VAES: dict[str, str] = {
     "madebyollin/sdxl-vae-fp16-fix": "sdxl",
     "stabilityai/sdxl-vae": "sdxl",
     "stabilityai/sd-vae-ft-mse": "sd15",
@@ -54,7 +48,7 @@ class Architecture:
         texts: `text_encoder/config.json` and, for SDXL, `text_encoder_2/config.json`.
     """
 
-    family: Family
+    family: str
     source: str
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -77,8 +71,8 @@ def resolve_architecture(config: Config) -> Architecture:
         cached = found is not None
         folder = found.parent if found is not None else folder
     if folder.is_dir():
-        family = detect_family(folder)
-        unet = unet_config(folder)
+        family = detect(folder).name
+        unet = read_json(folder / "unet" / "config.json")
         parts = ("text_encoder", "text_encoder_2")[: 2 if family == "sdxl" else 1]
         texts = tuple(read_json(folder / part / "config.json") for part in parts)
         source = f"the hub's copy on this machine, {folder}" if cached else str(folder)
@@ -92,12 +86,12 @@ def resolve_architecture(config: Config) -> Architecture:
     return Architecture(family, source, unet, _vae_config(model, own_vae, family), texts)
 
 
-def _text_parts(family: Family) -> tuple[str, ...]:
+def _text_parts(family: str) -> tuple[str, ...]:
     return ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
 
 
-def _packaged_family(model: ModelConfig) -> Family:
-    known: dict[str, Family] = {name.lower(): family for name, family in PACKAGED.items()}
+def _packaged_family(model: ModelConfig) -> str:
+    known: dict[str, str] = {name.lower(): family for name, family in PACKAGED.items()}
     if model.path.lower() in known:
         return known[model.path.lower()]
     if not is_hub_id(model.path):
@@ -109,7 +103,7 @@ def _packaged_family(model: ModelConfig) -> Family:
     )
 
 
-def _vae_config(model: ModelConfig, own: Path | None, family: Family) -> dict[str, Any]:
+def _vae_config(model: ModelConfig, own: Path | None, family: str) -> dict[str, Any]:
     """The VAE's configuration: of `model.vae`, else the pipeline's own (`own`: its folder)."""
     if model.vae is None:
         return (
@@ -124,7 +118,7 @@ def _vae_config(model: ModelConfig, own: Path | None, family: Family) -> dict[st
         if found is not None:
             return read_json(found)
     named = PACKAGED | PACKAGED_VAES
-    known: dict[str, Family] = {name.lower(): family for name, family in named.items()}
+    known: dict[str, str] = {name.lower(): family for name, family in named.items()}
     if model.vae.lower() in known:
         return _packaged(known[model.vae.lower()], "vae")
     raise ModelError(
@@ -133,7 +127,7 @@ def _vae_config(model: ModelConfig, own: Path | None, family: Family) -> dict[st
     )
 
 
-def _packaged(family: Family, part: str) -> dict[str, Any]:
+def _packaged(family: str, part: str) -> dict[str, Any]:
     file = resources.files("fastpo.models").joinpath("architectures", family, f"{part}.json")
     return json.loads(file.read_text())
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpo.config import Precision, TrainConfig
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.encoders import DTYPES
+from fastpo.models.registry import load_family
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
 
@@ -97,7 +98,12 @@ def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bo
     with META, _quiet():
         unet = UNet2DConditionModel.from_config(architecture.unet)
         assert isinstance(unet, UNet2DConditionModel)
-        denoisers = setup_denoisers(unet, train.model_copy(update=plain), needs_reference=reference)
+        denoisers = setup_denoisers(
+            load_family(architecture.family),
+            unet,
+            train.model_copy(update=plain),
+            needs_reference=reference,
+        )
         vae: Any = AutoencoderKL.from_config(architecture.vae)
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
         texts = tuple(

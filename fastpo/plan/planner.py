@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastpo.config import Config, Precision, TrainConfig
-from fastpo.data.images import make_geometry
 from fastpo.errors import ConfigError
 from fastpo.models.encoders import vae_factor
+from fastpo.models.geometry import make_geometry
 from fastpo.plan.architecture import Architecture, resolve_architecture
 from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
 from fastpo.plan.gpus import Gpu, find_gpu
@@ -165,7 +165,7 @@ def _shapes(config: Config, architecture: Architecture) -> Shapes:
         config.prepare.resolution,
         use_buckets=config.prepare.buckets,
         vae_factor=factor,
-        unet_factor=2 ** (len(architecture.unet["block_out_channels"]) - 1),
+        denoiser_factor=2 ** (len(architecture.unet["block_out_channels"]) - 1),
     )
     side = config.prepare.resolution // factor
     tokens = architecture.texts[0].get("max_position_embeddings", 77)

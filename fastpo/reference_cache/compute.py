@@ -27,7 +27,7 @@ from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
-from fastpo.models.denoisers import DTYPES, load_unet, predict, setup_denoisers
+from fastpo.models.denoisers import DTYPES, setup_denoisers
 from fastpo.models.folder import ModelFolder, WeightsMemo
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.reference_cache.store import (
@@ -49,7 +49,6 @@ from fastpo.types import PairBatch
 Block = tuple[int, int]  # visit, number
 BLOCK_PAIRS = 512  # what a kill can lose, per process
 POLL_SECONDS = 0.5  # between two looks at what other processes are working on
-MEMO = "unet.json"
 # Besides what `PairNoise.identity` names, these decide the errors; everything else in
 # `TrainConfig` leaves them alone.
 DECIDING_KEYS = ("precision", "attention", "empty_prompt_rate")
@@ -66,12 +65,12 @@ def reference_identity(
     What plays no part has an empty value.
 
     Raises:
-        ModelError: The UNet is missing.
+        ModelError: The denoiser is missing.
     """
     train, data = config.train, config.data
     flips = train.sample_latents
     return {
-        "UNet": _unet_digest(config, model),
+        model.family.title: _denoiser_digest(config, model),
         "prepared latents": cache.fingerprint,
         **noise.identity(),
         **{f"train.{key}": str(getattr(train, key)) for key in DECIDING_KEYS},
@@ -81,12 +80,13 @@ def reference_identity(
     }
 
 
-def _unet_digest(config: Config, model: ModelFolder) -> str:
-    """Hashes the UNet, or recalls it from beside the errors while its files are untouched."""
-    path, known = reference_root(config.prepare.cache_dir) / MEMO, None
+def _denoiser_digest(config: Config, model: ModelFolder) -> str:
+    """Hashes the denoiser, or recalls it from beside the errors while its files are untouched."""
+    name = model.family.denoiser
+    path, known = reference_root(config.prepare.cache_dir) / f"{name}.json", None
     with contextlib.suppress(OSError, ValueError):
         known = WeightsMemo.model_validate_json(path.read_text())
-    memo = model.digest("unet", known)
+    memo = model.digest(name, known)
     if memo != known:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
             write_text(path, memo.model_dump_json())
@@ -185,7 +185,7 @@ def prepare_reference(
     Raises:
         CacheError: The latents are not prepared, or a file of earlier work is damaged.
         ConfigError: fp16 was asked for without a GPU.
-        ModelError: The UNet is missing, or answers with NaN or infinity.
+        ModelError: The denoiser is missing, or answers with NaN or infinity.
     """
     worker = Worker.of_launch()
     device = torch.device(worker.device())
@@ -330,7 +330,7 @@ class _Task:
         batch = self.noise.drop_captions(batch, train.empty_prompt_rate, self.empty)
         half = train.precision != "fp32"
         with torch.autocast(self.device.type, DTYPES[train.precision] if half else None, half):
-            prediction = predict(self.model, noised, batch.conditions)
+            prediction = self.source.family.predict(self.model, noised, batch.conditions)
         errors = pair_errors(prediction, noised.target, impl=train.loss_impl)
         sides = errors.float().view(2, -1).T
         return torch.where(batch.flipped[:, None], sides.flip(1), sides).cpu().numpy()
@@ -340,11 +340,12 @@ def load_reference(config: Config, model: ModelFolder, device: torch.device) -> 
     """Loads the reference alone, as a live run sets it up, but never compiled.
 
     Raises:
-        ModelError: There is no UNet that diffusers loads.
-        ConfigError: The attention asked for is not to be had here.
+        ModelError: There is no denoiser that diffusers loads.
+        ConfigError: The attention asked for is not available here.
     """
     train = config.train.model_copy(update={"gradient_checkpointing": False, "compile": False})
-    denoisers = setup_denoisers(load_unet(model.path, model.variant), train, needs_reference=True)
+    denoiser = model.family.load_denoiser(model)
+    denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=True)
     if denoisers.frozen is not None:
         return nn.Module.to(denoisers.frozen, device)
     denoisers.policy.disable_adapters()

@@ -57,6 +57,12 @@ def whole_file(target: Path) -> Iterator[Path]:
         _in_progress.discard(temporary.name)
 
 
+def listing(folder: Path) -> str:
+    """Names what a folder holds, for error messages."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"
+
+
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """Gives a fresh temporary folder that takes `target`'s place if the block ends well.

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastpo.config import EmaAnnotators, LedgerAnnotators, TrainConfig
-from fastpo.models.denoisers import Denoisers, predict, without_dropout
+from fastpo.models.denoisers import Denoisers, without_dropout
 from fastpo.train.distributed import autocast
 from fastpo.train.ema import MovingAverages
 from fastpo.train.lora_batched import in_one_pass, predict_together
@@ -77,24 +77,23 @@ class Judges:
         reference = None
         if known is not None:
             reference = known.to(noised.target.device, non_blocking=True)
-        with torch.no_grad(), self.denoisers.judging():
+        with torch.no_grad(), self.denoisers.shared_modules():
             if averages is not None and together and self.state.weights.whole:
                 judges = self._in_one_pass(averages, noised, batch, reference=live)
                 return (judges[0] if live else reference), tuple(judges[live:])
             if live:
                 with self.denoisers.reference() as model, autocast(self.accelerator, self.config):
-                    reference = predict(model, noised, batch.conditions)
+                    reference = self.denoisers.predict(model, noised, batch.conditions)
             answers = () if averages is None else self._one_by_one(averages, noised, batch)
         return reference, answers
 
     def _in_one_pass(
         self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch, *, reference: bool
     ) -> list[Tensor]:
-        with (
-            without_dropout(self.denoisers.policy) as model,
-            autocast(self.accelerator, self.config),
-        ):
-            return predict_together(model, averages, noised, batch.conditions, reference=reference)
+        with without_dropout(self.denoisers.policy), autocast(self.accelerator, self.config):
+            return predict_together(
+                self.denoisers, averages, noised, batch.conditions, reference=reference
+            )
 
     def _one_by_one(
         self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch
@@ -103,5 +102,5 @@ class Judges:
         with without_dropout(self.denoisers.policy) as model:
             for which in range(len(averages.decays)):
                 with averages.applied(which), autocast(self.accelerator, self.config):
-                    answers.append(predict(model, noised, batch.conditions))
+                    answers.append(self.denoisers.predict(model, noised, batch.conditions))
         return tuple(answers)

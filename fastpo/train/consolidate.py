@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError
 from fastpo.models.denoisers import add_lora
-from fastpo.models.export import empty_unet, export_policy
-from fastpo.models.folder import ModelFolder, unet_config
+from fastpo.models.export import export_policy
+from fastpo.models.folder import ModelFolder
 from fastpo.train.checkpoint import list_checkpoints
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
 
 
 def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
@@ -49,7 +52,9 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     weights = load_file(file)
     if average:
         weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
-    return export_policy(_architecture(config), target, config.train.method, weights)
+    model = ModelFolder.resolve(config.model)
+    policy = _architecture(config, model)
+    return export_policy(model.family, policy, target, config.train.method, weights)
 
 
 def _find(source: Path) -> Path:
@@ -61,11 +66,10 @@ def _find(source: Path) -> Path:
     return checkpoints[-1]
 
 
-def _architecture(config: Config) -> UNet2DConditionModel:
+def _architecture(config: Config, model: ModelFolder) -> Denoiser:
     """The policy without weights."""
-    model = ModelFolder.resolve(config.model)
-    unet = empty_unet(unet_config(model.path))
+    denoiser = model.family.load_denoiser(model, weights=False)
     if config.train.method == "lora":
         with torch.device("meta"):
-            add_lora(unet, config.train.lora)
-    return unet
+            add_lora(model.family, denoiser, config.train.lora)
+    return denoiser

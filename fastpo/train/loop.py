@@ -1,4 +1,4 @@
-"""Preference alignment of SD1.5 and SDXL UNets, read from top to bottom.
+"""Preference alignment of diffusion models, read from top to bottom.
 
     fastpo train CONFIG [--set a.b=c] [--resume]
     python -m fastpo.train CONFIG
@@ -34,8 +34,6 @@ from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import (
     Denoisers,
-    load_unet,
-    predict,
     setup_denoisers,
 )
 from fastpo.models.export import export_policy
@@ -125,7 +123,7 @@ class Trainer:
         batch = self.noise.drop_captions(batch, rate, self.empty_prompt)
         reference, annotators = judges.judge(noised, batch, step, known)
         with autocast(self.accelerator, self.config.train):
-            policy = predict(self.policy, noised, batch.conditions)
+            policy = self.denoisers.predict(self.policy, noised, batch.conditions)
         predictions = PairPredictions(policy, reference, annotators)
         weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
         out = self.loss(predictions, noised.target, minority, weight)
@@ -143,8 +141,9 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     noise = setup_noise(config, model, accelerator.device)
     known = open_for_run(config, model, cache, noise, sampler, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the adapters' first values
+    denoiser = model.family.load_denoiser(model)
     denoisers = setup_denoisers(
-        load_unet(model.path, model.variant), train, needs_reference=runs_reference(train)
+        model.family, denoiser, train, needs_reference=runs_reference(train)
     )
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
@@ -378,10 +377,10 @@ def finish(trainer: Trainer, run: RunFolder) -> None:
 
     Called by all processes, which give their parts of the weights; the main one writes.
     """
-    unet, state, method = trainer.denoisers.policy, trainer.state, trainer.config.train.method
+    denoisers, state, method = trainer.denoisers, trainer.state, trainer.config.train.method
     for name, parts in exported_weights(state.weights, state.averages).items():
         whole = state.weights.collect(parts)
         if run.main:
-            export_policy(unet, run.path / name, method, whole)
+            export_policy(denoisers.family, denoisers.policy, run.path / name, method, whole)
     if run.main:
         run.write_minority(trainer.cache, state.ledger, state.metric)

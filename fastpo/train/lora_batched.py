@@ -12,17 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastpo.config import EmaAnnotators, TrainConfig
-from fastpo.models.denoisers import predict
+from fastpo.models.denoisers import Denoisers
 from fastpo.train.ema import MovingAverages
 from fastpo.types import NoisedPair
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
 
 ADAPTER = "default"
 # Elements of the latents `(2B, C, h, w)` up to which one pass is taken: the largest batch measured
@@ -47,7 +50,7 @@ def in_one_pass(config: TrainConfig, n_elements: int) -> bool:
 
 @torch.no_grad()
 def predict_together(
-    unet: UNet2DConditionModel,
+    denoisers: Denoisers,
     averages: MovingAverages,
     noised: NoisedPair,
     conditions: Mapping[str, Tensor],
@@ -57,7 +60,7 @@ def predict_together(
     """Runs the adapter-free base (if `reference`) and every average on the same noisy pairs.
 
     Args:
-        unet: The policy, with LoRA adapters; they are off inside.
+        denoisers: Their policy has LoRA adapters, which are off inside.
         averages: Averages of exactly these adapters' weights.
         noised: B noisy pairs.
         conditions: What the denoiser is told of them, each `(B, ...)`.
@@ -73,8 +76,9 @@ def predict_together(
         timesteps=_tiled(noised.timesteps, judges),
     )
     tiled = {name: _tiled(tensor, judges) for name, tensor in conditions.items()}
-    with _adapters_by_rows(unet, averages, skip=int(reference)):
-        return list(predict(unet, stacked, tiled).chunk(judges))
+    policy = denoisers.policy
+    with _adapters_by_rows(policy, averages, skip=int(reference)):
+        return list(denoisers.predict(policy, stacked, tiled).chunk(judges))
 
 
 def _tiled(tensor: Tensor, times: int) -> Tensor:
@@ -83,24 +87,22 @@ def _tiled(tensor: Tensor, times: int) -> Tensor:
 
 
 @contextmanager
-def _adapters_by_rows(
-    unet: UNet2DConditionModel, averages: MovingAverages, *, skip: int
-) -> Iterator[None]:
+def _adapters_by_rows(policy: Denoiser, averages: MovingAverages, *, skip: int) -> Iterator[None]:
     """Inside, rows are cut into equal blocks: `skip` of them see the base, then one per average."""
     places = {name: i for i, name in enumerate(averages.parameters)}
     handles = []
-    for name, layer in unet.named_modules():
+    for name, layer in policy.named_modules():
         if not isinstance(layer, LoraLayer) or ADAPTER not in layer.scaling:
             continue
         a, b = (places[f"{name}.lora_{x}.{ADAPTER}.weight"] for x in "AB")
         weights = [(shadow[a], shadow[b]) for shadow in averages.shadows]
         assert isinstance(layer, nn.Module)
         handles.append(layer.register_forward_hook(_Hook(layer, weights, skip)))
-    unet.disable_adapters()
+    policy.disable_adapters()
     try:
         yield
     finally:
-        unet.enable_adapters()
+        policy.enable_adapters()
         for handle in handles:
             handle.remove()
 

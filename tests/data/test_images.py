@@ -14,10 +14,10 @@ from fastpo.data.images import (
     UnusableImageError,
     decode,
     load_pair,
-    make_geometry,
     to_model_range,
 )
 from fastpo.errors import ConfigError
+from fastpo.models.geometry import make_geometry
 from fastpo.testing import image_bytes
 
 
@@ -31,9 +31,9 @@ def load(first, second, geometry):
     return load_pair(lambda: first, lambda: second, geometry)
 
 
-SDXL = make_geometry(1024, use_buckets=True, vae_factor=8, unet_factor=4)
-TINY = make_geometry(32, use_buckets=True, vae_factor=4, unet_factor=2)
-SQUARE = make_geometry(32, use_buckets=False, vae_factor=4, unet_factor=2)
+SDXL = make_geometry(1024, use_buckets=True, vae_factor=8, denoiser_factor=4)
+TINY = make_geometry(32, use_buckets=True, vae_factor=4, denoiser_factor=2)
+SQUARE = make_geometry(32, use_buckets=False, vae_factor=4, denoiser_factor=2)
 
 
 def test_sdxl_buckets_have_about_the_resolution_squared_pixels():
@@ -50,12 +50,12 @@ def test_sdxl_buckets_have_about_the_resolution_squared_pixels():
 @given(
     resolution=st.integers(1, 200),
     vae_factor=st.sampled_from([2, 4, 8]),
-    unet_factor=st.sampled_from([1, 2, 4, 8]),
+    denoiser_factor=st.sampled_from([1, 2, 4, 8]),
 )
 def test_every_bucket_suits_the_model(resolution, vae_factor, unet_factor):
     unit = vae_factor * unet_factor
     geometry = make_geometry(
-        resolution * unit, use_buckets=True, vae_factor=vae_factor, unet_factor=unet_factor
+        resolution * unit, use_buckets=True, vae_factor=vae_factor, denoiser_factor=unet_factor
     )
     assert all(side % unit == 0 for bucket in geometry.buckets for side in bucket)
     assert (resolution * unit, resolution * unit) in geometry.buckets
@@ -63,11 +63,11 @@ def test_every_bucket_suits_the_model(resolution, vae_factor, unet_factor):
 
 def test_resolution_the_model_cannot_take_is_refused():
     with pytest.raises(ConfigError, match=r"prepare\.resolution: 500 is not a multiple of 32 px"):
-        make_geometry(500, use_buckets=True, vae_factor=8, unet_factor=4)
+        make_geometry(500, use_buckets=True, vae_factor=8, denoiser_factor=4)
 
 
 def test_sd15_at_512_has_64_pixel_steps():
-    assert make_geometry(512, use_buckets=True, vae_factor=8, unet_factor=8).step == 64
+    assert make_geometry(512, use_buckets=True, vae_factor=8, denoiser_factor=8).step == 64
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo.models.attention
 from fastpo.errors import ConfigError
-from fastpo.models.attention import check_attention, head_sizes, use_attention
-from fastpo.models.denoisers import load_unet
+from fastpo.models.attention import check_attention, head_sizes, use_processors
+from fastpo.models.unet import load_unet
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -43,7 +43,7 @@ def test_flash_runs_the_flash_kernel_and_nothing_else(unet):
     assert len(plain) == 8  # blocks: one down, one in the middle, two up; two attentions each
     assert all(may_fall_back for _, may_fall_back in plain)
     before = unet.attn_processors
-    use_attention(unet, "flash")
+    use_processors(unet, "flash")
     try:
         flash = attentions(unet)
     finally:

@@ -7,12 +7,11 @@ from torch import nn
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.denoisers import (
-    load_unet,
-    predict,
     setup_denoisers,
     without_dropout,
 )
 from fastpo.models.export import export_policy
+from fastpo.models.unet import SDXL, load_unet, predict
 from fastpo.noise import drop_captions
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.train.ema import MovingAverages
@@ -67,7 +66,9 @@ def test_the_reference_is_the_untrained_model_bit_for_bit(pipeline, method):
     noised, batch = inputs(width, pooled)
     with torch.no_grad():
         untrained = predict(load_unet(folder), noised, batch.conditions)
-        denoisers = setup_denoisers(load_unet(folder), config(method=method), needs_reference=True)
+        denoisers = setup_denoisers(
+            SDXL(), load_unet(folder), config(method=method), needs_reference=True
+        )
         nudge(denoisers)
         with denoisers.reference() as reference:
             assert torch.equal(predict(reference, noised, batch.conditions), untrained)
@@ -86,7 +87,7 @@ def test_a_frozen_copy_in_bf16_agrees_with_the_policy_before_training(pipeline):
                 module.weight.normal_(1.0, 0.1)
                 module.bias.normal_(0.0, 0.1)
         options = config(method="full", precision="bf16")
-        denoisers = setup_denoisers(unet, options, needs_reference=True)
+        denoisers = setup_denoisers(SDXL(), unet, options, needs_reference=True)
         with torch.autocast("cpu", torch.bfloat16):
             policy = predict(denoisers.policy, noised, batch.conditions)
         with denoisers.reference() as reference, torch.autocast("cpu", torch.bfloat16):
@@ -98,7 +99,7 @@ def test_bf16_weights_keep_vectors_and_averages_in_float32(pipeline):
     folder, width, pooled = pipeline
     noised, batch = inputs(width, pooled)
     options = config(method="full", precision="bf16", weights="bf16")
-    denoisers = setup_denoisers(load_unet(folder), options, needs_reference=True)
+    denoisers = setup_denoisers(SDXL(), load_unet(folder), options, needs_reference=True)
     assert {(p.ndim > 1, p.dtype) for p in denoisers.trainable.values()} == {
         (True, torch.bfloat16),
         (False, torch.float32),
@@ -124,7 +125,7 @@ def test_a_judge_is_asked_without_dropout(pipeline):
     folder, width, pooled = pipeline
     noised, batch = inputs(width, pooled)
     options = config(lora=LoraConfig(dropout=0.5).model_dump())
-    denoisers = setup_denoisers(load_unet(folder), options, needs_reference=True)
+    denoisers = setup_denoisers(SDXL(), load_unet(folder), options, needs_reference=True)
     nudge(denoisers)
     with torch.no_grad(), without_dropout(denoisers.policy) as judge:
         assert torch.equal(
@@ -136,7 +137,7 @@ def test_a_judge_is_asked_without_dropout(pipeline):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trainable_weights_are_float32_and_lora_trains_adapters_only(pipeline, precision):
     denoisers = setup_denoisers(
-        load_unet(pipeline[0]), config(precision=precision), needs_reference=True
+        SDXL(), load_unet(pipeline[0]), config(precision=precision), needs_reference=True
     )
     assert denoisers.frozen is None
     assert all("lora" in name for name in denoisers.trainable)
@@ -147,7 +148,7 @@ def test_trainable_weights_are_float32_and_lora_trains_adapters_only(pipeline, p
 
 def test_a_reference_free_objective_keeps_no_copy(pipeline):
     denoisers = setup_denoisers(
-        load_unet(pipeline[0]), config(method="full"), needs_reference=False
+        SDXL(), load_unet(pipeline[0]), config(method="full"), needs_reference=False
     )
     assert denoisers.frozen is None
 
@@ -179,6 +180,7 @@ def test_captions_are_dropped_for_whole_pairs(pipeline):
 def test_lora_targets_that_match_nothing_are_refused(pipeline):
     with pytest.raises(ConfigError, match="target_modules"):
         setup_denoisers(
+            SDXL(),
             load_unet(pipeline[0]),
             config(lora=LoraConfig(target_modules=("nowhere",)).model_dump()),
             needs_reference=True,
@@ -194,7 +196,7 @@ def test_exported_full_weights_come_back_equal(pipeline, tmp_path):
     from diffusers import UNet2DConditionModel
 
     unet = load_unet(pipeline[0])
-    export_policy(unet, tmp_path / "final", "full")
+    export_policy(SDXL(), unet, tmp_path / "final", "full")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "final", subfolder="unet")
     assert all(
         torch.equal(a, b)
@@ -209,10 +211,10 @@ def test_exported_adapters_act_as_they_did_in_training(pipeline, tmp_path, alpha
     folder, width, pooled = pipeline
     noised, batch = inputs(width, pooled)
     lora = LoraConfig(rank=4, alpha=alpha).model_dump()
-    denoisers = setup_denoisers(load_unet(folder), config(lora=lora), needs_reference=True)
+    denoisers = setup_denoisers(SDXL(), load_unet(folder), config(lora=lora), needs_reference=True)
     nudge(denoisers)
     stock = DiffusionPipeline.from_pretrained(folder)
-    stock.load_lora_weights(export_policy(denoisers.policy, tmp_path / "final", "lora"))
+    stock.load_lora_weights(export_policy(SDXL(), denoisers.policy, tmp_path / "final", "lora"))
     with torch.no_grad():
         trained = predict(denoisers.policy, noised, batch.conditions)
         torch.testing.assert_close(predict(stock.unet, noised, batch.conditions), trained)

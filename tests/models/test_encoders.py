@@ -12,11 +12,11 @@ from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import (
     component_files,
-    detect_family,
     digest_files,
     resolve_model_folder,
     resolve_vae_folder,
 )
+from fastpo.models.registry import detect
 
 PROMPTS = ["a cat", "", "Ünïcode, (punctuation) and CAPITALS", "word " * 60]
 
@@ -122,7 +122,7 @@ def test_weights_are_frozen_and_in_the_asked_precision(tiny_pipelines):
 
 
 def test_families_are_told_apart(tiny_pipelines):
-    assert {family: detect_family(tiny_pipelines[family]) for family in tiny_pipelines} == {
+    assert {family: detect(tiny_pipelines[family]).name for family in tiny_pipelines} == {
         "sdxl": "sdxl",
         "sd15": "sd15",
     }
@@ -138,21 +138,21 @@ def test_families_are_told_apart(tiny_pipelines):
 )
 def test_other_unets_are_refused(copy_of, changes, complaint):
     with pytest.raises(ModelError, match=complaint):
-        detect_family(copy_of("sd15", **changes))
+        detect(copy_of("sd15", **changes))
 
 
 def test_refiner_is_refused(copy_of):
     folder = copy_of("sdxl")
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(ModelError, match="refiner"):
-        detect_family(folder)
+        detect(folder)
 
 
 def test_model_without_unet_is_refused(copy_of):
     folder = copy_of("sd15")
     (folder / "unet").rename(folder / "transformer")
     with pytest.raises(ModelError, match=r"no unet/config\.json.*transformer/"):
-        detect_family(folder)
+        detect(folder)
 
 
 def test_missing_folder_and_missing_index_are_named(tmp_path):

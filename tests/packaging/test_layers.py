@@ -30,6 +30,9 @@ CLIMBS = {
     ("fastpo.evaluate.scorers", "fastpo.demo.scorer"),
 }
 TYPES_ALONE = {
+    ("fastpo.models.registry", "fastpo.models.family"),
+    ("fastpo.models.folder", "fastpo.models.family"),
+    ("fastpo.models.export", "fastpo.models.family"),
     ("fastpo.train.banner", "fastpo.train.loop"),
     ("fastpo.config.checks", "fastpo.config.sections"),
 }

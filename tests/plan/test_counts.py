@@ -49,11 +49,12 @@ def config(path=SDXL, *, resolution=1024, **train):
 
 def tiny_unet(folder, *, full=True, precision="fp32", pairs=3):
     """The tiny UNet on the CPU with weights, as training sets it up, and a batch's sizes."""
-    from fastpo.models.denoisers import load_unet, setup_denoisers
+    from fastpo.models.denoisers import setup_denoisers
+    from fastpo.models.unet import SDXL, load_unet
 
     method = "full" if full else "lora"
     train = config(folder, resolution=32, method=method, precision=precision).train
-    unet = setup_denoisers(load_unet(folder), train, needs_reference=False).policy
+    unet = setup_denoisers(SDXL(), load_unet(folder), train, needs_reference=False).policy
     return unet, train, Shapes(pairs=pairs, height=8, width=8, vae_factor=4, tokens=77)
 
 

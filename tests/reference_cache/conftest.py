@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-import fastpo.reference_cache.compute as module
 from fastpo.config import load_config
+from fastpo.models.unet import UNetFamily
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ def settle(experiment):
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the pairs that the reference is run on, and the batches."""
-    seen, predict = [], module.predict
+    seen, predict = [], UNetFamily.predict
 
-    def counting(model, noised, conditions):
+    def counting(family, model, noised, conditions):
         seen.append(len(noised.timesteps))
-        return predict(model, noised, conditions)
+        return predict(family, model, noised, conditions)
 
-    monkeypatch.setattr(module, "predict", counting)
+    monkeypatch.setattr(UNetFamily, "predict", counting)
     return seen

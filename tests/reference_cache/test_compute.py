@@ -20,6 +20,7 @@ from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.models.folder import ModelFolder
+from fastpo.models.unet import UNetFamily
 from fastpo.noise import setup_noise
 from fastpo.reference_cache.compute import DECIDING_KEYS, open_for_run, prepare_reference
 from fastpo.reference_cache.store import MANIFEST, reference_root
@@ -223,11 +224,8 @@ def test_a_failing_block_leaves_the_finished_ones(alone, settle, computed, monke
 
 
 def test_a_block_without_finite_errors_names_the_pairs(alone, settle, monkeypatch):
-    def broken(*args):
-        return module_predict(*args) * torch.nan
-
-    module_predict = module.predict
-    monkeypatch.setattr(module, "predict", broken)
+    predict = UNetFamily.predict
+    monkeypatch.setattr(UNetFamily, "predict", lambda *args: predict(*args) * torch.nan)
     with pytest.raises(ModelError, match=r"not finite on visit 0 of 11 pairs \(p3, p7, p0, p1"):
         prepare_reference(settle(alone), 1, progress=False)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fastpo.config import ObjectiveConfig, TrainConfig
 from fastpo.loss import pair_errors
+from fastpo.models.unet import UNetFamily
 from fastpo.reference_cache import prepare_reference
 from fastpo.reference_cache.store import ReferenceErrors
 from fastpo.train import train
@@ -99,11 +100,11 @@ def test_cached_training_holds_and_runs_no_reference(shared, settle, monkeypatch
 
     config = settle(shared, method="full", max_steps=2)
     prepare_reference(config, 1, progress=False)
-    calls, frozen, predict = [], [], trainer_module.predict
+    calls, frozen, predict = [], [], UNetFamily.predict
 
-    def counting(model, *args):
+    def counting(family, model, *args):
         calls.append(model)
-        return predict(model, *args)
+        return predict(family, model, *args)
 
     setup = trainer_module.setup_denoisers
 
@@ -112,8 +113,7 @@ def test_cached_training_holds_and_runs_no_reference(shared, settle, monkeypatch
         frozen.append(denoisers.frozen)
         return denoisers
 
-    monkeypatch.setattr(trainer_module, "predict", counting)
-    monkeypatch.setattr("fastpo.train.annotators.predict", counting)
+    monkeypatch.setattr(UNetFamily, "predict", counting)
     monkeypatch.setattr(trainer_module, "setup_denoisers", watched)
     train(config, progress=False)
     assert frozen == [None]

@@ -6,7 +6,8 @@ import torch
 from fastpo.config import load_config, parse_config
 from fastpo.demo.base import build_unet
 from fastpo.errors import ConfigError
-from fastpo.models.denoisers import predict, setup_denoisers, without_dropout
+from fastpo.models.denoisers import setup_denoisers, without_dropout
+from fastpo.models.unet import SDXL, predict
 from fastpo.train import train
 from fastpo.train.ema import MovingAverages
 from fastpo.train.lora_batched import SMALL, in_one_pass, predict_together
@@ -36,7 +37,7 @@ def setting(targets, pairs=3, size=8):
     torch.manual_seed(0)
     unet = build_unet()
     lora = {"target_modules": targets, "dropout": 0.5}
-    denoisers = setup_denoisers(unet, train_config(lora=lora), needs_reference=True)
+    denoisers = setup_denoisers(SDXL(), unet, train_config(lora=lora), needs_reference=True)
     averages = MovingAverages(denoisers.trainable, [0.9, 0.5])
     for tensors in (*averages.shadows, denoisers.trainable.values()):
         for tensor in tensors:

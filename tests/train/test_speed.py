@@ -6,7 +6,8 @@ from torch import nn
 
 from fastpo.config import TrainConfig
 from fastpo.loss import dpo
-from fastpo.models.denoisers import load_unet, predict, setup_denoisers
+from fastpo.models.denoisers import setup_denoisers
+from fastpo.models.unet import SDXL, load_unet, predict
 from fastpo.train.ema import MovingAverages
 from fastpo.types import NoisedPair, PairBatch
 
@@ -23,7 +24,7 @@ def make(folder, method="lora", **options):
         | options
     )
     torch.manual_seed(0)
-    denoisers = setup_denoisers(load_unet(folder), config, needs_reference=True)
+    denoisers = setup_denoisers(SDXL(), load_unet(folder), config, needs_reference=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in denoisers.trainable.values():
@@ -56,7 +57,7 @@ def inputs(unet, pooled, pairs=2):
 def step(denoisers, pooled):
     """The DPO loss of one step and its gradients."""
     noised, batch = inputs(denoisers.policy, pooled)
-    with torch.no_grad(), denoisers.judging(), denoisers.reference() as model:
+    with torch.no_grad(), denoisers.shared_modules(), denoisers.reference() as model:
         reference = predict(model, noised, batch.conditions)
     policy = predict(denoisers.policy, noised, batch.conditions)
     loss = dpo(policy, reference, noised.target, beta=10.0).loss
@@ -145,7 +146,7 @@ def test_a_compiled_policy_sees_adapters_and_averages_change(tiny_pipelines):
 
     on = policies()
     torch.testing.assert_close(on[1], on[0])
-    with torch.no_grad(), compiled.judging(), compiled.reference() as model:
+    with torch.no_grad(), compiled.shared_modules(), compiled.reference() as model:
         eager = predict(model, noised, batch.conditions)
     with torch.no_grad(), plain.reference() as model:
         assert torch.equal(eager, predict(model, noised, batch.conditions))

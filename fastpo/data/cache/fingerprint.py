@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastpo.config import Config
-from fastpo.data.images import Geometry, make_geometry
 from fastpo.data.sources import source_digest
-from fastpo.models.encoders import vae_factor
-from fastpo.models.folder import Family, ModelFolder, WeightsMemo, read_json, unet_config
+from fastpo.models.folder import ModelFolder, WeightsMemo
+from fastpo.models.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,11 @@ class CacheIdentity:
     Attributes:
         fields: Name to value; an empty value could not be determined here.
         weights: Memo of the hashed components, to be kept in the manifest.
-        family: The model's family.
         geometry: The image sizes.
     """
 
     fields: dict[str, str]
     weights: dict[str, WeightsMemo]
-    family: Family
     geometry: Geometry
 
 
@@ -51,16 +48,11 @@ def cache_identity(
     prepare, data = config.prepare, config.data
     weights = {
         name: model.digest(component, (memo or {}).get(name))
-        for name, component in _components(model.family).items()
+        for name, component in _components(model).items()
     }
-    geometry = make_geometry(
-        prepare.resolution,
-        use_buckets=prepare.buckets,
-        vae_factor=vae_factor(read_json(model.vae / "config.json")),
-        unet_factor=2 ** (len(unet_config(model.path)["block_out_channels"]) - 1),
-    )
+    geometry = model.family.geometry(model, prepare.resolution, buckets=prepare.buckets)
     fields = {
-        "model family": model.family,
+        "model family": model.family.name,
         **{name: record.sha256 for name, record in weights.items()},
         "data.source": data.source,
         "data.path": data.path,
@@ -73,14 +65,9 @@ def cache_identity(
         "prepare.text_precision": prepare.text_precision,
         "prepare.store_precision": prepare.store_precision,
     }
-    return CacheIdentity(fields, weights, model.family, geometry)
+    return CacheIdentity(fields, weights, geometry)
 
 
-def _components(family: Family) -> dict[str, str]:
+def _components(model: ModelFolder) -> dict[str, str]:
     """The parts that the cached numbers come from: the names errors use, and the pipeline's."""
-    parts = {"VAE": "vae"}
-    for name in ("text_encoder", "tokenizer"):
-        parts[name] = name
-        if family == "sdxl":
-            parts[f"{name}_2"] = f"{name}_2"
-    return parts
+    return {"VAE": "vae", **{name: name for name in model.family.encoder_parts}}

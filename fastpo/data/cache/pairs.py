@@ -132,7 +132,7 @@ class PairCache:
                 f"`fastpo prepare` again, it adds the missing pairs"
             )
         check_files(folder, manifest.files, verify=verify)
-        return cls(folder, manifest, config, _pair_conditions(model))
+        return cls(folder, manifest, config, model.family.pair_conditions)
 
     def __len__(self) -> int:
         """Returns the number of pairs."""
@@ -220,7 +220,3 @@ class PairCache:
         for into, (name, row) in zip(bytes_of(found), places, strict=True):
             self._files.read(name, key, row, [into])
         return found
-
-
-def _pair_conditions(model: ModelFolder) -> tuple[str, ...]:
-    return ("add_time_ids",) if model.family == "sdxl" else ()

@@ -26,7 +26,7 @@ from fastpo.data.cache.fingerprint import CacheIdentity, cache_identity
 from fastpo.data.cache.index import QUARANTINE, merge
 from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
 from fastpo.data.cache.parts import Unit, units_of
-from fastpo.data.images import Geometry, PairImages, UnusableImageError, load_pair
+from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
 from fastpo.data.prepare.partition import plan
 from fastpo.data.prepare.verify_source import ahead, check_contents, pair_content, read_image
@@ -35,6 +35,7 @@ from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
+from fastpo.models.geometry import Geometry
 from fastpo.system.files import make_folder, sweep
 from fastpo.system.locks import Claims
 from fastpo.system.process import Worker

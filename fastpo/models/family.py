@@ -1,0 +1,206 @@
+"""What FastPO must know of a kind of model: the one interface that `fastpo/models/` offers.
+
+A family is one file with one subclass of `ModelFamily`, and one line in `fastpo.models.registry`.
+Everything behind the interface works on named tensors and on latents `(2B, C, h, w)`, winners
+first; packing into tokens, position ids, guidance, the sign of the prediction and the scale of the
+time are the family's own, inside `predict` and `schedule`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.errors import ModelError
+from fastpo.models.attention import AttentionName
+from fastpo.models.encoders import Encoders, load_vae, vae_factor
+from fastpo.models.export import empty_denoiser, lora_layers, with_weights
+from fastpo.models.folder import ModelFolder, component_variant, read_json
+from fastpo.models.geometry import Geometry, make_geometry
+from fastpo.types import NoisedPair
+
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from diffusers.models.modeling_utils import ModelMixin
+
+    class Denoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
+        """A diffusers model that takes adapters."""
+
+
+class ModelFamily(ABC):
+    """One kind of diffusion model.
+
+    Attributes:
+        name: Its name, as in `fastpo.models.registry`; part of a cache's identity.
+        denoiser: The denoiser's folder in a pipeline and in an export: `unet` or `transformer`.
+        title: The denoiser in messages.
+        lora_targets: How the names of the layers end that adapters usually go to.
+        encoder_parts: The pipeline's components that prompts are encoded with, by folder.
+        pair_conditions: Columns of the cache's index that the denoiser is told of each pair.
+        denoiser_class: The diffusers class of the denoiser: a `ModelMixin` that takes adapters.
+        pipeline_class: The diffusers class of the pipeline.
+        pipeline_options: Arguments with which the pipeline is loaded to make images.
+    """
+
+    name: ClassVar[str]
+    denoiser: ClassVar[str]
+    title: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    encoder_parts: ClassVar[tuple[str, ...]]
+    pair_conditions: ClassVar[tuple[str, ...]] = ()
+    denoiser_class: ClassVar[Any]
+    pipeline_class: ClassVar[Any]
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def recognizes(self, folder: Path) -> bool:
+        """Tells whether a pipeline's folder holds a model of this family.
+
+        Raises:
+            ModelError: It holds one of this kind that FastPO cannot train; the text says why.
+        """
+
+    @abstractmethod
+    def load_encoders(
+        self, folder: ModelFolder, config: PrepareConfig, device: torch.device
+    ) -> Encoders:
+        """Loads what turns images and prompts into latents and conditions.
+
+        Raises:
+            ModelError: A part is missing.
+            ConfigError: A part is known to overflow in the precision asked for.
+        """
+
+    @abstractmethod
+    def denoiser_factor(self, folder: ModelFolder) -> int:
+        """Returns what the latents' sides must be multiples of.
+
+        Raises:
+            ModelError: The denoiser's configuration is missing.
+        """
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Runs a denoiser on both sides of every pair.
+
+        Args:
+            denoiser: The denoiser, as `load_denoiser` gives it or wrapped by a launcher.
+            noised: B noisy pairs.
+            conditions: What prompts and pairs give, each `(B, ...)`, text as it is stored.
+
+        Returns:
+            `(2B, C, h, w)`, winners first, in the layout and with the sign of `noised.target`.
+        """
+
+    def load_denoiser(self, folder: ModelFolder, *, weights: bool = True) -> Denoiser:
+        """Loads the denoiser in float32, or, without weights, its architecture on the meta device.
+
+        Raises:
+            ModelError: The folder has none, or one that diffusers cannot load.
+        """
+        part = folder.component(self.denoiser)
+        if not weights:
+            return empty_denoiser(self.denoiser_class, read_json(part / "config.json"))
+        try:
+            loaded = self.denoiser_class.from_pretrained(
+                folder.path,
+                subfolder=self.denoiser,
+                variant=component_variant(part, folder.variant),
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{part} holds no {self.title} that diffusers loads: {error}"
+            ) from None
+        # diffusers' own `to` warns about modules that ask to stay in float32.
+        return nn.Module.to(loaded, torch.float32)
+
+    def vae_factor(self, folder: ModelFolder) -> int:
+        """Returns how many image pixels one latent pixel spans on each side.
+
+        Raises:
+            ModelError: The VAE or its configuration is missing.
+        """
+        return vae_factor(read_json(folder.vae / "config.json"))
+
+    def geometry(self, folder: ModelFolder, resolution: int, *, buckets: bool) -> Geometry:
+        """Returns the image sizes that training sees.
+
+        Args:
+            folder: The model.
+            resolution: Side of the square in pixels.
+            buckets: Whether there are other aspect ratios than the square.
+
+        Raises:
+            ModelError: A configuration is missing.
+            ConfigError: The resolution does not fit the model.
+        """
+        return make_geometry(
+            resolution,
+            use_buckets=buckets,
+            vae_factor=self.vae_factor(folder),
+            denoiser_factor=self.denoiser_factor(folder),
+            denoiser=self.title,
+        )
+
+    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
+        """Sets the attention of every layer; `sdpa` is diffusers' own choice."""
+        if name != "sdpa":
+            backend = {"flash": "_native_flash", "xformers": "xformers"}[name]
+            denoiser.set_attention_backend(backend)
+
+    def pipeline(self, folder: ModelFolder, dtype: torch.dtype) -> Any:
+        """Loads the pipeline that makes images, in a precision.
+
+        Raises:
+            ModelError: A part of it could not be loaded.
+        """
+        options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
+        if folder.other_vae is not None:
+            options["vae"] = load_vae(folder.vae, None, dtype)
+        try:
+            return self.pipeline_class.from_pretrained(
+                folder.path, variant=folder.variant, **options
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder.path} could not be loaded: {error}") from error
+
+    def load_lora(self, pipeline: Any, folder: Path) -> None:
+        """Puts adapters that `save` wrote into a pipeline."""
+        pipeline.load_lora_weights(folder)
+
+    def save(
+        self,
+        denoiser: Denoiser,
+        folder: Path,
+        method: str,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes the trained weights as stock diffusers loads them.
+
+        Args:
+            denoiser: The policy, not wrapped by any launcher.
+            folder: Where to: `pytorch_lora_weights.safetensors` for LoRA, which the pipeline's
+                `load_lora_weights` reads; the denoiser's folder for full fine-tuning, which
+                `from_pretrained` reads.
+            method: `lora` or `full`.
+            weights: The trained weights by name, where the denoiser has only the architecture;
+                default: its own.
+        """
+        if method == "full":
+            with_weights(denoiser, weights).save_pretrained(folder / self.denoiser)
+            return
+        # Without the adapter's metadata a loader takes alpha for the rank.
+        named = {
+            f"{self.denoiser}_lora_layers": lora_layers(denoiser, weights),
+            f"{self.denoiser}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),
+        }
+        self.pipeline_class.save_lora_weights(folder, **named)

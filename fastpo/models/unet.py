@@ -1,0 +1,232 @@
+"""Stable Diffusion 1.5 and SDXL: a UNet that is told the timestep and the states of CLIP.
+
+Conditions: `prompt_embeds` `(B, L, D)` for the cross attention. SDXL adds `pooled` `(B, P)`, the
+second text encoder's projection, and `add_time_ids` `(B, 6)` float32: original height and width,
+crop top and left, target height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.errors import ConfigError, ModelError
+from fastpo.models.attention import AttentionName, use_processors
+from fastpo.models.encoders import DTYPES, Encoders, load_clip, load_vae
+from fastpo.models.export import LORA_FILE
+from fastpo.models.family import ModelFamily
+from fastpo.models.folder import ModelFolder, read_json
+from fastpo.types import NoisedPair
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
+
+
+class UNetFamily(ModelFamily):
+    """What SD1.5 and SDXL share."""
+
+    denoiser = "unet"
+    title = "UNet"
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    denoiser_class = UNet2DConditionModel
+    addition_embed_type: ClassVar[str | None]
+    encoders_class: ClassVar[type[ClipEncoders]]
+    text_models: ClassVar[tuple[Any, ...]]
+
+    def recognizes(self, folder: Path) -> bool:
+        """By `unet/config.json`; inpainting, the refiner and the like are refused."""
+        path = folder / "unet" / "config.json"
+        if not path.is_file():
+            return False
+        config = read_json(path)
+        wrong = _unsupported(folder, config)
+        if wrong:
+            raise ModelError(
+                f"{folder}: FastPO trains SD1.5 and SDXL text-to-image models, but {wrong}"
+            )
+        return config.get("addition_embed_type") == self.addition_embed_type
+
+    def load_encoders(
+        self, folder: ModelFolder, config: PrepareConfig, device: torch.device
+    ) -> Encoders:
+        """Loads the VAE and CLIP's text encoders."""
+        vae = load_vae(folder.vae, folder.variant, DTYPES[config.vae_precision])
+        self.check_vae(vae)
+        dtype = DTYPES[config.text_precision]
+        names = [name for name in self.encoder_parts if name.startswith("text_encoder")]
+        models = zip(names, self.text_models, strict=True)
+        parts = [load_clip(folder, name, kind, dtype) for name, kind in models]
+        tokenizers, texts = zip(*parts, strict=True)
+        for module in (vae, *texts):
+            module.to(device).eval().requires_grad_(False)
+        return self.encoders_class(vae, tokenizers, texts, device)
+
+    def check_vae(self, vae: Any) -> None:
+        """Refuses a VAE that is known to overflow in its precision.
+
+        Raises:
+            ConfigError: The text says what to set.
+        """
+
+    def denoiser_factor(self, folder: ModelFolder) -> int:
+        """Latent pixels per pixel of the UNet's coarsest level."""
+        config = read_json(folder.component("unet") / "config.json")
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+    def predict(
+        self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """As `ModelFamily.predict`; see `predict`."""
+        return predict(denoiser, noised, conditions)
+
+    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
+        """By attention processors: a UNet's layers ignore `set_attention_backend`."""
+        use_processors(denoiser, name)
+
+    def load_lora(self, pipeline: Any, folder: Path) -> None:
+        """As `pipeline.load_lora_weights`, less its warnings about the text encoders."""
+        layers, alphas, metadata = pipeline.lora_state_dict(
+            folder,
+            weight_name=LORA_FILE,
+            unet_config=pipeline.unet.config,
+            return_lora_metadata=True,
+        )
+        pipeline.load_lora_into_unet(
+            layers, network_alphas=alphas, unet=pipeline.unet, metadata=metadata
+        )
+
+
+def _unsupported(folder: Path, config: dict[str, Any]) -> str | None:
+    """Says why a UNet is of no kind that FastPO trains."""
+    addition = config.get("addition_embed_type")
+    channels = config.get("in_channels"), config.get("out_channels")
+    if channels != (4, 4):
+        return f"its UNet maps {channels[0]} to {channels[1]} channels"
+    if not (folder / "text_encoder").is_dir():
+        return "it has no text_encoder (the SDXL refiner is one such model)"
+    if addition not in (None, "text_time"):
+        return f"its UNet's addition_embed_type is {addition!r}"
+    if config.get("class_embed_type") is not None or config.get("encoder_hid_dim_type"):
+        return "its UNet takes conditioning beside the text"
+    if addition and not (folder / "text_encoder_2").is_dir():
+        return "its UNet is SDXL's but text_encoder_2 is missing"
+    return None
+
+
+def load_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:
+    """Loads the UNet of a diffusers pipeline folder, in float32.
+
+    Raises:
+        ModelError: The folder has no UNet, or one that diffusers cannot load.
+    """
+    return SDXL().load_denoiser(ModelFolder(folder, variant))  # pyright: ignore[reportReturnType]
+
+
+def predict(unet: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]) -> Tensor:
+    """Runs a UNet on both sides of every pair; `(2B, C, h, w)`, winners first.
+
+    SDXL's `add_time_ids` stay float32: its sinusoidal embedding of sizes in the hundreds is not
+    representable in half precision.
+
+    Args:
+        unet: The denoiser.
+        noised: B noisy pairs.
+        conditions: `prompt_embeds` `(B, L, D)` and, for SDXL, `pooled` `(B, P)` and `add_time_ids`
+            `(B, 6)`; text in any dtype.
+    """
+    dtype = noised.noisy_latents.dtype  # embeddings come as they are stored
+    added = None
+    if "add_time_ids" in conditions:
+        added = {
+            "text_embeds": conditions["pooled"].to(dtype).repeat(2, 1),
+            "time_ids": conditions["add_time_ids"].repeat(2, 1),
+        }
+    return unet(
+        noised.noisy_latents,
+        noised.timesteps.repeat(2),
+        conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+class ClipEncoders(Encoders):
+    """SD1.5's encoders: the last layer's states."""
+
+    penultimate: ClassVar[bool] = False
+
+    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encodes prompts as the pipeline's `encode_prompt` does the positive prompt."""
+        states: list[Tensor] = []
+        conditions: dict[str, Tensor] = {}
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            # A configuration from a hub need not have the key.
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            output = encoder(
+                tokens.input_ids,
+                attention_mask=tokens.attention_mask if masked else None,
+                output_hidden_states=self.penultimate,
+            )
+            states.append(output.hidden_states[-2] if self.penultimate else output[0])
+            if output[0].ndim == 2:
+                conditions["pooled"] = output[0]
+        return {"prompt_embeds": torch.cat(states, dim=-1), **conditions}
+
+
+class PenultimateEncoders(ClipEncoders):
+    """SDXL's: the last but one layer's states of both encoders, and the second one's projection."""
+
+    penultimate = True
+
+
+class SD15(UNetFamily):
+    """Stable Diffusion 1.x: one text encoder."""
+
+    name = "sd15"
+    encoder_parts = ("text_encoder", "tokenizer")
+    pipeline_class = StableDiffusionPipeline
+    # Neither safety checker nor watermark: both would alter images.
+    pipeline_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
+    addition_embed_type = None
+    encoders_class = ClipEncoders
+    text_models = (CLIPTextModel,)
+
+
+class SDXL(UNetFamily):
+    """SDXL: two text encoders, pooled text and size conditioning."""
+
+    name = "sdxl"
+    encoder_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pair_conditions = ("add_time_ids",)
+    pipeline_class = StableDiffusionXLPipeline
+    pipeline_options: ClassVar = {"add_watermarker": False}
+    addition_embed_type = "text_time"
+    encoders_class = PenultimateEncoders
+    text_models = (CLIPTextModel, CLIPTextModelWithProjection)
+
+    def check_vae(self, vae: Any) -> None:
+        """Refuses float16 for SDXL's original VAE, which answers with infinities."""
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            raise ConfigError(
+                "prepare.vae_precision: fp16 overflows in this VAE (its config.json asks for "
+                "force_upcast, as SDXL's original one does); set prepare.vae_precision=fp32 or "
+                "bf16, or model.vae to an fp16-fix VAE"
+            )
