@@ -3,9 +3,13 @@
 
 int fake_cuda_launches = 0;
 
+/* What executes launches, if anything does; it returns 0, or sets the error's text. */
+int (*fake_cuda_on_launch)(void *config, void *function, void **params) = 0;
+const char *fake_cuda_error = "an error of the fake driver";
+
 int cuLaunchKernelEx(void *config, void *function, void **params, void **extra) {
   fake_cuda_launches++;
-  return 0;
+  return fake_cuda_on_launch ? fake_cuda_on_launch(config, function, params) : 0;
 }
 
 /* The launcher asks where a pointer lies; here it lies in host memory. */
@@ -31,7 +35,8 @@ int cuModuleLoadData(void **module, const void *image) {
 }
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
-  *function = (void *)1;
+  static uint64_t functions = 0; /* each has a handle of its own */
+  *function = (void *)++functions;
   return 0;
 }
 
@@ -41,7 +46,7 @@ int cuCtxGetCurrent(void **context) {
 }
 
 int cuGetErrorString(int error, const char **text) {
-  *text = "an error of the fake driver";
+  *text = fake_cuda_error;
   return 0;
 }
 

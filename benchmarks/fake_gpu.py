@@ -3,7 +3,8 @@
 Neither the interpreter nor a kernel compiled from a signature written by hand goes through what a
 launch does first: binding the arguments, specialising on them, compiling what comes out, and the C
 launcher. Here all of that is real, for the target named; only libcuda is not (`fake_cuda.c`), so
-nothing runs, and outputs hold what their memory held. It shows that calls compile and launch, into
+nothing runs, unless something executes launches in its place (`tests/ptx_machine`), and outputs hold
+what their memory held. It shows that calls compile and launch, into
 what, how many launches they are, and what they cost the host. For a process of its own, without
 TRITON_INTERPRET, before `fastpo_kernels` launches anything.
 """
@@ -41,21 +42,22 @@ class FakeGpu:
     Attributes:
         compiled: the kernels of all first launches, in order.
         arguments: of every launch if kept, flat, tensors as their addresses.
+        library: what stands for libcuda; None for AMD.
     """
 
     def __init__(self, target: str, *, keep_arguments: bool = False) -> None:
         self.target, self.keep_arguments = target, keep_arguments
         self.compiled: list[Compiled] = []
         self.arguments: list[list[Any]] = []
-        self._launches: ctypes.c_int | None = None
+        self.library: ctypes.CDLL | None = None
         self._known: set[int] = set()
         self._install()
 
     @property
     def launches(self) -> int:
         """Kernel launches that reached libcuda; AMD's are not counted."""
-        assert self._launches is not None, "only NVIDIA's launcher is here"
-        return self._launches.value
+        assert self.library is not None, "only NVIDIA's launcher is here"
+        return ctypes.c_int.in_dll(self.library, "fake_cuda_launches").value
 
     def _install(self) -> None:
         from triton.backends.compiler import GPUTarget
@@ -93,8 +95,7 @@ class FakeGpu:
         library = folder / "libcuda.so.1"
         name = "-Wl,-soname,libcuda.so.1"  # by which the launcher finds the loaded one
         subprocess.run(["gcc", "-shared", "-fPIC", name, "-o", library, SOURCE], check=True)
-        loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        self._launches = ctypes.c_int.in_dll(loaded, "fake_cuda_launches")
+        self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 

@@ -1,0 +1,28 @@
+"""Executes the PTX that Triton compiles, without a GPU, and watches it: see docs/ptx-machine.md.
+
+Needs NumPy; `launch` also Triton and torch. Imports nothing of FastPO.
+"""
+
+from .errors import (
+    Misaligned,
+    OutOfBounds,
+    PtxError,
+    Race,
+    ReadOfUnwritten,
+    UnknownInstruction,
+    Unreached,
+)
+from .machine import Machine
+from .parser import parse
+
+__all__ = [
+    "Machine",
+    "Misaligned",
+    "OutOfBounds",
+    "PtxError",
+    "Race",
+    "ReadOfUnwritten",
+    "UnknownInstruction",
+    "Unreached",
+    "parse",
+]

@@ -1,0 +1,37 @@
+"""`shfl.sync`: values of other lanes of a warp."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import Unreached
+
+
+def shuffled(
+    mode: str, values: np.ndarray, by: np.ndarray, clamp: np.ndarray, members: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of whole warps, `[warps, 32]`: the values fetched, and whether each source was in range.
+
+    Raises:
+        Unreached: The members are not all of the warp, as everything here supposes.
+    """
+    if (members != 0xFFFFFFFF).any():
+        raise Unreached("a shuffle among some lanes of a warp, executed by all")
+    lane = np.arange(32)
+    by, clamp = by.astype(np.int64), clamp.astype(np.int64)
+    segment = clamp >> 8 & 31
+    largest = (lane & segment) | (clamp & 31 & ~segment)
+    smallest = lane & segment
+    if mode == "up":
+        source = lane - (by & 31)
+        found = source >= largest
+    elif mode == "down":
+        source = lane + (by & 31)
+        found = source <= largest
+    elif mode == "bfly":
+        source = lane ^ (by & 31)
+        found = source <= largest
+    else:
+        source = smallest | (by & 31 & ~segment)
+        found = source <= largest
+    return np.take_along_axis(values, np.where(found, source, lane), 1), found
