@@ -3,10 +3,10 @@
 Neither the interpreter nor a kernel compiled from a signature written by hand goes through what a
 launch does first: binding the arguments, specialising on them, compiling what comes out, and the C
 launcher. Here all of that is real, for the target named; only libcuda is not (`fake_cuda.c`), so
-nothing runs, unless something executes launches in its place (`tests/ptx_machine`), and outputs hold
-what their memory held. It shows that calls compile and launch, into
-what, how many launches they are, and what they cost the host. For a process of its own, without
-TRITON_INTERPRET, before `fastpo_kernels` launches anything.
+nothing runs, and outputs hold what their memory held, unless something executes launches in its
+place (`tests/ptx_machine`). It shows that calls compile and launch, into what, how many launches
+they are, and what they cost the host. For a process of its own, without TRITON_INTERPRET, before
+`fastpo_kernels` launches anything.
 """
 
 from __future__ import annotations

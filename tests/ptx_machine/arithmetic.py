@@ -146,7 +146,8 @@ def approximate(name: str, seed: int, *, ftz: bool) -> Callable[..., Bits]:
             bound = np.where(near, absolute, bound)
         elif absolute:
             bound = absolute
-        moved = exact + np.where(np.isfinite(exact), bound, 0.0) * _unit(key, seed)
+        room = bound - np.abs(exact) * 2.0**-24  # rounding takes the rest
+        moved = exact + np.where(np.isfinite(exact), room, 0.0) * _unit(key, seed)
         special = (exact == 0) | ~np.isfinite(exact)
         if name == "ex2":
             special |= values[0] == 0  # two to the zero is one
@@ -159,12 +160,12 @@ def approximate(name: str, seed: int, *, ftz: bool) -> Callable[..., Bits]:
 
 
 def _unit(key: Bits, seed: int) -> np.ndarray:
-    """Numbers in [-0.9, 0.9], the same for the same bits: with rounding they stay in the bound."""
+    """Numbers in [-1, 1), the same for the same bits."""
     x = key ^ B32(seed * 2654435761 & 0xFFFFFFFF)
     for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
         x = (x ^ (x >> B32(16))) * B32(factor)
         x = x ^ (x >> B32(shift))
-    return x.astype(F64) * (1.8 / 2**32) - 0.9
+    return x.astype(F64) * 2.0**-31 - 1.0
 
 
 def to_bfloat16(bits: Bits) -> Bits:

@@ -1,4 +1,4 @@
-"""What the machine raises: each kind of fault has its class, so that a test can name what it expects."""
+"""What the machine raises: a class for each kind of fault, so that a test can name it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .translate import Kernel, Slots
+from .steps import Kernel, Slots
 
 
 class Gang:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -335,7 +334,8 @@ _BUILDERS: dict[str, Callable[[Opcode, int], Operation]] = {
     **dict.fromkeys(("add", "sub", "mul"), _arithmetic),
     **dict.fromkeys(("fma", "mad"), _multiply_add),
     **dict.fromkeys(("div", "rem"), _division),
-    **dict.fromkeys(("sqrt", "rcp", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), _root_or_reciprocal),
+    **dict.fromkeys(("sqrt", "rcp"), _root_or_reciprocal),
+    **dict.fromkeys(("rsqrt", "ex2", "lg2", "sin", "cos", "tanh"), _root_or_reciprocal),
     **dict.fromkeys(("min", "max"), _extreme),
     **dict.fromkeys(("neg", "abs"), _sign),
     **dict.fromkeys(("and", "or", "xor", "not"), _logic),
@@ -346,5 +346,3 @@ _BUILDERS: dict[str, Callable[[Opcode, int], Operation]] = {
     "mov": _move,
     "cvt": _convert,
 }  # fmt: skip
-
-negated = partial(np.logical_not)

@@ -1,6 +1,6 @@
 """Where a driver that does nothing would launch a kernel, the machine executes it.
 
-The driver is a shared library that Triton takes for libcuda; see `fake_cuda.c` for what it must hold.
+The driver is a shared library that Triton takes for libcuda; `fake_cuda.c` says what it must hold.
 Triton's own binder, compiler and launcher come before it: parameters are read from the bytes that
 the launcher packs, the text of a kernel from the files that the compiler leaves.
 """

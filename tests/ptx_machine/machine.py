@@ -9,7 +9,8 @@ import numpy as np
 from .memory import GlobalMemory, Space
 from .parser import parse
 from .scheduler import Scheduler
-from .translate import Kernel, translate
+from .steps import Kernel
+from .translate import translate
 
 
 class Machine:
@@ -70,8 +71,8 @@ class Machine:
         if not self.in_step:
             rng = np.random.default_rng((self.order_seed, self.launches))
         scheduler = Scheduler(
-            kernel, grid, threads, values, lambda clocks: GlobalMemory(spaces, clocks, kernel.piece),
-            shared_bytes, rng,
+            kernel, grid, threads, values, 
+            lambda clocks: GlobalMemory(spaces, clocks, kernel.piece), shared_bytes, rng,
         )  # fmt: skip
         scheduler.run()
         self.executed.setdefault(kernel.parsed.name, Counter()).update(scheduler.counts())

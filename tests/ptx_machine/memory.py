@@ -1,8 +1,8 @@
 """Memory with a watch on each access: bounds, alignment, what was written, and races.
 
 Addresses of global memory are those of the process. Which ranges a kernel may touch is said before
-the launch; which of them hold nothing yet is told by the pattern they were filled with. Addresses in
-shared memory begin at `SHARED_BASE`.
+the launch; which of them hold nothing yet is told by the pattern they were filled with. Addresses
+in shared memory begin at `SHARED_BASE`.
 """
 
 from __future__ import annotations

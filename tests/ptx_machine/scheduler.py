@@ -18,7 +18,7 @@ from .memory import GlobalMemory, SharedMemory
 from .order import Clocks
 from .parser import Instruction
 from .shuffle import shuffled
-from .translate import (
+from .steps import (
     Access,
     Atomic,
     Barrier,

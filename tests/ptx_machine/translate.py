@@ -1,14 +1,9 @@
-"""From parsed instructions to steps over a file of registers.
-
-Every register, special register and constant has a slot in a list; a step reads and writes slots.
-An array of one element stands for the same bits in all lanes.
-"""
+"""From parsed instructions to the steps of `steps.py`."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,104 +12,23 @@ from .errors import UnknownInstruction
 from .instructions import UNSIGNED, Operation, bits_of, operation
 from .memory import SHARED_BASE
 from .parser import Address, Immediate, Instruction, Operand, Parsed, Register, Vector
+from .steps import (
+    Access,
+    Atomic,
+    Barrier,
+    Branch,
+    Compute,
+    Exit,
+    Kernel,
+    Shuffle,
+    Slots,
+    Step,
+    extended,
+    fill_live,
+    runner,
+)
 
-Slots = list[np.ndarray]
 SPECIAL = ("tid", "ntid", "ctaid", "nctaid")
-
-
-@dataclass
-class Step:
-    """One instruction.
-
-    Attributes:
-        source: the statement.
-        reads, writes: slots.
-        guard: slot of the predicate before it, or None; `negated` if it must be false.
-        live: slots that are read later, before they are written: filled in at the end.
-    """
-
-    source: Instruction
-    reads: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()
-    guard: int | None = None
-    negated: bool = False
-    live: tuple[int, ...] = ()
-
-
-@dataclass
-class Compute(Step):
-    """Registers only."""
-
-    run: Callable[[Slots], None] = field(default=lambda _: None)
-
-
-@dataclass
-class Access(Step):
-    """A load or store of `count` numbers of `width` bytes; `signed` loads fill with the sign."""
-
-    space: str = ""
-    load: bool = True
-    width: int = 4
-    count: int = 1
-    signed: bool = False
-    address: int = 0
-    offset: int = 0
-
-
-@dataclass
-class Atomic(Step):
-    """Read, modify, write: reads[0] is the address, then operands; writes[0] the old number."""
-
-    name: str = "add"
-    kind: str = "u32"
-    order: str = "relaxed"
-    scope: str = "gpu"
-    offset: int = 0
-
-
-@dataclass
-class Shuffle(Step):
-    """reads: value, lane, clamp, members; writes: result, and whether the source is there."""
-
-    mode: str = "bfly"
-
-
-@dataclass
-class Branch(Step):
-    """To `target`, an index of a step."""
-
-    target: int = 0
-
-
-@dataclass
-class Barrier(Step):
-    """All threads of the program."""
-
-
-@dataclass
-class Exit(Step):
-    """The thread is done."""
-
-
-@dataclass
-class Kernel:
-    """A translated kernel.
-
-    Attributes:
-        parsed: its text.
-        steps: in order.
-        initial: the slots before a thread begins; constants keep theirs.
-        special: slots of `%tid.x` and the like, by name.
-        parameters: slots of `ld.param`, by name: given at launch.
-        piece: the narrowest access to memory, in bytes.
-    """
-
-    parsed: Parsed
-    steps: list[Step]
-    initial: Slots
-    special: dict[str, int]
-    parameters: dict[str, int]
-    piece: int
 
 
 def translate(parsed: Parsed, seed: int) -> Kernel:
@@ -125,7 +39,7 @@ def translate(parsed: Parsed, seed: int) -> Kernel:
     """
     translator = _Translator(parsed, seed)
     steps = [translator.step(k, one) for k, one in enumerate(parsed.instructions)]
-    _fill_live(steps)
+    fill_live(steps)
     widths = [s.width for s in steps if isinstance(s, Access)]
     return Kernel(
         parsed, steps, translator.initial, translator.special, translator.parameters,
@@ -215,7 +129,7 @@ class _Translator:
             function, reads = fused
         guard = None if one.guard is None else self.slot(one.guard, 1)
         negated = one.guard is not None and one.guard.negated
-        run = _runner(function, tuple(reads), write, guard, negated)
+        run = runner(function, tuple(reads), write, guard, negated)
         return Compute(one, tuple(reads), (write,), run=run)
 
     def _fitted(
@@ -311,7 +225,7 @@ class _Translator:
             self.initial.append(np.zeros(1, UNSIGNED[bits]))
             self.parameters[str(address.base)] = self._slots[key]
         read = self._slots[key]
-        return Compute(self._unguarded(one), (read,), (write,), run=_runner(
+        return Compute(self._unguarded(one), (read,), (write,), run=runner(
             lambda a: a, (read,), write, None, False
         ))  # fmt: skip
 
@@ -425,73 +339,3 @@ def _widened(
     if bits < meaning.result or meaning.result == 1:
         raise UnknownInstruction(f"a result of {meaning.result} bits in {bits}")
     return lambda *operands: extended(function(*operands), bits, signed=meaning.signed)
-
-
-def extended(values: np.ndarray, bits: int, *, signed: bool) -> np.ndarray:
-    """Unsigned integers in a wider register, filled with zeros or the sign."""
-    if signed:
-        values = values.view(f"i{values.itemsize}").astype(f"i{bits // 8}")
-    return values.astype(UNSIGNED[bits])
-
-
-def _runner(
-    function: Callable[..., np.ndarray],
-    reads: tuple[int, ...],
-    write: int,
-    guard: int | None,
-    negated: bool,
-) -> Callable[[Slots], None]:
-    """A step over the slots; by number of operands, since this is where the time goes."""
-    if guard is not None:
-
-        def guarded(slots: Slots) -> None:
-            new, old = function(*[slots[s] for s in reads]), slots[write]
-            first, second = (old, new) if negated else (new, old)
-            slots[write] = np.where(slots[guard], first, second)
-
-        return guarded
-    if len(reads) == 1:
-        (a,) = reads
-
-        def one(slots: Slots) -> None:
-            slots[write] = function(slots[a])
-
-        return one
-    if len(reads) == 2:
-        a, b = reads
-
-        def two(slots: Slots) -> None:
-            slots[write] = function(slots[a], slots[b])
-
-        return two
-
-    def more(slots: Slots) -> None:
-        slots[write] = function(*[slots[s] for s in reads])
-
-    return more
-
-
-def _fill_live(steps: list[Step]) -> None:
-    """Which slots matter before each step: backwards, until nothing changes."""
-
-    def mask(slots: tuple[int, ...]) -> int:
-        return sum(1 << s for s in set(slots))
-
-    reads = [mask(s.reads) for s in steps]
-    writes = [mask(s.writes) & ~mask(s.reads) for s in steps]
-    live = [0] * (len(steps) + 1)
-    changed = True
-    while changed:
-        changed = False
-        for k in range(len(steps) - 1, -1, -1):
-            step = steps[k]
-            after = live[k + 1]
-            if isinstance(step, Branch):
-                after = live[step.target] | (after if step.guard is not None else 0)
-            elif isinstance(step, Exit) and step.guard is None:
-                after = 0
-            new = reads[k] | (after & ~writes[k])
-            if new != live[k]:
-                live[k], changed = new, True
-    for k, step in enumerate(steps):
-        step.live = tuple(s for s in range(live[k].bit_length()) if live[k] >> s & 1)
