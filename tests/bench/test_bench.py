@@ -169,7 +169,7 @@ def test_the_gpu_script_asks_for_what_there_is(script_calls):
             assert all((ROOT / w).exists() for w in words if w.startswith("tests/"))
     (rest,) = script_calls("gpu.sh", "--rest", "--budget-seconds", "100")
     assert rest[0].endswith("bench_pair_loss.py")
-    assert rest[rest.index("--budget-seconds") + 1] == "85"
+    assert 20 < int(rest[rest.index("--budget-seconds") + 1]) <= 85  # less what starting took
 
 
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):

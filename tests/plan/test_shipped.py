@@ -42,7 +42,7 @@ def measured_once():
         yield
 
 
-PLANS = runpy.run_path(str(ROOT / "docs" / "update_plans.py"))
+PLANS = runpy.run_path(str(ROOT / "scripts" / "update_plans.py"))
 COMMAND = re.compile(r"fastpo plan +(\S+)\.yaml --gpu (\S+)(?: --world-size (\d+))?")
 FORWARD, VAE = {"sdxl": 13.5, "sd15": 1.6}, {"sdxl": 9.8, "sd15": 2.2}  # TFLOP of a pair
 GIGABYTES = {"rtx4090": 24, "a100": 80, "h100": 80}

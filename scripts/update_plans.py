@@ -1,7 +1,7 @@
 """Writes what the shipped configurations cost, as `fastpo plan` tells it: the README's table, and
 the line in each configuration's header that begins with "Planned for".
 
-    python docs/update_plans.py
+    python scripts/update_plans.py
 
 Runs without weights, data or a GPU; about half a minute a configuration.
 """

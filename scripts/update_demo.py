@@ -1,6 +1,6 @@
 """Writes the README's demo table and picture from what `fastpo demo` left.
 
-    python docs/update_demo.py runs/demo 0 1
+    python scripts/update_demo.py runs/demo 0 1
 
 The first argument is the demo's folder, the others are the seeds that were run in it.
 """
@@ -14,8 +14,9 @@ from fastpo._version import __version__
 from fastpo.bench.table import with_section
 from fastpo.system.files import write_text
 
-DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 NAMES = {
     "dpo_clean": "DPO, clean labels",
     "dpo": "DPO",
