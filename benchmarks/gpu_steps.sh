@@ -45,6 +45,9 @@ recipes=("recipe Diffusion-DPO" "recipe MaPO" "recipe Adaptive-DPO")
 averages=("FastPO Adaptive-DPO, averages one by one, live reference"
   "FastPO Adaptive-DPO, averages in one pass, live reference")
 
+# Long enough on the device that the host, 0.8 s a step of one pair, hides behind it (H200, 2026-11).
+steps sdxl-lora-16 200 --size sdxl --method lora --pairs 16 --checkpointing --rounds 5 --peaks \
+  --providers "${cached[@]}"
 steps sdxl-lora-1 320 --size sdxl --method lora --pairs 1 --checkpointing --rounds 5 \
   --peaks "${cached[@]}" "${recipes[@]}"
 steps sdxl-full-1 200 --size sdxl --method full --pairs 1 --checkpointing --rounds 3 --peaks

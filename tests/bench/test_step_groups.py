@@ -207,7 +207,7 @@ def gpu_cases(bench, script_calls):
 
 def test_every_case_of_the_gpu_script_can_be_asked_for(gpu_cases):
     cases = {options.out.stem: options for options in gpu_cases()}
-    assert list(cases)[:2] == ["step-sdxl-lora-1", "step-sdxl-full-1"]
+    assert list(cases)[:3] == ["step-sdxl-lora-16", "step-sdxl-lora-1", "step-sdxl-full-1"]
     assert {options.commit for options in cases.values()} == {"abc1234"}
     first = cases["step-sdxl-lora-1"]
     assert {ONE_BY_ONE, ONE_PASS} <= set(first.providers) and "bare policy" in first.peaks
@@ -224,7 +224,7 @@ def test_every_case_of_the_gpu_script_fits_80_gb_by_plan(bench, gpu_cases):
         if options.options is None
         for size, method, pairs in product(options.size, options.method, options.pairs)
     }
-    assert len(cases) == 5
+    assert len(cases) == 6
     for case in cases:
         averages = {"objective": {"name": "adaptive_dpo"}, "annotators": {"kind": "ema"}}
         config = case.config(**averages)
