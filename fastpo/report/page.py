@@ -25,7 +25,8 @@ from fastpo.report.grids import build_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 from fastpo.system.files import make_folder, write_bytes, write_text
 
-PAGE = "page.html"
+PAGE = "report.html"
+TEMPLATE = "page.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": format_number, "signed": format_signed}
-    template = files("fastpo.report").joinpath(PAGE).read_text(encoding="utf-8")
+    template = files("fastpo.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     html = environment.from_string(template).render(
         title=title,
         version=__version__,

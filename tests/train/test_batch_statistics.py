@@ -130,7 +130,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from fastpo.train.distributed import all_reduce_sum
 sys.path.insert(0, sys.argv[1])
-from test_statistics import OBJECTIVES, part, predictions, train_config
+from test_batch_statistics import OBJECTIVES, part, predictions, train_config
 from fastpo.train.objective import build_loss
 from fastpo.train.batch_statistics import make_statistics
 
