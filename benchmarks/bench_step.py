@@ -57,7 +57,7 @@ from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
 from fastpo.errors import FastPOError
-from fastpo.models.denoisers import DTYPES
+from fastpo.precision import DTYPES
 
 PLAIN = "FastPO MaPO"  # nothing frozen runs beside the policy, so an option's effect shows whole
 

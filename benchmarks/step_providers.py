@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from fastpo.bench.measure import device
 from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
-from fastpo.models.denoisers import DTYPES, Denoisers, setup_denoisers
+from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
 from fastpo.noise import PairNoise, make_noise
+from fastpo.precision import DTYPES
 from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
 from fastpo.train.ema import setup_averages
 from fastpo.train.loop import Trainer, optimizer_step, record

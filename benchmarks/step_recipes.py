@@ -22,7 +22,8 @@ from diffusers.training_utils import EMAModel
 from step_models import Inputs, encode_text
 from torch import Tensor, nn
 
-from fastpo.models.denoisers import DTYPES, Denoisers
+from fastpo.models.denoisers import Denoisers
+from fastpo.precision import DTYPES
 
 DECAYS = (0.9999, 0.5)  # of Adaptive-DPO's averages
 Part = Callable[[str], Any]

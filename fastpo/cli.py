@@ -99,14 +99,14 @@ def prepare(
     from fastpo.config import load_config
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
-    from fastpo.system.process import Worker
+    from fastpo.system.process import Rank
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
     resolved = load_config(config, overrides or ())
     model = ModelFolder.resolve(resolved.model)
-    cache, tell = prepare(resolved, model=model), Worker.of_launch().rank == 0
+    cache, tell = prepare(resolved, model=model), Rank.of_launch().rank == 0
     if tell:
         print(f"{len(cache)} pairs in {cache.folder}")
     if reference is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastpo._version import __version__
+from fastpo.system.process import default_device
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("kernels", "fastpo", "benchmarks", ":(exclude)benchmarks/results")  # as git's paths
@@ -24,7 +25,7 @@ Call = Callable[[], object]
 
 def device() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device().type
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fastpo.bench import losses
 from fastpo.bench.cases import Case
 from fastpo.bench.measure import Clock, copy_bandwidth, environment, make_clock
 from fastpo.bench.table import write_records
+from fastpo.system.process import default_device
 
 SHAPES = tuple(
     Case("pair_loss", name, latents, "bf16", pairs)
@@ -168,7 +169,7 @@ def main() -> int:
     parser.add_argument("--budget-seconds", type=float, default=math.inf)
     parser.add_argument("--commit")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if default_device().type == "cpu":
         print("error: a sweep of launch configurations needs a GPU", file=sys.stderr)
         return 2
     stop = time.monotonic() + args.budget_seconds

@@ -8,26 +8,20 @@ another number of processes or workers, and fast-forwards what has no state. mos
 shuffles its own shard format, in blocks of shards; the cache has random access, so every epoch is a
 permutation of all pairs.
 
-Reading is nothing but system calls that leave the interpreter's lock free, so threads do it: no
-worker processes, no copies through shared memory, nothing to fork after CUDA has started.
+Threads do the reading, see `fastpo.system.read_ahead`. They draw too, since an epoch's first draw
+shuffles it: half a second for ten million pairs.
 """
 
 from __future__ import annotations
 
-import atexit
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from queue import SimpleQueue
 from typing import Protocol, Self
 
 from fastpo.data.sampler import PairSampler
+from fastpo.system.read_ahead import read_ahead
 from fastpo.types import PairBatch
-
-AHEAD = 4
-"""Batches that each reading thread may be ahead of training."""
 
 
 class PairReader(Protocol):
@@ -129,7 +123,7 @@ class PairLoader:
         """Yields the batches; the first pass after `load_state_dict` leaves out those given."""
         self._given, self._skip = self._skip, 0
         drawn = self._drawn(self._numbers[self._given :])
-        batches = self._ahead(drawn) if self._workers else (self._read(one) for one in drawn)
+        batches = read_ahead(self._read, drawn, threads=self._workers)
         with closing(batches):  # threads end with the pass, however it ends
             for batch in batches:
                 self._given += 1
@@ -172,76 +166,6 @@ class PairLoader:
         epoch, indices = drawn
         batch = self._cache.read(indices, visit=epoch)
         return _pinned(batch) if self._pin else batch
-
-    def _ahead(self, stream: Iterator[tuple[int, list[int]]]) -> Generator[PairBatch, None, None]:
-        """Lets threads draw and read `AHEAD` batches each before they are asked for, in order."""
-        ahead = _ReadAhead(self._read, stream, self._workers)
-        try:
-            yield from ahead
-        finally:
-            ahead.close()
-
-
-class _ReadAhead(Iterator[PairBatch]):
-    """Threads that take turns at drawing from a stream, and read what they drew.
-
-    Drawing is theirs too, since an epoch's first draw shuffles it: half a second for ten million
-    pairs. Whoever asks only takes what is ready.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[tuple[int, list[int]]], PairBatch],
-        stream: Iterator[tuple[int, list[int]]],
-        threads: int,
-    ) -> None:
-        self._read, self._stream = read, stream
-        self._turn, self._room = threading.Lock(), threading.Semaphore(AHEAD * threads)
-        self._order: SimpleQueue[Future[PairBatch] | None] = SimpleQueue()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"read_{k}", daemon=True)
-            for k in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-        atexit.register(self.close)
-
-    def _run(self) -> None:
-        while self._room.acquire() and not self._closed:
-            future: Future[PairBatch] = Future()
-            with self._turn:
-                try:
-                    drawn = next(self._stream, None)
-                except Exception as error:
-                    self._order.put(future)
-                    future.set_exception(error)
-                    return
-                self._order.put(None if drawn is None else future)
-            if drawn is None:
-                return
-            try:
-                future.set_result(self._read(drawn))
-            except Exception as error:
-                future.set_exception(error)
-
-    def __next__(self) -> PairBatch:
-        """Returns the next batch; waits where it is not read yet."""
-        future = self._order.get()
-        if future is None:
-            raise StopIteration
-        batch = future.result()
-        self._room.release()
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads, each behind the batch it reads."""
-        self._closed = True
-        atexit.unregister(self.close)
-        for _ in self._threads:
-            self._room.release()
-        for thread in self._threads:
-            thread.join()
 
 
 def _pinned(batch: PairBatch) -> PairBatch:

@@ -32,12 +32,12 @@ from fastpo.evaluate.sampling import (
     check_aligned,
     holds_samples,
     plan_samples,
-    progress_bar,
     read_images,
 )
 from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
 from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
 from fastpo.system.files import make_folder, whole_folder, write_json, write_text
+from fastpo.system.progress import progress_bar
 
 SCORE_TOGETHER = 64  # images held in memory at once
 
@@ -124,7 +124,9 @@ def score_folder(
     parts: list[Scores] = []
     if not scorers:
         return {}
-    with progress_bar(f"score {folder.name}", len(samples), 0, enabled=progress) as advance:
+    with progress_bar(
+        f"score {folder.name}", len(samples), unit="images", show=progress
+    ) as advance:
         for i in range(0, len(samples), SCORE_TOGETHER):
             some = samples[i : i + SCORE_TOGETHER]
             prompts = [sample.prompt for sample in some]

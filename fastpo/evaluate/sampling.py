@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,16 +19,16 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError
-from fastpo.models.encoders import DTYPES
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
+from fastpo.precision import DTYPES
 from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
+from fastpo.system.process import default_device
+from fastpo.system.progress import progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Sampler:
         self.progress = progress
         self.model = ModelFolder.resolve(config.model)
         self.family = self.model.family
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -189,7 +189,11 @@ class Sampler:
         with (
             self._aligned(aligned) as pipeline,
             progress_bar(
-                f"sample {label}", total, total - len(missing), enabled=self.progress
+                f"sample {label}",
+                total,
+                unit="images",
+                done=total - len(missing),
+                show=self.progress,
             ) as advance,
         ):
             for i in range(0, len(missing), size):
@@ -279,28 +283,3 @@ def write_png(path: Path, image: Image.Image) -> None:
     """Writes an image whole or not at all."""
     with whole_file(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-@contextmanager
-def progress_bar(
-    label: str, total: int, done: int, *, enabled: bool
-) -> Iterator[Callable[[int], None]]:
-    """Shows images and images/s; gives a function to call with the number just made."""
-    progress = Progress(
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-    with progress:
-        task = progress.add_task(label, total=total, completed=done, rate="")
-
-        def advance(count: int) -> None:
-            elapsed = progress.tasks[0].elapsed or 1e-9
-            made = progress.tasks[0].completed + count - done
-            progress.update(task, advance=count, rate=f"{made / elapsed:.2f} images/s")
-
-        yield advance

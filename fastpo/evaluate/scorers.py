@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.folder import is_hub_id
+from fastpo.system.process import default_device
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -217,7 +218,7 @@ def _batched(
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(device or default_device())
 
 
 def _load_clip(scorer: str, path: str, device: torch.device) -> Any:

@@ -23,12 +23,12 @@ from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models.attention import check_attention
 from fastpo.models.family import ModelFamily
+from fastpo.precision import DTYPES
+from fastpo.system.process import default_device
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
@@ -110,8 +110,7 @@ def setup_denoisers(
     """
     frozen = None
     dtype = DTYPES[config.precision]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_attention(denoiser, config.attention, device=device, dtype=dtype)
+    check_attention(denoiser, config.attention, device=default_device().type, dtype=dtype)
     if config.method == "lora":
         denoiser.requires_grad_(False)
         _cast(denoiser, dtype)

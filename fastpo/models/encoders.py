@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.config import Config, Precision
+from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
 from fastpo.models.folder import ModelFolder, component_variant
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+from fastpo.system.process import default_device
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Encoders(ABC):
             ConfigError: The VAE is known to overflow in the precision asked for.
         """
         model = model or ModelFolder.resolve(config.model)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or default_device())
         return model.family.load_encoders(model, config.prepare, place)
 
     @property

@@ -23,10 +23,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.attention import AttentionName, use_processors
-from fastpo.models.encoders import DTYPES, Encoders, load_clip, load_vae
+from fastpo.models.encoders import Encoders, load_clip, load_vae
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, read_json
+from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:

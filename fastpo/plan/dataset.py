@@ -9,11 +9,11 @@ from pathlib import Path
 from fastpo.config import Config
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.sources.folder import listed
-from fastpo.models.encoders import DTYPES
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
 from fastpo.plan.recipes import reads_reference_cache
 from fastpo.plan.schema import CacheSize
+from fastpo.precision import DTYPES
 
 PUBLISHED = {
     "yuvalkirstain/pickapic_v2": (851_293, 58_960),

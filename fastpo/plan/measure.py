@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo.config import Precision, TrainConfig
 from fastpo.models.denoisers import Denoisers, setup_denoisers
-from fastpo.models.encoders import DTYPES
 from fastpo.models.registry import load_family
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+from fastpo.precision import DTYPES, autocast_dtype
 
 META = torch.device("meta")
 VAE_BATCH = 8
@@ -123,11 +123,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         diffusers_logging.set_verbosity(level)
-
-
-def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """The dtype autocast computes in; None where it is off."""
-    return None if precision == "fp32" else DTYPES[precision]
 
 
 def unet_inputs(unet: UNet2DConditionModel, shapes: Shapes, device: torch.device) -> dict[str, Any]:

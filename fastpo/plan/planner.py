@@ -17,7 +17,6 @@ from fastpo.plan.measure import (
     Parts,
     Pass,
     Shapes,
-    autocast_dtype,
     build_parts,
     measure_forward,
     measure_texts,
@@ -36,6 +35,7 @@ from fastpo.plan.recipes import (
 )
 from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan
 from fastpo.plan.verdict import make_notes, make_verdict
+from fastpo.precision import autocast_dtype
 from fastpo.train.sharding import Sharding, Trained, count_trained, held, read_sharding
 
 TERA = 1e12

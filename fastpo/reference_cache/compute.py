@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -27,9 +25,10 @@ from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
-from fastpo.models.denoisers import DTYPES, setup_denoisers
+from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder, WeightsMemo
 from fastpo.noise import PairNoise, setup_noise
+from fastpo.precision import autocast
 from fastpo.reference_cache.store import (
     ReferenceErrors,
     merge_parts,
@@ -40,9 +39,10 @@ from fastpo.reference_cache.store import (
     write_part,
 )
 from fastpo.system.files import make_folder, write_text
-from fastpo.system.locks import Claims
-from fastpo.system.process import Worker
-from fastpo.system.progress import Advance, rate_progress
+from fastpo.system.locks import FolderLocks
+from fastpo.system.process import Rank
+from fastpo.system.progress import Advance, progress_bar
+from fastpo.system.read_ahead import read_ahead
 from fastpo.train.objective import needs_reference, runs_reference
 from fastpo.types import PairBatch
 
@@ -187,8 +187,8 @@ def prepare_reference(
         ConfigError: fp16 was asked for without a GPU.
         ModelError: The denoiser is missing, or answers with NaN or infinity.
     """
-    worker = Worker.of_launch()
-    device = torch.device(worker.device())
+    process = Rank.of_launch()
+    device = process.device()
     if device.type == "cpu" and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs a CUDA device; use bf16 or fp32 here")
     model = model or ModelFolder.resolve(config.model)
@@ -197,19 +197,19 @@ def prepare_reference(
     needed = [np.arange(len(cache))] * (visits or 0)
     if visits is None:
         sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
-        group = (processes or worker.world_size) * config.train.accumulation_steps
+        group = (processes or process.world_size) * config.train.accumulation_steps
         needed = needed_pairs(sampler, len(cache), count_steps(config, sampler, group) * group)
     make_folder(reference_root(config.prepare.cache_dir))  # the UNet's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
     make_folder(target)
-    with Claims(target) as claims:
-        with claims.manifest():
+    with FolderLocks(target) as locks:
+        with locks.manifest():
             errors = merge_parts(target, identity, len(cache))
-        task = _Task(config, model, cache, noise, identity, claims)
+        task = _Task(config, model, cache, noise, identity, locks)
         while missing := _blocks(errors, needed):
-            task.make(missing, worker, show=progress and worker.rank == 0)
-            with claims.manifest():
+            task.make(missing, process, show=progress and process.rank == 0)
+            with locks.manifest():
                 errors = merge_parts(target, identity, len(cache))
     return errors
 
@@ -238,24 +238,24 @@ class _Task:
         cache: PairCache,
         noise: PairNoise,
         identity: dict[str, str],
-        claims: Claims,
+        locks: FolderLocks,
     ) -> None:
         self.config, self.source, self.cache, self.noise = config, source, cache, noise
-        self.device, self.identity, self.claims = noise.signal.device, identity, claims
+        self.device, self.identity, self.locks = noise.signal.device, identity, locks
         self.folder = reference_folder(config.prepare.cache_dir, identity)
         self.model: nn.Module | None = None
         self.empty = cache.empty_prompt(self.device)
 
-    def make(self, blocks: dict[Block, np.ndarray], worker: Worker, *, show: bool) -> None:
+    def make(self, blocks: dict[Block, np.ndarray], process: Rank, *, show: bool) -> None:
         """Computes the blocks that nobody else does, and waits until all of them are there.
 
         The processes of a launch begin at different places and help out with what is left.
         """
         order = sorted(blocks)
-        first = worker.rank * len(order) // worker.world_size
+        first = process.rank * len(order) // process.world_size
         left = order[first:] + order[:first]
         total = sum(map(len, blocks.values()))
-        with rate_progress("reference errors", "pairs", total, show=show) as advance:
+        with progress_bar("reference errors", total, unit="pairs", show=show) as advance:
             while left:
                 busy = [b for b in left if not self._is_there(b, blocks[b], advance)]
                 if len(busy) == len(left):
@@ -277,18 +277,18 @@ class _Task:
     def _claimed(self, block: Block) -> Iterator[bool]:
         visit, number = block
         claim = visit * -(-len(self.cache) // BLOCK_PAIRS) + number
-        free = self.claims.take(claim)
+        free = self.locks.acquire(claim)
         try:
             yield free
         finally:
             if free:
-                self.claims.give_back(claim)
+                self.locks.release(claim)
 
     def _still_missing(self, block: Block, positions: np.ndarray) -> np.ndarray:
         """What nobody has computed since the blocks were cut."""
         if part_path(self.folder, *block).exists():
             return positions[:0]
-        with self.claims.manifest():
+        with self.locks.manifest():
             errors = open_reference_errors(
                 self.config.prepare.cache_dir, self.identity, command="fastpo prepare"
             )
@@ -306,9 +306,11 @@ class _Task:
             for i in range(0, len(run), size)
         ]
         errors = []
-        for batch in _read_ahead(self.cache, batches, visit):
-            errors.append(self._errors(batch))
-            advance(len(batch))
+        read = read_ahead(lambda pairs: self.cache.read(pairs.tolist(), visit), batches, threads=1)
+        with contextlib.closing(read):
+            for batch in read:
+                errors.append(self._errors(batch))
+                advance(len(batch))
         table = np.concatenate(errors)
         bad = positions[~np.isfinite(table).all(axis=1)]
         if len(bad):
@@ -328,8 +330,7 @@ class _Task:
         batch = batch.to(self.device)
         noised = self.noise.noised_pair(batch)
         batch = self.noise.drop_captions(batch, train.empty_prompt_rate, self.empty)
-        half = train.precision != "fp32"
-        with torch.autocast(self.device.type, DTYPES[train.precision] if half else None, half):
+        with autocast(self.device, train.precision):
             prediction = self.source.family.predict(self.model, noised, batch.conditions)
         errors = pair_errors(prediction, noised.target, impl=train.loss_impl)
         sides = errors.float().view(2, -1).T
@@ -350,17 +351,3 @@ def load_reference(config: Config, model: ModelFolder, device: torch.device) -> 
         return nn.Module.to(denoisers.frozen, device)
     denoisers.policy.disable_adapters()
     return nn.Module.to(denoisers.policy.eval().requires_grad_(False), device)
-
-
-def _read_ahead(
-    cache: PairCache, batches: Sequence[np.ndarray], visit: int, ahead: int = 3
-) -> Iterator[PairBatch]:
-    """Reads batches in a thread, a few before they are asked for."""
-    waiting: deque[Future[PairBatch]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        for positions in batches:
-            waiting.append(pool.submit(cache.read, positions.tolist(), visit))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -3,7 +3,7 @@
 Locks on single bytes of one file: they work over NFS and the parallel file systems, need no process
 group, and the system frees them when a process dies. They only save double work: a part of the
 cache is put in place by one rename, so two processes that made the same one do no harm. On a file
-system without locks every claim is granted.
+system without locks every lock is granted.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CLAIMS = ".claims"
+LOCK_FILE = ".claims"
 _MANIFEST, _PRESENCE, _FIRST = 0, 1, 2
 
 
-class Claims:
-    """This process's locks on one cache folder; at most one instance per process and folder.
+class FolderLocks:
+    """This process's locks on one folder; at most one instance per process and folder.
 
     (The system drops all of a process's locks on a file when it closes any descriptor of it.)
 
     Attributes:
-        locks: Whether the file system has locks, so that a claim granted is nobody else's.
+        supported: Whether the file system has locks, so that a lock granted is nobody else's.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens the folder's lock file and makes this process's presence known."""
-        self.locks = True
-        self._file = (folder / CLAIMS).open("a+b")
+        self.supported = True
+        self._file = (folder / LOCK_FILE).open("a+b")
         self._lock(_PRESENCE, fcntl.LOCK_SH)
 
-    def __enter__(self) -> Claims:
+    def __enter__(self) -> FolderLocks:
         """Returns itself."""
         return self
 
@@ -41,12 +41,12 @@ class Claims:
         """Frees every lock."""
         self._file.close()
 
-    def take(self, number: int) -> bool:
-        """Tries to claim a part of the cache; False if another process is at work on it."""
+    def acquire(self, number: int) -> bool:
+        """Tries to lock a piece of work; False if another process is at work on it."""
         return self._lock(_FIRST + number, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def give_back(self, number: int) -> None:
-        """Frees a claim."""
+    def release(self, number: int) -> None:
+        """Unlocks a piece of work."""
         self._lock(_FIRST + number, fcntl.LOCK_UN)
 
     @contextmanager
@@ -59,11 +59,11 @@ class Claims:
             self._lock(_MANIFEST, fcntl.LOCK_UN)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Gives whether no other process is preparing this folder, and keeps others waiting."""
-        alone = self._lock(_PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def exclusive(self) -> Iterator[bool]:
+        """Gives whether no other process has opened this folder, and keeps others waiting."""
+        exclusive = self._lock(_PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            yield alone
+            yield exclusive
         finally:
             self._lock(_PRESENCE, fcntl.LOCK_SH)
 
@@ -75,5 +75,5 @@ class Claims:
                 return False
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-            self.locks = False
+            self.supported = False
         return True

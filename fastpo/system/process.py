@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch, deepspeed
@@ -15,7 +19,7 @@ _LAUNCHERS = (
 
 
 @dataclass(frozen=True)
-class Worker:
+class Rank:
     """One process of a launch.
 
     Attributes:
@@ -29,7 +33,7 @@ class Worker:
     local_rank: int = 0
 
     @classmethod
-    def of_launch(cls, environment: Mapping[str, str] = os.environ) -> Worker:
+    def of_launch(cls, environment: Mapping[str, str] = os.environ) -> Rank:
         """Reads what torchrun, accelerate, deepspeed or srun set; a single process without them.
 
         Raises:
@@ -45,10 +49,18 @@ class Worker:
             return cls(*map(int, values))
         return cls()
 
-    def device(self) -> str:
+    def device(self) -> torch.device:
         """Returns this process's GPU, taken in turn on its machine, or the CPU."""
         import torch
 
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        device = default_device()
+        if device.type == "cpu":
+            return device
+        return torch.device(device.type, self.local_rank % torch.cuda.device_count())
+
+
+def default_device() -> torch.device:
+    """Returns the current CUDA device if there is one, else the CPU."""
+    import torch  # the command line names no device, and starts without it
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,11 @@
-"""The progress bars of `prepare`."""
+"""The progress bar of every command."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,57 +19,60 @@ from rich.progress import (
 from rich.text import Text
 
 
-class _Speed(ProgressColumn):
+class _Rate(ProgressColumn):
     """Things done per second."""
 
     def __init__(self, unit: str) -> None:
-        """Names what is counted."""
         super().__init__()
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        """Returns the speed, a dash while it is unknown."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {self._unit}/s" if speed else f"- {self._unit}/s")
+        """Returns the rate, a dash while it is unknown."""
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:.1f} {self._unit}/s" if rate else f"- {self._unit}/s")
 
 
 class Advance:
-    """Moves a bar: `advance(2)` by own work, `advance.to(n)` to what all processes have done."""
+    """Moves a bar: `advance(2)` by what was just done, `advance.to(n)` to what all have done."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         """Wraps one task of a bar."""
         self._bar, self._task = bar, task
 
-    def __call__(self, count: int) -> None:
-        """Adds what was just done."""
-        self._bar.advance(self._task, count)
+    def __call__(self, count: int = 1, *, note: str | None = None) -> None:
+        """Adds what was just done.
+
+        Args:
+            count: How many.
+            note: Replaces the text behind the bar.
+        """
+        fields = {} if note is None else {"note": note}
+        self._bar.update(self._task, advance=count, **fields)
 
     def to(self, done: int) -> None:
-        """Sets how much is done."""
+        """Sets how many are done."""
         self._bar.update(self._task, completed=done)
 
 
 @contextmanager
-def rate_progress(doing: str, unit: str, total: int, *, show: bool) -> Iterator[Advance]:
-    """Shows a bar with a rate and time left.
+def progress_bar(
+    label: str, total: int, *, unit: str | None = None, done: int = 0, show: bool
+) -> Iterator[Advance]:
+    """Shows a bar on standard error, with a rate, a note and the time left.
 
     Args:
-        doing: What is being done, in front of the bar.
-        unit: What is counted, in the plural.
+        label: What is being done, in front of the bar.
         total: How many in all.
+        unit: What is counted, in the plural; None shows no rate.
+        done: How many were done before.
         show: False shows nothing.
     """
-    columns = (
+    columns = [
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Speed(unit),
+        TextColumn("{task.fields[note]}") if unit is None else _Rate(unit),
         TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        yield Advance(bar, bar.add_task(doing, total=total))
-
-
-def image_progress(total: int, *, show: bool) -> AbstractContextManager[Advance]:
-    """Shows how far the encoding of images is; see `rate_progress`."""
-    return rate_progress("encoding images", "images", total, show=show)
+    ]
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        yield Advance(bar, bar.add_task(label, total=total, completed=done, note=""))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpo.config import EmaAnnotators, LedgerAnnotators, TrainConfig
 from fastpo.models.denoisers import Denoisers, without_dropout
-from fastpo.train.distributed import autocast
+from fastpo.precision import autocast
 from fastpo.train.ema import MovingAverages
 from fastpo.train.lora_batched import in_one_pass, predict_together
 from fastpo.train.objective import runs_reference
@@ -82,7 +82,7 @@ class Judges:
                 judges = self._in_one_pass(averages, noised, batch, reference=live)
                 return (judges[0] if live else reference), tuple(judges[live:])
             if live:
-                with self.denoisers.reference() as model, autocast(self.accelerator, self.config):
+                with self.denoisers.reference() as model, self._autocast():
                     reference = self.denoisers.predict(model, noised, batch.conditions)
             answers = () if averages is None else self._one_by_one(averages, noised, batch)
         return reference, answers
@@ -90,7 +90,7 @@ class Judges:
     def _in_one_pass(
         self, averages: MovingAverages, noised: NoisedPair, batch: PairBatch, *, reference: bool
     ) -> list[Tensor]:
-        with without_dropout(self.denoisers.policy), autocast(self.accelerator, self.config):
+        with without_dropout(self.denoisers.policy), self._autocast():
             return predict_together(
                 self.denoisers, averages, noised, batch.conditions, reference=reference
             )
@@ -101,6 +101,9 @@ class Judges:
         answers = []
         with without_dropout(self.denoisers.policy) as model:
             for which in range(len(averages.decays)):
-                with averages.applied(which), autocast(self.accelerator, self.config):
+                with averages.applied(which), self._autocast():
                     answers.append(self.denoisers.predict(model, noised, batch.conditions))
         return tuple(answers)
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.accelerator.device, self.config.precision)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.models.denoisers import DTYPES
+from fastpo.system.process import default_device
 from fastpo.train import zero
 from fastpo.train.optimizer import setup_optimizer
 from fastpo.train.weights import PolicyWeights
@@ -83,7 +83,7 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
             installed or its settings contradict ours, or the launcher asks for other sharded
             training than `train.deepspeed`.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = default_device().type == "cpu"
     if on_cpu and config.precision == "fp16":
         raise ConfigError(
             "train.precision: fp16 needs a CUDA device (its gradients must be scaled); "
@@ -195,13 +195,6 @@ def prepare_policy(
     stage, device = plugin.zero_stage, accelerator.device
     weights = zero.ZeroWeights(trainable, wrapped.optimizer, stage, device=device, main=main)
     return wrapped, prepared, weights
-
-
-def autocast(accelerator: Accelerator, config: TrainConfig) -> torch.autocast:
-    """The precision in which denoisers run; accelerate's own does nothing under DeepSpeed."""
-    half = config.precision != "fp32"
-    dtype = DTYPES[config.precision] if half else None
-    return torch.autocast(accelerator.device.type, dtype=dtype, enabled=half)
 
 
 def gradient_norm(norm: Any) -> Any:

@@ -39,6 +39,7 @@ from fastpo.models.denoisers import (
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, setup_noise
+from fastpo.precision import autocast
 from fastpo.reference_cache.compute import open_for_run
 from fastpo.reference_cache.store import ReferenceErrors
 from fastpo.train.annotators import Judges
@@ -47,7 +48,6 @@ from fastpo.train.batch_statistics import RunningStatistics, make_statistics
 from fastpo.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.train.distributed import (
     all_reduce_sum,
-    autocast,
     choose_optimizer,
     gather,
     gradient_norm,
@@ -58,7 +58,7 @@ from fastpo.train.ema import exported_weights, setup_averages
 from fastpo.train.metrics import StepTable, table_rows
 from fastpo.train.objective import LossFunction, build_loss, runs_reference
 from fastpo.train.optimizer import has_moved, setup_schedule
-from fastpo.train.run_folder import RunFolder, progress_bar
+from fastpo.train.run_folder import RunFolder, step_progress
 from fastpo.train.state import TrainingState
 from fastpo.types import PairBatch, PairPredictions, pair_key
 
@@ -122,7 +122,7 @@ class Trainer:
         rate = self.config.train.empty_prompt_rate
         batch = self.noise.drop_captions(batch, rate, self.empty_prompt)
         reference, annotators = judges.judge(noised, batch, step, known)
-        with autocast(self.accelerator, self.config.train):
+        with autocast(self.accelerator.device, self.config.train.precision):
             policy = self.denoisers.predict(self.policy, noised, batch.conditions)
         predictions = PairPredictions(policy, reference, annotators)
         weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
@@ -278,7 +278,7 @@ def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -
         workers=config.loader_workers,
         pin_memory=trainer.accelerator.device.type == "cuda",
     )
-    with Waits(loader) as batches, progress_bar(total, start, enabled=progress) as advance:
+    with Waits(loader) as batches, step_progress(total, start, show=progress) as advance:
         for step in range(start, total):
             began = time.perf_counter()
             moved = has_moved(trainer.state.schedule)

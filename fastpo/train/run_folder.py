@@ -9,23 +9,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
 from fastpo.ledger import PairLedger
 from fastpo.system.files import append_text, flush, make_folder, remove, sweep, write_text
+from fastpo.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
 
 METRICS, MINORITY = "metrics.jsonl", "minority.csv"
 RESULTS = (METRICS, "config.yaml", MINORITY)
+Metrics = dict[str, float]
 FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
 
@@ -114,30 +114,17 @@ class RunFolder:
 
 
 @contextmanager
-def progress_bar(
-    total: int, start: int, *, enabled: bool
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def step_progress(total: int, start: int, *, show: bool) -> Iterator[Callable[[Metrics], None]]:
     """Shows steps, loss, accuracy, rate and time left; gives a function to call after each step."""
-    progress = Progress(
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-    with progress:
-        task = progress.add_task("train", total=total, completed=start, text="")
-        recent: list[float] = []
+    recent: list[float] = []
 
-        def advance(metrics: dict[str, Any]) -> None:
-            recent.append(metrics["pairs_per_second"])
-            del recent[:-20]
-            text = (
-                f"loss {metrics['loss']:.4f} · accuracy {metrics['rewards/accuracies']:.2f} · "
-                f"{np.median(recent):.1f} pairs/s"
-            )
-            progress.update(task, advance=1, text=text)
+    def after_step(metrics: Metrics) -> None:
+        recent.append(metrics["pairs_per_second"])
+        del recent[:-20]
+        advance(
+            note=f"loss {metrics['loss']:.4f} · accuracy {metrics['rewards/accuracies']:.2f} · "
+            f"{np.median(recent):.1f} pairs/s"
+        )
 
-        yield advance
+    with progress_bar("train", total, done=start, show=show) as advance:
+        yield after_step

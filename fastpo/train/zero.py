@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from fastpo.config import OptimConfig, TrainConfig
 from fastpo.config.checks import check_stage_3
 from fastpo.errors import ConfigError
+from fastpo.system.process import default_device
 from fastpo.train.weights import PolicyWeights, State, parameter_name
 
 NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -163,7 +164,7 @@ def prepare_environment() -> None:
         raise ConfigError(
             "train.deepspeed: DeepSpeed is not installed; `pip install 'fastpo[deepspeed]'`"
         )
-    if not torch.cuda.is_available():
+    if default_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 

@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from fastpo.data.loader import AHEAD, Waits, make_loader
+from fastpo.data.loader import Waits, make_loader
 from fastpo.data.sampler import PairSampler
+from fastpo.system.read_ahead import AHEAD
 from fastpo.types import PairBatch
 
 SAMPLER = PairSampler(torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 0]), 2, seed=3)

@@ -266,7 +266,7 @@ def test_nan_from_the_vae_stops_the_preparation_and_names_the_pair(
 def test_the_progress_bar_shows_the_speed(config_for, tmp_path, capsys):
     write_folder(tmp_path / "data", 3)
     prepare(config_for(), progress=True)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     assert "6/6" in text
     assert "images/s" in text
 

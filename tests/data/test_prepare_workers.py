@@ -25,8 +25,8 @@ from fastpo.data.prepare.partition import plan_spans
 from fastpo.data.sources import open_source
 from fastpo.errors import CacheError, ConfigError
 from fastpo.models.encoders import Encoders
-from fastpo.system.locks import Claims
-from fastpo.system.process import Worker
+from fastpo.system.locks import FolderLocks
+from fastpo.system.process import Rank
 from fastpo.testing import write_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -236,7 +236,7 @@ def test_another_limit_waits_for_the_processes_at_work(config_for, tmp_path):
     prepare(config_for(limit=4), progress=False)
 
     def hold():
-        with Claims(tmp_path / "cache"):
+        with FolderLocks(tmp_path / "cache"):
             ready.set()
             go.wait(60)
 
@@ -309,24 +309,24 @@ def test_parts_without_a_manifest_are_refused(config_for, tmp_path, whole):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Worker(0, 1, 0)),
-        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, Worker(9, 16, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Worker(1, 2, 0)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, Worker(3, 4, 1)),
+        ({}, Rank(0, 1, 0)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, Rank(9, 16, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Rank(1, 2, 0)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, Rank(3, 4, 1)),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "3", "SLURM_NTASKS": "4"},
-            Worker(0, 2, 0),
+            Rank(0, 2, 0),
         ),
     ],
 )
 def test_the_launcher_says_who_we_are(environment, expected):
-    assert Worker.of_launch(environment) == expected
+    assert Rank.of_launch(environment) == expected
 
 
 @pytest.mark.parametrize("rank", ["x", "2", "-1"])
 def test_a_wrong_launch_is_named(rank):
     with pytest.raises(ConfigError, match=f"RANK='{rank}', WORLD_SIZE='2'"):
-        Worker.of_launch({"RANK": rank, "WORLD_SIZE": "2"})
+        Rank.of_launch({"RANK": rank, "WORLD_SIZE": "2"})
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ class Unit:
 
     @property
     def claim(self) -> int:
-        """Its number among all units, for `Claims`."""
+        """Its number among all units, for `FolderLocks`."""
         return 2 * self.number + (self.kind == "text")
 
     def done(self, folder: Path) -> bool:

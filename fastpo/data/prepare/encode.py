@@ -25,7 +25,8 @@ from fastpo.data.cache.parts import (
 )
 from fastpo.data.images import PairImages, UnusableImageError, to_model_range
 from fastpo.errors import CacheError, ModelError, NonFiniteLatentsError
-from fastpo.models.encoders import DTYPES, Encoders
+from fastpo.models.encoders import Encoders
+from fastpo.precision import DTYPES
 from fastpo.types import PreferencePair
 
 

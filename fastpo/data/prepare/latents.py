@@ -29,7 +29,7 @@ from fastpo.data.cache.parts import Unit, units_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
 from fastpo.data.prepare.partition import plan
-from fastpo.data.prepare.verify_source import ahead, check_contents, pair_content, read_image
+from fastpo.data.prepare.verify_source import check_contents, pair_content, read_image
 from fastpo.data.sources import PairSource, open_source, source_stamp
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError
@@ -37,9 +37,10 @@ from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
 from fastpo.system.files import make_folder, sweep
-from fastpo.system.locks import Claims
-from fastpo.system.process import Worker
-from fastpo.system.progress import Advance, image_progress
+from fastpo.system.locks import FolderLocks
+from fastpo.system.process import Rank
+from fastpo.system.progress import Advance, progress_bar
+from fastpo.system.read_ahead import read_ahead
 from fastpo.types import PreferencePair
 
 POLL_SECONDS = 0.5
@@ -70,7 +71,7 @@ def prepare(
         DataError: The data set is missing, wrong, or has no usable pair.
         ModelError: The model is missing, unsupported, or answers with NaN.
     """
-    folder, worker = config.prepare.cache_dir, Worker.of_launch()
+    folder, process = config.prepare.cache_dir, Rank.of_launch()
     try:
         make_folder(folder)
     except OSError as error:
@@ -80,22 +81,24 @@ def prepare(
     identity = cache_identity(config, model, manifest.weights if manifest else None)
     if manifest is not None:
         check_identity(folder, identity.fields, manifest.identity)
-    show = progress and worker.rank == 0
-    with Claims(folder) as claims:
-        stamp = _compare(config, claims, show=show)
+    show = progress and process.rank == 0
+    with FolderLocks(folder) as locks:
+        stamp = _compare(config, locks, show=show)
         if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
             source = open_source(config.data)
             prompts = source.prompt_table()
-            manifest = plan(config, identity, source, prompts, claims, stamp=stamp)
-            work = _Work(config, model, identity, manifest, source, prompts, worker)
-            with image_progress(2 * len(source), show=show) as advance:
-                work.make_parts(claims, advance)
-            with claims.manifest():
-                _finish(config, manifest, claims)
+            manifest = plan(config, identity, source, prompts, locks, stamp=stamp)
+            work = _Work(config, model, identity, manifest, source, prompts, process)
+            with progress_bar(
+                "encoding images", 2 * len(source), unit="images", show=show
+            ) as advance:
+                work.make_parts(locks, advance)
+            with locks.manifest():
+                _finish(config, manifest, locks)
         elif manifest.weights != identity.weights:
-            _remember(folder, identity, claims)
+            _remember(folder, identity, locks)
     cache = PairCache.open(config, model=model)
-    if config.data.flip_rate > 0 and worker.rank == 0:
+    if config.data.flip_rate > 0 and process.rank == 0:
         cache.write_flip_mask()
     return cache
 
@@ -110,32 +113,32 @@ class _Work:
     manifest: Manifest
     source: PairSource
     prompts: PromptTable
-    worker: Worker
+    process: Rank
 
     @cached_property
     def encoders(self) -> Encoders:
         """VAE and text encoders, loaded with the first part."""
-        return Encoders.load(self.config, device=self.worker.device(), model=self.model)
+        return Encoders.load(self.config, device=self.process.device(), model=self.model)
 
-    def make_parts(self, claims: Claims, advance: Advance) -> None:
+    def make_parts(self, locks: FolderLocks, advance: Advance) -> None:
         """Makes what nobody else makes, and waits until all of it is there."""
         folder = self.config.prepare.cache_dir
         units = units_of(self.manifest)
-        first = self.worker.rank * len(units) // self.worker.world_size
+        first = self.process.rank * len(units) // self.process.world_size
         left = units[first:] + units[:first]
         while True:
             left = [unit for unit in left if not unit.done(folder)]
             advance.to(self._images(units) - self._images(left))
             if not left:
                 return
-            made = [self._make(unit, claims, advance) for unit in left]
+            made = [self._make(unit, locks, advance) for unit in left]
             if not any(made):
                 time.sleep(POLL_SECONDS)
 
-    def _make(self, unit: Unit, claims: Claims, advance: Advance) -> bool:
+    def _make(self, unit: Unit, locks: FolderLocks, advance: Advance) -> bool:
         """Makes one part, unless it is there or another process is at work on it."""
         folder = self.config.prepare.cache_dir
-        if not claims.take(unit.claim):
+        if not locks.acquire(unit.claim):
             return False
         try:
             if unit.done(folder):
@@ -147,15 +150,15 @@ class _Work:
                 self._make_shard(unit, advance)
             return True
         finally:
-            claims.give_back(unit.claim)
+            locks.release(unit.claim)
 
     def _make_shard(self, unit: Unit, advance: Advance) -> None:
         start, stop = unit.span.start, unit.span.stop
         builder = ShardBuilder(self.config, self.encoders, start)
-        loaded = ahead(
-            self.source.pairs(start, stop),
+        loaded = read_ahead(
             partial(_load, geometry=self.identity.geometry),
-            workers=self.config.prepare.workers,
+            self.source.pairs(start, stop),
+            threads=self.config.prepare.workers,
         )
         numbers = self.prompts.numbers[start:stop].tolist()
         with closing(loaded):
@@ -170,7 +173,7 @@ class _Work:
         return 2 * sum(min(span.stop, pairs) - span.start for span in shards)
 
 
-def _finish(config: Config, manifest: Manifest, claims: Claims) -> None:
+def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
     """Merges the parts unless another process has; call it with the manifest claimed."""
     folder = config.prepare.cache_dir
     current = load_manifest(folder)
@@ -188,19 +191,19 @@ def _finish(config: Config, manifest: Manifest, claims: Claims) -> None:
     current.complete = True
     current.save(folder)
     # Without locks another process may still be making what this one has made.
-    sweep(folder, sole_writer=claims.locks)
+    sweep(folder, sole_writer=locks.supported)
 
 
-def _remember(folder: Path, identity: CacheIdentity, claims: Claims) -> None:
+def _remember(folder: Path, identity: CacheIdentity, locks: FolderLocks) -> None:
     """Notes that the model's files were hashed, so that nobody hashes them again."""
-    with claims.manifest():
+    with locks.manifest():
         manifest = load_manifest(folder)
         if manifest is not None:
             manifest.weights = identity.weights
             manifest.save(folder)
 
 
-def _compare(config: Config, claims: Claims, *, show: bool) -> str | None:
+def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
     """Compares pairs where the data set's files are not as they were; see `contents`.
 
     Returns:
@@ -211,7 +214,7 @@ def _compare(config: Config, claims: Claims, *, show: bool) -> str | None:
     """
     folder, workers = config.prepare.cache_dir, config.prepare.workers
     stamp = source_stamp(config.data)
-    with claims.manifest():
+    with locks.manifest():
         manifest = load_manifest(folder)
         if manifest is None or stamp is None or manifest.stamp == stamp:
             return stamp

@@ -12,7 +12,7 @@ from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError
 from fastpo.system.files import remove
-from fastpo.system.locks import Claims
+from fastpo.system.locks import FolderLocks
 
 
 def plan(
@@ -20,7 +20,7 @@ def plan(
     identity: CacheIdentity,
     source: PairSource,
     prompts: PromptTable,
-    claims: Claims,
+    locks: FolderLocks,
     *,
     stamp: str | None = None,
 ) -> Manifest:
@@ -34,7 +34,7 @@ def plan(
             with another `data.limit`.
     """
     folder = config.prepare.cache_dir
-    with claims.manifest():
+    with locks.manifest():
         manifest = load_manifest(folder)
         if manifest is None:
             stray = [*folder.glob("shard-*"), *folder.glob("text-*")]
@@ -49,7 +49,7 @@ def plan(
             return manifest
         before = manifest.model_copy(deep=True)
         if manifest.source_pairs != len(source):
-            _stretch(config, manifest, source, prompts, claims)
+            _stretch(config, manifest, source, prompts, locks)
         if not manifest.covers(config.data.limit):
             manifest.limit = config.data.limit
         manifest.report = manifest.report | source.report.as_dict()
@@ -64,12 +64,12 @@ def _stretch(
     manifest: Manifest,
     source: PairSource,
     prompts: PromptTable,
-    claims: Claims,
+    locks: FolderLocks,
 ) -> None:
     """Makes the plan span the source, keeping the parts that are done."""
     folder, size = config.prepare.cache_dir, config.prepare.shard_size
-    with claims.alone() as alone:
-        if manifest.shards and not alone:
+    with locks.exclusive() as exclusive:
+        if manifest.shards and not exclusive:
             raise CacheError(
                 f"another process is preparing {folder} with data.limit {manifest.limit}, here it "
                 f"is {config.data.limit}: wait for it, or use the same"

@@ -10,21 +10,18 @@ read once and held against the digest that was written down when it was encoded.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from fastpo.data.cache.manifest import Manifest
 from fastpo.data.cache.parts import units_of
 from fastpo.data.sources import PairSource
 from fastpo.errors import CacheError
-from fastpo.system.progress import rate_progress
+from fastpo.system.progress import progress_bar
+from fastpo.system.read_ahead import read_ahead
 from fastpo.types import PreferencePair
 
 DIGITS = 16
-Result = TypeVar("Result")
 
 
 def pair_content(pair: PreferencePair, winner: bytes | OSError, loser: bytes | OSError) -> str:
@@ -63,15 +60,14 @@ def check_contents(
     """
     changed: list[str] = []
     done = [u for u in units_of(manifest) if u.kind == "shard" and u.done(folder)]
-    with rate_progress("comparing images", "pairs", len(source), show=show) as advance:
+    with progress_bar("comparing images", len(source), unit="pairs", show=show) as advance:
         for unit in done:
             known, start = unit.record(folder).contents, unit.span.start
             stop = min(unit.span.stop, len(source))
             if not known or start >= stop:
                 continue
-            for place, (name, content) in enumerate(
-                ahead(source.pairs(start, stop), _content_of, workers=workers)
-            ):
+            pairs = read_ahead(_content_of, source.pairs(start, stop), threads=workers)
+            for place, (name, content) in enumerate(pairs):
                 if content != known[DIGITS * place :][:DIGITS]:
                     changed.append(name)
                 advance(1)
@@ -86,29 +82,3 @@ def check_contents(
 
 def _content_of(pair: PreferencePair) -> tuple[str, str]:
     return pair.pair_id, pair_content(pair, read_image(pair.winner), read_image(pair.loser))
-
-
-def ahead(
-    pairs: Iterable[PreferencePair], load: Callable[[PreferencePair], Result], *, workers: int
-) -> Generator[Result]:
-    """Yields what `load` returns for each pair, in the order given.
-
-    Args:
-        pairs: The pairs; taken as they are needed.
-        load: Called in threads.
-        workers: Their number, each with up to four pairs ahead; 0 loads in the caller's.
-    """
-    if workers == 0:
-        yield from map(load, pairs)
-        return
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
-    try:
-        for pair in pairs:
-            waiting.append(pool.submit(load, pair))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
