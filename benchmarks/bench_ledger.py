@@ -33,19 +33,19 @@ import fastpo.train.loop
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
-from fastpo.config import Config, parse_config
+from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
-from fastpo.demo.run import LEDGER, RELEASED, demo_config, merged
+from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.train.distributed import setup_accelerator
 from fastpo.train.metrics import StepTable
 from fastpo.types import pair_key
 
 ROWS, ROWS_SHORT = 700, 60
-SOFT = merged(LEDGER, {"objective": {"weight_kind": "linear"}})
+SOFT = with_keys(LEDGER, {"objective.weight_kind": "linear"})
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "moving averages": RELEASED,
@@ -105,7 +105,7 @@ class Place:
         out = work / f"{name}-{flip_rate}".replace(" ", "").replace(",", "-")
         changes = {"data": {"flip_rate": flip_rate}, "train": {"output_dir": str(out), **train}}
         small = SMALL if not self.short else {"train": {"micro_batch_size": 16}}
-        config = parse_config(merged(merged(raw, small), changes))
+        config = parse_config(with_keys(raw, flatten(small) | flatten(changes)))
         prepare(config, progress=False)
         return config
 

@@ -1,10 +1,11 @@
 """Typed configuration: one frozen model per stage, read from YAML, changed by `--set a.b=c`."""
 
-from fastpo.config.fields import Precision, Section
-from fastpo.config.objectives import AdaptiveOptions, ObjectiveConfig
+from fastpo.config.fields import Precision, Section, decides
+from fastpo.config.keys import as_text, decided_values, decides_result
+from fastpo.config.load import Config, dump_config, flatten, load_config, parse_config, with_keys
+from fastpo.config.objectives import OBJECTIVES, AdaptiveOptions, Objective, ObjectiveConfig
 from fastpo.config.sections import (
     AnnotatorsConfig,
-    Config,
     DataConfig,
     EmaAnnotators,
     EvaluateConfig,
@@ -13,14 +14,12 @@ from fastpo.config.sections import (
     ModelConfig,
     OptimConfig,
     PrepareConfig,
-    TrainConfig,
-    dump_config,
-    load_config,
-    parse_config,
 )
 from fastpo.config.timesteps import TimestepsConfig
+from fastpo.config.train import TrainConfig, check_stage_3
 
 __all__ = [
+    "OBJECTIVES",
     "AdaptiveOptions",
     "AnnotatorsConfig",
     "Config",
@@ -30,6 +29,7 @@ __all__ = [
     "LedgerAnnotators",
     "LoraConfig",
     "ModelConfig",
+    "Objective",
     "ObjectiveConfig",
     "OptimConfig",
     "Precision",
@@ -37,7 +37,14 @@ __all__ = [
     "Section",
     "TimestepsConfig",
     "TrainConfig",
+    "as_text",
+    "check_stage_3",
+    "decided_values",
+    "decides",
+    "decides_result",
     "dump_config",
+    "flatten",
     "load_config",
     "parse_config",
+    "with_keys",
 ]

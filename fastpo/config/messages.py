@@ -1,4 +1,4 @@
-"""Turns pydantic's complaints into one line that names the key and the nearest valid one."""
+"""Turns pydantic's errors into one line that names the key and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from fastpo.config.fields import Section, discriminator_of, sections_of
 
 
-def explain(error: Any, root: type[BaseModel]) -> str:
+def explain(error: Any, root: type[Section]) -> str:
     """Turns one pydantic error into `key: complaint`, with the nearest valid key if unknown."""
     location = [part for part in error["loc"] if isinstance(part, str | int)]
     names = _strip_tags(location, root)
@@ -29,7 +29,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     return f"{key}: {message}" + (f", got {got!r}" if not isinstance(got, dict) else "")
 
 
-def _strip_tags(location: Sequence[str | int], root: type[BaseModel]) -> list[str | int]:
+def _strip_tags(location: Sequence[str | int], root: type[Section]) -> list[str | int]:
     """Drops the union tags that pydantic puts into a location (`objective.dpo.beta`)."""
     names: list[str | int] = []
     node: Any = root
@@ -42,7 +42,7 @@ def _strip_tags(location: Sequence[str | int], root: type[BaseModel]) -> list[st
     return names
 
 
-def _valid_keys(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+def _valid_keys(location: Sequence[str | int], root: type[Section]) -> list[str]:
     """Returns the keys that are allowed at a pydantic location."""
     node: Any = root
     for part in location:
@@ -51,21 +51,13 @@ def _valid_keys(location: Sequence[str | int], root: type[BaseModel]) -> list[st
 
 
 def _child(node: Any, part: str | int) -> Any:
-    """The section, or the sections by tag, that stand under one key; None for a plain value."""
-    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+    """The section, or the sections by tag, that a key holds; None for a plain value."""
+    if not (isinstance(node, type) and issubclass(node, Section)):
         return None
     field = node.model_fields.get(str(part))
     if field is None:
         return None
-    parts = [field.annotation, *field.metadata, field, *_flatten(field.annotation)]
-    sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
-    tag = next((t for p in parts if isinstance(t := getattr(p, "discriminator", None), str)), None)
+    sections, tag = sections_of(field), discriminator_of(field)
     if tag:
         return {get_args(s.model_fields[tag].annotation)[0]: s for s in sections}
     return sections[0] if sections else None
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    """Everything that stands inside a (nested) union or `Annotated`."""
-    inner = list(get_args(annotation))
-    return inner + [deep for part in inner for deep in _flatten(part)]

@@ -1,114 +1,247 @@
-"""The objectives, one section each; what the options mean stands in `fastpo.loss`."""
+"""The objectives, one section each with its facts; `fastpo.loss` explains what the options mean."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from fastpo.config.fields import NotNegative, Positive, PositiveInt, Rate, Real, Section
+from fastpo.config.fields import (
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Real,
+    Section,
+    decides,
+)
+
+Smoothing = Annotated[Real, Field(ge=0.0, lt=0.5)]
 
 
-class DpoObjective(Section):
+class Objective(Section):
+    """Base of all objectives, with what other stages ask of one."""
+
+    needs_reference: ClassVar[bool] = True
+    """Whether the loss compares the policy with a frozen reference model."""
+    has_batch_statistics: ClassVar[bool] = False
+    """Whether the loss of a pair depends on sums over the other pairs of the batch."""
+    initial_loss: ClassVar[float | None] = None
+    """The loss while policy and reference agree; None where it is not a fixed number."""
+
+    @abstractmethod
+    def describe_slope(self) -> str:
+        """States the slope of the logit, and the published flags that mean the same."""
+
+    def check_running(self) -> None:
+        """Refuses `train.statistics: running` where the statistics cannot run over steps.
+
+        Raises:
+            ValueError: The objective needs the batch at hand.
+        """
+
+
+def _slope(beta: float, same: str = "Salesforce and diffusers SDXL --beta_dpo") -> str:
+    """A slope `beta`, and its value as the flag of trainers that write `0.5 * flag * margin`."""
+    return f"{beta:g} = {same} {2 * beta:g}, diffusers SD1.5 and Adaptive-DPO --beta_dpo {beta:g}"
+
+
+def _own_slope(beta: float) -> str:
+    return f"{beta:g}, as in the method's own flag"
+
+
+def _regression(tau: float) -> str:
+    return f"none: the margin is regressed on 1/(2 tau) = {1 / (2 * tau):g}"
+
+
+class DpoObjective(Objective):
     """`fastpo.loss.dpo`."""
 
-    name: Literal["dpo"]
-    beta: Positive = 2500.0
-    label_smoothing: Annotated[Real, Field(ge=0.0, lt=0.5)] = 0.0
+    initial_loss: ClassVar[float | None] = math.log(2.0)
+
+    name: Annotated[Literal["dpo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 2500.0
+    label_smoothing: Annotated[Smoothing, decides("run")] = 0.0
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta)
 
 
-class RobustDpoObjective(Section):
+class RobustDpoObjective(Objective):
     """`fastpo.loss.robust_dpo`."""
 
-    name: Literal["robust_dpo"]
-    beta: Positive = 2500.0
-    label_smoothing: Annotated[Real, Field(ge=0.0, lt=0.5)] = 0.1
+    initial_loss: ClassVar[float | None] = math.log(2.0)
+
+    name: Annotated[Literal["robust_dpo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 2500.0
+    label_smoothing: Annotated[Smoothing, decides("run")] = 0.1
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta)
 
 
-class IpoObjective(Section):
+class IpoObjective(Objective):
     """`fastpo.loss.ipo`."""
 
-    name: Literal["ipo"]
-    tau: Positive = 100.0
+    name: Annotated[Literal["ipo"], decides("run")]
+    tau: Annotated[Positive, decides("run")] = 100.0
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _regression(self.tau)
 
 
-class HingeObjective(Section):
+class HingeObjective(Objective):
     """`fastpo.loss.hinge`."""
 
-    name: Literal["hinge"]
-    beta: Positive = 2500.0
+    initial_loss: ClassVar[float | None] = 1.0
+
+    name: Annotated[Literal["hinge"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 2500.0
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta)
 
 
-class KtoObjective(Section):
+class KtoObjective(Objective):
     """`fastpo.loss.kto`."""
 
-    name: Literal["kto"]
-    beta: Positive = 1000.0
+    has_batch_statistics: ClassVar[bool] = True
+    initial_loss: ClassVar[float | None] = 0.5
+
+    name: Annotated[Literal["kto"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 1000.0
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _own_slope(self.beta)
 
 
-class DmpoObjective(Section):
+class DmpoObjective(Objective):
     """`fastpo.loss.dmpo`."""
 
-    name: Literal["dmpo"]
-    beta: Positive = 1000.0
-    alpha: Annotated[Real, Field(gt=0.0, lt=1.0)] = 0.01
+    name: Annotated[Literal["dmpo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 1000.0
+    alpha: Annotated[Fraction, decides("run")] = 0.01
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta, "DMPO --beta")
 
 
-class LinearDpoObjective(Section):
+class LinearDpoObjective(Objective):
     """`fastpo.loss.linear_dpo`."""
 
-    name: Literal["linear_dpo"]
-    beta: Positive = 100.0
-    eta: Annotated[Real, Field(ge=0.0, lt=0.5)] = 1e-3
+    name: Annotated[Literal["linear_dpo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 100.0
+    eta: Annotated[Smoothing, decides("run")] = 1e-3
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _own_slope(self.beta)
 
 
-class SdpoObjective(Section):
+class SdpoObjective(Objective):
     """`fastpo.loss.sdpo`."""
 
-    name: Literal["sdpo"]
-    beta: Positive = 2500.0
-    mu: Rate = 0.9
+    has_batch_statistics: ClassVar[bool] = True
+    initial_loss: ClassVar[float | None] = math.log(2.0)
+
+    name: Annotated[Literal["sdpo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 2500.0
+    mu: Annotated[Rate, decides("run")] = 0.9
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta)
+
+    def check_running(self) -> None:
+        """See the base class."""
+        raise ValueError(
+            "train.statistics: sdpo's safeguard holds for the batch at hand; use processes or "
+            "micro_batch, not running"
+        )
 
 
-class SftObjective(Section):
+class SftObjective(Objective):
     """`fastpo.loss.sft`: fine-tuning on the winners alone."""
 
-    name: Literal["sft"]
+    needs_reference: ClassVar[bool] = False
+
+    name: Annotated[Literal["sft"], decides("run")]
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return "none (supervised)"
 
 
-class MapoObjective(Section):
+class MapoObjective(Objective):
     """`fastpo.loss.mapo`: no reference model."""
 
-    name: Literal["mapo"]
-    beta: Positive = 0.1
-    snr: Positive = 0.5
-    num_timesteps: PositiveInt = 1000
+    needs_reference: ClassVar[bool] = False
+
+    name: Annotated[Literal["mapo"], decides("run")]
+    beta: Annotated[Positive, decides("run")] = 0.1
+    snr: Annotated[Positive, decides("run")] = 0.5
+    num_timesteps: Annotated[PositiveInt, decides("run")] = 1000
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        slope = self.num_timesteps * self.snr / 2
+        return f"about {slope:g} per unit of error, weight {self.beta:g} (reference-free)"
 
 
-class AdaptiveOptions(Section):
+class AdaptiveOptions(Objective):
     """What both Adaptive objectives share (arXiv 2503.16921)."""
 
-    beta: Positive = 1000.0
-    normalize: Literal["rms", "l2"] = "rms"  # of annotators' margins; the ledger has its own scale
-    rho: Positive = 3.75  # likewise
-    weight_kind: Literal["linear", "quadratic", "sqrt", "exponential", "gate"] = "linear"
-    weight_scale: NotNegative = 10.0
-    weight_intercept: Positive = 1.0
-    margin_kind: Literal["quadratic", "linear"] = "quadratic"
-    margin_scale: NotNegative = 1.0
+    has_batch_statistics: ClassVar[bool] = True
+
+    beta: Annotated[Positive, decides("run")] = 1000.0
+    # of annotators' margins; the ledger has its own scale
+    normalize: Annotated[Literal["rms", "l2"], decides("run")] = "rms"
+    rho: Annotated[Positive, decides("run")] = 3.75  # likewise
+    weight_kind: Annotated[
+        Literal["linear", "quadratic", "sqrt", "exponential", "gate"], decides("run")
+    ] = "linear"
+    weight_scale: Annotated[NotNegative, decides("run")] = 10.0
+    weight_intercept: Annotated[Positive, decides("run")] = 1.0
+    margin_kind: Annotated[Literal["quadratic", "linear"], decides("run")] = "quadratic"
+    margin_scale: Annotated[NotNegative, decides("run")] = 1.0
+
+    def check_running(self) -> None:
+        """See the base class."""
+        if self.normalize == "l2":
+            raise ValueError(
+                "train.statistics: running has no batch over which to take an l2 norm; use "
+                "train.objective.normalize: rms"
+            )
 
 
 class AdaptiveDpoObjective(AdaptiveOptions):
     """`fastpo.loss.adaptive_dpo`."""
 
-    name: Literal["adaptive_dpo"]
+    name: Annotated[Literal["adaptive_dpo"], decides("run")]
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _slope(self.beta)
 
 
 class AdaptiveIpoObjective(AdaptiveOptions):
     """`fastpo.loss.adaptive_ipo`."""
 
-    name: Literal["adaptive_ipo"]
-    tau: Positive = 100.0
+    name: Annotated[Literal["adaptive_ipo"], decides("run")]
+    tau: Annotated[Positive, decides("run")] = 100.0
+
+    def describe_slope(self) -> str:
+        """See the base class."""
+        return _regression(self.tau)
 
 
 ObjectiveConfig = Annotated[
@@ -126,3 +259,8 @@ ObjectiveConfig = Annotated[
     | AdaptiveIpoObjective,
     Field(discriminator="name"),
 ]
+OBJECTIVES: dict[str, type[Objective]] = {
+    get_args(section.model_fields["name"].annotation)[0]: section
+    for section in get_args(get_args(ObjectiveConfig)[0])
+}
+"""Every objective's section by its name."""

@@ -7,20 +7,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fastpo.config.fields import Count, NotNegative, Positive, Real, Section
+from fastpo.config.fields import Count, NotNegative, Positive, Real, Section, decides
 
 
 class UniformTimesteps(Section):
     """Every timestep of the range equally often, as published."""
 
-    kind: Literal["uniform"] = "uniform"
+    kind: Annotated[Literal["uniform"], decides("reference", "run")] = "uniform"
 
 
 class ListTimesteps(Section):
     """These timesteps only, each as often as it is listed: SDXL Turbo's are 249, 499, 749, 999."""
 
-    kind: Literal["list"]
-    values: Annotated[tuple[Count, ...], Field(min_length=1, max_length=65536)]
+    kind: Annotated[Literal["list"], decides("reference", "run")]
+    values: Annotated[
+        tuple[Count, ...], Field(min_length=1, max_length=65536), decides("reference", "run")
+    ]
 
 
 class LogitNormalTimesteps(Section):
@@ -29,9 +31,9 @@ class LogitNormalTimesteps(Section):
     Esser et al. 2024 (arXiv 2403.03206), section 3.1; a positive mean prefers noisier timesteps.
     """
 
-    kind: Literal["logit_normal"]
-    mean: Real = 0.0
-    std: Positive = 1.0
+    kind: Annotated[Literal["logit_normal"], decides("reference", "run")]
+    mean: Annotated[Real, decides("reference", "run")] = 0.0
+    std: Annotated[Positive, decides("reference", "run")] = 1.0
 
 
 class BinTimesteps(Section):
@@ -40,8 +42,8 @@ class BinTimesteps(Section):
     `[1, 1, 1, 2]` draws the noisiest quarter twice as often as each other quarter.
     """
 
-    kind: Literal["bins"]
-    weights: Annotated[tuple[NotNegative, ...], Field(min_length=1)]
+    kind: Annotated[Literal["bins"], decides("reference", "run")]
+    weights: Annotated[tuple[NotNegative, ...], Field(min_length=1), decides("reference", "run")]
 
     @model_validator(mode="after")
     def _check(self) -> BinTimesteps:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from fastpo.config import Config, parse_config
+from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
@@ -112,17 +112,8 @@ def demo_config(name: str, paths: Mapping[str, Path], *, seed: int, short: bool)
         SHORT if short else {},
     ]
     for layer in layers:
-        raw = merged(raw, layer)
+        raw = with_keys(raw, flatten(layer))
     return parse_config(raw, where=f"demo {name}")
-
-
-def merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested mappings with some keys changed."""
-    result = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if nested else value
-    return result
 
 
 def summarise(

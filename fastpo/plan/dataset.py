@@ -11,7 +11,6 @@ from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.sources.folder import listed
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
-from fastpo.plan.recipes import reads_reference_cache
 from fastpo.plan.schema import CacheSize
 from fastpo.precision import DTYPES
 
@@ -101,7 +100,7 @@ def cache_size(
         pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     text = (shapes.tokens * unet["cross_attention_dim"] + pooled) * element
     per_pair = 0
-    if reads_reference_cache(config.train) and size.pairs and visits:
+    if config.train.reads_reference_errors and size.pairs and visits:
         per_pair = 8 * math.ceil(visits / size.pairs)
     if size.pairs is None or size.prompts is None:
         totals = (None, None, None)

@@ -31,7 +31,6 @@ from fastpo.plan.recipes import (
     Recipe,
     describe_own,
     own_recipe,
-    reads_reference_cache,
 )
 from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan
 from fastpo.plan.verdict import make_notes, make_verdict
@@ -316,7 +315,7 @@ def _prepare_hours(
         hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
         + hardware.seconds(m.text.flops / each, prepare.text_precision)
     )
-    if reads_reference_cache(config.train) and visits is not None:
+    if config.train.reads_reference_errors and visits is not None:
         passes = pairs * math.ceil(visits / pairs)
         seconds += passes * hardware.seconds(m.reference.flops / each, config.train.precision)
     return seconds / hardware.processes / 3600

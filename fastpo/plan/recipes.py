@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from fastpo.config import EmaAnnotators, LedgerAnnotators, Precision, TrainConfig
 from fastpo.train.lora_batched import in_one_pass
-from fastpo.train.objective import needs_reference
 
 RELEASED_AVERAGES = 2
 """Moving averages of the released Adaptive-DPO."""
@@ -88,22 +87,17 @@ def own_recipe(train: TrainConfig, n_elements: int, *, whole: bool = True) -> Re
     averages = len(annotators.decays) if isinstance(annotators, EmaAnnotators) else 0
     return Recipe(
         "this configuration",
-        reference=needs_reference(train) and not reads_reference_cache(train),
+        reference=train.runs_reference,
         averages=averages,
         exports_average=train.ema_decay is not None,
         together=whole and in_one_pass(train, n_elements),
     )
 
 
-def reads_reference_cache(train: TrainConfig) -> bool:
-    """Whether the reference's errors come from the cache, so that no reference runs or is held."""
-    return needs_reference(train) and getattr(train, "reference", "live") == "cached"
-
-
 def describe_own(train: TrainConfig, recipe: Recipe) -> str:
     """What this configuration runs, with what it reads instead."""
     cached = ["cached latents"]
-    if reads_reference_cache(train):
+    if train.reads_reference_errors:
         cached.append("cached reference")
     if isinstance(train.annotators, LedgerAnnotators):
         cached.append("ledger")

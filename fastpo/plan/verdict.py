@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastpo.config import Config
 from fastpo.plan.dataset import DataSize
-from fastpo.plan.recipes import reads_reference_cache
 from fastpo.plan.schema import Assumptions, CacheSize, Cost
 
 PARTS = {
@@ -84,7 +83,7 @@ def make_notes(
             f"bf16 weights: their gradients are summed over {config.train.accumulation_steps} "
             "micro-batches in bf16, with an rms error of 1.3 % after 128 and 2.7 % after 512."
         )
-    if reads_reference_cache(config.train) and cache.prepare_hours is not None:
+    if config.train.reads_reference_errors and cache.prepare_hours is not None:
         notes.append(
             "The reference cache costs one forward pass for each visit, once; it is in the hours "
             "of preparing, and saves time where it serves more than one run."

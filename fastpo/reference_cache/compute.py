@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastpo.config import Config
+from fastpo.config import Config, as_text, decided_values
 from fastpo.data.cache import PairCache
+from fastpo.data.cache.fingerprint import MODEL_KEYS
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
@@ -43,15 +44,11 @@ from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
-from fastpo.train.objective import needs_reference, runs_reference
 from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number
 BLOCK_PAIRS = 512  # what a kill can lose, per process
 POLL_SECONDS = 0.5  # between two looks at what other processes are working on
-# Besides what `PairNoise.identity` names, these decide the errors; everything else in
-# `TrainConfig` leaves them alone.
-DECIDING_KEYS = ("precision", "attention", "empty_prompt_rate")
 
 
 def reference_identity(
@@ -59,25 +56,32 @@ def reference_identity(
 ) -> dict[str, str]:
     """Names everything on which a visit's reference errors depend, without loading the model.
 
-    With drawn latents the two sides of a flipped pair exchange their draws, so flips count; with
-    `sample_latents: false` one set of errors serves every flip setting. In float32 it serves LoRA
-    and full fine-tuning alike; in half precision they round the reference's norms differently.
-    What plays no part has an empty value.
+    Of the configuration these are the keys with `decides("reference")`: the model and the draws by
+    their content, all others by their value. What plays no part has an empty value.
 
     Raises:
         ModelError: The denoiser is missing.
     """
-    train, data = config.train, config.data
-    flips = train.sample_latents
-    return {
+    content = {
         model.family.title: _denoiser_digest(config, model),
         "prepared latents": cache.fingerprint,
         **noise.identity(),
-        **{f"train.{key}": str(getattr(train, key)) for key in DECIDING_KEYS},
-        "train.method": "" if train.precision == "fp32" else train.method,
-        "data.flip_rate": str(data.flip_rate) if flips else "",
-        "data.flip_seed": str(data.flip_seed) if flips and data.flip_rate > 0 else "",
     }
+    values = decided_values(config, "reference", named=(*MODEL_KEYS, *content))
+    plain = {key: as_text(value) for key, value in values.items()}
+    return content | plain | dict.fromkeys(_idle_keys(config), "")
+
+
+def _idle_keys(config: Config) -> Iterator[str]:
+    """Keys that decide the reference's errors in other configurations, but not in this one."""
+    # In half precision LoRA and full fine-tuning round the reference's norms differently.
+    if config.train.precision == "fp32":
+        yield "train.method"
+    # The two sides of a flipped pair exchange their draws; without draws no flip matters.
+    if not config.train.sample_latents:
+        yield from ("data.flip_rate", "data.flip_seed")
+    elif config.data.flip_rate == 0.0:
+        yield "data.flip_seed"
 
 
 def _denoiser_digest(config: Config, model: ModelFolder) -> str:
@@ -134,7 +138,7 @@ def open_for_run(
         CacheError: There are none, they were computed from something else (each differing field is
             named), or they end before the run does; the text says which command mends it.
     """
-    if runs_reference(config.train) or not needs_reference(config.train):
+    if not config.train.reads_reference_errors:
         return None
     group = processes * config.train.accumulation_steps
     steps = count_steps(config, sampler, group)

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fastpo._version import __version__
+from fastpo.config import flatten
 from fastpo.evaluate.win_rate import MetricSummary
 from fastpo.report.figures import (
     colour,
@@ -170,7 +171,7 @@ def minority_words(runs: Sequence[Run]) -> list[str]:
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Returns the configuration keys in which the runs differ, with each run's value."""
-    flat = [_flat(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
     return [
         (key, [_text(each.get(key, "")) for each in flat])
@@ -269,16 +270,6 @@ def _section(heading: str, content: Any) -> dict[str, Any]:
         cells = [[_text(row.get(name, "")) for name in names] for row in rows]
         section["table"] = {"names": names, "rows": cells}
     return section
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _text(value: Any) -> str:

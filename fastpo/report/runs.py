@@ -14,11 +14,11 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from fastpo.config import OBJECTIVES
 from fastpo.errors import DataError
 from fastpo.evaluate.win_rate import MetricSummary
 
 Array = NDArray[np.float64]
-REFERENCE_FREE = ("sft", "mapo")
 MINORITY_COLUMNS = {"ledger": "ledger_minority", "ema": "metric_minority"}
 MINORITY_NAMES = {"ledger": "ledger", "ema": "moving averages"}
 
@@ -104,15 +104,21 @@ class Run:
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
-        return self.objective not in REFERENCE_FREE
+        section = OBJECTIVES.get(self._objective_name)
+        return section is None or section.needs_reference
 
     @property
     def objective(self) -> str:
         """The objective's name and its annotators'."""
         train = self.config.get("train") or {}
-        name = (train.get("objective") or {}).get("name", "unknown objective")
+        name = self._objective_name
         kind = (train.get("annotators") or {}).get("kind")
         return f"{name} ({MINORITY_NAMES.get(kind, kind)})" if kind else name
+
+    @property
+    def _objective_name(self) -> str:
+        train = self.config.get("train") or {}
+        return (train.get("objective") or {}).get("name", "unknown objective")
 
 
 def load_run(path: Path, name: str | None = None) -> Run:

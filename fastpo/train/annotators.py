@@ -13,7 +13,6 @@ from fastpo.models.denoisers import Denoisers, without_dropout
 from fastpo.precision import autocast
 from fastpo.train.ema import MovingAverages
 from fastpo.train.lora_batched import in_one_pass, predict_together
-from fastpo.train.objective import runs_reference
 from fastpo.train.optimizer import has_moved
 from fastpo.train.state import TrainingState
 from fastpo.types import NoisedPair, PairBatch
@@ -70,7 +69,7 @@ class Judges:
             The reference's errors, if known, or its predictions, or None; the averages'
             predictions.
         """
-        live, averages = runs_reference(self.config), None
+        live, averages = self.config.runs_reference, None
         if self._averages_judge(step):
             averages = self.state.averages["annotators"]
         together = in_one_pass(self.config, noised.noisy_latents.numel())

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from fastpo.train.objective import describe_slope, initial_loss, needs_reference
 from fastpo.train.optimizer import optimizer_bytes
 from fastpo.train.sharding import read_sharding
 
@@ -27,11 +26,11 @@ def _banner(trainer: Trainer, start: int) -> Table:
     annotators = config.annotators
     judged = "" if annotators is None else f", annotators: {annotators.kind}"
     pairs = config.micro_batch_size * trainer.group
-    first = initial_loss(config.objective)
+    first = config.objective.initial_loss
     flipped = int(trainer.cache.flipped.sum())
     rows = {
         "objective": config.objective.name + judged,
-        "slope": describe_slope(config.objective),
+        "slope": config.objective.describe_slope(),
         "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
         "reference": _reference(trainer),
         "pairs": f"{len(trainer.cache):,}" + (f", {flipped:,} labels flipped" if flipped else ""),
@@ -50,7 +49,7 @@ def _banner(trainer: Trainer, start: int) -> Table:
 
 
 def _reference(trainer: Trainer) -> str:
-    if not needs_reference(trainer.config.train):
+    if not trainer.config.train.needs_reference:
         return "none"
     if trainer.reference_errors is not None:
         return f"cached, {trainer.reference_errors.visits} visits"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastpo.config import AdaptiveOptions, TrainConfig
+from fastpo.config import TrainConfig
 
 FADING = 0.9  # weight of older sums after each optimiser step: about ten steps count
 UNKNOWN_POWER = 1e30  # a scale before which any margin is nothing: nobody is judged yet
@@ -97,8 +97,7 @@ def make_statistics(config: TrainConfig, all_reduce: Reduce | None) -> Reduce | 
         config: The run.
         all_reduce: Sums a vector over all processes; None where there is one.
     """
-    objective = config.objective
-    if not isinstance(objective, AdaptiveOptions) and objective.name not in ("kto", "sdpo"):
+    if not config.objective.has_batch_statistics:
         return None
     return {
         "micro_batch": lambda: None,

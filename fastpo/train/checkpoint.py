@@ -23,27 +23,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from fastpo.config import Config
+from fastpo.config import Config, decides_result, flatten
 from fastpo.errors import CheckpointError
 from fastpo.system.files import remove, whole_folder
 from fastpo.train.state import TrainingState
 
-# Keys that may differ between a checkpoint and the run that goes on from it: they say where and how
-# results are kept, not what is computed.
-FREE_KEYS = (
-    "train.output_dir",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.trackers",
-    "train.loader_workers",
-    "train.deepspeed",
-    "train.accumulation_steps",  # only its product with the processes matters, and is compared
-    "train.reference",  # the same errors, to rounding; a cache of others is refused
-    "prepare.cache_dir",
-    "prepare.batch_size",
-    "prepare.workers",
-    "evaluate",
-)
 # Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
@@ -173,15 +157,13 @@ def differing_keys(saved: dict, config: Config) -> list[str]:
     gone by now differs.
     """
     saved = _completed(saved)
-    free = list(FREE_KEYS)
-    if config.train.optim.schedule in CONSTANT_SCHEDULES:
-        free += ["train.epochs", "train.max_steps"]
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    prolonged = config.train.optim.schedule in CONSTANT_SCHEDULES
+    free = ("train.epochs", "train.max_steps") if prolonged else ()
+    before, now = flatten(saved), flatten(config.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == f or key.startswith(f + ".") for f in free)
+        if before.get(key) != now.get(key) and key not in free and decides_result(key, "run")
     ]
 
 
@@ -211,16 +193,6 @@ def _section(tree: dict, path: tuple[int | str, ...]) -> dict:
     for key in path[:-1]:
         tree = tree.get(key, tree)
     return tree
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

@@ -56,7 +56,7 @@ from fastpo.train.distributed import (
 )
 from fastpo.train.ema import exported_weights, setup_averages
 from fastpo.train.metrics import StepTable, table_rows
-from fastpo.train.objective import LossFunction, build_loss, runs_reference
+from fastpo.train.objective import LossFunction, build_loss
 from fastpo.train.optimizer import has_moved, setup_schedule
 from fastpo.train.run_folder import RunFolder, step_progress
 from fastpo.train.state import TrainingState
@@ -142,9 +142,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     known = open_for_run(config, model, cache, noise, sampler, accelerator.num_processes)
     torch.manual_seed(config.seed)  # the adapters' first values
     denoiser = model.family.load_denoiser(model)
-    denoisers = setup_denoisers(
-        model.family, denoiser, train, needs_reference=runs_reference(train)
-    )
+    denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
     if denoisers.frozen is not None:
         denoisers.frozen.to(accelerator.device)
     trainable = denoisers.trainable
@@ -152,7 +150,6 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
     schedule = setup_schedule(optimizer, train.optim, steps)
     policy, prepared, weights = prepare_policy(accelerator, denoisers.policy, trainable, optimizer)
-    judged_after = getattr(train.annotators, "min_visits", 1)
     span = partial(all_reduce_sum, accelerator) if accelerator.num_processes > 1 else None
     reduce = make_statistics(train, span)
     state = TrainingState(
@@ -160,7 +157,9 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         weights=weights,
         optimizer=prepared,
         schedule=schedule,
-        ledger=PairLedger(len(cache), min_visits=judged_after, num_timesteps=len(noise.signal)),
+        ledger=PairLedger(
+            len(cache), min_visits=train.ledger_min_visits, num_timesteps=len(noise.signal)
+        ),
         metric=torch.full((len(cache),), math.nan),
         averages=setup_averages(train, weights),
         scaler=accelerator.scaler,

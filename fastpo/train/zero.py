@@ -31,8 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastpo.config import OptimConfig, TrainConfig
-from fastpo.config.checks import check_stage_3
+from fastpo.config import OptimConfig, TrainConfig, check_stage_3
 from fastpo.errors import ConfigError
 from fastpo.system.process import default_device
 from fastpo.train.weights import PolicyWeights, State, parameter_name

@@ -89,7 +89,7 @@ def test_a_wrong_key_is_named(key, value, complaint):
         parse_config(raw)
 
 
-def test_truth_values_stand_where_they_may():
+def test_truth_values_are_taken_where_they_are_meant():
     raw = changed("train.annotators", {"kind": "ema", "batched": True})
     raw["train"]["compile"] = True
     assert parse_config(raw).train.annotators.batched is True
@@ -104,7 +104,7 @@ def test_options_of_adapters_that_are_the_default_s_go_with_full_fine_tuning():
 
 
 @pytest.mark.parametrize("name", ["mapo", "sft"])
-def test_a_cached_reference_that_nobody_asks_is_refused(name):
+def test_a_cached_reference_of_a_reference_free_objective_is_refused(name):
     raw = changed("train.objective", {"name": name})
     raw["train"] |= {"annotators": None, "reference": "cached"}
     with pytest.raises(ConfigError, match=rf"train\.reference: cached has no use for {name}"):
@@ -134,15 +134,15 @@ def test_what_zero_3_cannot_do_is_refused_at_load(stage, options):
         ("seed: 1\ntrain: {lr: 1, lr: 1}\n", 2),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path, text, line):
+def test_a_key_that_occurs_twice_is_refused(tmp_path, text, line):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"config\.yaml .*line {line}: the key (seed|lr) stands"):
+    with pytest.raises(ConfigError, match=rf"config\.yaml .*line {line}: the key (seed|lr) occurs"):
         load_config(path)
 
 
-def test_a_key_that_stands_twice_on_the_command_line_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--set train\.optim.*the key lr stands there twice"):
+def test_a_key_that_occurs_twice_on_the_command_line_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--set train\.optim.*the key lr occurs twice"):
         load_config(write(tmp_path), ["train.optim={lr: 1e-5, lr: 1e-6}"])
 
 
@@ -156,7 +156,7 @@ def test_anchors_and_merges_are_read(tmp_path):
         load_config(tmp_path / "merged.yaml")
 
 
-def test_a_memory_format_that_an_optimiser_undoes_is_refused():
+def test_a_memory_format_that_an_optimizer_undoes_is_refused():
     raw = changed("train.optim", {"name": "adamw_8bit"})
     raw["train"] |= {"channels_last": True, "method": "full"}
     with pytest.raises(ConfigError, match=r"train\.channels_last: adamw_8bit.*weights: bf16"):
@@ -165,7 +165,7 @@ def test_a_memory_format_that_an_optimiser_undoes_is_refused():
 
 
 def test_a_gate_without_annotators_is_refused():
-    """Policy and reference agree at first, so a pair's margin alone would shut it out for good."""
+    """Policy and reference agree at first, so a pair's margin alone would exclude it for good."""
     raw = changed("train.objective", {"name": "adaptive_ipo", "weight_kind": "gate"})
     raw["train"]["annotators"] = None
     with pytest.raises(ConfigError, match=r"weight_kind: gate needs train\.annotators \(ledger"):

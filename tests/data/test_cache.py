@@ -11,11 +11,14 @@ import torch
 import fastpo.data.cache.pairs as module
 from fastpo.config import parse_config
 from fastpo.data.cache import PairCache
+from fastpo.data.cache.fingerprint import cache_identity
 from fastpo.data.cache.flips import is_flipped
 from fastpo.data.loader import make_loader
 from fastpo.data.prepare import prepare
 from fastpo.data.sampler import PairSampler
+from fastpo.data.sources import source_digest
 from fastpo.errors import CacheError
+from fastpo.models.folder import ModelFolder
 from fastpo.testing import tiny_sdxl_folder, write_folder
 from fastpo.types import pair_key
 
@@ -63,6 +66,33 @@ def own_copy(made, tmp_path):
     shutil.copytree(made["sdxl"]["prepare"]["cache_dir"], folder)
     raw = made["sdxl"] | {"prepare": made["sdxl"]["prepare"] | {"cache_dir": str(folder)}}
     return folder, parse_config(raw)
+
+
+PARTS = {"sd15": ["text_encoder", "tokenizer"], "sdxl": ["text_encoder", "tokenizer"]}
+PARTS["sdxl"] += ["text_encoder_2", "tokenizer_2"]
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_a_cache_on_disk_keeps_its_identity(made, family):
+    """Field by field as release 0.1.0 wrote it, so that no cache has to be prepared again."""
+    config = parse_config(made[family])
+    model = ModelFolder.resolve(config.model)
+    identity = cache_identity(config, model)
+    assert identity.fields == {
+        "model family": family,
+        "VAE": model.digest("vae").sha256,
+        **{name: model.digest(name).sha256 for name in PARTS[family]},
+        "data.source": "folder",
+        "data.path": config.data.path,
+        "data.split": "train",
+        "data files": source_digest(config.data),
+        "prepare.resolution": "32",
+        "prepare.buckets": "true",
+        "image geometry": str(identity.geometry),
+        "prepare.vae_precision": "fp32",
+        "prepare.text_precision": "fp32",
+        "prepare.store_precision": "fp16",
+    }
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

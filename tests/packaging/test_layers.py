@@ -26,7 +26,6 @@ LAYERS = [
 # `python -m fastpo.train` is the one entry that launchers start; it hands on to the command line.
 CLIMBS = {
     ("fastpo.train.__main__", "fastpo.cli"),
-    ("fastpo.reference_cache.compute", "fastpo.train.objective"),
     ("fastpo.evaluate.scorers", "fastpo.demo.scorer"),
 }
 TYPES_ALONE = {
@@ -34,7 +33,6 @@ TYPES_ALONE = {
     ("fastpo.models.folder", "fastpo.models.family"),
     ("fastpo.models.export", "fastpo.models.family"),
     ("fastpo.train.banner", "fastpo.train.loop"),
-    ("fastpo.config.checks", "fastpo.config.sections"),
 }
 
 

@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 
 import fastpo.reference_cache.compute as module
 from fastpo.cli import main
-from fastpo.config import TrainConfig
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.models.folder import ModelFolder
 from fastpo.models.unet import UNetFamily
 from fastpo.noise import setup_noise
-from fastpo.reference_cache.compute import DECIDING_KEYS, open_for_run, prepare_reference
+from fastpo.reference_cache.compute import open_for_run, prepare_reference, reference_identity
 from fastpo.reference_cache.store import MANIFEST, reference_root
 from fastpo.train import train
 
@@ -264,21 +263,41 @@ def test_fp16_without_a_gpu_is_refused(shared, settle):
         prepare_reference(settle(shared, precision="fp16"), 1, progress=False)
 
 
-# Keys of `train` on which no reference error depends. A new key belongs here, into `DECIDING_KEYS`,
-# or into `PairNoise.identity`.
-UNRELATED = {
-    *("output_dir", "lora", "objective", "annotators", "statistics", "reference", "optim"),
-    *("epochs", "max_steps", "micro_batch_size", "accumulation_steps", "gradient_checkpointing"),
-    *("weights", "ema_decay", "snr_gamma", "checkpoint_every", "keep_checkpoints", "trackers"),
-    *("loss_impl", "loader_workers", "channels_last", "compile", "deepspeed"),
-}
+IDENTITIES = [
+    ({"precision": "fp32"}, {}, {"train.method": "", "data.flip_seed": ""}),
+    ({"precision": "bf16"}, {}, {"train.method": "lora", "data.flip_seed": ""}),
+    (
+        {"precision": "bf16", "method": "full", "attention": "flash", "empty_prompt_rate": 0.1},
+        {"flip_rate": 0.2, "flip_seed": 3},
+        {"train.method": "full", "data.flip_rate": "0.2", "data.flip_seed": "3"},
+    ),
+    (
+        {"sample_latents": False},
+        {"flip_rate": 0.2, "flip_seed": 3},
+        {"train.method": "", "data.flip_rate": "", "data.flip_seed": ""},
+    ),
+    ({"timesteps": {"kind": "list", "values": [1, 5]}}, {}, {"data.flip_seed": ""}),
+]
 
 
-def test_every_training_key_is_known_to_decide_the_errors_or_not(shared, settle):
-    config = settle(shared)
-    noise = setup_noise(config, ModelFolder.resolve(config.model))
-    drawn = {k.removeprefix("train.") for k in noise.identity() if k.startswith("train.")}
-    assert set(TrainConfig.model_fields) == UNRELATED | drawn | {*DECIDING_KEYS, "method"}
+@pytest.mark.parametrize(("train", "data", "expected"), IDENTITIES)
+def test_errors_on_disk_keep_their_identity(shared, settle, train, data, expected):
+    """Field by field as release 0.1.0 wrote it, so that errors computed earlier are found again."""
+    config = settle(shared, overrides=[f"data.{k}={v}" for k, v in data.items()], **train)
+    model = ModelFolder.resolve(config.model)
+    cache, noise = PairCache.open(config, model=model), setup_noise(config, model)
+    plain = {
+        "train.precision": config.train.precision,
+        "train.attention": config.train.attention,
+        "train.empty_prompt_rate": str(config.train.empty_prompt_rate),
+        "train.method": "",
+        "data.flip_rate": str(config.data.flip_rate),
+    }
+    digests = {"UNet": model.digest("unet").sha256, "prepared latents": cache.fingerprint}
+    assert reference_identity(config, model, cache, noise) == {
+        **(digests | noise.identity() | plain),
+        **expected,
+    }
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many"])

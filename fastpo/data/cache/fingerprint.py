@@ -1,19 +1,21 @@
 """What decides a cache's content: model parts by hash, data and preparation by setting.
 
-Of the data the listing counts; the images' bytes are `prepare`'s to compare, see `contents`.
-
-Settings of training, evaluation, flips, batch sizes and workers play no part. `data.limit` is
-compared by its own rule: a cache serves every limit up to its own.
+Of the configuration these are the keys with `decides("cache")`. Of the data the listing counts;
+`prepare` compares the images' bytes, see `fastpo.data.prepare.verify_source`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastpo.config import Config
+from fastpo.config import Config, as_text, decided_values
 from fastpo.data.sources import source_digest
 from fastpo.models.folder import ModelFolder, WeightsMemo
 from fastpo.models.geometry import Geometry
+
+# Of these the identity holds the content, the components' digests, instead of the values.
+MODEL_KEYS = ("model.path", "model.revision", "model.variant", "model.vae")
+LIMIT = "data.limit"  # a cache serves every limit up to its own, see `Manifest.covers`
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,19 @@ def cache_identity(
         ModelError: A part of the model folder is missing or not supported.
         ConfigError: The resolution does not fit the model.
     """
-    prepare, data = config.prepare, config.data
+    prepare = config.prepare
     weights = {
         name: model.digest(component, (memo or {}).get(name))
         for name, component in _components(model).items()
     }
     geometry = model.family.geometry(model, prepare.resolution, buckets=prepare.buckets)
+    values = decided_values(config, "cache", named=(*MODEL_KEYS, LIMIT))
     fields = {
         "model family": model.family.name,
         **{name: record.sha256 for name, record in weights.items()},
-        "data.source": data.source,
-        "data.path": data.path,
-        "data.split": data.split,
-        "data files": source_digest(data) or "",
-        "prepare.resolution": str(prepare.resolution),
-        "prepare.buckets": str(prepare.buckets).lower(),
+        "data files": source_digest(config.data) or "",
         "image geometry": str(geometry),
-        "prepare.vae_precision": prepare.vae_precision,
-        "prepare.text_precision": prepare.text_precision,
-        "prepare.store_precision": prepare.store_precision,
+        **{key: as_text(value) for key, value in values.items()},
     }
     return CacheIdentity(fields, weights, geometry)
 

@@ -1,0 +1,145 @@
+"""The whole configuration: read from YAML, changed by `--set a.b=c`, written, laid out flat.
+
+Unknown or ill-typed keys are refused with the key's full name and the nearest valid one. The
+resolved configuration is saved into the run folder and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ValidationError
+
+from fastpo.config.fields import Section, Seed, decides
+from fastpo.config.messages import explain
+from fastpo.config.sections import DataConfig, EvaluateConfig, ModelConfig, PrepareConfig
+from fastpo.config.train import TrainConfig
+from fastpo.errors import ConfigError
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    seed: Annotated[Seed, decides("reference", "run")] = 0
+    model: ModelConfig
+    data: DataConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `key.path=value` overrides (values are parsed as YAML).
+
+    Raises:
+        ConfigError: The file is missing or not a mapping, an override has no `=`, or a key occurs
+            twice, is unknown, ill-typed or out of range; the text names the key and the nearest
+            valid one.
+    """
+    try:
+        raw = _read_yaml(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"expected a YAML file, got a folder: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(raw).__name__}")
+    for text in overrides:
+        raw = with_keys(raw, _read_override(text), where=f"--set {text}")
+    return parse_config(raw, where=str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
+    """Validates a nested mapping; `where` is put in front of every complaint."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(e, Config) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def with_keys(
+    raw: Mapping[str, Any], values: Mapping[str, Any], where: str = "config"
+) -> dict[str, Any]:
+    """Returns nested mappings with some keys set, given by their full names; `raw` is not changed.
+
+    Sections that do not exist are made. To lay nested mappings over `raw`, `flatten` them first.
+
+    Raises:
+        ConfigError: A key lies in what is a value, not a section; the text begins with `where`.
+    """
+    result = dict(raw)
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = result
+        for parent in parents:
+            section = node.get(parent)
+            if section is not None and not isinstance(section, Mapping):
+                raise ConfigError(f"{where}: {parent!r} is a value, not a section")
+            node[parent] = node = dict(section or {})
+        node[leaf] = value
+    return result
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, by full key: `{"train.optim.lr": 1e-5, ...}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes key.path=value, got {text!r}")
+    try:
+        return {key.strip(): _number(_read_yaml(value)) if value else None}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may occur once: of two, the first would be ignored silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Builds one mapping.
+
+        Raises:
+            YAMLError: A key occurs in it twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: the key {key.value} occurs twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _number(value: Any) -> Any:
+    """Reads `1e-5`, which YAML 1.1 takes for text, as a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,231 @@
+"""The training's section, and which of its keys do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from fastpo.config.fields import (
+    Count,
+    Fraction,
+    Name,
+    Positive,
+    PositiveInt,
+    Precision,
+    Rate,
+    Section,
+    decides,
+)
+from fastpo.config.objectives import AdaptiveOptions, ObjectiveConfig
+from fastpo.config.sections import (
+    AnnotatorsConfig,
+    EmaAnnotators,
+    LedgerAnnotators,
+    LoraConfig,
+    OptimConfig,
+)
+from fastpo.config.timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
+
+STAGE_3 = ("zero3", "zero3_offload")
+"""The packaged DeepSpeed settings that shard the weights; of a file only its reader knows."""
+
+
+class TrainConfig(Section):
+    """The training."""
+
+    output_dir: Annotated[Path, decides("nothing")]
+    method: Annotated[Literal["lora", "full"], decides("reference", "run")] = "lora"
+    lora: LoraConfig = LoraConfig()
+    objective: ObjectiveConfig
+    annotators: AnnotatorsConfig | None = None
+    # Over which pairs KTO's baseline, SDPO's factor, Adaptive-DPO's mean and scales are taken.
+    statistics: Annotated[Literal["micro_batch", "processes", "running"], decides("run")] = (
+        "processes"
+    )
+    # cached: its errors come from `fastpo prepare CONFIG --reference K`, no reference model is
+    # held; to rounding the errors are the same, and errors of other settings are refused
+    reference: Annotated[Literal["live", "cached"], decides("nothing")] = "live"
+    optim: OptimConfig = OptimConfig()
+    epochs: Annotated[Positive | None, decides("run")] = None
+    max_steps: Annotated[PositiveInt | None, decides("run")] = None
+    # pairs per process and forward pass
+    micro_batch_size: Annotated[PositiveInt, decides("run")] = 1
+    # only its product with the number of processes matters, which a checkpoint compares
+    accumulation_steps: Annotated[PositiveInt, decides("nothing")] = 1
+    precision: Annotated[Precision, decides("reference", "run")] = "bf16"
+    # Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
+    # rounded at random, on average exactly; 4 bytes less per weight and gradient. Gradients are
+    # summed over micro-batches in bf16 too: off by 1.3 % (rms) after 128, 2.7 % after 512
+    weights: Annotated[Literal["fp32", "bf16"], decides("run")] = "fp32"
+    # zero1 | zero2 | zero3 | zero2_offload | zero3_offload | a DeepSpeed JSON file; else plain DDP
+    deepspeed: Annotated[Name | None, decides("nothing")] = None
+    gradient_checkpointing: Annotated[bool, decides("run")] = False
+    # sdpa: torch chooses the kernel; flash: torch's flash kernel or an error; xformers
+    attention: Annotated[Literal["sdpa", "flash", "xformers"], decides("reference", "run")] = "sdpa"
+    # the weights' memory format; convolutions on tensor cores like it
+    channels_last: Annotated[bool, decides("run")] = False
+    # torch.compile of the transformer blocks; a reference or averages that share the policy's
+    # weights run without it
+    compile: Annotated[bool, decides("run")] = False
+    # draw from the VAE's posterior; else its mean
+    sample_latents: Annotated[bool, decides("reference", "run")] = True
+    # of the visits, the same for both sides of a pair
+    empty_prompt_rate: Annotated[Rate, decides("reference", "run")] = 0.0
+    min_timestep: Annotated[Count, decides("reference", "run")] = 0  # the first that is drawn
+    # exclusive; default: the schedule's length
+    max_timestep: Annotated[PositiveInt | None, decides("reference", "run")] = None
+    timesteps: TimestepsConfig = UniformTimesteps()  # how often each of the range is drawn
+    # min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
+    # (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1
+    snr_gamma: Annotated[Positive | None, decides("run")] = None
+    ema_decay: Annotated[Fraction | None, decides("run")] = None  # exported moving average
+    checkpoint_every: Annotated[PositiveInt, decides("nothing")] = 500
+    keep_checkpoints: Annotated[PositiveInt, decides("nothing")] = 2  # the newest; others go
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], decides("nothing")] = (
+        "tensorboard",
+    )
+    # None: triton where the tensors are on a GPU that it supports
+    loss_impl: Annotated[Literal["triton", "reference"] | None, decides("run")] = None
+    # threads that read ahead; 0 reads when the step asks
+    loader_workers: Annotated[Count, decides("nothing")] = 2
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares the policy with a frozen reference."""
+        return self.objective.needs_reference
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether training holds a reference model and runs it at each step."""
+        return self.needs_reference and self.reference == "live"
+
+    @property
+    def reads_reference_errors(self) -> bool:
+        """Whether the reference's errors are read from disk, so that none runs or is held."""
+        return self.needs_reference and self.reference == "cached"
+
+    @property
+    def ledger_min_visits(self) -> int:
+        """Earlier visits that a pair needs before the ledger's metric counts."""
+        ledger = self.annotators
+        return ledger.min_visits if isinstance(ledger, LedgerAnnotators) else 1
+
+    @property
+    def batches_annotators(self) -> bool:
+        """Whether one forward pass for all annotators is demanded, not only allowed."""
+        return isinstance(self.annotators, EmaAnnotators) and self.annotators.batched is True
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of train.epochs and train.max_steps")
+        _check_annotators(self)
+        if self.statistics == "running":
+            self.objective.check_running()
+        _check_used(self)
+        _check_deepspeed(self)
+        _check_weights(self)
+        _check_timesteps(self)
+        return self
+
+
+def check_stage_3(config: TrainConfig) -> None:
+    """Refuses what does not work where the weights are sharded.
+
+    Raises:
+        ValueError: A key does not go with ZeRO-3.
+    """
+    if config.compile:
+        raise ValueError(f"train.compile does not work with ZeRO-3 ({config.deepspeed})")
+    if config.batches_annotators:
+        raise ValueError(
+            f"train.annotators.batched: true does not work with ZeRO-3 ({config.deepspeed})"
+        )
+
+
+def _check_annotators(config: TrainConfig) -> None:
+    """Refuses annotators that the objective or the method cannot use, and a gate without any.
+
+    Without annotators a pair's margin alone gives u = 1/2 before the first update: behind a gate
+    every weight, and with the weights the gradient, would be zero from then on.
+    """
+    objective = config.objective
+    adaptive = isinstance(objective, AdaptiveOptions)
+    if config.annotators is not None and not adaptive:
+        raise ValueError(
+            f"train.annotators is used by adaptive_dpo and adaptive_ipo only, "
+            f"not by {objective.name}"
+        )
+    if config.method == "full" and config.batches_annotators:
+        raise ValueError("train.annotators.batched: true needs train.method: lora")
+    if adaptive and objective.weight_kind == "gate" and config.annotators is None:
+        raise ValueError(
+            "train.objective.weight_kind: gate needs train.annotators (ledger, or ema): without "
+            "them every pair starts outside and no weight ever changes"
+        )
+
+
+def _check_used(config: TrainConfig) -> None:
+    """Refuses adapters in full fine-tuning, and a cached reference where there is none."""
+    if config.method == "full" and config.lora != LoraConfig():
+        raise ValueError(
+            "train.lora is for train.method: lora, not full; take the section out (on the command "
+            "line: --set train.lora={})"
+        )
+    if config.reference == "cached" and not config.needs_reference:
+        raise ValueError(
+            f"train.reference: cached has no use for {config.objective.name}, which compares with "
+            "no reference; leave it out (on the command line: --set train.reference=live)"
+        )
+
+
+def _check_deepspeed(config: TrainConfig) -> None:
+    """Refuses what DeepSpeed's engine would compute wrongly or not at all."""
+    if config.deepspeed is None:
+        return
+    if config.deepspeed in STAGE_3:
+        check_stage_3(config)
+    if config.precision == "fp16":
+        raise ValueError("train.precision: fp16 does not work with train.deepspeed; use bf16")
+    if config.weights == "bf16":
+        raise ValueError(
+            "train.weights: bf16 does not work with train.deepspeed, whose weights are float32"
+        )
+    if config.channels_last:
+        raise ValueError(
+            "train.channels_last: train.deepspeed lays weights out in its own flat vectors"
+        )
+    if config.optim.name != "adamw":
+        raise ValueError(
+            f"train.optim.name: {config.optim.name} does not work with train.deepspeed, which "
+            "shows the optimizer one flat vector instead of the weights; use adamw"
+        )
+
+
+def _check_weights(config: TrainConfig) -> None:
+    """Refuses precisions and memory formats of the weights that do not work."""
+    master = (config.method, config.weights) == ("full", "fp32")
+    if config.channels_last and master and config.optim.name == "adamw_8bit":
+        raise ValueError(
+            "train.channels_last: adamw_8bit would turn fp32 weights back to the contiguous "
+            "format; use train.weights: bf16, or another train.optim.name"
+        )
+    if config.weights == "bf16" and (config.method, config.precision) != ("full", "bf16"):
+        raise ValueError(
+            "train.weights: bf16 is for train.method: full with train.precision: bf16; "
+            "adapters are always trained in fp32"
+        )
+
+
+def _check_timesteps(config: TrainConfig) -> None:
+    """Refuses an empty range of timesteps, and a range beside a list."""
+    if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
+        raise ValueError("train.max_timestep must be greater than train.min_timestep")
+    ranged = config.min_timestep or config.max_timestep is not None
+    if ranged and isinstance(config.timesteps, ListTimesteps):
+        raise ValueError(
+            "train.timesteps: a list is the whole choice; leave train.min_timestep and "
+            "train.max_timestep out"
+        )
