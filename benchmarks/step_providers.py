@@ -31,6 +31,7 @@ from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
+from fastpo.models.schedule import ddpm_schedule
 from fastpo.noise import PairNoise, make_noise
 from fastpo.precision import DTYPES
 from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
@@ -317,8 +318,7 @@ class Bench:
         """The trainer as `setup_trainer` makes it, with this bench's model and data."""
         train, device = config.train, self.accelerator.device
         noise = make_noise(
-            self.scheduler,
-            {},
+            ddpm_schedule(self.scheduler, {}),
             seed=0,
             min_timestep=0,
             max_timestep=None,

@@ -92,11 +92,13 @@ class NoisedPair:
 
     Attributes:
         noisy_latents: `(2B, C, h, w)` both sides at the same timestep with the same noise.
-        timesteps: `(B,)` int64, shared by the two sides.
+        index: `(B,)` int64, the pair's place in the noise schedule, shared by the two sides.
+        timesteps: `(B,)` int64 or float32, what the denoiser is told there.
         target: `(B, C, h, w)` where the pair shares it (epsilon prediction), else `(2B, C, h, w)`.
     """
 
     noisy_latents: Tensor
+    index: Tensor
     timesteps: Tensor
     target: Tensor
 

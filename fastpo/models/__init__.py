@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastpo.models.encoders import Encoders as Encoders
     from fastpo.models.family import ModelFamily as ModelFamily
     from fastpo.models.folder import ModelFolder as ModelFolder
+    from fastpo.models.schedule import NoiseSchedule as NoiseSchedule
     from fastpo.models.unet import load_unet as load_unet
     from fastpo.models.unet import predict as predict
 
@@ -20,6 +21,7 @@ __all__ = [
     "Encoders",
     "ModelFamily",
     "ModelFolder",
+    "NoiseSchedule",
     "add_lora",
     "load_unet",
     "predict",
@@ -34,6 +36,7 @@ __getattr__ = lazy_names(
         "Encoders": "fastpo.models.encoders",
         "ModelFamily": "fastpo.models.family",
         "ModelFolder": "fastpo.models.folder",
+        "NoiseSchedule": "fastpo.models.schedule",
         "add_lora": "fastpo.models.denoisers",
         "load_unet": "fastpo.models.unet",
         "predict": "fastpo.models.unet",

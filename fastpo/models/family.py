@@ -23,6 +23,7 @@ from fastpo.models.encoders import Encoders, load_vae, vae_factor
 from fastpo.models.export import empty_denoiser, lora_layers, with_weights
 from fastpo.models.folder import ModelFolder, component_variant, read_json
 from fastpo.models.geometry import Geometry, make_geometry
+from fastpo.models.schedule import NoiseSchedule
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:
@@ -84,6 +85,18 @@ class ModelFamily(ABC):
 
         Raises:
             ModelError: The denoiser's configuration is missing.
+        """
+
+    @abstractmethod
+    def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
+        """Reads the noise schedule that the model is trained with.
+
+        Args:
+            folder: The model.
+            resolution: Side of the square images in pixels; some families shift the noise by it.
+
+        Raises:
+            ModelError: A configuration is missing, or the schedule is not supported.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ from fastpo.models.encoders import Encoders, load_clip, load_vae
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, read_json
+from fastpo.models.schedule import NoiseSchedule, read_ddpm_schedule
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -84,6 +85,10 @@ class UNetFamily(ModelFamily):
         """Latent pixels per pixel of the UNet's coarsest level."""
         config = read_json(folder.component("unet") / "config.json")
         return 2 ** (len(config["block_out_channels"]) - 1)
+
+    def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
+        """`DDPMScheduler`'s table of the pipeline's settings, at every resolution."""
+        return read_ddpm_schedule(folder)
 
     def predict(
         self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]

@@ -1,8 +1,8 @@
 """Timesteps and noise shared by the two sides of a pair, drawn from counters.
 
 A draw depends on (seed, pair, visit) only: not on the batch, the process, or the order of the data.
-The schedule is read from the pipeline's own scheduler folder, by diffusers' `DDPMScheduler`; the
-arithmetic is `fastpo_kernels.pair_noise.noised_pair`, one launch on a GPU.
+The schedule is the model family's; the arithmetic is `fastpo_kernels.pair_noise.noised_pair`, one
+launch on a GPU.
 
 Timesteps that are not uniform are drawn by inversion: a table holds the distribution's quantiles at
 the middles of Q equal parts of [0, 1), the kernel draws a part, and the schedule it reads is the
@@ -15,10 +15,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from fastpo.config import Config
@@ -29,10 +27,11 @@ from fastpo.config.timesteps import (
     TimestepsConfig,
     UniformTimesteps,
 )
-from fastpo.errors import ConfigError, ModelError
-from fastpo.models.folder import ModelFolder, read_json
+from fastpo.errors import ConfigError
+from fastpo.models.folder import ModelFolder
+from fastpo.models.schedule import NoiseSchedule
 from fastpo.types import NoisedPair, PairBatch
-from fastpo_kernels.pair_noise import Prediction, Stream, noised_pair, pair_uniform
+from fastpo_kernels.pair_noise import Stream, noised_pair, pair_uniform
 
 QUANTILES = 2**16  # a timestep's share of the draws is exact to this fraction
 DRAWS = "philox4x32-10, 1"  # change the number whenever the same counters give other draws
@@ -40,15 +39,15 @@ DRAWS = "philox4x32-10, 1"  # change the number whenever the same counters give 
 
 @dataclass(frozen=True)
 class TimestepTable:
-    """Equally likely timesteps, and the schedule at each of them.
+    """Equally likely places of the schedule, and the schedule at each of them.
 
     Attributes:
-        timesteps: `(Q,)` int64.
+        index: `(Q,)` int64.
         signal: `(Q,)` float32, factor of the latents.
         sigma: `(Q,)` float32, factor of the noise.
     """
 
-    timesteps: Tensor
+    index: Tensor
     signal: Tensor
     sigma: Tensor
 
@@ -58,24 +57,16 @@ class PairNoise:
     """Turns a batch of latents into what the denoiser sees and what it should answer.
 
     Attributes:
-        signal: `(T,)` float32, factor of the latents at each timestep, on the run's device.
-        sigma: `(T,)` float32, factor of the noise.
-        prediction: What the denoiser predicts.
+        schedule: The model's noise schedule, on the run's device.
         seed: The run's seed in [0, 2^32).
-        scaling_factor: The VAE's scale; the denoiser works on `(latents - shift) * scale`.
-        shift_factor: Subtracted from the latents before scaling.
-        min_timestep: First timestep drawn.
-        max_timestep: First timestep not drawn.
+        min_timestep: First place of the schedule drawn.
+        max_timestep: First place not drawn.
         sample_latents: Draw the latents from the VAE's posterior, else take its mean.
-        table: The timesteps to draw from, or None: each of the range equally often.
+        table: The places to draw from, or None: each of the range equally often.
     """
 
-    signal: Tensor
-    sigma: Tensor
-    prediction: Prediction
+    schedule: NoiseSchedule
     seed: int
-    scaling_factor: float
-    shift_factor: float
     min_timestep: int
     max_timestep: int
     sample_latents: bool
@@ -83,26 +74,28 @@ class PairNoise:
 
     def noised_pair(self, batch: PairBatch) -> NoisedPair:
         """Adds the pair's shared noise at its shared timestep and forms the target."""
-        table = self.table
-        schedule = self if table is None else table
-        noisy, target, timesteps = noised_pair(
+        schedule, table = self.schedule, self.table
+        drawn_from = schedule if table is None else table
+        noisy, target, index = noised_pair(
             batch.latent_mean,
             batch.pair_key,
             batch.visit,
-            schedule.signal,
-            schedule.sigma,
+            drawn_from.signal,
+            drawn_from.sigma,
             seed=self.seed,
             low=self.min_timestep if table is None else 0,
-            high=self.max_timestep if table is None else len(table.timesteps),
-            prediction=self.prediction,
+            high=self.max_timestep if table is None else len(table.index),
+            prediction=schedule.prediction,
             logvar=batch.latent_logvar if self.sample_latents else None,
-            shift=self.shift_factor,
-            scale=self.scaling_factor,
+            shift=schedule.latent_shift,
+            scale=schedule.latent_scale,
         )
         if table is not None:
-            timesteps = table.timesteps[timesteps]
+            index = table.index[index]
         assert isinstance(target, Tensor)  # written, as it was not asked for in another form
-        return NoisedPair(noisy_latents=noisy, timesteps=timesteps, target=target)
+        return NoisedPair(
+            noisy_latents=noisy, index=index, timesteps=schedule.timesteps[index], target=target
+        )
 
     def empty_prompts(self, batch: PairBatch, rate: float) -> Tensor:
         """Returns `(B,)` bool: the visits on which both sides lose their caption."""
@@ -121,23 +114,27 @@ class PairNoise:
         """
         return drop_captions(batch, self.empty_prompts(batch, rate), empty) if rate else batch
 
-    def snr_weight(self, timesteps: Tensor, gamma: float | None) -> Tensor | None:
+    def snr_weight(self, index: Tensor, gamma: float | None) -> Tensor | None:
         """The min-SNR weight of each pair's loss, `(B,)` float32 in [0, 1]; None without gamma.
 
         With `snr = signal_t^2 / sigma_t^2`: `min(snr, gamma) / snr` where the noise is predicted,
         `min(snr, gamma) / (snr + 1)` where the velocity is. Hang et al. 2023 (arXiv 2303.09556),
-        section 3.4. Without signal (snr = 0) it is 1 and 0. The weights' mean is below 1, so they
-        also lower the step's length.
+        section 3.4. Without signal (snr = 0) it is 1 and 0. Under flow matching an error of the
+        target is `1 / sigma_t` times one of the image: `min(snr, gamma) sigma_t^2`. The weights'
+        mean is below 1, so they also lower the step's length.
 
         Args:
-            timesteps: `(B,)` int64.
+            index: `(B,)` int64, places of the schedule.
             gamma: The greatest weight of an error in the image itself; usually 5.
         """
         if gamma is None:
             return None
-        snr = (self.signal[timesteps] / self.sigma[timesteps]).square()
-        if self.prediction == "epsilon":
+        sigma = self.schedule.sigma[index]
+        snr = (self.schedule.signal[index] / sigma).square()
+        if self.schedule.prediction == "epsilon":
             return (gamma / snr).clamp(max=1.0)
+        if self.schedule.prediction == "flow":
+            return snr.clamp(max=gamma) * sigma.square()
         return snr.clamp(max=gamma) / (snr + 1.0)
 
     def identity(self) -> dict[str, str]:
@@ -146,16 +143,18 @@ class PairNoise:
         Equal identities give equal draws, on any device; what was computed from draws of another
         identity (a cache of reference errors) is of no use. Keys are the configuration's names.
         """
+        schedule, table = self.schedule, self.table
+        told = () if schedule.tells_places else (schedule.timesteps,)
         return {
             "draws": DRAWS,
             "seed": str(self.seed),
-            "schedule": _digest(self.signal, self.sigma),
-            "prediction_type": self.prediction,
-            "vae.scaling_factor": repr(self.scaling_factor),
-            "vae.shift_factor": repr(self.shift_factor),
+            "schedule": _digest(schedule.signal, schedule.sigma, *told),
+            "prediction_type": schedule.prediction,
+            "vae.scaling_factor": repr(schedule.latent_scale),
+            "vae.shift_factor": repr(schedule.latent_shift),
             "train.min_timestep": str(self.min_timestep),
             "train.max_timestep": str(self.max_timestep),
-            "train.timesteps": ("uniform" if self.table is None else _digest(self.table.timesteps)),
+            "train.timesteps": "uniform" if table is None else _digest(table.index),
             "train.sample_latents": str(self.sample_latents).lower(),
         }
 
@@ -227,8 +226,7 @@ def _bin_quantiles(kind: BinTimesteps, level: Tensor) -> Tensor:
 
 
 def make_noise(
-    scheduler: DDPMScheduler,
-    vae_config: dict,
+    schedule: NoiseSchedule,
     *,
     seed: int,
     min_timestep: int,
@@ -237,50 +235,42 @@ def make_noise(
     timesteps: TimestepsConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> PairNoise:
-    """Checks the schedule and the timesteps asked for, and puts the noise source together.
+    """Checks the timesteps asked for and puts the noise source together.
 
     Args:
-        scheduler: The pipeline's schedule.
-        vae_config: The VAE's `config.json`.
+        schedule: The model's schedule.
         seed: The run's seed in [0, 2^32).
-        min_timestep: First timestep drawn.
-        max_timestep: First timestep not drawn; None is the schedule's length.
+        min_timestep: First place of the schedule drawn.
+        max_timestep: First place not drawn; None is the schedule's length.
         sample_latents: Draw the latents from the VAE's posterior, else take its mean.
         timesteps: How often each is drawn; None is uniform.
         device: Where the tables live.
 
     Raises:
-        ModelError: The schedule predicts neither the noise nor the velocity.
         ConfigError: The timesteps do not lie within the schedule, or the seed is not in [0, 2^32).
     """
-    kind = scheduler.config["prediction_type"]
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(
-            f"scheduler/scheduler_config.json: prediction_type must be 'epsilon' or "
-            f"'v_prediction', got {kind!r}"
-        )
     if seed >= 2**32:
         raise ConfigError(f"seed must be below 2^32, got {seed}")
-    length = scheduler.config["num_train_timesteps"]
+    length = len(schedule)
     high = length if max_timestep is None else max_timestep
     if not 0 <= min_timestep < high <= length:
         raise ConfigError(
             f"train.min_timestep and train.max_timestep must satisfy 0 <= min < max <= {length} "
             f"(the schedule's length), got {min_timestep} and {high}"
         )
-    kept = scheduler.alphas_cumprod.cpu().float()
-    signal, sigma = kept.sqrt(), (1.0 - kept).sqrt()
     table = None
     drawn = timestep_quantiles(timesteps or UniformTimesteps(), min_timestep, high, length)
     if drawn is not None:
-        table = TimestepTable(*(t.to(device) for t in (drawn, signal[drawn], sigma[drawn])))
+        columns = (drawn, schedule.signal[drawn], schedule.sigma[drawn])
+        table = TimestepTable(*(column.to(device) for column in columns))
     return PairNoise(
-        signal=signal.to(device),
-        sigma=sigma.to(device),
-        prediction=kind,
+        schedule=replace(
+            schedule,
+            signal=schedule.signal.to(device),
+            sigma=schedule.sigma.to(device),
+            timesteps=schedule.timesteps.to(device),
+        ),
         seed=seed,
-        scaling_factor=vae_config.get("scaling_factor", 0.18215),
-        shift_factor=vae_config.get("shift_factor") or 0.0,
         min_timestep=min_timestep,
         max_timestep=high,
         sample_latents=sample_latents,
@@ -298,11 +288,8 @@ def setup_noise(
         ConfigError: As in `make_noise`.
     """
     train = config.train
-    schedule = read_json(model.component("scheduler") / "scheduler_config.json")
-    scheduler: Any = DDPMScheduler.from_config(schedule)  # pyright: ignore[reportArgumentType]
     return make_noise(
-        scheduler,
-        read_json(model.vae / "config.json"),
+        model.family.schedule(model, config.prepare.resolution),
         seed=config.seed,
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,

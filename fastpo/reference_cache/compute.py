@@ -245,7 +245,7 @@ class _Task:
         locks: FolderLocks,
     ) -> None:
         self.config, self.source, self.cache, self.noise = config, source, cache, noise
-        self.device, self.identity, self.locks = noise.signal.device, identity, locks
+        self.device, self.identity, self.locks = noise.schedule.signal.device, identity, locks
         self.folder = reference_folder(config.prepare.cache_dir, identity)
         self.model: nn.Module | None = None
         self.empty = cache.empty_prompt(self.device)

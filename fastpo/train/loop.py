@@ -125,9 +125,9 @@ class Trainer:
         with autocast(self.accelerator.device, self.config.train.precision):
             policy = self.denoisers.predict(self.policy, noised, batch.conditions)
         predictions = PairPredictions(policy, reference, annotators)
-        weight = self.noise.snr_weight(noised.timesteps, self.config.train.snr_gamma)
+        weight = self.noise.snr_weight(noised.index, self.config.train.snr_gamma)
         out = self.loss(predictions, noised.target, minority, weight)
-        rows = table_rows(batch, noised.timesteps, out, self.config.train.micro_batch_size)
+        rows = table_rows(batch, noised.index, out, self.config.train.micro_batch_size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
 
@@ -158,7 +158,7 @@ def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         optimizer=prepared,
         schedule=schedule,
         ledger=PairLedger(
-            len(cache), min_visits=train.ledger_min_visits, num_timesteps=len(noise.signal)
+            len(cache), min_visits=train.ledger_min_visits, num_timesteps=len(noise.schedule)
         ),
         metric=torch.full((len(cache),), math.nan),
         averages=setup_averages(train, weights),

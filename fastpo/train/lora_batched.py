@@ -73,6 +73,7 @@ def predict_together(
     stacked = replace(
         noised,
         noisy_latents=_tiled(noised.noisy_latents, judges),
+        index=_tiled(noised.index, judges),
         timesteps=_tiled(noised.timesteps, judges),
     )
     tiled = {name: _tiled(tensor, judges) for name, tensor in conditions.items()}

@@ -51,7 +51,8 @@ def inputs(width, pooled, pairs=2):
         latent_logvar=latents,
         conditions=conditions,
     )
-    return NoisedPair(latents, torch.tensor([10, 900]), latents), batch
+    steps = torch.tensor([10, 900])
+    return NoisedPair(latents, steps, steps, latents), batch
 
 
 def nudge(denoisers):
@@ -159,7 +160,9 @@ def test_winner_and_loser_get_the_same_conditioning(pipeline):
     twins = torch.cat((noised.noisy_latents[:2], noised.noisy_latents[:2]))
     with torch.no_grad():
         out = predict(
-            load_unet(folder), NoisedPair(twins, noised.timesteps, twins), batch.conditions
+            load_unet(folder),
+            NoisedPair(twins, noised.index, noised.timesteps, twins),
+            batch.conditions,
         )
     torch.testing.assert_close(out[:2], out[2:])
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from fastpo.config.timesteps import TimestepsConfig
 from fastpo.errors import ConfigError, ModelError
+from fastpo.models.schedule import ddpm_schedule
 from fastpo.noise import make_noise
 from fastpo.types import PairBatch
 
@@ -33,7 +34,7 @@ def batch(pairs=3, first=0, visit=0):
 def noise(prediction_type="epsilon", **options):
     scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type)
     defaults = dict(seed=0, min_timestep=0, max_timestep=None, sample_latents=False)
-    return make_noise(scheduler, {"scaling_factor": 0.5}, **(defaults | options))
+    return make_noise(ddpm_schedule(scheduler, {"scaling_factor": 0.5}), **(defaults | options))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -72,7 +73,7 @@ def test_every_visit_and_every_pair_draws_anew():
 def test_the_posterior_is_sampled_independently_for_the_two_sides():
     pairs = batch(8)
     sampled, mean = (noise(sample_latents=s).noised_pair(pairs) for s in (True, False))
-    signal = noise().signal[mean.timesteps].repeat(2)[:, None, None, None]
+    signal = noise().schedule.signal[mean.index].repeat(2)[:, None, None, None]
     drawn = (sampled.noisy_latents - mean.noisy_latents) / (0.5 * signal)
     winner, loser = drawn.chunk(2)
     assert abs(drawn.std().item() - 1) < 0.05
@@ -112,8 +113,7 @@ def drawn(kind, pairs=20000, **options):
 def small_batch(pairs):
     key = torch.arange(pairs)
     mean = torch.zeros(2 * pairs, 1)
-    embeds = torch.zeros(pairs, 1, 1)
-    return PairBatch(key, key, 0 * key, key > 0, mean, mean, embeds, None, None)
+    return PairBatch(key, key, 0 * key, key > 0, mean, mean, conditions={})
 
 
 def test_listed_timesteps_are_drawn_as_often_as_they_are_listed():
@@ -193,8 +193,7 @@ def test_min_snr_weights_are_those_of_the_paper_and_finite_without_signal(kind):
     expected = snr.clamp(max=5.0) / (snr if kind == "epsilon" else snr + 1.0)
     torch.testing.assert_close(noise(kind).snr_weight(steps, 5.0), expected)
     zero = DDPMScheduler(100, prediction_type=kind, rescale_betas_zero_snr=True)
-    source = replace(noise(kind), signal=zero.alphas_cumprod.sqrt())
-    source = replace(source, sigma=(1 - zero.alphas_cumprod).sqrt())
+    source = replace(noise(kind), schedule=ddpm_schedule(zero, {}))
     end = source.snr_weight(steps, 5.0)[-1]
     assert end == pytest.approx(1.0 if kind == "epsilon" else 0.0, abs=1e-6)
 
@@ -226,7 +225,7 @@ def test_the_identity_sees_the_schedule_and_the_scale():
     assert noise("v_prediction").identity()["prediction_type"] != same["prediction_type"]
     linear = DDPMScheduler(num_train_timesteps=100, beta_end=0.03)
     options = dict(seed=0, min_timestep=0, max_timestep=None, sample_latents=False)
-    other = make_noise(linear, {"scaling_factor": 0.25}, **options).identity()
+    other = make_noise(ddpm_schedule(linear, {"scaling_factor": 0.25}), **options).identity()
     assert other["schedule"] != same["schedule"]
     assert other["vae.scaling_factor"] != same["vae.scaling_factor"]
 

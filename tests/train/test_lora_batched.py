@@ -44,9 +44,11 @@ def setting(targets, pairs=3, size=8):
             tensor.data.add_(0.1 * torch.randn_like(tensor))
     wide = unet.config.projection_class_embeddings_input_dim - 48
     none = torch.zeros(pairs, dtype=torch.int64)
+    steps = torch.randint(1000, (pairs,))
     noised = NoisedPair(
         noisy_latents=torch.randn(2 * pairs, 4, size, size),
-        timesteps=torch.randint(1000, (pairs,)),
+        index=steps,
+        timesteps=steps,
         target=torch.randn(pairs, 4, size, size),
     )
     batch = PairBatch(

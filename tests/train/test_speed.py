@@ -51,7 +51,8 @@ def inputs(unet, pooled, pairs=2):
         latent_logvar=latents,
         conditions=conditions,
     )
-    return NoisedPair(latents, torch.tensor([10, 900]), latents[:pairs]), batch
+    steps = torch.tensor([10, 900])
+    return NoisedPair(latents, steps, steps, latents[:pairs]), batch
 
 
 def step(denoisers, pooled):

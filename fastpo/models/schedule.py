@@ -1,0 +1,122 @@
+"""Noise schedules: how much of image and noise a noisy latent has, and what the denoiser is told.
+
+A schedule is a table with one row per place, from nearly clean to nearly noise:
+`x_t = signal x + sigma noise`. Draws, the ledger's bins and the signal-to-noise ratio go by the
+place; the denoiser is told `timesteps[place]`, a whole number or a real one, in the family's scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
+from torch import Tensor
+
+from fastpo.errors import ModelError
+from fastpo.models.folder import ModelFolder, read_json
+from fastpo_kernels.pair_noise import Prediction
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What training noises latents with.
+
+    Attributes:
+        signal: `(T,)` float32, factor of the latents at each place.
+        sigma: `(T,)` float32, factor of the noise.
+        timesteps: `(T,)` int64 or float32, what the denoiser is told there.
+        prediction: What the denoiser predicts: `epsilon` (the noise), `v_prediction`
+            (`signal noise - sigma x`) or `flow` (`noise - x`).
+        latent_scale: The denoiser works on `(latents - latent_shift) * latent_scale`.
+        latent_shift: Subtracted from the stored latents before scaling.
+    """
+
+    signal: Tensor
+    sigma: Tensor
+    timesteps: Tensor
+    prediction: Prediction
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+
+    def __len__(self) -> int:
+        """Returns the number of places."""
+        return len(self.signal)
+
+    @property
+    def tells_places(self) -> bool:
+        """Whether the denoiser is told the place itself."""
+        if self.timesteps.dtype != torch.int64:
+            return False
+        return torch.equal(self.timesteps.cpu(), torch.arange(len(self)))
+
+
+def read_ddpm_schedule(folder: ModelFolder) -> NoiseSchedule:
+    """Reads a diffusion schedule and the VAE's scale from a pipeline's folder.
+
+    Whatever sampler the folder names, training takes `DDPMScheduler`'s table of its settings.
+
+    Raises:
+        ModelError: As `ddpm_schedule`, or a configuration file is missing.
+    """
+    config: Any = read_json(folder.component("scheduler") / "scheduler_config.json")
+    return ddpm_schedule(DDPMScheduler.from_config(config), read_json(folder.vae / "config.json"))
+
+
+def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
+    """Makes the schedule of a `DDPMScheduler`.
+
+    Args:
+        scheduler: The scheduler.
+        vae_config: The VAE's `config.json`, for its scale.
+
+    Raises:
+        ModelError: It predicts neither the noise nor the velocity.
+    """
+    prediction = scheduler.config["prediction_type"]
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            f"scheduler/scheduler_config.json: prediction_type must be 'epsilon' or "
+            f"'v_prediction', got {prediction!r}"
+        )
+    kept = scheduler.alphas_cumprod.cpu().float()
+    return NoiseSchedule(
+        signal=kept.sqrt(),
+        sigma=(1.0 - kept).sqrt(),
+        timesteps=torch.arange(len(kept)),
+        prediction=prediction,
+        latent_scale=vae_config.get("scaling_factor", 0.18215),
+        latent_shift=vae_config.get("shift_factor") or 0.0,
+    )
+
+
+def flow_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    *,
+    latent_scale: float = 1.0,
+    latent_shift: float = 0.0,
+) -> NoiseSchedule:
+    """Makes the schedule of flow matching: `x_t = (1 - sigma) x + sigma noise`.
+
+    Sigmas and timesteps are the scheduler's own, its static shift included; the timesteps are
+    `1000 sigma`, real numbers. A family that is told something else (`sigma`, or `1 - sigma`)
+    replaces them: `replace(schedule, timesteps=...)`.
+
+    Args:
+        scheduler: The scheduler, fresh from its configuration.
+        latent_scale: See `NoiseSchedule`.
+        latent_shift: See `NoiseSchedule`.
+    """
+    sigma = scheduler.sigmas.flip(0).cpu().float()
+    return NoiseSchedule(
+        signal=1.0 - sigma,
+        sigma=sigma,
+        timesteps=scheduler.timesteps.flip(0).cpu().float(),
+        prediction="flow",
+        latent_scale=latent_scale,
+        latent_shift=latent_shift,
+    )
