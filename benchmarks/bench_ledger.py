@@ -16,8 +16,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ import torch
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
-import fastpo.train.loop
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
 from fastpo.bench.table import write_records
@@ -40,8 +38,12 @@ from fastpo.demo.base import build_base
 from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
-from fastpo.train.distributed import setup_accelerator
-from fastpo.train.metrics import StepTable
+from fastpo.models.folder import ModelFolder
+from fastpo.train import Observer, train
+from fastpo.train.data import setup_data
+from fastpo.train.distributed import Processes, setup_accelerator
+from fastpo.train.metrics import StepResult, StepTable
+from fastpo.train.trainer import setup_trainer
 from fastpo.types import pair_key
 
 ROWS, ROWS_SHORT = 700, 60
@@ -174,23 +176,21 @@ def relabel(folder: Path, case: str) -> set[int]:
     return found
 
 
-@contextmanager
-def recorded() -> Iterator[list[np.ndarray]]:
-    """Gives every vote of the run inside: step, pair, timestep, margin."""
-    votes: list[np.ndarray] = []
-    original = fastpo.train.loop.record
+class VoteRecorder(Observer):
+    """Keeps every vote of a run.
 
-    def record(trainer, table: StepTable, *, moved: bool) -> None:
-        step = torch.full((len(table.rows),), float(len(votes)))
-        columns = (step, table["index"], table["timestep"], table["margin"] * moved)
-        votes.append(torch.stack([c.double() for c in columns], dim=1).numpy())
-        original(trainer, table, moved=moved)
+    Attributes:
+        votes: For each step `(N, 4)` float64: step from 0, pair, timestep, margin.
+    """
 
-    fastpo.train.loop.record = record
-    try:
-        yield votes
-    finally:
-        fastpo.train.loop.record = original
+    def __init__(self) -> None:
+        self.votes: list[np.ndarray] = []
+
+    def on_step(self, step: int, table: StepTable, metrics: Mapping[str, float]) -> None:
+        """Notes the step's votes."""
+        number = torch.full((len(table.rows),), float(step - 1), dtype=torch.float64)
+        columns = (number, table["index"], table["timestep"], table.votes)
+        self.votes.append(torch.stack(columns, dim=1).numpy())
 
 
 def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
@@ -256,8 +256,8 @@ def run_methods(
                 continue
             work = place.work(f"seed-{seed}", seed=seed)
             config = place.configure(work, method, METHODS[method], flip_rate=rate, seed=seed)
-            with recorded() as votes:
-                run = fastpo.train.loop.train(config, overwrite=True, progress=False)
+            recorder = VoteRecorder()
+            run = train(config, overwrite=True, progress=False, observers=[recorder])
             evaluation = evaluate(config, base_samples=work / "base-samples")
             gain = evaluation.metrics["ink_reward"].gain
             clean = gain
@@ -265,7 +265,7 @@ def run_methods(
                 clean = results.find("gain", part="methods", flip_rate=0.0, seed=seed)
             ids, flipped, metrics = minority_columns(run)
             if rate and method == "dpo":
-                keep(place.root / "votes" / f"dpo-{rate}-{seed}.npz", votes, flipped)
+                keep(place.root / "votes" / f"dpo-{rate}-{seed}.npz", recorder.votes, flipped)
             judge = "ema" if method == "moving averages" else "ledger"
             results.add(
                 **labels,
@@ -280,15 +280,15 @@ def run_methods(
 
 def run_variants(place: Place, seed: int) -> None:
     """Plain DPO on twice as many pairs, in other ways of training: votes alone, for the scales."""
-    for name, (rate, train) in VARIANTS.items():
+    for name, (rate, changes) in VARIANTS.items():
         path = place.root / "votes" / f"{name}-{rate}-{seed}.npz"
         if path.is_file():
             continue
         work = place.work(f"variants-{seed}", seed=seed, times=2)
-        config = place.configure(work, name, train, flip_rate=rate, seed=seed)
-        with recorded() as votes:
-            run = fastpo.train.loop.train(config, overwrite=True, progress=False)
-        keep(path, votes, minority_columns(run)[1])
+        config = place.configure(work, name, changes, flip_rate=rate, seed=seed)
+        recorder = VoteRecorder()
+        run = train(config, overwrite=True, progress=False, observers=[recorder])
+        keep(path, recorder.votes, minority_columns(run)[1])
 
 
 def run_cases(place: Place, seed: int, results: Results) -> None:
@@ -301,7 +301,7 @@ def run_cases(place: Place, seed: int, results: Results) -> None:
         work = place.work(f"case-{number}-{seed}", seed=seed)
         found = relabel(work / "preferences", case)
         config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)
-        run = fastpo.train.loop.train(config, overwrite=True, progress=False)
+        run = train(config, overwrite=True, progress=False)
         ids, _, metrics = minority_columns(run)
         wrong = np.array([int(name.split(":")[0]) in found for name in ids])
         results.add(
@@ -320,10 +320,13 @@ def step_costs(place: Place, results: Results) -> None:
     work = place.work("seed-0", seed=0)
     for method in METHODS:
         config = place.configure(work, method, METHODS[method], flip_rate=0.2, seed=0)
-        trainer = fastpo.train.loop.setup_trainer(config, setup_accelerator(config.train))
-        batch = trainer.cache.read(list(range(16)), visit=0)
-        for step in range(2):  # until the weights have moved nobody judges
-            fastpo.train.loop.optimizer_step(trainer, itertools.repeat(batch), step)
+        model = ModelFolder.resolve(config.model)
+        processes = Processes(setup_accelerator(config.train), config.train)
+        data = setup_data(config, model, processes)
+        trainer = setup_trainer(config, model, data, processes)
+        batch = data.cache.read(list(range(16)), visit=0)
+        for step in range(2):  # before the weights have moved no annotator runs
+            trainer.optimizer_step(itertools.repeat(batch), step)
         calls[method] = _step_of(trainer, batch)
         if method == "dpo":
             calls["bare"] = _bare(trainer, batch)
@@ -345,7 +348,7 @@ def _step_of(trainer, batch) -> Callable[[], None]:
     def call() -> None:
         loss, rows = trainer.training_step(batch, step=10)
         loss.backward()
-        fastpo.train.loop.record(trainer, StepTable.read(rows, 0.0, 0.0), moved=True)
+        trainer.record(StepResult(rows, 0.0, 0.0, moved=True).read())
 
     return call
 

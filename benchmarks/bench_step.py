@@ -5,9 +5,10 @@
     python benchmarks/bench_step.py --options                     # torch.compile, 8-bit AdamW, ...
     python benchmarks/plot_step.py benchmarks/results/<device>/step.csv
 
-Every step is an optimiser step on one micro-batch. Ours is `fastpo.train.optimizer_step` itself;
-recipes are those of `step_recipes.py`; the floor is plain fine-tuning on cached latents: noise,
-policy forward, mean squared error, backward, clipping, update.
+Every step is an optimizer step on one micro-batch. Ours is the trainer's own
+(`fastpo.train.trainer.Trainer.optimizer_step`); recipes are those of `step_recipes.py`; the floor
+is plain fine-tuning on cached latents: noise, policy forward, mean squared error, backward,
+clipping, update.
 
 The steps of one objective, its recipe and the floor share a model and an optimiser and take turns,
 in another order every round; a ratio is formed within a round, so that a change of load meets both

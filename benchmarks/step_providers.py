@@ -7,12 +7,13 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from step_models import (
@@ -27,20 +28,21 @@ from step_recipes import RECIPES, Recipe, make_averages
 from torch import Tensor, nn
 
 from fastpo.bench.measure import device
-from fastpo.config import Config, parse_config
+from fastpo.config import Config, TrainConfig, parse_config
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
 from fastpo.models.schedule import ddpm_schedule
 from fastpo.noise import PairNoise, make_noise
 from fastpo.precision import DTYPES
-from fastpo.train.distributed import choose_optimizer, prepare_policy, setup_accelerator
+from fastpo.train.annotators import Annotators
+from fastpo.train.distributed import Processes, setup_accelerator
 from fastpo.train.ema import setup_averages
-from fastpo.train.loop import Trainer, optimizer_step, record
 from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import setup_schedule
 from fastpo.train.state import TrainingState
-from fastpo.types import PairBatch
+from fastpo.train.trainer import Trainer
+from fastpo.types import NoisedPair, PairBatch
 
 DEVICE = device()
 CLOCK = "process" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall"
@@ -135,11 +137,6 @@ class Parts:
         return timed
 
 
-class _Noised(NamedTuple):
-    noisy_latents: Tensor
-    timesteps: Tensor
-
-
 @dataclass(frozen=True)
 class Case:
     """What is measured together: one model, method, precision and batch."""
@@ -186,14 +183,16 @@ class Bench:
     def __init__(self, case: Case, names: tuple[str, ...]) -> None:
         self.case, self.size, self.parts = case, SIZES[case.size], Parts()
         config = case.config()
-        self.accelerator = setup_accelerator(config.train)
-        device = self.accelerator.device
+        accelerator = setup_accelerator(config.train)
+        self.processes = Processes(accelerator, config.train)
+        self.timed = TimedProcesses(accelerator, config.train, self.parts)
+        device = self.processes.device
         self.inputs = make_inputs(self.size, case.pairs, device)
         self.denoisers = self._denoisers(config, any(_needs_reference(n) for n in names))
         trainable = self.denoisers.trainable
-        optimizer = choose_optimizer(self.accelerator, trainable, config.train, seed=0)
-        self.policy, self.optimizer, self.weights = prepare_policy(
-            self.accelerator, self.denoisers.policy, trainable, optimizer
+        optimizer = self.processes.choose_optimizer(trainable, seed=0)
+        self.policy, self.optimizer, self.weights = self.processes.prepare_policy(
+            self.denoisers.policy, trainable, optimizer
         )
         self.scheduler = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -212,7 +211,7 @@ class Bench:
         )
         for module in (denoisers.policy, denoisers.frozen):
             if module is not None:
-                nn.Module.to(module, self.accelerator.device)
+                nn.Module.to(module, self.processes.device)
                 module.register_forward_pre_hook(self._enter_model)
                 module.register_forward_hook(self._leave_model)
         return denoisers
@@ -251,8 +250,8 @@ class Bench:
 
     def _floor(self) -> Step:
         """Plain fine-tuning on cached latents, as one would write it with diffusers."""
-        policy, device = self.denoisers.policy, self.accelerator.device
-        trainable = list(self.denoisers.trainable.values())
+        policy, processes = self.denoisers.policy, self.processes
+        trainable, device = list(self.denoisers.trainable.values()), processes.device
 
         def step() -> None:
             with self.parts("noise"):
@@ -263,14 +262,15 @@ class Bench:
                 noise = torch.randn_like(latents)
                 times = torch.randint(1000, (len(batch),), device=device)
                 noisy = self.scheduler.add_noise(latents, noise, times.repeat(2))  # pyright: ignore[reportArgumentType]
-            with self.accelerator.autocast():
-                answer = self.denoisers.predict(policy, _Noised(noisy, times), batch.conditions)  # pyright: ignore[reportArgumentType]
+            with processes.autocast():
+                noised = NoisedPair(noisy, times, times, noise)
+                answer = self.denoisers.predict(policy, noised, batch.conditions)
             with self.parts("loss"):
                 loss = F.mse_loss(answer.float(), noise)
             with self.parts("backward"):
-                self.accelerator.backward(loss)
+                processes.backward(loss)
             with self.parts("optimizer"):
-                self.accelerator.clip_grad_norm_(trainable, 1.0)
+                processes.clip(trainable)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
@@ -287,7 +287,7 @@ class Bench:
             scheduler=self.scheduler,
             vae=self.encoders[0],
             text_encoders=self.encoders[1],
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self.processes.autocast,
             averages=averages,
             logged=[],
         )
@@ -296,27 +296,17 @@ class Bench:
     def _ours(self, name: str) -> Step:
         trainer = self._trainer(self.case.config(**OURS[name]))
         batches, count = endless(self.inputs.batch), iter(range(1_000_000))
-        parts, accelerator = self.parts, self.accelerator
 
         def step() -> None:
-            with contextlib.ExitStack() as stack:
-                if parts.on:
-                    for owner, attribute, part in (
-                        (accelerator, "backward", "backward"),
-                        (accelerator, "clip_grad_norm_", "optimizer"),
-                        (trainer.state.optimizer, "step", "optimizer"),
-                        (trainer.state.optimizer, "zero_grad", "optimizer"),
-                    ):
-                        stack.enter_context(_patched(owner, attribute, parts, part))
-                table = optimizer_step(trainer, batches, next(count))
-                with parts("ledger"):
-                    record(trainer, table, moved=True)
+            table = trainer.optimizer_step(batches, next(count)).read()
+            with self.parts("ledger"):
+                trainer.record(table)
 
         return step
 
     def _trainer(self, config: Config) -> Trainer:
         """The trainer as `setup_trainer` makes it, with this bench's model and data."""
-        train, device = config.train, self.accelerator.device
+        train, device = config.train, self.processes.device
         noise = make_noise(
             ddpm_schedule(self.scheduler, {}),
             seed=0,
@@ -326,42 +316,73 @@ class Bench:
             device=device,
         )
         pairs = self.case.pairs
+        optimizer = TimedOptimizer(self.optimizer, self.parts)
         state = TrainingState(
             trainable=self.denoisers.trainable,
             weights=self.weights,
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             schedule=setup_schedule(self.optimizer, train.optim, 1_000_000),
             ledger=PairLedger(pairs),
-            metric=torch.zeros(pairs),
+            last_minority=torch.zeros(pairs),
             averages=setup_averages(train, self.weights),
-            scaler=self.accelerator.scaler,
+            scaler=self.processes.scaler,
         )
-        known = _KnownErrors() if train.reference == "cached" else None
         conditions = self.inputs.batch.conditions
         return Trainer(
-            config=config,
-            accelerator=self.accelerator,
-            cache=None,  # pyright: ignore[reportArgumentType]
-            sampler=None,  # pyright: ignore[reportArgumentType]
-            noise=_TimedNoise(noise, self.parts),  # pyright: ignore[reportArgumentType]
+            config=train,
+            seed=0,
+            processes=self.timed,
+            noise=TimedNoise(**vars(noise), parts=self.parts),
+            empty_prompt={n: t[:1] for n, t in conditions.items() if n != "add_time_ids"},
             denoisers=self.denoisers,
             policy=self.policy,
-            state=state,
+            annotators=Annotators(train, self.timed, self.denoisers, state),
+            reference_errors=_KnownErrors() if train.reference == "cached" else None,
             loss=self.parts.wrap("loss", build_loss(train)),
-            empty_prompt={n: t[:1] for n, t in conditions.items() if n != "add_time_ids"},
-            reference_errors=known,  # pyright: ignore[reportArgumentType]
+            state=state,
         )
 
 
-class _TimedNoise:
+class TimedProcesses(Processes):
+    """Processes whose backward pass and clipping are timed as parts."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, parts: Parts) -> None:
+        super().__init__(accelerator, config)
+        self._parts = parts
+
+    def backward(self, loss: Tensor) -> None:
+        with self._parts("backward"):
+            super().backward(loss)
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor | float | None:
+        with self._parts("optimizer"):
+            return super().clip(parameters)
+
+
+class TimedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose updates are timed as a part."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: Parts) -> None:
+        self._optimizer, self._parts = optimizer, parts
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with self._parts("optimizer"):
+            self._optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        with self._parts("optimizer"):
+            self._optimizer.zero_grad(set_to_none)
+
+
+@dataclass(frozen=True)
+class TimedNoise(PairNoise):
     """A noise source whose draws are timed as a part."""
 
-    def __init__(self, noise: PairNoise, parts: Parts) -> None:
-        self._noise = noise
-        self.noised_pair = parts.wrap("noise", noise.noised_pair)
+    parts: Parts = field(default_factory=Parts)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._noise, name)
+    def noised_pair(self, batch: PairBatch) -> NoisedPair:
+        with self.parts("noise"):
+            return super().noised_pair(batch)
 
 
 class _KnownErrors:
@@ -369,6 +390,7 @@ class _KnownErrors:
 
     def __init__(self) -> None:
         self._table = np.full((1024, 2), 0.1, dtype=np.float32)
+        self.visits = 1
 
     def lookup(self, batch: PairBatch) -> Tensor:
         pairs = self._table[batch.index.numpy()]
@@ -379,16 +401,6 @@ def _adapters_off(module: nn.Module) -> bool:
     layers = (m for m in module.modules() if isinstance(m, BaseTunerLayer))
     first = next(layers, None)
     return first is not None and first.disable_adapters
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, attribute: str, parts: Parts, part: str) -> Iterator[None]:
-    """Times one method of an object inside the block."""
-    setattr(owner, attribute, parts.wrap(part, getattr(owner, attribute)))
-    try:
-        yield
-    finally:
-        delattr(owner, attribute)
 
 
 def _needs_reference(name: str) -> bool:

@@ -12,8 +12,6 @@ import math
 import numpy as np
 from torch import Tensor
 
-from fastpo.config import Config
-
 
 class PairSampler:
     """The endless stream of micro-batches.
@@ -116,15 +114,22 @@ def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(starts), np.concatenate(ends)
 
 
-def count_steps(config: Config, sampler: PairSampler, group: int) -> int:
-    """Optimiser steps of the run: `max_steps`, or enough to reach the end of the last epoch.
+def count_steps(
+    max_steps: int | None,
+    epochs: float | None,
+    *,
+    micro_batches_per_epoch: int,
+    micro_batches_per_step: int,
+) -> int:
+    """Optimizer steps of a run: `max_steps`, or enough to reach the end of the last epoch.
 
     Args:
-        config: Gives `train.max_steps` or `train.epochs`.
-        sampler: The run's stream.
-        group: Micro-batches of one optimiser step, over all processes.
+        max_steps: Steps asked for, or None.
+        epochs: Epochs asked for, where `max_steps` is None.
+        micro_batches_per_epoch: Micro-batches in which every pair is visited once.
+        micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
     """
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.epochs is not None
-    return math.ceil(config.train.epochs * sampler.micro_batches_per_epoch / group)
+    if max_steps is not None:
+        return max_steps
+    assert epochs is not None
+    return math.ceil(epochs * micro_batches_per_epoch / micro_batches_per_step)

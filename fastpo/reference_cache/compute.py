@@ -114,6 +114,16 @@ def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> li
     return needed
 
 
+def _steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
+    """Optimizer steps of the configuration's run."""
+    return count_steps(
+        config.train.max_steps,
+        config.train.epochs,
+        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
+        micro_batches_per_step=micro_batches_per_step,
+    )
+
+
 def open_for_run(
     config: Config,
     model: ModelFolder,
@@ -140,9 +150,9 @@ def open_for_run(
     """
     if not config.train.reads_reference_errors:
         return None
-    group = processes * config.train.accumulation_steps
-    steps = count_steps(config, sampler, group)
-    needed = needed_pairs(sampler, len(cache), steps * group)
+    micro_batches = processes * config.train.accumulation_steps
+    steps = _steps(config, sampler, micro_batches)
+    needed = needed_pairs(sampler, len(cache), steps * micro_batches)
     whole = f"fastpo prepare CONFIG --reference {len(needed)}"
     errors = open_reference_errors(
         config.prepare.cache_dir, reference_identity(config, model, cache, noise), command=whole
@@ -154,10 +164,10 @@ def open_for_run(
         raise CacheError(
             f"the reference errors in {errors.folder} end before the run does: they hold "
             f"{errors.complete_visits(len(cache))} whole visits of the {len(cache)} pairs, "
-            f"{steps} steps of {group} micro-batches need {len(needed)}; visit {visit} (from 0) "
-            f"lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for these "
-            f"pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; only "
-            "what is missing is computed"
+            f"{steps} steps of {micro_batches} micro-batches need {len(needed)}; visit {visit} "
+            f"(from 0) lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for "
+            f"these pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; "
+            "only what is missing is computed"
         )
     return errors
 
@@ -201,8 +211,9 @@ def prepare_reference(
     needed = [np.arange(len(cache))] * (visits or 0)
     if visits is None:
         sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
-        group = (processes or process.world_size) * config.train.accumulation_steps
-        needed = needed_pairs(sampler, len(cache), count_steps(config, sampler, group) * group)
+        micro_batches = (processes or process.world_size) * config.train.accumulation_steps
+        steps = _steps(config, sampler, micro_batches)
+        needed = needed_pairs(sampler, len(cache), steps * micro_batches)
     make_folder(reference_root(config.prepare.cache_dir))  # the UNet's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)

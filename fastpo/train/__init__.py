@@ -6,14 +6,17 @@ from fastpo.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastpo.train.loop import train as train
+    from fastpo.train.observers import Observer as Observer
 
 __all__ = [
+    "Observer",
     "train",
 ]
 
 __getattr__ = lazy_names(
     __name__,
     {
+        "Observer": "fastpo.train.observers",
         "train": "fastpo.train.loop",
     },
 )

@@ -1,14 +1,13 @@
-"""Save and resume: weights, optimiser, averages, ledger, counters, configuration.
+"""Save and resume: weights, optimizer, averages, ledger, counters, configuration.
 
 A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed
 when complete: a killed run never leaves a half-written one. Noise, timesteps, dropout and the order
 of the data come from counters, so the step's number is all there is to say about them.
 
-Weights, averages and the optimiser's state lie there whole, in float32, by parameter name: any
+Weights, averages and the optimizer's state are stored whole, in float32, by parameter name: any
 number of processes goes on from it, under any ZeRO stage or none, if a step keeps its number of
-micro-batches. Where processes share them, the
-main process gathers them one by one into its host memory: 21 GB at a time for SDXL's 2.57 billion
-weights under AdamW, and 31 GB on disk.
+micro-batches. Where processes share them, the main process gathers them one by one into its host
+memory: 21 GB at a time for SDXL's 2.57 billion weights under AdamW, and 31 GB on disk.
 """
 
 from __future__ import annotations
@@ -16,36 +15,54 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastpo.config import Config, decides_result, flatten
 from fastpo.errors import CheckpointError
 from fastpo.system.files import remove, whole_folder
 from fastpo.train.state import TrainingState
 
+# The ledger's votes, `metric` (the minority metric that moving averages gave each pair last) and
+# the running statistics of batches; the file is older than the last two, and keeps its name.
+HISTORY = "ledger.safetensors"
 # Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run is computed from; only the same origin goes on from its checkpoint.
+
+    Attributes:
+        config: The resolved configuration.
+        cache: The prepared cache's fingerprint.
+        micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+    """
+
+    config: Config
+    cache: str
+    micro_batches_per_step: int
+
+
 def save_checkpoint(
-    run: Path, step: int, state: TrainingState, config: Config, cache: str, group: int, *, keep: int
+    run: Path, step: int, state: TrainingState, origin: Origin, *, keep: int
 ) -> Path:
-    """Writes a checkpoint after optimiser step `step` and removes the oldest beyond `keep`.
+    """Writes a checkpoint after optimizer step `step` and removes the oldest beyond `keep`.
 
     All processes must call it, since each may hold a part of the weights; the main one writes.
 
     Args:
         run: The run's folder.
-        step: Number of finished optimiser steps.
+        step: Number of finished optimizer steps.
         state: What is saved.
-        config: The resolved configuration, saved beside it.
-        cache: The prepared cache's fingerprint.
-        group: Micro-batches per optimiser step, over all processes.
+        origin: What it is computed from, saved beside it.
         keep: How many checkpoints stay.
 
     Returns:
@@ -62,12 +79,9 @@ def save_checkpoint(
                 torch.save(content, folder / name)
             else:
                 save_file(content, folder / name)
-        votes = {**state.ledger.state_dict(), "metric": state.metric}
-        if state.statistics is not None:
-            votes |= state.statistics.state_dict()
-        save_file(votes, folder / "ledger.safetensors")
-        about = {"step": step, "cache": cache, "group": group}
-        about["config"] = config.model_dump(mode="json")
+        save_file(_history(state), folder / HISTORY)
+        about = {"step": step, "cache": origin.cache, "group": origin.micro_batches_per_step}
+        about["config"] = origin.config.model_dump(mode="json")
         (folder / "state.json").write_text(json.dumps(about, indent=1))
     for old in list_checkpoints(run)[:-keep]:
         remove(old)
@@ -77,9 +91,9 @@ def save_checkpoint(
 def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
     """Gathers file after file, so that host memory holds one at a time (collective)."""
     weights = state.weights
-    yield "trainable.safetensors", weights.collect(weights.stores)
+    yield "trainable.safetensors", weights.gather(weights.local)
     for role, averages in state.averages.items():
-        yield f"average-{role}.safetensors", weights.collect(averages.state_dict())
+        yield f"average-{role}.safetensors", weights.gather(averages.state_dict())
     yield (
         "optimizer.pt",
         {
@@ -90,52 +104,67 @@ def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
     )
 
 
+def _history(state: TrainingState) -> dict[str, Tensor]:
+    """What the run has noted about its pairs: votes, last minority metric, running statistics."""
+    statistics = {} if state.statistics is None else state.statistics.state_dict()
+    return {**state.ledger.state_dict(), "metric": state.last_minority, **statistics}
+
+
+def _load_history(file: Path, state: TrainingState) -> None:
+    history = _read(file, load_file)
+    state.last_minority.copy_(history.pop("metric"))
+    try:
+        state.ledger.load_state_dict(history)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if state.statistics is not None:
+        device = next(iter(state.trainable.values())).device
+        state.statistics.load_state_dict(history, device)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(
-    folder: Path, state: TrainingState, config: Config, cache: str, group: int
-) -> int:
+def load_checkpoint(folder: Path, state: TrainingState, origin: Origin) -> int:
     """Restores `state` in place.
 
+    Args:
+        folder: The checkpoint.
+        state: What is restored.
+        origin: What this run is computed from.
+
     Returns:
-        The number of finished optimiser steps.
+        The number of finished optimizer steps.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the checkpoint belongs to another
             configuration or cache; the text names every key that differs.
     """
     about = _read(folder / "state.json", lambda path: json.loads(path.read_text()))
-    differing = differing_keys(about["config"], config)
+    differing = differing_keys(about["config"], origin.config)
     if differing:
         raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
-    if about["cache"] != cache:
+    if about["cache"] != origin.cache:
         raise CheckpointError(
             f"{folder} was trained on another prepared cache "
-            f"(fingerprint {about['cache'][:12]}, this one is {cache[:12]})"
+            f"(fingerprint {about['cache'][:12]}, this one is {origin.cache[:12]})"
         )
-    if about["group"] != group:
+    if about["group"] != origin.micro_batches_per_step:
         raise CheckpointError(
             f"{folder} was trained with {about['group']} micro-batches a step (processes x "
-            f"accumulation), this run has {group}; resume on as many processes, or keep the product"
+            f"accumulation), this run has {origin.micro_batches_per_step}; resume on as many "
+            "processes, or keep the product"
         )
     weights = _read(folder / "trainable.safetensors", load_file)
     if weights.keys() != state.trainable.keys():
         raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
     state.weights.load(weights)
-    ledger = _read(folder / "ledger.safetensors", load_file)
-    state.metric.copy_(ledger.pop("metric"))
-    try:
-        state.ledger.load_state_dict(ledger)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'ledger.safetensors'}: {error}") from None
-    if state.statistics is not None:
-        state.statistics.load_state_dict(ledger, next(iter(state.trainable.values())).device)
+    _load_history(folder / HISTORY, state)
     for role, averages in state.averages.items():
         whole = _read(folder / f"average-{role}.safetensors", load_file)
-        state.weights.spread(whole, averages.state_dict())
+        state.weights.scatter(whole, averages.state_dict())
     rest = _read(
         folder / "optimizer.pt",
         lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError
+from fastpo.precision import autocast
 from fastpo.system.process import default_device
 from fastpo.train import zero
 from fastpo.train.optimizer import setup_optimizer
@@ -50,8 +51,139 @@ ENVIRONMENT = (
 """What joining may change in the environment; the next run would take it for its launcher's."""
 
 
+class Processes:
+    """The processes of one run, this one among them; everything that they do together.
+
+    Args:
+        accelerator: accelerate's handle on them.
+        config: The run.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        self._accelerator = accelerator
+        self._config = config
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """This one's number, from 0."""
+        return self._accelerator.process_index
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes files and talks to the user."""
+        return self._accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this one computes."""
+        return self._accelerator.device
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler (fp16), or None."""
+        return self._accelerator.scaler
+
+    @property
+    def update_was_skipped(self) -> bool:
+        """Whether the last update was left out, because the scaler found a gradient not finite."""
+        return self._accelerator.optimizer_step_was_skipped
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which denoisers run; accelerate's own does nothing under DeepSpeed."""
+        return autocast(self.device, self._config.precision)
+
+    def accumulate(self, policy: nn.Module) -> AbstractContextManager[Any]:
+        """Around one micro-batch: gradients are exchanged in the last one of a step alone."""
+        return self._accelerator.accumulate(policy)
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiates the loss, divided by the micro-batches of a step on this process."""
+        self._accelerator.backward(loss)
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor | float | None:
+        """Clips the gradients to `train.optim.max_grad_norm`, in a step's last micro-batch.
+
+        Returns:
+            Their norm before, NaN where DeepSpeed found it not finite; None in other micro-batches.
+        """
+        if not self._accelerator.sync_gradients:
+            return None
+        norm: Any = self._accelerator.clip_grad_norm_(parameters, self._config.optim.max_grad_norm)
+        not_finite = isinstance(norm, float) and norm < 0  # how DeepSpeed reports it
+        return float("nan") if not_finite else norm
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Returns the rows of all, `(P * N, K)`; one collective, nothing with one process."""
+        return rows if self.count == 1 else self._accelerator.gather(rows)  # pyright: ignore[reportReturnType]
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """Returns the sum of all vectors; one collective, nothing with one process."""
+        return vector if self.count == 1 else self._accelerator.reduce(vector)  # pyright: ignore[reportReturnType]
+
+    def agree(self, answer: bool) -> bool:
+        """Whether the main process's answer is yes; all processes must ask (collective)."""
+        mine = torch.zeros(1, device=self.device)
+        if self.main and answer:
+            mine += 1.0
+        return bool(self.sum(mine))
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def start_trackers(self) -> None:
+        """Opens the trackers of `train.trackers`."""
+        self._accelerator.init_trackers("fastpo")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Hands a step's metrics to the trackers."""
+        self._accelerator.log(metrics, step=step)
+
+    def choose_optimizer(self, trainable: dict[str, nn.Parameter], *, seed: int) -> Optimizer:
+        """The configured optimizer; DeepSpeed's AdamW where its state stays in host memory."""
+        config, plugin = self._config, self._accelerator.state.deepspeed_plugin
+        if plugin is not None and zero.offloads_optimizer(plugin.deepspeed_config):
+            return zero.cpu_adam(list(trainable.values()), config.optim)
+        fused = self.device.type == "cuda" and config.precision != "fp16"
+        return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused)
+
+    def prepare_policy(
+        self, policy: nn.Module, trainable: dict[str, nn.Parameter], optimizer: Optimizer
+    ) -> tuple[nn.Module, Any, PolicyWeights]:
+        """Hands policy and optimizer to the launcher's way of training.
+
+        Returns:
+            The policy to call, the optimizer to step, and where the weights lie from now on.
+        """
+        wrapped, prepared = self._accelerator.prepare(policy, optimizer)
+        plugin = self._accelerator.state.deepspeed_plugin
+        if plugin is None:
+            return wrapped, prepared, PolicyWeights(trainable, prepared, main=self.main)
+        stage, engine = plugin.zero_stage, wrapped.optimizer
+        weights = zero.ZeroWeights(trainable, engine, stage, device=self.device, main=self.main)
+        return wrapped, prepared, weights
+
+    def leave(self, *, keep_group: bool) -> None:
+        """Closes the trackers, and the process group unless it was there before the run."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        if keep_group or not torch.distributed.is_initialized():
+            return
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed import comm
+
+            comm.destroy_process_group()  # torch's own would leave DeepSpeed with dead groups
+        else:
+            self._accelerator.state.destroy_process_group()
+
+
 @contextmanager
-def joined(config: TrainConfig) -> Iterator[Accelerator]:
+def joined(config: TrainConfig) -> Iterator[Processes]:
     """Joins the processes for one run; group and environment are then as they were before.
 
     Raises:
@@ -60,11 +192,11 @@ def joined(config: TrainConfig) -> Iterator[Accelerator]:
     keep_group = torch.distributed.is_initialized()
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     try:
-        accelerator = setup_accelerator(config)
+        processes = Processes(setup_accelerator(config), config)
         try:
-            yield accelerator
+            yield processes
         finally:
-            leave(accelerator, keep_group=keep_group)
+            processes.leave(keep_group=keep_group)
     finally:
         for name, value in before.items():
             if value is None:
@@ -159,68 +291,3 @@ def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
 
 def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-def choose_optimizer(
-    accelerator: Accelerator,
-    trainable: dict[str, nn.Parameter],
-    config: TrainConfig,
-    *,
-    seed: int,
-) -> Optimizer:
-    """The configured optimiser; DeepSpeed's AdamW where its state stays in host memory."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and zero.offloads_optimizer(plugin.deepspeed_config):
-        return zero.cpu_adam(list(trainable.values()), config.optim)
-    fused = accelerator.device.type == "cuda" and config.precision != "fp16"
-    return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused)
-
-
-def prepare_policy(
-    accelerator: Accelerator,
-    policy: nn.Module,
-    trainable: dict[str, nn.Parameter],
-    optimizer: Optimizer,
-) -> tuple[nn.Module, Any, PolicyWeights]:
-    """Hands policy and optimiser to the launcher's way of training.
-
-    Returns:
-        The policy to call, the optimiser to step, and where the weights lie from now on.
-    """
-    main = accelerator.is_main_process
-    wrapped, prepared = accelerator.prepare(policy, optimizer)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return wrapped, prepared, PolicyWeights(trainable, prepared, main=main)
-    stage, device = plugin.zero_stage, accelerator.device
-    weights = zero.ZeroWeights(trainable, wrapped.optimizer, stage, device=device, main=main)
-    return wrapped, prepared, weights
-
-
-def gradient_norm(norm: Any) -> Any:
-    """The norm before clipping; DeepSpeed reports one that is not finite as -1."""
-    return float("nan") if isinstance(norm, float) and norm < 0 else norm
-
-
-def gather(accelerator: Accelerator, rows: Tensor) -> Tensor:
-    """Returns the rows of all processes, `(P * N, K)`; one collective, nothing with one process."""
-    return rows if accelerator.num_processes == 1 else accelerator.gather(rows)  # pyright: ignore[reportReturnType]
-
-
-def all_reduce_sum(accelerator: Accelerator, vector: Tensor) -> Tensor:
-    """Returns the sum of the processes' vectors; one collective, nothing with one process."""
-    return vector if accelerator.num_processes == 1 else accelerator.reduce(vector)  # pyright: ignore[reportReturnType]
-
-
-def leave(accelerator: Accelerator, *, keep_group: bool) -> None:
-    """Closes the trackers, and the process group unless it was there before the run."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    if keep_group or not torch.distributed.is_initialized():
-        return
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed import comm
-
-        comm.destroy_process_group()  # torch's own would leave DeepSpeed with dead groups
-    else:
-        accelerator.state.destroy_process_group()

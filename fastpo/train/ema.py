@@ -23,17 +23,17 @@ class MovingAverages:
         parameters: The tensors that hold the trainable weights by name: the parameters, or, where
             processes share them, this one's parts.
         decays: One decay per average.
-        settle: Called before each exchange; must drop all other copies of the weights.
+        release_gathered: Called before each exchange; must drop all other copies of the weights.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         decays: Sequence[float],
-        settle: Callable[[], None] = lambda: None,
+        release_gathered: Callable[[], None] = lambda: None,
     ) -> None:
         self.parameters = parameters
-        self.settle = settle
+        self.release_gathered = release_gathered
         self.decays = tuple(decays)
         self.shadows = [
             [p.detach().clone().float() for p in parameters.values()] for _ in self.decays
@@ -63,7 +63,7 @@ class MovingAverages:
             self._swap(self.shadows[which])
 
     def _swap(self, shadow: list[Tensor]) -> None:
-        self.settle()
+        self.release_gathered()
         for i, parameter in enumerate(self.parameters.values()):
             parameter.data, shadow[i] = shadow[i], parameter.data
 
@@ -88,7 +88,7 @@ def setup_averages(config: TrainConfig, weights: PolicyWeights) -> dict[str, Mov
     if config.ema_decay is not None:
         decays["export"] = (config.ema_decay,)
     return {
-        role: MovingAverages(weights.stores, several, weights.settle)
+        role: MovingAverages(weights.local, several, weights.release_gathered)
         for role, several in decays.items()
     }
 
@@ -97,7 +97,7 @@ def exported_weights(
     weights: PolicyWeights, averages: Mapping[str, MovingAverages]
 ) -> dict[str, dict[str, Tensor]]:
     """This process's parts of what a run exports, by folder: `final`, and `ema` if it keeps one."""
-    folders = {"final": weights.stores}
+    folders = {"final": weights.local}
     if "export" in averages:
         folders["ema"] = averages["export"].named(0)
     return folders

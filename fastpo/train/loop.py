@@ -1,4 +1,4 @@
-"""Preference alignment of diffusion models, read from top to bottom.
+"""Preference alignment of diffusion models, read from top to bottom: setup, steps, finish.
 
     fastpo train CONFIG [--set a.b=c] [--resume]
     python -m fastpo.train CONFIG
@@ -6,7 +6,7 @@
     accelerate launch -m fastpo.train CONFIG
     deepspeed --num_gpus 2 --module fastpo.train CONFIG
 
-An optimiser step s takes micro-batches `[s W A, (s + 1) W A)` of one endless stream (W processes,
+An optimizer step s takes micro-batches `[s W A, (s + 1) W A)` of one endless stream (W processes,
 A accumulation steps); process r takes those whose number is r modulo W. The host reads the device
 once a step: one table with a row per pair, from which every metric and the ledger are made. (fp16
 adds the gradient scaler's own check.)
@@ -16,172 +16,58 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-
-from fastpo.config import Config, EmaAnnotators
-from fastpo.data.cache import PairCache
-from fastpo.data.loader import Waits, make_loader
-from fastpo.data.sampler import PairSampler, count_steps
+from fastpo.config import Config
+from fastpo.data.loader import Waits
 from fastpo.errors import CheckpointError, NonFiniteLossError
-from fastpo.ledger import PairLedger
-from fastpo.models.denoisers import (
-    Denoisers,
-    setup_denoisers,
-)
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
-from fastpo.noise import PairNoise, setup_noise
-from fastpo.precision import autocast
-from fastpo.reference_cache.compute import open_for_run
-from fastpo.reference_cache.store import ReferenceErrors
-from fastpo.train.annotators import Judges
 from fastpo.train.banner import show_banner
-from fastpo.train.batch_statistics import RunningStatistics, make_statistics
-from fastpo.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from fastpo.train.distributed import (
-    all_reduce_sum,
-    choose_optimizer,
-    gather,
-    gradient_norm,
-    joined,
-    prepare_policy,
-)
-from fastpo.train.ema import exported_weights, setup_averages
-from fastpo.train.metrics import StepTable, table_rows
-from fastpo.train.objective import LossFunction, build_loss
-from fastpo.train.optimizer import has_moved, setup_schedule
+from fastpo.train.checkpoint import Origin, list_checkpoints, load_checkpoint, save_checkpoint
+from fastpo.train.data import TrainingData, setup_data
+from fastpo.train.distributed import Processes, joined
+from fastpo.train.ema import exported_weights
+from fastpo.train.metrics import StepTable
+from fastpo.train.observers import Observer
 from fastpo.train.run_folder import RunFolder, step_progress
-from fastpo.train.state import TrainingState
-from fastpo.types import PairBatch, PairPredictions, pair_key
+from fastpo.train.trainer import Trainer, setup_trainer
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What a training step uses.
+class Experiment:
+    """One run's parts, from its configuration to its folder.
 
     Attributes:
         config: The resolved configuration.
-        accelerator: Processes, device and precision.
-        cache: The prepared pairs.
-        sampler: The endless stream of micro-batches.
-        noise: Shared timesteps and noise.
-        denoisers: Policy and reference.
-        policy: The policy as the launcher wrapped it.
-        state: Everything a checkpoint holds.
-        loss: The objective.
-        empty_prompt: The conditions that the empty prompt gives, each `(1, ...)`.
-        reference_errors: The reference's errors, where they were computed before.
+        processes: The processes that train.
+        folder: Where results go.
+        data: What is read, and how many steps that makes.
+        trainer: What a step uses.
     """
 
     config: Config
-    accelerator: Accelerator
-    cache: PairCache
-    sampler: PairSampler
-    noise: PairNoise
-    denoisers: Denoisers
-    policy: nn.Module
-    state: TrainingState
-    loss: LossFunction
-    empty_prompt: dict[str, Tensor]
-    reference_errors: ReferenceErrors | None = None
+    processes: Processes
+    folder: RunFolder
+    data: TrainingData
+    trainer: Trainer
 
     @property
-    def group(self) -> int:
-        """Micro-batches of one optimiser step, over all processes."""
-        return self.accelerator.num_processes * self.config.train.accumulation_steps
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return count_steps(self.config, self.sampler, self.group)
-
-    def training_step(self, batch: PairBatch, step: int) -> tuple[Tensor, Tensor]:
-        """Noise, policy, reference, annotators, loss.
-
-        Args:
-            batch: B pairs in host memory.
-            step: Finished optimiser steps.
-
-        Returns:
-            The loss to differentiate, and `(micro_batch_size, K)` float64 rows of `COLUMNS`; rows
-            that a short micro-batch leaves over hold the index -1.
-        """
-        judges = Judges(self.config.train, self.accelerator, self.denoisers, self.state)
-        minority = judges.minority(batch, step)
-        known = None if self.reference_errors is None else self.reference_errors.lookup(batch)
-        batch = batch.to(self.accelerator.device)
-        noised = self.noise.noised_pair(batch)
-        rate = self.config.train.empty_prompt_rate
-        batch = self.noise.drop_captions(batch, rate, self.empty_prompt)
-        reference, annotators = judges.judge(noised, batch, step, known)
-        with autocast(self.accelerator.device, self.config.train.precision):
-            policy = self.denoisers.predict(self.policy, noised, batch.conditions)
-        predictions = PairPredictions(policy, reference, annotators)
-        weight = self.noise.snr_weight(noised.index, self.config.train.snr_gamma)
-        out = self.loss(predictions, noised.target, minority, weight)
-        rows = table_rows(batch, noised.index, out, self.config.train.micro_batch_size)
-        # A short micro-batch weighs by its pairs, so that every pair weighs the same.
-        return out.loss * (len(batch) / self.config.train.micro_batch_size), rows
-
-
-def setup_trainer(config: Config, accelerator: Accelerator) -> Trainer:
-    """Loads the cache and the models and puts everything together, in the order data flows."""
-    train = config.train
-    model = ModelFolder.resolve(config.model)
-    cache = PairCache.open(config, model=model)
-    sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
-    noise = setup_noise(config, model, accelerator.device)
-    known = open_for_run(config, model, cache, noise, sampler, accelerator.num_processes)
-    torch.manual_seed(config.seed)  # the adapters' first values
-    denoiser = model.family.load_denoiser(model)
-    denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
-    if denoisers.frozen is not None:
-        denoisers.frozen.to(accelerator.device)
-    trainable = denoisers.trainable
-    optimizer = choose_optimizer(accelerator, trainable, train, seed=config.seed)
-    steps = count_steps(config, sampler, accelerator.num_processes * train.accumulation_steps)
-    schedule = setup_schedule(optimizer, train.optim, steps)
-    policy, prepared, weights = prepare_policy(accelerator, denoisers.policy, trainable, optimizer)
-    span = partial(all_reduce_sum, accelerator) if accelerator.num_processes > 1 else None
-    reduce = make_statistics(train, span)
-    state = TrainingState(
-        trainable=trainable,
-        weights=weights,
-        optimizer=prepared,
-        schedule=schedule,
-        ledger=PairLedger(
-            len(cache), min_visits=train.ledger_min_visits, num_timesteps=len(noise.schedule)
-        ),
-        metric=torch.full((len(cache),), math.nan),
-        averages=setup_averages(train, weights),
-        scaler=accelerator.scaler,
-        statistics=reduce if isinstance(reduce, RunningStatistics) else None,
-    )
-    return Trainer(
-        config=config,
-        accelerator=accelerator,
-        cache=cache,
-        sampler=sampler,
-        noise=noise,
-        denoisers=denoisers,
-        policy=policy,
-        state=state,
-        loss=build_loss(train, reduce),
-        empty_prompt=cache.empty_prompt(accelerator.device),
-        reference_errors=known,
-    )
+    def origin(self) -> Origin:
+        """What a checkpoint of this run is computed from."""
+        data = self.data
+        return Origin(self.config, data.cache.fingerprint, data.micro_batches_per_step)
 
 
 def train(
-    config: Config, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    observers: Sequence[Observer] = (),
 ) -> Path:
     """Trains, and writes `final/` (and `ema/`), `metrics.jsonl`, `minority.csv` and checkpoints.
 
@@ -191,123 +77,137 @@ def train(
             is left as it is.
         overwrite: Replace an earlier run in the same folder.
         progress: Show the banner and a progress bar.
+        observers: Objects that look on, see `fastpo.train.observers.Observer`: `on_start` is
+            called before the first step, `on_step` after every one. Each process calls its own; an
+            exception of theirs ends the run and reaches the caller.
 
     Returns:
         The run's folder.
 
     Raises:
-        FastPOError: Anything the user can mend: the configuration, the cache, the model, a
-            checkpoint of another run or of more steps, a run already in the folder, or a
-            non-finite loss.
+        FastPOError: A user's error: in the configuration, the cache or the model, a checkpoint of
+            another run or of more steps, a run already in the folder, or a non-finite loss.
     """
-    with joined(config.train) as accelerator:
-        return _train(config, accelerator, resume=resume, overwrite=overwrite, progress=progress)
+    with joined(config.train) as processes:
+        folder = RunFolder(config.train.output_dir, main=processes.main)
+        folder.check_free(resume=resume, overwrite=overwrite)
+        run = setup(config, processes, folder)
+        if overwrite and not resume:
+            folder.clear()
+        start = restore(run) if resume else 0
+        folder.sweep()
+        processes.wait()
+        if is_finished(run, start):
+            if folder.main:
+                print(f"{folder.path} is finished: all {start} steps are done")
+            return folder.path
+        begin(run, start, progress=progress)
+        run_steps(run, start, observers, progress=progress)
+        finish(run)
+        processes.wait()
+        return folder.path
 
 
-def _train(
-    config: Config, accelerator: Accelerator, *, resume: bool, overwrite: bool, progress: bool
-) -> Path:
-    main = accelerator.is_main_process
-    run = RunFolder(config.train.output_dir, main=main)
-    run.check_free(resume=resume, overwrite=overwrite)
-    trainer = setup_trainer(config, accelerator)
-    if overwrite and not resume:
-        run.clear()
-    checkpoints = list_checkpoints(run.path) if resume else []
-    start = 0
-    if checkpoints:
-        start = load_checkpoint(
-            checkpoints[-1], trainer.state, config, trainer.cache.fingerprint, trainer.group
-        )
-    check_steps(config, start, trainer.total_steps)
-    run.sweep()
-    accelerator.wait_for_everyone()
-    if start == trainer.total_steps and has_results(trainer, run):
-        if main:
-            print(f"{run.path} is finished: all {start} steps are done")
-        return run.path
-    run.begin(config, start)
-    if main and config.data.flip_rate > 0:
-        mask = trainer.cache.write_flip_mask(otherwise=run.path)
-        if mask.parent != trainer.cache.folder:
-            print(f"{trainer.cache.folder} is read-only; the flipped labels: {mask}")
-    if main and progress:
-        show_banner(trainer, start)
-    accelerator.init_trackers("fastpo")
-    run_steps(trainer, run, start, progress=progress and main)
-    finish(trainer, run)
-    accelerator.wait_for_everyone()
-    return run.path
-
-
-def check_steps(config: Config, start: int, total: int) -> None:
-    """Refuses to go on with a run that has done more than is asked for.
+def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment:
+    """Finds the model, opens the cache, and makes the trainer.
 
     Raises:
-        CheckpointError: The text names the key that asks for too little.
+        FastPOError: One of them does not serve the configuration.
     """
-    if start > total:
-        key = "train.epochs" if config.train.max_steps is None else "train.max_steps"
+    model = ModelFolder.resolve(config.model)
+    data = setup_data(config, model, processes)
+    trainer = setup_trainer(config, model, data, processes)
+    return Experiment(config, processes, folder, data, trainer)
+
+
+def restore(run: Experiment) -> int:
+    """Loads the newest checkpoint, if there is one; returns the finished steps.
+
+    Raises:
+        CheckpointError: It belongs to another run, or has done more steps than are asked for; the
+            text names the key.
+    """
+    checkpoints = list_checkpoints(run.folder.path)
+    if not checkpoints:
+        return 0
+    start = load_checkpoint(checkpoints[-1], run.trainer.state, run.origin)
+    if start > run.data.total_steps:
+        train = run.config.train
+        key = "train.epochs" if train.max_steps is None else "train.max_steps"
         raise CheckpointError(
-            f"{config.train.output_dir} has done {start} steps, {key} asks for {total}: raise it "
-            "to go on, or set another train.output_dir"
+            f"{train.output_dir} has done {start} steps, {key} asks for {run.data.total_steps}: "
+            "raise it to go on, or set another train.output_dir"
         )
+    return start
 
 
-def has_results(trainer: Trainer, run: RunFolder) -> bool:
-    """Whether the main process finds what `finish` writes; every process gets its answer."""
-    exports = exported_weights(trainer.state.weights, trainer.state.averages)
-    found = torch.zeros(1, device=trainer.accelerator.device)
-    found += run.main and run.has_results(exports)
-    return bool(all_reduce_sum(trainer.accelerator, found))
+def is_finished(run: Experiment, start: int) -> bool:
+    """Whether all steps are done and the results written; every process gets the same answer."""
+    if start < run.data.total_steps:
+        return False
+    state = run.trainer.state
+    exports = exported_weights(state.weights, state.averages)
+    return run.processes.agree(run.folder.has_results(exports))
 
 
-def run_steps(trainer: Trainer, run: RunFolder, start: int, *, progress: bool) -> None:
-    """The loop over optimiser steps `start..total_steps-1`."""
-    config = trainer.config.train
-    total = trainer.total_steps
-    loader = make_loader(
-        trainer.cache,
-        trainer.sampler,
-        rank=trainer.accelerator.process_index,
-        world_size=trainer.accelerator.num_processes,
-        accumulation_steps=config.accumulation_steps,
-        start_step=start,
-        total_steps=total,
-        workers=config.loader_workers,
-        pin_memory=trainer.accelerator.device.type == "cuda",
-    )
-    with Waits(loader) as batches, step_progress(total, start, show=progress) as advance:
-        for step in range(start, total):
+def begin(run: Experiment, start: int, *, progress: bool) -> None:
+    """Prepares the run's folder, and tells what is about to run."""
+    folder, cache = run.folder, run.data.cache
+    folder.begin(run.config, start)
+    if folder.main and run.config.data.flip_rate > 0:
+        mask = cache.write_flip_mask(otherwise=folder.path)
+        if mask.parent != cache.folder:
+            print(f"{cache.folder} is read-only; the flipped labels: {mask}")
+    if folder.main and progress:
+        show_banner(run.trainer, run.data, start)
+    run.processes.start_trackers()
+
+
+def run_steps(
+    run: Experiment, start: int, observers: Sequence[Observer], *, progress: bool
+) -> None:
+    """The loop over optimizer steps `start..total_steps-1`."""
+    trainer, data, folder, config = run.trainer, run.data, run.folder, run.config.train
+    for observer in observers:
+        observer.on_start(trainer, start)
+    loader = data.loader(run.processes, start, workers=config.loader_workers)
+    bar = step_progress(data.total_steps, start, show=progress and folder.main)
+    with Waits(loader) as batches, bar as advance:
+        for step in range(start, data.total_steps):
             began = time.perf_counter()
-            moved = has_moved(trainer.state.schedule)
-            table = optimizer_step(trainer, batches, step)
-            check_finite(trainer, run, table, step)
-            record(trainer, table, moved=moved)
+            table = trainer.optimizer_step(batches, step).read()
+            check_finite(run, table, step)
+            trainer.record(table)
             metrics = table.metrics(
                 step=step + 1,
-                epoch=(step + 1) * trainer.group / trainer.sampler.micro_batches_per_epoch,
+                epoch=data.epoch(step + 1),
                 seconds=time.perf_counter() - began,
                 waited=batches.taken(),
             )
-            run.log(metrics)
-            trainer.accelerator.log(metrics, step=step + 1)
+            folder.log(metrics)
+            run.processes.log(metrics, step + 1)
             advance(metrics)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
-                checkpoint(trainer, run, step + 1)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == data.total_steps:
+                checkpoint(run, step + 1)
+            for observer in observers:
+                observer.on_step(step + 1, table, metrics)
 
 
-def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) -> None:
-    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept."""
+def check_finite(run: Experiment, table: StepTable, step: int) -> None:
+    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept.
+
+    Raises:
+        NonFiniteLossError: The text names the pairs and the last good checkpoint.
+    """
     bad, what = table.non_finite(), "loss"
     # fp16 gradients overflow now and then; the scaler leaves such a step out.
-    if not bad and not math.isfinite(table.grad_norm) and trainer.state.scaler is None:
+    if not bad and not math.isfinite(table.grad_norm) and run.processes.scaler is None:
         bad, what = table.index.tolist(), "gradient"
     if not bad:
         return
-    names = [trainer.cache.pair_ids[i] for i in bad[:8]]
+    names = [run.data.cache.pair_ids[i] for i in bad[:8]]
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-    kept = sorted((run.path / "checkpoints").glob("step-*"))
+    kept = list_checkpoints(run.folder.path)
     raise NonFiniteLossError(
         f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
         f"{', '.join(names)}{more}; "
@@ -316,70 +216,24 @@ def check_finite(trainer: Trainer, run: RunFolder, table: StepTable, step: int) 
     )
 
 
-def optimizer_step(trainer: Trainer, batches: Iterator[PairBatch], step: int) -> StepTable:
-    """Forward and backward over the step's micro-batches, then one update of the weights."""
-    accelerator, config, state = trainer.accelerator, trainer.config.train, trainer.state
-    rows: list[Tensor] = []
-    norm: Any = 0.0
-    for micro in range(config.accumulation_steps):
-        with accelerator.accumulate(trainer.policy):
-            if config.lora.dropout > 0.0:
-                seed_dropout(trainer, step * config.accumulation_steps + micro)
-            loss, table = trainer.training_step(next(batches), step)
-            accelerator.backward(loss)
-            rows.append(table)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(
-                    state.trainable.values(), config.optim.max_grad_norm
-                )
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-    if state.statistics is not None:
-        state.statistics.finish_step(partial(all_reduce_sum, accelerator))
-    rate = float(state.schedule.get_last_lr()[0])
-    if not accelerator.optimizer_step_was_skipped:  # only the fp16 scaler leaves steps out
-        state.schedule.step()
-        for averages in state.averages.values():
-            averages.update(step + 1)
-    return StepTable.read(gather(accelerator, torch.cat(rows)), gradient_norm(norm), rate)
-
-
-def seed_dropout(trainer: Trainer, local: int) -> None:
-    """Keys dropout by the micro-batch's number in the stream, so that a resumed run repeats it."""
-    number = local * trainer.accelerator.num_processes + trainer.accelerator.process_index
-    torch.manual_seed(pair_key(f"dropout {trainer.config.seed} {number}"))
-
-
-def record(trainer: Trainer, table: StepTable, *, moved: bool) -> None:
-    """Enters the step's margins into the ledger, on every process alike.
-
-    Before the weights have moved, policy and reference agree. What a margin then holds is the
-    rounding of cached errors or of compiled code, and must not count as a vote.
-    """
-    margin = table["margin"] if moved else torch.zeros_like(table["margin"])
-    trainer.state.ledger.update(table.index, margin, table["timestep"])
-    if isinstance(trainer.config.train.annotators, EmaAnnotators):
-        trainer.state.metric[table.index] = table["minority"].float()
-
-
-def checkpoint(trainer: Trainer, run: RunFolder, step: int) -> None:
+def checkpoint(run: Experiment, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
-    config, cache = trainer.config, trainer.cache.fingerprint
-    keep = config.train.keep_checkpoints
-    run.flush()
-    save_checkpoint(run.path, step, trainer.state, config, cache, trainer.group, keep=keep)
-    trainer.accelerator.wait_for_everyone()
+    keep = run.config.train.keep_checkpoints
+    run.folder.flush()
+    save_checkpoint(run.folder.path, step, run.trainer.state, run.origin, keep=keep)
+    run.processes.wait()
 
 
-def finish(trainer: Trainer, run: RunFolder) -> None:
+def finish(run: Experiment) -> None:
     """Writes what other programs load: the policy, its moving average, the minority table.
 
     Called by all processes, which give their parts of the weights; the main one writes.
     """
-    denoisers, state, method = trainer.denoisers, trainer.state, trainer.config.train.method
+    folder, state, method = run.folder, run.trainer.state, run.config.train.method
+    denoisers = run.trainer.denoisers
     for name, parts in exported_weights(state.weights, state.averages).items():
-        whole = state.weights.collect(parts)
-        if run.main:
-            export_policy(denoisers.family, denoisers.policy, run.path / name, method, whole)
-    if run.main:
-        run.write_minority(trainer.cache, state.ledger, state.metric)
+        whole = state.weights.gather(parts)
+        if folder.main:
+            export_policy(denoisers.family, denoisers.policy, folder.path / name, method, whole)
+    if folder.main:
+        folder.write_minority(run.data.cache, state.ledger, state.last_minority)

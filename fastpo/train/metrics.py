@@ -31,19 +31,13 @@ class StepTable:
         rows: `(N, K)` float64 by `COLUMNS`, without padding.
         grad_norm: Norm of the gradient before clipping.
         learning_rate: The rate this step used.
+        moved: Whether an earlier update has changed the weights.
     """
 
     rows: Tensor
     grad_norm: float
     learning_rate: float
-
-    @classmethod
-    def read(cls, rows: Tensor, grad_norm: Tensor | float, learning_rate: float) -> StepTable:
-        """Brings the step's rows and its gradient norm to the host: the step's one wait."""
-        norm = torch.as_tensor(grad_norm, dtype=rows.dtype, device=rows.device)
-        host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
-        rows, norm = host[:-1], host[-1, 0]
-        return cls(rows[rows[:, 0] >= 0], norm.item(), learning_rate)
+    moved: bool
 
     def __getitem__(self, column: str) -> Tensor:
         """Returns one column, `(N,)` float64."""
@@ -53,6 +47,16 @@ class StepTable:
     def index(self) -> Tensor:
         """The pairs' positions in the cache, `(N,)` int64."""
         return self["index"].long()
+
+    @property
+    def votes(self) -> Tensor:
+        """The margins as the ledger counts them, `(N,)` float64.
+
+        Before the weights have moved, policy and reference agree. What a margin then holds is the
+        rounding of cached errors or of compiled code, and must not count as a vote.
+        """
+        margin = self["margin"]
+        return margin if self.moved else torch.zeros_like(margin)
 
     def non_finite(self) -> list[int]:
         """Returns the positions of the pairs in micro-batches whose loss is NaN or infinite."""
@@ -90,6 +94,31 @@ class StepTable:
         if not weight.isnan().any():
             metrics["weight/mean"] = weight.mean().item()
         return metrics
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step leaves on the device; the step's one wait is `read`.
+
+    Attributes:
+        rows: `(M, K)` float64 by `COLUMNS`, of all processes; padding has the index -1.
+        grad_norm: Norm of the gradient before clipping.
+        learning_rate: The rate this step used.
+        moved: Whether an earlier update has changed the weights.
+    """
+
+    rows: Tensor
+    grad_norm: Tensor | float
+    learning_rate: float
+    moved: bool
+
+    def read(self) -> StepTable:
+        """Brings the rows and the gradient norm to the host."""
+        rows = self.rows
+        norm = torch.as_tensor(self.grad_norm, dtype=rows.dtype, device=rows.device)
+        host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
+        rows, norm = host[:-1], host[-1, 0]
+        return StepTable(rows[rows[:, 0] >= 0], norm.item(), self.learning_rate, self.moved)
 
 
 def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:

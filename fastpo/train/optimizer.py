@@ -106,6 +106,11 @@ def has_moved(schedule: LRScheduler) -> bool:
     return any(factor(update) > 0.0 for update in range(schedule.last_epoch))
 
 
+def whole_size(parameter: Any) -> int:
+    """Elements of a whole weight, also where this process keeps a part of it (ZeRO-3)."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
     """Bytes of optimiser state, whatever the weights' type.
 
@@ -117,7 +122,7 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         if config.name == "adamw_8bit" and p.numel() >= SMALLEST_8BIT:
             total += 2 * p.numel() + 8 * math.ceil(p.numel() / BLOCK)
         elif config.name != "adafactor":
-            total += 8 * p.numel()
+            total += 8 * whole_size(p)
         elif p.ndim < 2:
             total += 4 * p.numel()
         else:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastpo.config import OptimConfig, TrainConfig
 from fastpo.train.bf16_optimizer import CHUNK
-from fastpo.train.optimizer import optimizer_bytes
+from fastpo.train.optimizer import optimizer_bytes, whole_size
 from fastpo.train.zero import read_settings
 
 BUCKET = 500_000_000
@@ -26,7 +26,7 @@ class Sharding:
 
     Attributes:
         processes: Their number N.
-        stage: 0 for plain data parallelism; 1 shares the optimiser's states, 2 also the gradients,
+        stage: 0 for plain data parallelism; 1 shares the optimizer's states, 2 also the gradients,
             3 also the weights, frozen ones too.
         offload_optimizer: States (and from stage 2 on gradients) lie in host memory.
         offload_param: Stage 3's weights lie in host memory.
@@ -50,7 +50,7 @@ class Sharding:
         away = [
             name
             for name, is_away in (
-                ("optimiser", self.offload_optimizer),
+                ("optimizer", self.offload_optimizer),
                 ("weights", self.offload_param),
             )
             if is_away
@@ -101,8 +101,8 @@ class Trained:
         parameters: All of them.
         trainable: Bytes of the trainable ones; their gradients have as many.
         frozen: Bytes of the others.
-        states: Bytes of the optimiser's states.
-        step: Bytes that one optimiser step takes beside them.
+        states: Bytes of the optimizer's states.
+        step: Bytes that one optimizer step takes beside them.
     """
 
     count: int
@@ -114,12 +114,12 @@ class Trained:
 
 
 def count_trained(parameters: Iterable[nn.Parameter], train: TrainConfig) -> Trained:
-    """Adds up a policy's parameters."""
+    """Adds up a policy's parameters, whole ones also where ZeRO-3 shares them."""
     weights = list(parameters)
     trainable = [p for p in weights if p.requires_grad]
     return Trained(
-        count=sum(p.numel() for p in trainable),
-        parameters=sum(p.numel() for p in weights),
+        count=sum(whole_size(p) for p in trainable),
+        parameters=sum(whole_size(p) for p in weights),
         trainable=_bytes(trainable),
         frozen=_bytes(p for p in weights if not p.requires_grad),
         states=optimizer_bytes(trainable, train.optim),
@@ -128,11 +128,11 @@ def count_trained(parameters: Iterable[nn.Parameter], train: TrainConfig) -> Tra
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(whole_size(p) * p.element_size() for p in parameters)
 
 
 def _step_bytes(trainable: list[nn.Parameter], optim: OptimConfig, scaled: bool) -> int:
-    """Temporaries of one optimiser step.
+    """Temporaries of one optimizer step.
 
     AdamW is one kernel, except under fp16's scaler, where it holds the root of every second
     moment. The others go one weight at a time, with about three float32 copies of it. bfloat16
@@ -140,12 +140,12 @@ def _step_bytes(trainable: list[nn.Parameter], optim: OptimConfig, scaled: bool)
     """
     if not trainable:
         return 0
-    largest = 4 * max(p.numel() for p in trainable)
+    largest = 4 * max(whole_size(p) for p in trainable)
     if optim.name == "adamw":
-        step = 4 * sum(p.numel() for p in trainable) if scaled else 0
+        step = 4 * sum(whole_size(p) for p in trainable) if scaled else 0
     else:
         step = 3 * largest
-    rounded = sum(p.numel() for p in trainable if p.element_size() < 4)
+    rounded = sum(whole_size(p) for p in trainable if p.element_size() < 4)
     return step + (8 * max(min(rounded, CHUNK), largest // 4) if rounded else 0)
 
 
@@ -158,7 +158,8 @@ def held(trained: Trained, sharding: Sharding) -> dict[str, int]:
     stage 2, weights at stage 3.
 
     Returns:
-        Bytes by the fields of `Memory`.
+        Bytes: `weights`, `gradients`, `optimizer`, `communication`, and `host` for
+        what lies in host memory instead.
     """
     zero, host = sharding, 0
     weights = zero.part(trained.trainable + trained.frozen, 3)

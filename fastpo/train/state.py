@@ -25,7 +25,8 @@ class TrainingState:
         optimizer: Their optimiser.
         schedule: The learning-rate schedule.
         ledger: Every pair's votes.
-        metric: `(num_pairs,)` the minority metric each pair got last, NaN before.
+        last_minority: `(num_pairs,)` the minority metric that moving averages gave each pair last,
+            NaN before.
         averages: Moving averages by role (`annotators`, `export`).
         scaler: The gradient scaler (fp16), or None.
         statistics: Running batch statistics, where the run keeps any.
@@ -36,7 +37,7 @@ class TrainingState:
     optimizer: Optimizer
     schedule: LRScheduler
     ledger: PairLedger
-    metric: Tensor
+    last_minority: Tensor
     averages: dict[str, MovingAverages]
     scaler: Any = None
     statistics: RunningStatistics | None = None

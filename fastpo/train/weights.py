@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 State = dict[str, dict[str, Any]]
-WHOLE = ""
-"""The name under which a state stands that is not ordered by parameter."""
+UNORDERED = ""
+"""The key of an optimizer state that is not ordered by parameter."""
 
 
 class PolicyWeights:
@@ -39,19 +39,19 @@ class PolicyWeights:
 
     @property
     def whole(self) -> bool:
-        """Whether `stores` are whole weights, not parts of them."""
+        """Whether `local` are whole weights, not parts of them."""
         return True
 
     @property
-    def stores(self) -> dict[str, Tensor]:
+    def local(self) -> dict[str, Tensor]:
         """The tensors that hold this process's part of each weight; averages shadow these."""
         return dict(self.trainable)
 
-    def settle(self) -> None:
-        """Makes `stores` the only copy of the weights; call it around any exchange of them."""
+    def release_gathered(self) -> None:
+        """Makes `local` the only copy of the weights; call it around any exchange of them."""
 
-    def collect(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns tensors laid out like `stores`, whole, on the main process (collective).
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors laid out like `local`, whole, on the main process (collective).
 
         Args:
             parts: Each process's parts; a name ends in its parameter's, behind an optional number
@@ -63,14 +63,14 @@ class PolicyWeights:
         return {n: p.detach().contiguous() for n, p in parts.items()} if self.main else {}
 
     @torch.no_grad()
-    def spread(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-        """Fills tensors laid out like `stores` with their parts of whole ones."""
+    def scatter(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Fills tensors laid out like `local` with their parts of whole ones."""
         for name, part in parts.items():
             part.copy_(whole[name])
 
     def load(self, whole: Mapping[str, Tensor]) -> None:
         """Sets the weights."""
-        self.spread(whole, self.stores)
+        self.scatter(whole, self.local)
 
     def optimizer_state(self) -> State:
         """Returns the optimiser's state by parameter, on the main process (collective)."""
@@ -78,14 +78,14 @@ class PolicyWeights:
             return {}
         saved = self.optimizer.state_dict()
         if "state" not in saved:  # an optimiser around others, which orders its state by itself
-            return {WHOLE: saved}
+            return {UNORDERED: saved}
         names = self._names()
         return {names[i]: values for i, values in saved["state"].items()}
 
     def load_optimizer_state(self, saved: State) -> None:
         """Sets the optimiser's state; rates and options stay those of the configuration."""
-        if WHOLE in saved:
-            self.optimizer.load_state_dict(saved[WHOLE])
+        if UNORDERED in saved:
+            self.optimizer.load_state_dict(saved[UNORDERED])
             return
         state = self.optimizer.state_dict()
         state["state"] = {i: saved[name] for i, name in self._names().items() if name in saved}

@@ -281,40 +281,40 @@ class ZeroWeights(PolicyWeights):
         return self.stage < 3
 
     @property
-    def stores(self) -> dict[str, Tensor]:
+    def local(self) -> dict[str, Tensor]:
         """The parameters, or at stage 3 the local parts, flat and padded."""
         if self.stage < 3:
-            return super().stores
+            return super().local
         return {name: p.ds_tensor for name, p in self.trainable.items()}  # pyright: ignore[reportAttributeAccessIssue]
 
-    def settle(self) -> None:
+    def release_gathered(self) -> None:
         """At stage 3, drops whatever was gathered or fetched ahead; it is gathered anew."""
         if self.stage == 3:
             self.zero.empty_partition_cache()
 
     @torch.no_grad()
-    def collect(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As the base class's; at stage 3 one gather a tensor, and the result in host memory."""
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gathers whole tensors, see `PolicyWeights`; at stage 3 one by one, into host memory."""
         if self.stage < 3:
-            return super().collect(parts)
+            return super().gather(parts)
         whole = {}
         for key, part in parts.items():
-            tensor = self._gather(part, self.trainable[parameter_name(key)])
+            tensor = self._whole(part, self.trainable[parameter_name(key)])
             if self.main:
                 whole[key] = tensor
         return whole
 
-    def _gather(self, part: Tensor, parameter: Any) -> Tensor:
+    def _whole(self, part: Tensor, parameter: Any) -> Tensor:
         mine = part.detach().to(self.device)
         pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(pieces, mine)
         return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape).cpu()
 
     @torch.no_grad()
-    def spread(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-        """As the base class's."""
+    def scatter(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Fills this process's parts, see `PolicyWeights`."""
         if self.stage < 3:
-            super().spread(whole, parts)
+            super().scatter(whole, parts)
             return
         for name, part in parts.items():
             part.copy_(self._part(whole[name], part.numel()))
@@ -326,7 +326,7 @@ class ZeroWeights(PolicyWeights):
 
     def load(self, whole: Mapping[str, Tensor]) -> None:
         """Sets the weights, and the optimiser's own copy of them."""
-        self.settle()
+        self.release_gathered()
         super().load(whole)
         for name, parameter in self.trainable.items():
             self._set(parameter, whole[name].to(torch.float32), None)
@@ -340,7 +340,7 @@ class ZeroWeights(PolicyWeights):
             parameter.set_full_hp_param(value, key)
 
     def optimizer_state(self) -> State:
-        """As the base class's: one gather a weight and state, in the main process's host memory."""
+        """Gathers the state, one tensor at a time, into the main process's host memory."""
         masters = self._masters()
         first = self.optimizer.state[masters[0]]
         if not first:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: each mistake gets one clear line and exit code 2."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -155,9 +156,7 @@ def test_tensorboard_gets_the_metrics(experiment, fastpo):
 
 
 def test_a_tracker_that_is_not_installed_is_named(capsys, experiment, monkeypatch):
-    import fastpo.train.distributed
-
-    monkeypatch.setattr(fastpo.train.distributed, "_importable", lambda name: name != "wandb")
+    monkeypatch.setitem(sys.modules, "wandb", None)
     text = complaint(capsys, "train", experiment(), "--set", "train.trackers=[wandb]")
     assert "pip install wandb" in text
 

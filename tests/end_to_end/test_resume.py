@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpo.config import load_config
 from fastpo.errors import CheckpointError
-from fastpo.train import train
+from fastpo.train import Observer, train
 
 ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0}
 
@@ -106,15 +106,24 @@ def test_a_finished_run_is_left_alone_and_a_shorter_one_refused(experiment, caps
     assert contents(folder) == before
 
 
-def test_a_prolonged_run_that_was_killed_before_its_export_is_exported(experiment, monkeypatch):
+class Killed(Observer):
+    """Ends a run after its last step, as a kill before the export would."""
+
+    def on_step(self, step, table, metrics):
+        if step == 6:
+            raise KeyboardInterrupt
+
+
+def test_a_prolonged_run_that_was_killed_before_its_export_is_exported(experiment):
     """Its folder still holds the shorter run's results."""
     path = experiment()
     folder = train(load_config(path), progress=False)
     longer, exported = load_config(path, ["train.max_steps=6"]), folder / "final"
     before = contents(exported)
-    with monkeypatch.context() as patch:
-        patch.setattr("fastpo.train.loop.finish", lambda trainer, run: None)
-        train(longer, resume=True, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(longer, resume=True, progress=False, observers=[Killed()])
+    assert (folder / "checkpoints" / "step-00000006").is_dir()
+    assert contents(exported) == before
     train(longer, resume=True, progress=False)
     assert contents(exported) != before
     assert (folder / "minority.csv").is_file()

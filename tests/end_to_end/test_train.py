@@ -9,9 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo.config import load_config
-from fastpo.data.loader import Waits
+from fastpo.data.cache import PairCache
 from fastpo.errors import NonFiniteLossError
-from fastpo.train import train
+from fastpo.train import Observer, train
+from fastpo.train.distributed import joined
+from fastpo.train.loop import setup
+from fastpo.train.run_folder import RunFolder
 
 ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0}
 RUNS = {
@@ -67,14 +70,15 @@ def test_a_run_logs_every_step_and_writes_its_results(experiment, read_metrics, 
 def test_metrics_tell_the_share_of_a_step_that_waited_for_data(
     experiment, read_metrics, monkeypatch
 ):
-    def slowly(batches):
-        for batch in batches:
-            time.sleep(0.3)
-            yield batch
+    read = PairCache.read
 
-    path = experiment(max_steps=3)
+    def slowly(*args, **options):
+        time.sleep(0.3)
+        return read(*args, **options)
+
+    path = experiment(max_steps=3, loader_workers=0)
     plain = read_metrics(train(load_config(path), progress=False), timing=True)
-    monkeypatch.setattr("fastpo.train.loop.Waits", lambda batches: Waits(slowly(batches)))
+    monkeypatch.setattr(PairCache, "read", slowly)
     slow = read_metrics(train(load_config(path), overwrite=True, progress=False), timing=True)
     for fast_step, slow_step in zip(plain, slow, strict=True):
         seconds = 2 / slow_step["pairs_per_second"]  # of a step of two pairs
@@ -204,25 +208,57 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_pairs_named(experiment, r
     assert (folder / "checkpoints" / f"step-{steps:08d}").is_dir()
 
 
-def test_a_non_finite_gradient_stops_before_ruined_weights_are_saved(experiment, monkeypatch):
-    import fastpo.train.loop as module
+class Overflow(Observer):
+    """Makes one weight's gradient infinite in one optimizer step (from 1)."""
 
-    clip = module.Accelerator.clip_grad_norm_
-    seen = []
+    def __init__(self, step):
+        self.step, self.seen = step, 0
 
-    def overflowing(self, parameters, limit):
-        parameters = list(parameters)
-        seen.append(None)
-        if len(seen) == 3:
-            parameters[0].grad.fill_(math.inf)
-        return clip(self, parameters, limit)
+    def on_start(self, trainer, start):
+        next(iter(trainer.state.trainable.values())).register_hook(self.overflow)
 
-    monkeypatch.setattr(module.Accelerator, "clip_grad_norm_", overflowing)
+    def overflow(self, gradient):
+        self.seen += 1
+        return torch.full_like(gradient, math.inf) if self.seen == self.step else gradient
+
+
+def test_a_non_finite_gradient_stops_before_ruined_weights_are_saved(experiment):
     path = experiment(checkpoint_every=1, keep_checkpoints=1)
     with pytest.raises(NonFiniteLossError, match=r"gradient of step 3 .*step-00000002"):
-        train(load_config(path), progress=False)
+        train(load_config(path), progress=False, observers=[Overflow(3)])
     kept = [p.name for p in (path.parent / "run" / "checkpoints").iterdir()]
     assert kept == ["step-00000002"]
+
+
+class Diary(Observer):
+    """Notes what it is told, and may stop the run."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.starts, self.steps = stop_after, [], []
+
+    def on_start(self, trainer, start):
+        self.starts.append((start, len(trainer.state.trainable) > 0))
+
+    def on_step(self, step, table, metrics):
+        self.steps.append((step, len(table.index), dict(metrics)))
+        if step == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def test_observers_see_every_step_and_may_stop_the_run(experiment, read_metrics):
+    path, first, second = experiment(), Diary(), Diary(stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(path), progress=False, observers=[first, second])
+    folder = path.parent / "run"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (folder / "final").exists()
+    rest = Diary()
+    train(load_config(path), resume=True, progress=False, observers=[rest])
+    assert first.starts == second.starts == [(0, True)] and rest.starts == [(2, True)]
+    seen = first.steps + rest.steps
+    assert [step for step, _, _ in seen] == [1, 2, 3, 4]
+    assert sum(pairs for _, pairs, _ in seen) == 8 - 1  # the odd one of eleven is alone
+    assert [metrics for _, _, metrics in seen] == read_metrics(folder, timing=True)
 
 
 class HostReads(TorchDispatchMode):
@@ -242,34 +278,31 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["ema", "ledger"])
 def test_a_step_waits_for_the_device_once(experiment, kind, monkeypatch):
-    """Besides `StepTable.read` nothing asks for a value on the host.
+    """Besides `StepResult.read` nothing asks for a value on the host.
 
     Left out are the loader and AdamW's step, which on a CPU reads its own count of steps: what they
     read lies on the host.
     """
-    import fastpo.train.loop as module
+    reads, adamw = HostReads(), torch.optim.AdamW.step
 
-    reads = HostReads()
+    def unwatched(*args, **kwargs):
+        reads.__exit__(None, None, None)
+        try:
+            return adamw(*args, **kwargs)
+        finally:
+            reads.__enter__()
 
-    def unwatched(function):
-        def call(*args, **kwargs):
-            reads.__exit__(None, None, None)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                reads.__enter__()
-
-        return call
-
-    def watched(*args):
-        with reads:
-            return step(*args)
-
-    step, loader = module.optimizer_step, module.make_loader
-    monkeypatch.setattr(module, "make_loader", lambda *args, **kw: list(loader(*args, **kw)))
-    monkeypatch.setattr(module.StepTable, "read", unwatched(module.StepTable.read))
-    monkeypatch.setattr(torch.optim.AdamW, "step", unwatched(torch.optim.AdamW.step))
-    monkeypatch.setattr(module, "optimizer_step", watched)
-    path = experiment(objective=ADAPTIVE, annotators={"kind": kind}, accumulation_steps=2)
-    train(load_config(path), progress=False)
-    assert reads.seen == []
+    monkeypatch.setattr(torch.optim.AdamW, "step", unwatched)
+    options = {"objective": ADAPTIVE, "annotators": {"kind": kind}, "accumulation_steps": 2}
+    config = load_config(experiment(**options))
+    with joined(config.train) as processes:
+        run = setup(config, processes, RunFolder(config.train.output_dir, main=True))
+        batches = iter(list(run.data.loader(processes, 0, workers=0)))
+        for step in range(run.data.total_steps):
+            with reads:
+                result = run.trainer.optimizer_step(batches, step)
+            assert reads.seen == []
+            run.trainer.record(result.read())
+    with reads:
+        result.read()
+    assert reads.seen == ["aten._local_scalar_dense.default"], "the wait that it can see"

@@ -32,7 +32,6 @@ TYPES_ALONE = {
     ("fastpo.models.registry", "fastpo.models.family"),
     ("fastpo.models.folder", "fastpo.models.family"),
     ("fastpo.models.export", "fastpo.models.family"),
-    ("fastpo.train.banner", "fastpo.train.loop"),
 }
 
 

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 
 from fastpo.config import ObjectiveConfig, TrainConfig
 from fastpo.loss import pair_errors
-from fastpo.models.unet import UNetFamily
 from fastpo.reference_cache import prepare_reference
 from fastpo.reference_cache.store import ReferenceErrors
-from fastpo.train import train
+from fastpo.train import Observer, train
 from fastpo.train.checkpoint import list_checkpoints
 from fastpo.train.objective import build_loss
 from fastpo.types import PairPredictions
@@ -95,29 +94,30 @@ def test_every_objective_takes_errors_for_predictions(name):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_cached_training_holds_and_runs_no_reference(shared, settle, monkeypatch):
-    import fastpo.train.loop as trainer_module
+class Passes(Observer):
+    """Counts the forward passes of the models of a run."""
 
-    config = settle(shared, method="full", max_steps=2)
+    def __init__(self):
+        self.models, self.count = [], 0
+
+    def on_start(self, trainer, start):
+        denoisers = trainer.denoisers
+        self.models = [denoisers.policy, denoisers.frozen]
+        for model in filter(None, self.models):
+            model.register_forward_pre_hook(self.note)
+
+    def note(self, *_):
+        self.count += 1
+
+
+@pytest.mark.parametrize(("reference", "passes"), [("cached", 2), ("live", 4)])
+def test_cached_training_holds_and_runs_no_reference(shared, settle, reference, passes):
+    config = settle(shared, method="full", max_steps=2, reference=reference)
     prepare_reference(config, 1, progress=False)
-    calls, frozen, predict = [], [], UNetFamily.predict
-
-    def counting(family, model, *args):
-        calls.append(model)
-        return predict(family, model, *args)
-
-    setup = trainer_module.setup_denoisers
-
-    def watched(*args, **options):
-        denoisers = setup(*args, **options)
-        frozen.append(denoisers.frozen)
-        return denoisers
-
-    monkeypatch.setattr(UNetFamily, "predict", counting)
-    monkeypatch.setattr(trainer_module, "setup_denoisers", watched)
-    train(config, progress=False)
-    assert frozen == [None]
-    assert len(calls) == 2
+    seen = Passes()
+    train(config, progress=False, observers=[seen])
+    assert (seen.models[1] is None) == (reference == "cached")
+    assert seen.count == passes
 
 
 def test_a_resumed_run_is_the_same_and_live_may_become_cached(shared, settle, read_metrics):

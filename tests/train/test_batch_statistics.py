@@ -124,28 +124,24 @@ def test_running_approaches_the_batchs_own_statistics():
 
 RANKS = """
 import sys
-from functools import partial
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from fastpo.train.distributed import all_reduce_sum
-sys.path.insert(0, sys.argv[1])
-from test_batch_statistics import OBJECTIVES, part, predictions, train_config
+from fastpo.train.distributed import joined
 from fastpo.train.objective import build_loss
 from fastpo.train.batch_statistics import make_statistics
+sys.path.insert(0, sys.argv[1])
+from test_batch_statistics import OBJECTIVES, part, predictions, train_config
 
-accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-rank, results = accelerator.process_index, {}
-for name, objective in OBJECTIVES.items():
-    config = train_config(objective)
-    reduce = make_statistics(config, partial(all_reduce_sum, accelerator))
-    annotators = 2 if name.startswith("adaptive") else 0
-    data = predictions(2, annotators=annotators)
-    out, gradient = part(build_loss(config, reduce), data, [rank], 2)
-    results[name] = (out.loss.detach(), out.minority, gradient)
-torch.save(results, f"{sys.argv[2]}/{rank}.pt")
-accelerator.wait_for_everyone()
-accelerator.end_training()
+results = {}
+with joined(train_config({"name": "kto"})) as processes:
+    for name, objective in OBJECTIVES.items():
+        config = train_config(objective)
+        reduce = make_statistics(config, processes.sum)
+        annotators = 2 if name.startswith("adaptive") else 0
+        data = predictions(2, annotators=annotators)
+        out, gradient = part(build_loss(config, reduce), data, [processes.rank], 2)
+        results[name] = (out.loss.detach(), out.minority, gradient)
+    torch.save(results, f"{sys.argv[2]}/{processes.rank}.pt")
+    processes.wait()
 """
 
 

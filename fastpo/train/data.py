@@ -1,0 +1,72 @@
+"""The pairs of a run, in which order they come, and how many optimizer steps they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastpo.config import Config
+from fastpo.data.cache import PairCache
+from fastpo.data.loader import PairLoader, make_loader
+from fastpo.data.sampler import PairSampler, count_steps
+from fastpo.models.folder import ModelFolder
+from fastpo.train.distributed import Processes
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads.
+
+    Attributes:
+        cache: The prepared pairs.
+        sampler: The endless stream of micro-batches.
+        micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+        total_steps: Optimizer steps of the whole run.
+    """
+
+    cache: PairCache
+    sampler: PairSampler
+    micro_batches_per_step: int
+    total_steps: int
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are finished after `step` optimizer steps."""
+        return step * self.micro_batches_per_step / self.sampler.micro_batches_per_epoch
+
+    def loader(self, processes: Processes, start: int, *, workers: int) -> PairLoader:
+        """Returns this process's micro-batches of steps `start..total_steps-1`.
+
+        Args:
+            processes: Which one this is, of how many.
+            start: Finished optimizer steps.
+            workers: Threads that read ahead; 0 reads when the step asks.
+        """
+        return make_loader(
+            self.cache,
+            self.sampler,
+            rank=processes.rank,
+            world_size=processes.count,
+            accumulation_steps=self.micro_batches_per_step // processes.count,
+            start_step=start,
+            total_steps=self.total_steps,
+            workers=workers,
+            pin_memory=processes.device.type == "cuda",
+        )
+
+
+def setup_data(config: Config, model: ModelFolder, processes: Processes) -> TrainingData:
+    """Opens the cache and lays out its order.
+
+    Raises:
+        CacheError: There is no cache, or it was prepared from something else.
+    """
+    train = config.train
+    cache = PairCache.open(config, model=model)
+    sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
+    micro_batches_per_step = processes.count * train.accumulation_steps
+    total_steps = count_steps(
+        train.max_steps,
+        train.epochs,
+        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
+        micro_batches_per_step=micro_batches_per_step,
+    )
+    return TrainingData(cache, sampler, micro_batches_per_step, total_steps)

@@ -1,0 +1,193 @@
+"""One optimizer step: noise, policy, reference, annotators, loss, update.
+
+Read `Trainer.training_step` first: it is the whole algorithm on one micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.config import Config, EmaAnnotators, TrainConfig
+from fastpo.ledger import PairLedger
+from fastpo.models.denoisers import Denoisers, setup_denoisers
+from fastpo.models.folder import ModelFolder
+from fastpo.noise import PairNoise, setup_noise
+from fastpo.reference_cache.compute import open_for_run
+from fastpo.train.annotators import Annotators
+from fastpo.train.batch_statistics import RunningStatistics, make_statistics
+from fastpo.train.data import TrainingData
+from fastpo.train.distributed import Processes
+from fastpo.train.ema import setup_averages
+from fastpo.train.metrics import StepResult, StepTable, table_rows
+from fastpo.train.objective import LossFunction, build_loss
+from fastpo.train.optimizer import has_moved, setup_schedule
+from fastpo.train.state import TrainingState
+from fastpo.types import PairBatch, PairPredictions, pair_key
+
+
+class ErrorLookup(Protocol):
+    """The reference's errors, computed before; `ReferenceErrors` is one."""
+
+    def lookup(self, batch: PairBatch) -> Tensor:
+        """Returns the errors on this visit of the pairs, `(2B,)` float32, in host memory."""
+        ...
+
+    @property
+    def visits(self) -> int:
+        """Visits of the pairs that it covers, from the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What an optimizer step uses, and the state that it changes.
+
+    Attributes:
+        config: The training's section.
+        seed: The run's seed; keys the dropout.
+        processes: Device, precision, and what processes exchange.
+        noise: Shared timesteps and noise.
+        empty_prompt: The conditions that the empty prompt gives, each `(1, ...)`.
+        denoisers: Policy and reference.
+        policy: The policy as the launcher wrapped it.
+        annotators: The passes without gradients.
+        reference_errors: The reference's errors, where they were computed before.
+        loss: The objective.
+        state: Everything a checkpoint holds.
+    """
+
+    config: TrainConfig
+    seed: int
+    processes: Processes
+    noise: PairNoise
+    empty_prompt: dict[str, Tensor]
+    denoisers: Denoisers
+    policy: nn.Module
+    annotators: Annotators
+    reference_errors: ErrorLookup | None
+    loss: LossFunction
+    state: TrainingState
+
+    def training_step(self, batch: PairBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Noise, reference, annotators, policy, loss.
+
+        Args:
+            batch: B pairs in host memory.
+            step: Finished optimizer steps.
+
+        Returns:
+            The loss to differentiate, and `(micro_batch_size, K)` float64 rows of `COLUMNS`; rows
+            that a short micro-batch leaves over hold the index -1.
+        """
+        config = self.config
+        minority = self.annotators.minority(batch, step)
+        errors = None if self.reference_errors is None else self.reference_errors.lookup(batch)
+        batch = batch.to(self.processes.device)
+        noised = self.noise.noised_pair(batch)
+        batch = self.noise.drop_captions(batch, config.empty_prompt_rate, self.empty_prompt)
+        reference, annotators = self.annotators.predict(noised, batch, step, errors)
+        with self.processes.autocast():
+            policy = self.denoisers.predict(self.policy, noised, batch.conditions)
+        predictions = PairPredictions(policy, reference, annotators)
+        weight = self.noise.snr_weight(noised.index, config.snr_gamma)
+        out = self.loss(predictions, noised.target, minority, weight)
+        rows = table_rows(batch, noised.index, out, config.micro_batch_size)
+        # A short micro-batch weighs by its pairs, so that every pair weighs the same.
+        return out.loss * (len(batch) / config.micro_batch_size), rows
+
+    def optimizer_step(self, batches: Iterator[PairBatch], step: int) -> StepResult:
+        """Forward and backward over the step's micro-batches, then one update of the weights.
+
+        Args:
+            batches: This process's micro-batches, in host memory.
+            step: Finished optimizer steps.
+        """
+        processes, config, state = self.processes, self.config, self.state
+        moved = has_moved(state.schedule)
+        tables: list[Tensor] = []
+        norm: Tensor | float | None = None
+        for micro in range(config.accumulation_steps):
+            with processes.accumulate(self.policy):
+                if config.lora.dropout > 0.0:
+                    self._seed_dropout(step * config.accumulation_steps + micro)
+                loss, rows = self.training_step(next(batches), step)
+                processes.backward(loss)
+                tables.append(rows)
+                norm = processes.clip(state.trainable.values())
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+        assert norm is not None, "accelerate exchanges gradients in a step's last micro-batch"
+        if state.statistics is not None:
+            state.statistics.finish_step(processes.sum)
+        rate = float(state.schedule.get_last_lr()[0])
+        if not processes.update_was_skipped:
+            state.schedule.step()
+            for averages in state.averages.values():
+                averages.update(step + 1)
+        return StepResult(processes.gather(torch.cat(tables)), norm, rate, moved)
+
+    def _seed_dropout(self, local: int) -> None:
+        """Keys dropout by the micro-batch's number in the stream: a resumed run repeats it."""
+        number = local * self.processes.count + self.processes.rank
+        torch.manual_seed(pair_key(f"dropout {self.seed} {number}"))
+
+    def record(self, table: StepTable) -> None:
+        """Enters the step's votes into the ledger, on every process alike."""
+        self.state.ledger.update(table.index, table.votes, table["timestep"])
+        if isinstance(self.config.annotators, EmaAnnotators):
+            self.state.last_minority[table.index] = table["minority"].float()
+
+
+def setup_trainer(
+    config: Config, model: ModelFolder, data: TrainingData, processes: Processes
+) -> Trainer:
+    """Loads the models and puts everything together, in the order data flows.
+
+    Raises:
+        FastPOError: The model, the noise's options or the reference's errors do not serve the run.
+    """
+    train, device, num_pairs = config.train, processes.device, len(data.cache)
+    noise = setup_noise(config, model, device)
+    errors = open_for_run(config, model, data.cache, noise, data.sampler, processes.count)
+    torch.manual_seed(config.seed)  # the adapters' first values
+    denoiser = model.family.load_denoiser(model)
+    denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
+    if denoisers.frozen is not None:
+        denoisers.frozen.to(device)
+    trainable = denoisers.trainable
+    optimizer = processes.choose_optimizer(trainable, seed=config.seed)
+    schedule = setup_schedule(optimizer, train.optim, data.total_steps)
+    policy, optimizer, weights = processes.prepare_policy(denoisers.policy, trainable, optimizer)
+    reduce = make_statistics(train, processes.sum if processes.count > 1 else None)
+    state = TrainingState(
+        trainable=trainable,
+        weights=weights,
+        optimizer=optimizer,
+        schedule=schedule,
+        ledger=PairLedger(
+            num_pairs, min_visits=train.ledger_min_visits, num_timesteps=len(noise.schedule)
+        ),
+        last_minority=torch.full((num_pairs,), math.nan),
+        averages=setup_averages(train, weights),
+        scaler=processes.scaler,
+        statistics=reduce if isinstance(reduce, RunningStatistics) else None,
+    )
+    return Trainer(
+        config=train,
+        seed=config.seed,
+        processes=processes,
+        noise=noise,
+        empty_prompt=data.cache.empty_prompt(device),
+        denoisers=denoisers,
+        policy=policy,
+        annotators=Annotators(train, processes, denoisers, state),
+        reference_errors=errors,
+        loss=build_loss(train, reduce),
+        state=state,
+    )
