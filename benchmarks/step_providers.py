@@ -328,12 +328,13 @@ class Bench:
             scaler=self.processes.scaler,
         )
         conditions = self.inputs.batch.conditions
+        of_pairs = self.denoisers.family.pair_conditions
         return Trainer(
             config=train,
             seed=0,
             processes=self.timed,
             noise=TimedNoise(**vars(noise), parts=self.parts),
-            empty_prompt={n: t[:1] for n, t in conditions.items() if n != "add_time_ids"},
+            empty_prompt={n: t[:1] for n, t in conditions.items() if n not in of_pairs},
             denoisers=self.denoisers,
             policy=self.policy,
             annotators=Annotators(train, self.timed, self.denoisers, state),

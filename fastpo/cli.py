@@ -133,7 +133,7 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Align the UNet with the prepared preferences."""
+    """Align the model with the prepared preferences."""
     from fastpo.config import load_config
     from fastpo.train import train
 

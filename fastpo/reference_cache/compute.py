@@ -214,7 +214,7 @@ def prepare_reference(
         micro_batches = (processes or process.world_size) * config.train.accumulation_steps
         steps = _steps(config, sampler, micro_batches)
         needed = needed_pairs(sampler, len(cache), steps * micro_batches)
-    make_folder(reference_root(config.prepare.cache_dir))  # the UNet's digest is noted there
+    make_folder(reference_root(config.prepare.cache_dir))  # the denoiser's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
     make_folder(target)
