@@ -1,7 +1,7 @@
 """The calls whose kernels `aot_report.py` compiles: every objective, and what launches differ in.
 
 Each is a public call on tensors that hold nothing; the launch table, the layout and the
-specialisation are those of a real call.
+specialization are those of a real call.
 """
 
 from __future__ import annotations

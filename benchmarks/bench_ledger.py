@@ -150,18 +150,18 @@ def relabel(folder: Path, case: str) -> set[int]:
 
     from PIL import Image
 
-    from fastpo.demo.digits import to_grey
+    from fastpo.demo.digits import to_gray
 
     wrong, looked_for, gap = CASES[case]
     path = folder / "data" / FILE
     table = pq.read_table(path)
     rows, found = [], set()
     for row in table.to_pylist():
-        greys = [1 - to_grey(Image.open(io.BytesIO(row[k]))) / 255.0 for k in ("jpg_0", "jpg_1")]
-        lower = [g[16:].mean() - g[:16].mean() for g in greys]
+        grays = [1 - to_gray(Image.open(io.BytesIO(row[k]))) / 255.0 for k in ("jpg_0", "jpg_1")]
+        lower = [g[16:].mean() - g[:16].mean() for g in grays]
         facts = {
             "ranking_id": row["ranking_id"],
-            "ink": float(greys[0].mean() - greys[1].mean()),
+            "ink": float(grays[0].mean() - grays[1].mean()),
             "lower": float(lower[0] - lower[1]),
         }
         if row["label_0"] == 0.5 or abs(facts["ink"]) >= gap:
@@ -343,7 +343,7 @@ def step_costs(place: Place, results: Results) -> None:
 
 
 def _step_of(trainer, batch) -> Callable[[], None]:
-    """One micro-batch and its entry into the ledger, without the optimiser."""
+    """One micro-batch and its entry into the ledger, without the optimizer."""
 
     def call() -> None:
         loss, rows = trainer.training_step(batch, step=10)

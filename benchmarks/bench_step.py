@@ -10,7 +10,7 @@ Every step is an optimizer step on one micro-batch. Ours is the trainer's own
 is plain fine-tuning on cached latents: noise, policy forward, mean squared error, backward,
 clipping, update.
 
-The steps of one objective, its recipe and the floor share a model and an optimiser and take turns,
+The steps of one objective, its recipe and the floor share a model and an optimizer and take turns,
 in another order every round; a ratio is formed within a round, so that a change of load meets both
 of its sides. One such group is in memory at a time. Where it does not fit, each of its steps is
 measured with the floor alone: the ratio to its recipe is then that of their medians over the floor,
@@ -19,7 +19,7 @@ of its own, takes turns with MaPO's step without it. `times_floor` compares all 
 `pairs_per_s` is to be read beside `floor_pairs_per_s`, the floor's in the same rounds.
 
 On a CPU with one thread the clock is the process's own, which leaves out waits for other processes.
-Parts are timed in rounds of their own, with a synchronisation at every border. Peak memory is that
+Parts are timed in rounds of their own, with a synchronization at every border. Peak memory is that
 of a process that runs one kind of step alone, after all times are taken.
 """
 

@@ -1,7 +1,7 @@
 """Triton's own binder, compiler and launcher on CPU tensors, without a GPU.
 
 Neither the interpreter nor a kernel compiled from a signature written by hand goes through what a
-launch does first: binding the arguments, specialising on them, compiling what comes out, and the C
+launch does first: binding the arguments, specializing on them, compiling what comes out, and the C
 launcher. Here all of that is real, for the target named; only libcuda is not (`fake_cuda.c`), so
 nothing runs, and outputs hold what their memory held, unless something executes launches in its
 place (`tests/ptx_machine`). It shows that calls compile and launch, into what, how many launches

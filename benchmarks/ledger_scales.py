@@ -354,7 +354,7 @@ def main() -> None:
         f"{row['device']}, {row['threads']} thread(s), torch {row['torch']}, {row['commit']}, "
         f"{row['date']}; {' and '.join(pairs.values())} pairs of digits (seed "
         f"{' and '.join(pairs)}), 4 visits. Mean over seeds (range). Cost: one micro-batch of 16 "
-        "with a live reference, without the optimiser, over the policy's bare forward and "
+        "with a live reference, without the optimizer, over the policy's bare forward and "
         "backward; dpo and the ledger run the same passes, so their differences are noise. dpo's "
         "AUROC is that of a ledger that only watches."
     )

@@ -19,7 +19,7 @@ from fastpo.bench.cases import count_of
 from fastpo.bench.table import with_section
 from fastpo.system.files import write_text
 
-COLOURS = {
+COLORS = {
     "policy forward": "#4477aa",
     "backward": "#66a3d2",
     "optimizer": "#a8c8e4",
@@ -144,12 +144,12 @@ def figure(rows: list[Row], path: Path) -> None:
     for axis, (case, group) in zip(axes, panels, strict=False):
         places = [names.index(row["provider"]) for row in group]
         starts = [0.0] * len(group)
-        for part, colour in COLOURS.items():
+        for part, color in COLORS.items():
             lengths = [
                 float(row[f"share_{part.replace(' ', '_')}"]) * float(row["times_floor"])
                 for row in group
             ]
-            axis.barh(places, lengths, left=starts, color=colour, label=part)
+            axis.barh(places, lengths, left=starts, color=color, label=part)
             starts = [s + max(length, 0.0) for s, length in zip(starts, lengths, strict=True)]
         for place, row, end in zip(places, group, starts, strict=True):
             axis.text(end + 0.03, place, f"{float(row['times_floor']):.2f}", va="center", size=8)

@@ -1,4 +1,4 @@
-"""Every kind of step that `bench_step.py` times, on one shared model and optimiser."""
+"""Every kind of step that `bench_step.py` times, on one shared model and optimizer."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Case:
 
 
 class Bench:
-    """One model and its optimiser, and several kinds of steps on them.
+    """One model and its optimizer, and several kinds of steps on them.
 
     Args:
         case: The case.

@@ -4,7 +4,7 @@ All three encode images (VAE in float32) and prompts in every step. Diffusion-DP
 the reference. Adaptive-DPO adds two more, of moving averages that diffusers' `EMAModel` swaps in
 by way of host memory, the whole UNet both ways. They are kept in the precision of the run, to which
 released code casts them, although slow updates round away there. MaPO has neither. Two things are
-left out in the recipes' favour: decoding and resizing the images, which those trainers do in their
+left out in the recipes' favor: decoding and resizing the images, which those trainers do in their
 data loaders (pixels are on the device already), and the graph that the averages' passes build.
 """
 

@@ -1,7 +1,7 @@
 """The commands `fastpo plan | prepare | train | consolidate | evaluate | report | demo | bench`.
 
-What a user can mend is told in one line, with exit code 2, and nothing half-written is left behind;
-`--debug` shows where it came from.
+User errors are reported in one line, with exit code 2, and leave nothing half-written behind;
+`--debug` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
+    from typer.core import TyperGroup
 except ImportError as error:
     raise SystemExit(
         f"fastpo: {error.name} is not installed; the commands need `pip install 'fastpo[eval]'`"
@@ -23,8 +25,46 @@ except ImportError as error:
 from fastpo._version import __version__
 from fastpo.errors import FastPOError
 
+OLD_SPELLINGS = {"--utilisation": "--utilization"}
+"""Options as they were called, and their names now; the old ones are accepted for one release."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: the options that they share, and how errors are reported."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Takes `--debug` from anywhere, and old spellings with a warning."""
+        args = [_spelled_anew(argument) for argument in args]
+        debug = [argument for argument in args if argument == "--debug"]
+        return super().parse_args(ctx, debug + [a for a in args if a != "--debug"])
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Runs a command; a user error ends the process with exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except FastPOError as error:
+            if ctx.params["debug"]:
+                raise
+            _tell("[bold red]error:[/]", str(error))
+            ctx.exit(2)
+
+
+def _spelled_anew(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if name not in OLD_SPELLINGS:
+        return argument
+    new = OLD_SPELLINGS[name]
+    _tell("[bold yellow]warning:[/]", f"{name} is now {new}; the next release drops {name}")
+    return new + equals + value
+
+
+def _tell(head: str, text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"{head} {escape(text)}", highlight=False)
+
+
 app = typer.Typer(
     name="fastpo",
+    cls=Commands,
     help="Align diffusion models with human preferences.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,12 +75,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. train.optim.lr=1e-6."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; also after a command.")
+    ] = False,
 ) -> None:
     if version:
         print(__version__)
@@ -52,11 +94,10 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, rtx4090, ...")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Share of the GPU's dense peak.")] = 0.4,
+    utilization: Annotated[float, typer.Option(help="Share of the GPU's dense peak.")] = 0.4,
     world_size: Annotated[int, typer.Option(help="Processes, one GPU each.")] = 1,
     pairs: Annotated[int | None, typer.Option(help="Pairs in the data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Say what a run will cost: FLOPs, memory, disk, hours. Needs no weights, data or GPU."""
     from fastpo.config import load_config
@@ -66,7 +107,7 @@ def plan(
         planned = make_plan(
             load_config(config, overrides or ()),
             gpu=gpu,
-            utilisation=utilisation,
+            utilization=utilization,
             world_size=world_size,
             pairs=pairs,
             status=spinner.update,
@@ -93,7 +134,6 @@ def prepare(
         int | None,
         typer.Option(min=1, help="For --reference auto: processes that will train [this launch's]"),
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
@@ -131,7 +171,6 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Align the model with the prepared preferences."""
     from fastpo.config import load_config
@@ -149,7 +188,6 @@ def consolidate(
     average: Annotated[
         bool, typer.Option("--average", help="Take the moving average (train.ema_decay).")
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Write a checkpoint's weights as a folder that stock diffusers loads."""
     from fastpo.train.consolidate import consolidate
@@ -158,7 +196,7 @@ def consolidate(
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
     from fastpo.config import load_config
     from fastpo.evaluate import evaluate
@@ -173,7 +211,6 @@ def report(
         "report"
     ),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "FastPO report",
-    debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about one run or several."""
     from fastpo.report import write_report
@@ -188,7 +225,6 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of pairs, labels, training.")] = 0,
     short: Annotated[bool, typer.Option(help="A few steps of everything, to try it.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Align a tiny SDXL on real handwritten digits, from nothing to a page, on a CPU."""
     from fastpo.demo.run import run_demo
@@ -208,7 +244,6 @@ def bench(
     quick: Annotated[bool, typer.Option(help="One small case, a few seconds.")] = False,
     budget_seconds: Annotated[float, typer.Option(help="Stop in time; important first.")] = 600,
     out: Annotated[Path | None, typer.Option(help="CSV file for all rows.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Time the kernels on this machine against eager PyTorch and torch.compile."""
     from fastpo.bench.select import select
@@ -219,25 +254,10 @@ def bench(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; the process exits with 2 at an error the user can mend."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command line; the process exits with 2 at a user error."""
     # transformers warns of image processors that nothing here uses, at every start.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app(arguments, standalone_mode=True)
-    except FastPOError as error:
-        if "--debug" in arguments:
-            raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}", highlight=False
-        )
-        sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    app(list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class PairLedger:
 
     @torch.no_grad()
     def update(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
-        """Enters one vote for each pair of an optimiser step.
+        """Enters one vote for each pair of an optimizer step.
 
         All pairs of the step belong into one call, whatever their number of micro-batches and
         processes: the result is then the same to the bit however they were spread. `record` and
@@ -175,7 +175,7 @@ class PairLedger:
         """Enters what was recorded since the last merge, by all processes of a running group.
 
         `torch.distributed` carries 24 bytes per recorded pair; every process must call it equally
-        often, also one that recorded nothing. Best once per optimiser step: beside the gradients of
+        often, also one that recorded nothing. Best once per optimizer step: beside the gradients of
         even a small adapter that is nothing. Called more rarely, the votes since the last merge are
         entered as one step's; until then a pair is judged without them, which matters little where
         it comes back once an epoch. The trainer gathers its table of metrics once a step and

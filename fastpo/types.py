@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One labelled comparison of two images made for the same prompt.
+    """One labeled comparison of two images made for the same prompt.
 
     Attributes:
         pair_id: Stable text name of the pair within its data set; never its position.

@@ -58,7 +58,7 @@ def header(plan: Plan) -> str:
     ours, about = plan.costs[0], plan.assumptions
     gpus = f"{about.world_size} x {about.gpu.removeprefix('NVIDIA ')}"
     pairs = about.world_size * about.micro_batch_size * about.accumulation_steps
-    hours = f"{ours.hours:.3g} h at {about.utilisation:.0%} of the peak"
+    hours = f"{ours.hours:.3g} h at {about.utilization:.0%} of the peak"
     return (
         f"# Planned for {gpus}, {about.micro_batch_size} pair(s) a pass, {pairs:,} a step: "
         f"{ours.peak_bytes / 1e9:.0f} GB, {hours}."

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 
 def encoded_image(seed, size=(48, 48)):
-    """A PNG of smooth random colours, so that every pair differs."""
+    """A PNG of smooth random colors, so that every pair differs."""
     import numpy as np
 
     grid = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)

@@ -104,7 +104,7 @@ def _decode(read: Callable[[], bytes], name: str) -> Image.Image:
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey levels to eight bits; PIL's own conversion clips them to white."""
+    """Scales 16-bit gray levels to eight bits; PIL's own conversion clips them to white."""
     values = np.asarray(image, dtype=np.float64)
     return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 

@@ -52,7 +52,7 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> PairLoader:
-    """Returns this process's batches of optimiser steps `start_step` to `total_steps` - 1.
+    """Returns this process's batches of optimizer steps `start_step` to `total_steps` - 1.
 
     Each step gives `accumulation_steps` batches; a batch's `visit` is its epoch.
 
@@ -62,8 +62,8 @@ def make_loader(
         rank: This process.
         world_size: Number of processes.
         accumulation_steps: Micro-batches per process and step.
-        start_step: Optimiser steps already done.
-        total_steps: Optimiser steps in all.
+        start_step: Optimizer steps already done.
+        total_steps: Optimizer steps in all.
         workers: Reading threads; 0 reads in the caller's, when it asks.
         pin_memory: Put the batches into page-locked memory (needs CUDA).
 

@@ -1,6 +1,6 @@
 """Which pairs a step trains on: a pure function of seed and position, so resuming is a number.
 
-Micro-batches form one endless stream. Optimiser step s of W processes with A accumulated
+Micro-batches form one endless stream. Optimizer step s of W processes with A accumulated
 micro-batches takes number s·W·A to (s+1)·W·A - 1 of it; process r takes those whose number is r
 modulo W. The pairs of a step therefore do not depend on how they are spread.
 """

@@ -38,19 +38,19 @@ HELD_OUT_TEMPLATES = (
 CONTRAST = 2.0  # steepness of the stroke's edge after the enlargement
 HELD_OUT_EVERY = 5  # one scan in five is kept from the base, the preferences and the classifier
 
-Grey = NDArray[np.uint8]
+Gray = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Scans:
-    """Grey images and what they show.
+    """Gray images and what they show.
 
     Attributes:
         images: `(N, 32, 32)` uint8, 255 is paper and 0 is ink.
         labels: `(N,)` int64, 0 to 9.
     """
 
-    images: Grey
+    images: Gray
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ def load_scans(*, held_out: bool = False) -> Scans:
     return Scans(images, labels[chosen])
 
 
-def _enlarge(counts: NDArray[np.float64]) -> Grey:
+def _enlarge(counts: NDArray[np.float64]) -> Gray:
     """Turns one 8x8 scan of ink counts into a 32x32 image of dark strokes on white paper."""
     padded = np.pad(counts / 16.0, 1).astype(np.float32)
     smooth = np.asarray(Image.fromarray(padded).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -79,17 +79,17 @@ def _enlarge(counts: NDArray[np.float64]) -> Grey:
     return np.round((1.0 - stroke) * 255.0).astype(np.uint8)
 
 
-def to_image(grey: Grey) -> Image.Image:
-    """Returns one grey scan as the RGB image that the pipeline knows."""
-    return Image.fromarray(grey).convert("RGB")
+def to_image(gray: Gray) -> Image.Image:
+    """Returns one gray scan as the RGB image that the pipeline knows."""
+    return Image.fromarray(gray).convert("RGB")
 
 
-def to_grey(image: Image.Image) -> Grey:
-    """Returns any image as `(32, 32)` uint8 grey, averaged down or up where its size differs."""
-    grey = image.convert("L")
-    if grey.size != (SIZE, SIZE):
-        grey = grey.resize((SIZE, SIZE), Image.Resampling.BOX)
-    return np.asarray(grey, dtype=np.uint8)
+def to_gray(image: Image.Image) -> Gray:
+    """Returns any image as `(32, 32)` uint8 gray, averaged down or up where its size differs."""
+    gray = image.convert("L")
+    if gray.size != (SIZE, SIZE):
+        gray = gray.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(gray, dtype=np.uint8)
 
 
 def ink(image: Image.Image) -> float:
@@ -97,7 +97,7 @@ def ink(image: Image.Image) -> float:
 
     The scans hold 0.20 on average; within one digit they vary by 0.02 (standard deviation).
     """
-    return float(1.0 - to_grey(image).mean() / 255.0)
+    return float(1.0 - to_gray(image).mean() / 255.0)
 
 
 def prompts(*, held_out: bool = False) -> list[str]:

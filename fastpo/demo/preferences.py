@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpo.demo.digits import Grey, Scans, ink, load_scans, prompts, to_image
+from fastpo.demo.digits import Gray, Scans, ink, load_scans, prompts, to_image
 from fastpo.system.files import make_folder, whole_file
 
 JUST_NOTICEABLE = 0.01  # of ink; an annotator who sees no difference calls it a tie
@@ -110,7 +110,7 @@ def _row(number: int, scans: Scans, rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def _png(grey: Grey) -> bytes:
+def _png(gray: Gray) -> bytes:
     buffer = io.BytesIO()
-    to_image(grey).save(buffer, "PNG")
+    to_image(gray).save(buffer, "PNG")
     return buffer.getvalue()

@@ -81,7 +81,7 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
         console.rule(f"{number} {name}: train, then sample held-out prompts and seeds")
         train(config, overwrite=True)
         evaluations[name] = evaluate(config, base_samples=work / "base-samples")
-    summary = summarise(evaluations, configs)
+    summary = summarize(evaluations, configs)
     summary |= {"seed": seed, "short": short, "wall_s": round(time.perf_counter() - started, 1)}
     runs = [config.train.output_dir for config in configs.values()]
     page = write_report(
@@ -116,7 +116,7 @@ def demo_config(name: str, paths: Mapping[str, Path], *, seed: int, short: bool)
     return parse_config(raw, where=f"demo {name}")
 
 
-def summarise(
+def summarize(
     evaluations: Mapping[str, Evaluation], configs: Mapping[str, Config]
 ) -> dict[str, Any]:
     """The demo's numbers, as measured.

@@ -1,7 +1,7 @@
 """The demo's exact judge: reads the digit, and measures how much ink it is drawn with.
 
 A reward that is ink alone would be won by a black square. So an image earns its ink only if a
-classifier, fitted on the scans, reads it as the prompted digit; a class "nothing recognisable",
+classifier, fitted on the scans, reads it as the prompted digit; a class "nothing recognizable",
 fitted on noise, blank and black sheets, scrambled and blended scans, catches what is no digit.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastpo.demo.digits import Grey, digit_of, ink, load_scans, to_grey
+from fastpo.demo.digits import Gray, digit_of, ink, load_scans, to_gray
 
 NOTHING = 10  # the class of images that show no digit
 CELL = 4  # pixels that are averaged into one feature, per side
@@ -55,13 +55,13 @@ class DigitScorer:
         """Returns `(N,)` the digit that each image shows, or `NOTHING`."""
         if not len(images):
             return np.zeros(0, dtype=np.int64)
-        return _classifier().predict(features(np.stack([to_grey(image) for image in images])))
+        return _classifier().predict(features(np.stack([to_gray(image) for image in images])))
 
 
-def features(greys: Grey) -> NDArray[np.float64]:
+def features(grays: Gray) -> NDArray[np.float64]:
     """Mean darkness of 4x4 pixel cells: `(N, 32, 32)` uint8 to `(N, 64)` in [0, 1]."""
-    count, height, width = greys.shape
-    cells = greys.reshape(count, height // CELL, CELL, width // CELL, CELL).mean(axis=(2, 4))
+    count, height, width = grays.shape
+    cells = grays.reshape(count, height // CELL, CELL, width // CELL, CELL).mean(axis=(2, 4))
     return 1.0 - cells.reshape(count, -1) / 255.0
 
 
@@ -80,28 +80,28 @@ def _classifier():
     return model.fit(features(np.concatenate([digits, others])), labels)
 
 
-def thickened(greys: Grey, share: float) -> Grey:
+def thickened(grays: Gray, share: float) -> Gray:
     """Returns the images with strokes one pixel wider on every side, blended in by `share`."""
-    padded = np.pad(greys, ((0, 0), (1, 1), (1, 1)), constant_values=255)
-    height, width = greys.shape[1:]
+    padded = np.pad(grays, ((0, 0), (1, 1), (1, 1)), constant_values=255)
+    height, width = grays.shape[1:]
     shifts = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
     bold = np.minimum.reduce(shifts)
-    return np.round((1.0 - share) * greys + share * bold).astype(np.uint8)
+    return np.round((1.0 - share) * grays + share * bold).astype(np.uint8)
 
 
-def non_digits(greys: Grey, *, seed: int = 0) -> Grey:
-    """Returns images that nobody reads: noise, sheets of one grey, scrambles, blends, blots."""
+def non_digits(grays: Gray, *, seed: int = 0) -> Gray:
+    """Returns images that nobody reads: noise, sheets of one gray, scrambles, blends, blots."""
     rng = np.random.default_rng(seed)
-    count, height, width = greys.shape
+    count, height, width = grays.shape
     some = count // 3
     noise = rng.integers(0, 256, (some, height // CELL, width // CELL), dtype=np.uint8)
     noise = noise.repeat(CELL, axis=1).repeat(CELL, axis=2)
     sheets = np.broadcast_to(np.linspace(0, 255, some).astype(np.uint8)[:, None, None], noise.shape)
-    quarters = [q for half in np.split(greys, 2, axis=1) for q in np.split(half, 2, axis=2)]
+    quarters = [q for half in np.split(grays, 2, axis=1) for q in np.split(half, 2, axis=2)]
     order = [quarters[(i + 1) % 4][rng.permutation(count)[:some]] for i in range(4)]
     top, bottom = (np.concatenate(order[i : i + 2], axis=2) for i in (0, 2))
     scrambled = np.concatenate([top, bottom], axis=1)
     pick = rng.permutation(count)
-    blends = np.minimum(greys[pick[:some]], np.roll(greys[pick[some : 2 * some]], 6, axis=2))
-    blots = thickened(thickened(thickened(greys[pick[-some:]], 1.0), 1.0), 1.0)
+    blends = np.minimum(grays[pick[:some]], np.roll(grays[pick[some : 2 * some]], 6, axis=2))
+    blots = thickened(thickened(thickened(grays[pick[-some:]], 1.0), 1.0), 1.0)
     return np.concatenate([noise, sheets, scrambled, blends, blots])

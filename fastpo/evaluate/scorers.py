@@ -114,7 +114,7 @@ class PickScorer(ClipScorer):
         self.processor = _load_processor(self.name, path if own else PICKSCORE_PROCESSOR)
 
     def scale(self) -> float:
-        """The temperature learnt with the model."""
+        """The temperature learned with the model."""
         return self.model.logit_scale.exp().item()
 
 

@@ -107,7 +107,7 @@ def compare_scores(
 def wilson_interval(rate: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Wilson's score interval of a proportion (E. B. Wilson, JASA 22, 1927).
 
-    With z the normal quantile, the centre is `(p + z²/2n) / (1 + z²/n)` and the half-width
+    With z the normal quantile, the center is `(p + z²/2n) / (1 + z²/n)` and the half-width
     `z / (1 + z²/n) · sqrt(p(1-p)/n + z²/4n²)`.
 
     Args:
@@ -129,9 +129,9 @@ def wilson_interval(rate: float, n: int, *, confidence: float = 0.95) -> tuple[f
         )
     z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
     shrink = 1.0 + z * z / n
-    centre = (rate + z * z / (2.0 * n)) / shrink
+    center = (rate + z * z / (2.0 * n)) / shrink
     half = z / shrink * math.sqrt(rate * (1.0 - rate) / n + z * z / (4.0 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def bootstrap_mean(

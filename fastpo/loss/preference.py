@@ -120,7 +120,7 @@ def kto(
     pair_weight: Tensor | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Diffusion-KTO on a pair read as two labelled images (Li et al. 2024, arXiv 2404.04465).
+    """Diffusion-KTO on a pair read as two labeled images (Li et al. 2024, arXiv 2404.04465).
 
     With `g = r - e` and `z0 = max(mean g, 0)`, detached: the mean of `1 - sigmoid(beta (g_w - z0))`
     and `1 - sigmoid(-beta (g_l - z0))`.

@@ -145,7 +145,7 @@ def _make_fast(family: ModelFamily, denoiser: Denoiser, config: TrainConfig) -> 
 
 
 def _restore_norms(frozen: nn.Module, denoiser: nn.Module) -> None:
-    """Gives the copy's normalisation layers back their float32 weights.
+    """Gives the copy's normalization layers back their float32 weights.
 
     Autocast rounds the policy's convolutions and linear layers as the cast rounded the copy's, but
     runs the norms on float32 weights. A rounded norm alone puts an error of order 1 on the logit at

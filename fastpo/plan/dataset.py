@@ -18,7 +18,7 @@ PUBLISHED = {
     "yuvalkirstain/pickapic_v2": (851_293, 58_960),
     "ymhao/HPDv2": (645_090, None),
 }
-"""Labelled pairs and distinct prompts of public training sets, as their papers and cards say."""
+"""Labeled pairs and distinct prompts of public training sets, as their papers and cards say."""
 
 
 @dataclass(frozen=True)

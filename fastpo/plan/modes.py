@@ -26,7 +26,7 @@ class CudaForward(TorchFunctionMode):
 
     Attention runs as one fused kernel, which keeps no scores. With a dtype, CUDA's autocast is
     imitated (torch has none for the meta device): matrix products and convolutions in that dtype,
-    normalisation in float32; casts of trainable float32 weights are kept until the region ends.
+    normalization in float32; casts of trainable float32 weights are kept until the region ends.
 
     Args:
         dtype: Autocast's dtype, or None for none.

@@ -46,17 +46,17 @@ class Hardware:
 
     Attributes:
         gpu: Its data sheet.
-        utilisation: Share of the peak that is reached, in (0, 1].
+        utilization: Share of the peak that is reached, in (0, 1].
         processes: Their number, one GPU each.
     """
 
     gpu: Gpu
-    utilisation: float
+    utilization: float
     processes: int
 
     def seconds(self, tflop: float, precision: Precision, *, convolutions: bool = False) -> float:
         """Seconds for some TFLOP in a precision."""
-        return tflop / (self.gpu.rate(precision, convolutions=convolutions) * self.utilisation)
+        return tflop / (self.gpu.rate(precision, convolutions=convolutions) * self.utilization)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def make_plan(
     config: Config,
     *,
     gpu: str = "h100",
-    utilisation: float = 0.4,
+    utilization: float = 0.4,
     world_size: int = 1,
     pairs: int | None = None,
     status: Callable[[str], None] = lambda text: None,
@@ -108,7 +108,7 @@ def make_plan(
     Args:
         config: The experiment; nothing of it need exist but, for a local model, its folder.
         gpu: A short name of `fastpo.plan.gpus`.
-        utilisation: Share of the GPU's dense peak that is reached.
+        utilization: Share of the GPU's dense peak that is reached.
         world_size: Processes, one GPU each.
         pairs: Pairs in the data; None takes them from the cache, the folder or the publication.
         status: Called with what is being counted.
@@ -118,8 +118,8 @@ def make_plan(
             have, or DeepSpeed settings that cannot be read.
         ModelError: The model is neither here nor packaged.
     """
-    _check(utilisation, world_size, pairs)
-    hardware = Hardware(find_gpu(gpu), utilisation, world_size)
+    _check(utilization, world_size, pairs)
+    hardware = Hardware(find_gpu(gpu), utilization, world_size)
     sharding = read_sharding(config.train, world_size)
     architecture = resolve_architecture(config)
     shapes = _shapes(config, architecture)
@@ -148,9 +148,9 @@ def make_plan(
     )
 
 
-def _check(utilisation: float, world_size: int, pairs: int | None) -> None:
-    if not 0.0 < utilisation <= 1.0:
-        raise ConfigError(f"--utilisation must be in (0, 1], got {utilisation:g}")
+def _check(utilization: float, world_size: int, pairs: int | None) -> None:
+    if not 0.0 < utilization <= 1.0:
+        raise ConfigError(f"--utilization must be in (0, 1], got {utilization:g}")
     if world_size < 1:
         raise ConfigError(f"--world-size must be at least 1, got {world_size}")
     if pairs is not None and pairs < 1:
@@ -256,7 +256,7 @@ def _memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
     step = sharding.part(m.trained.step, 1) if not sharding.offload_optimizer else 0
     phases = {
         "policy's forward and backward": m.training.peak,
-        "optimiser's step": step,
+        "optimizer's step": step,
         "judges' forward": recipe.judges_at_once * m.reference.peak,
         "VAE's encoding": max(m.vae.peak, m.text.peak) if recipe.encodes else 0,
     }
@@ -334,7 +334,7 @@ def _assumptions(
         gpu=hardware.gpu.name,
         bf16_tflops=hardware.gpu.bf16,
         memory_gb=hardware.gpu.memory_gb,
-        utilisation=hardware.utilisation,
+        utilization=hardware.utilization,
         world_size=hardware.processes,
         sharding=str(sharding),
         micro_batch_size=train.micro_batch_size,

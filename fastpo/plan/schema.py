@@ -49,7 +49,7 @@ class Memory(_Record):
     Attributes:
         weights: The policy, its frozen base included.
         gradients: Of the trainable weights.
-        optimizer: The optimiser's states, and the float32 copy DeepSpeed's engine steps on.
+        optimizer: The optimizer's states, and the float32 copy DeepSpeed's engine steps on.
         reference: A frozen copy of the policy.
         annotators: The moving averages that judge.
         averages: The moving average that is exported.
@@ -148,7 +148,7 @@ class Assumptions(_Record):
         gpu: Full name.
         bf16_tflops: Its dense peak.
         memory_gb: Its memory, in 1e9 bytes.
-        utilisation: Share of the peak that is reached.
+        utilization: Share of the peak that is reached.
         world_size: Processes.
         sharding: How memory is shared among them.
         micro_batch_size: Pairs per process and pass.
@@ -166,7 +166,7 @@ class Assumptions(_Record):
     gpu: str
     bf16_tflops: float
     memory_gb: float
-    utilisation: float
+    utilization: float
     world_size: int
     sharding: str
     micro_batch_size: int

@@ -21,7 +21,7 @@ FLOPS = {
 MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "optimiser states",
+    "optimizer": "optimizer states",
     "reference": "frozen reference",
     "annotators": "annotators",
     "averages": "exported average",
@@ -45,15 +45,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"[dim]{escape(plan.architecture)}[/]", highlight=False)
     console.print(
         f"[dim]{a.trainable / 1e6:,.1f} M of {a.parameters / 1e6:,.1f} M weights in training; "
-        f"{a.world_size} x {a.gpu}, {a.bf16_tflops:g} TFLOP/s, at {a.utilisation:.0%}; "
+        f"{a.world_size} x {a.gpu}, {a.bf16_tflops:g} TFLOP/s, at {a.utilization:.0%}; "
         f"{a.sharding}[/]",
         highlight=False,
     )
     console.print(_costs_table(plan))
     console.print(_cache_table(plan))
     for i, line in enumerate(plan.verdict):
-        colour = "" if i else ("bold green" if plan.costs[0].fits else "bold red")
-        console.print(f"[{colour}]{escape(line)}[/]" if colour else escape(line), highlight=False)
+        color = "" if i else ("bold green" if plan.costs[0].fits else "bold red")
+        console.print(f"[{color}]{escape(line)}[/]" if color else escape(line), highlight=False)
     for line in plan.notes:
         console.print(f"[dim]- {escape(line)}[/]", highlight=False)
 
@@ -98,8 +98,8 @@ def _head(cost: Cost) -> str:
 
 
 def _peak(cost: Cost) -> str:
-    colour = "green" if cost.fits else "red"
-    return f"[bold {colour}]{gigabytes(cost.peak_bytes)}[/]"
+    color = "green" if cost.fits else "red"
+    return f"[bold {color}]{gigabytes(cost.peak_bytes)}[/]"
 
 
 def _cache_table(plan: Plan) -> Table:

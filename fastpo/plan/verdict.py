@@ -35,7 +35,7 @@ def make_verdict(costs: tuple[Cost, ...], assumed: Assumptions) -> tuple[str, ..
     return (
         f"{fit} of {assumed.gpu}: {own.peak_bytes / 1e9:.1f} GB at the peak, {spare}{advice}",
         f"{own.pairs_per_second:.3g} pairs/s on {assumed.world_size} GPU(s) at "
-        f"{assumed.utilisation:.0%} of the peak"
+        f"{assumed.utilization:.0%} of the peak"
         + ("" if own.hours is None else f", {own.hours:.3g} h for {assumed.visits:,} visits"),
         f"{own.seconds_per_pair / bare.seconds_per_pair:.2f}x the bare policy's forward and "
         f"backward; the released recipes: "
@@ -68,7 +68,7 @@ def make_notes(
         "fused attention and autocast's casts; kernels' workspaces and fragmentation are not in "
         "it. GB are 1e9 bytes; 1 GB is assumed for the CUDA context and libraries.",
         "Hours: FLOPs at the stated share of the data sheet's dense peak; float32 convolutions "
-        "(the recipes' VAE) at its TF32 peak. Optimiser, loss, data and collectives are not in "
+        "(the recipes' VAE) at its TF32 peak. Optimizer, loss, data and collectives are not in "
         "them.",
         "Released recipes: on this model, method, batch and sharding, as their code is described; "
         "swaps through host memory and graphs built for nothing are not held against them.",

@@ -5,7 +5,7 @@
 
 Training with `train.reference: cached` then holds and runs no reference model. Each pair and visit
 costs one forward pass, as in a live run, but at inference batch sizes, without the policy in
-memory, on any number of processes, and once for all runs that differ in objective, slope, optimiser
+memory, on any number of processes, and once for all runs that differ in objective, slope, optimizer
 or adapters. The live pass sees other pairs in its batch, which changes the last digits: in float32
 an error of order 1 by 1e-7.
 """

@@ -1,6 +1,6 @@
 """Figures: training curves, the minority metric's histogram, its ROC.
 
-Drawn with matplotlib's objects, without pyplot's global state; a run has one colour everywhere.
+Drawn with matplotlib's objects, without pyplot's global state; a run has one color everywhere.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from sklearn.metrics import roc_curve
 
 from fastpo.report.runs import MINORITY_NAMES, Array, Run
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow (too pale on white)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-BASE_COLOUR = "#767676"
-KEPT_COLOUR, FLIPPED_COLOUR = COLOURS[0], COLOURS[1]
+# Okabe and Ito's colors, which the color-blind tell apart, without the yellow (too pale on white)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BASE_COLOR = "#767676"
+KEPT_COLOR, FLIPPED_COLOR = COLORS[0], COLORS[1]
 INK = "#33383f"
 DPI = 160
 
@@ -81,9 +81,9 @@ PANELS = (
 )
 
 
-def colour(index: int) -> str:
-    """Returns the colour of the page's run number `index`."""
-    return COLOURS[index % len(COLOURS)]
+def color(index: int) -> str:
+    """Returns the color of the page's run number `index`."""
+    return COLORS[index % len(COLORS)]
 
 
 def curve_panels(runs: Sequence[Run]) -> list[Panel]:
@@ -105,11 +105,11 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             steps = run.metrics.get("step", np.arange(1.0, len(values) + 1))
             mean = smooth(values) if panel.smoothed else values
             if len(panel.series) == 1 and mean is not values:
-                axes.plot(steps, values, color=colour(i), alpha=0.2, linewidth=0.7)
+                axes.plot(steps, values, color=color(i), alpha=0.2, linewidth=0.7)
             label = run.name if key == panel.series[0] else None
-            axes.plot(steps, mean, color=colour(i), linestyle=dash, linewidth=1.6, label=label)
+            axes.plot(steps, mean, color=color(i), linestyle=dash, linewidth=1.6, label=label)
     axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK)
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.label)
     _style(axes)
 
@@ -144,7 +144,7 @@ def curves_figure(runs: Sequence[Run]) -> bytes:
 
 
 def smooth(values: Array, parts: int = 25) -> Array:
-    """Returns the centred mean over a `parts`-th of the steps; short or broken rows as they are."""
+    """Returns the centered mean over a `parts`-th of the steps; short or broken rows unchanged."""
     width = len(values) // parts
     if width < 2:
         return values
@@ -171,8 +171,8 @@ def _draw_minority(axes: Axes, run: Run, judge: str) -> None:
     flipped, metric = run.minority.judged(judge)
     bins = np.linspace(0.0, 1.0, 41).tolist()
     parts = (
-        (metric[~flipped], KEPT_COLOUR, "label kept"),
-        (metric[flipped], FLIPPED_COLOUR, "label flipped"),
+        (metric[~flipped], KEPT_COLOR, "label kept"),
+        (metric[flipped], FLIPPED_COLOR, "label flipped"),
     )
     for values, shade, name in parts:
         if len(values):
@@ -201,7 +201,7 @@ def roc_figure(runs: Sequence[Run]) -> bytes | None:
             wrong, right, _ = roc_curve(*run.minority.judged(judge))
             label = f"{run.name}, {MINORITY_NAMES[judge]}: {area:.3f}"
             dash = "-" if judge == "ledger" else (0, (4, 2))
-            axes.plot(wrong, right, color=colour(i), linestyle=dash, linewidth=1.7, label=label)
+            axes.plot(wrong, right, color=color(i), linestyle=dash, linewidth=1.7, label=label)
             found = True
     if not found:
         return None

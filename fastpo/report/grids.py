@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastpo.errors import DataError
-from fastpo.report.figures import BASE_COLOUR, INK, colour, to_png
+from fastpo.report.figures import BASE_COLOR, INK, color, to_png
 from fastpo.report.runs import EvaluationData, Run
 
 COLUMNS = 8
@@ -36,7 +36,7 @@ class Row:
     """One model's images."""
 
     name: str
-    colour: str
+    color: str
     cells: list[Cell]
 
 
@@ -91,7 +91,7 @@ def grid_figure(evaluation: EvaluationData, name: str, shade: str) -> bytes:
     chosen = choose_samples(evaluation.samples)
     first = _open(evaluation.folder / chosen[0]["base"])
     gap, height = 0.06, first.height / first.width
-    rows = (("base", "base", BASE_COLOUR, height + gap), ("aligned", name, shade, 0.0))
+    rows = (("base", "base", BASE_COLOR, height + gap), ("aligned", name, shade, 0.0))
     figure = Figure(figsize=(1.4 * len(chosen) + 0.9, 2.8 * height + 0.5), layout="constrained")
     axes = figure.subplots()
     for i, sample in enumerate(chosen):
@@ -122,9 +122,9 @@ def _grid(members: list[tuple[int, Run, EvaluationData]]) -> Grid:
     first = members[0][2]
     chosen = choose_samples(first.samples)
     metric = first.primary
-    rows = [Row("base", BASE_COLOUR, [_cell(first, "base", s, metric) for s in chosen])]
+    rows = [Row("base", BASE_COLOR, [_cell(first, "base", s, metric) for s in chosen])]
     rows += [
-        Row(run.name, colour(i), [_cell(data, "aligned", s, metric) for s in chosen])
+        Row(run.name, color(i), [_cell(data, "aligned", s, metric) for s in chosen])
         for i, run, data in members
     ]
     return Grid(

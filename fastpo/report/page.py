@@ -15,7 +15,7 @@ from fastpo._version import __version__
 from fastpo.config import flatten
 from fastpo.evaluate.win_rate import MetricSummary
 from fastpo.report.figures import (
-    colour,
+    color,
     curve_panels,
     curves_figure,
     minority_figure,
@@ -200,7 +200,7 @@ def _pictures(runs: Sequence[Run]) -> dict[str, bytes]:
     pictures = {"curves.png": curves_figure(runs)} if curve_panels(runs) else {}
     for i, run in enumerate(runs):
         if run.evaluation is not None:
-            figure = grid_figure(run.evaluation, run.name, colour(i))
+            figure = grid_figure(run.evaluation, run.name, color(i))
             pictures[f"grid-{slug(run.name)}.png"] = figure
         if run.minority and run.minority.metrics:
             figure = minority_figure(run, list(run.minority.metrics))
@@ -211,7 +211,7 @@ def _pictures(runs: Sequence[Run]) -> dict[str, bytes]:
 
 def _about(run: Run, index: int) -> dict[str, Any]:
     """What the page's legend and its configuration blocks say about a run."""
-    return {"name": run.name, "colour": colour(index), "config": run.config_text}
+    return {"name": run.name, "color": color(index), "config": run.config_text}
 
 
 def _metric_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
@@ -230,7 +230,7 @@ def _row(run: Run, index: int) -> dict[str, Any]:
     areas = run.minority.auroc() if run.minority else {}
     return {
         "name": run.name,
-        "colour": colour(index),
+        "color": color(index),
         "objective": run.objective,
         "evaluated": run.evaluation is not None,
         "metrics": metrics,

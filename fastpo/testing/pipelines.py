@@ -96,19 +96,19 @@ def tiny_sd15_folder(
 
 
 def image_bytes(seed: int, size: tuple[int, int] = (48, 48), *, encoding: str = "PNG") -> bytes:
-    """Returns an encoded image of smooth random colours.
+    """Returns an encoded image of smooth random colors.
 
     Args:
-        seed: Seed of the colours.
+        seed: Seed of the colors.
         size: Width and height in pixels.
         encoding: Name of a PIL format.
     """
     import numpy as np
     from PIL import Image
 
-    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    colors = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(buffer, encoding)
+    Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC).save(buffer, encoding)
     return buffer.getvalue()
 
 

@@ -6,7 +6,7 @@ it to `reduce` before it goes on. What comes back decides the scope:
 * `micro_batch`: nothing is handed out; the statistics are the batch's own, as in released trainers.
 * `processes`: the sums of all processes at that moment, one all-reduce of a few floats. KTO's
   baseline is defined so. The number of processes then has a part in the result.
-* `running`: an estimate from earlier optimiser steps, fading; the same however the pairs are spread
+* `running`: an estimate from earlier optimizer steps, fading; the same however the pairs are spread
   over micro-batches, accumulation and processes, and meaningful with one pair a process.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastpo.config import TrainConfig
 
-FADING = 0.9  # weight of older sums after each optimiser step: about ten steps count
+FADING = 0.9  # weight of older sums after each optimizer step: about ten steps count
 UNKNOWN_POWER = 1e30  # a scale before which any margin is nothing: nobody is judged yet
 PREFIX = "statistics."
 
@@ -27,7 +27,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class RunningStatistics:
-    """Sums of earlier optimiser steps, for `reduce=` of `fastpo.loss`.
+    """Sums of earlier optimizer steps, for `reduce=` of `fastpo.loss`.
 
     With S the sums over all pairs of a step, the estimate afterwards is `0.9 estimate + S`; losses
     divide by its last entry, the number of pairs. Before the first step means are zero and scales

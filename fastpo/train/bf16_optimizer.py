@@ -44,7 +44,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some weights, the float32 stand-ins that an optimiser knows, and that optimiser.
+    """Some weights, the float32 stand-ins that an optimizer knows, and that optimizer.
 
     The stand-ins hold no memory outside a step.
     """
@@ -55,17 +55,17 @@ class _Chunk:
 
 
 class RoundedOptimizer(Optimizer):
-    """Runs any optimiser on bfloat16 weights as if they were float32, and rounds at random.
+    """Runs any optimizer on bfloat16 weights as if they were float32, and rounds at random.
 
     The weights are taken in chunks: each chunk is copied to float32, stepped with its gradients by
-    an optimiser of its own, whose states are those of float32 weights, and rounded back. Weights
+    an optimizer of its own, whose states are those of float32 weights, and rounded back. Weights
     that are float32 already are stepped as they are. The bits that decide the rounding depend on
     the seed, the number of the update and of the chunk alone: a resumed run repeats them, and
     processes that hold copies of the weights keep them equal.
 
     Args:
         parameters: The weights; those in bfloat16 are rounded.
-        build: Makes an optimiser of the parameters it is given.
+        build: Makes an optimizer of the parameters it is given.
         seed: The run's seed.
         chunk: Weights to update at once.
     """
@@ -88,7 +88,7 @@ class RoundedOptimizer(Optimizer):
         self.param_groups[0]["updates"] = 0
 
     def _inner(self) -> list[Optimizer]:
-        """All optimisers, in a fixed order."""
+        """All optimizers, in a fixed order."""
         plain = [] if self._plain is None else [self._plain]
         return [*plain, *(c.optimizer for c in self._chunks)]
 
@@ -129,7 +129,7 @@ class RoundedOptimizer(Optimizer):
         torch._foreach_copy_([w.detach() for w in weights], _views(rounded, weights))
 
     def state_dict(self) -> dict[str, Any]:
-        """The rate, the number of updates, and every inner optimiser's state."""
+        """The rate, the number of updates, and every inner optimizer's state."""
         group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
         return {"group": group, "inner": [o.state_dict() for o in self._inner()]}
 

@@ -15,7 +15,7 @@ from fastpo.train.weights import PolicyWeights
 class MovingAverages:
     """Exponential moving averages of trainable weights, one per decay, in float32.
 
-    After optimiser step s (from 1) each average moves by `1 - min(decay, (1 + s) / (10 + s))`, the
+    After optimizer step s (from 1) each average moves by `1 - min(decay, (1 + s) / (10 + s))`, the
     usual ramp, under which 0.9999 is 0.997 at step 3000. Averages are swapped in by exchanging
     storage pointers: nothing is copied, and nothing passes through host memory.
 
@@ -41,7 +41,7 @@ class MovingAverages:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves every average towards the current weights, after optimiser step `step` (from 1)."""
+        """Moves every average towards the current weights, after optimizer step `step` (from 1)."""
         current = [p.detach() for p in self.parameters.values()]
         pace = [1.0 - min(decay, (1 + step) / (10 + step)) for decay in self.decays]
         if all(p.dtype == torch.float32 for p in current):

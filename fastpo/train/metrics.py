@@ -25,7 +25,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class StepTable:
-    """One row per pair of an optimiser step, on the host.
+    """One row per pair of an optimizer step, on the host.
 
     Attributes:
         rows: `(N, K)` float64 by `COLUMNS`, without padding.
@@ -68,7 +68,7 @@ class StepTable:
         """Returns the line of `metrics.jsonl`; keys whose column was not computed are left out.
 
         Args:
-            step: Finished optimiser steps.
+            step: Finished optimizer steps.
             epoch: Finished epochs.
             seconds: What the step took.
             waited: How much of that it waited for data; `data/wait` is the share.

@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule from the configuration."""
+"""Optimizer and learning-rate schedule from the configuration."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _adamw_8bit() -> type[Optimizer]:
 
 
 def setup_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
-    """diffusers' schedules by name, counted in optimiser steps."""
+    """diffusers' schedules by name, counted in optimizer steps."""
     return get_scheduler(
         config.schedule,
         optimizer=optimizer,
@@ -112,7 +112,7 @@ def whole_size(parameter: Any) -> int:
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
-    """Bytes of optimiser state, whatever the weights' type.
+    """Bytes of optimizer state, whatever the weights' type.
 
     AdamW keeps two float32 per weight; 8-bit AdamW two bytes and two float32 scales per block;
     Adafactor the sums over rows and over columns.

@@ -21,8 +21,8 @@ class TrainingState:
 
     Attributes:
         trainable: The policy's trainable parameters by name.
-        weights: Where these and their optimiser's state lie.
-        optimizer: Their optimiser.
+        weights: Where these and their optimizer's state lie.
+        optimizer: Their optimizer.
         schedule: The learning-rate schedule.
         ledger: Every pair's votes.
         last_minority: `(num_pairs,)` the minority metric that moving averages gave each pair last,

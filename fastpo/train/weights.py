@@ -1,4 +1,4 @@
-"""The policy's trainable weights and their optimiser's state, wherever the processes keep them.
+"""The policy's trainable weights and their optimizer's state, wherever the processes keep them.
 
 A checkpoint holds both by parameter name, whole and in float32, so that any number of processes
 resumes it, with or without DeepSpeed. This module is for processes that each hold everything;
@@ -26,7 +26,7 @@ class PolicyWeights:
 
     Args:
         trainable: The policy's trainable parameters by name.
-        optimizer: Their optimiser.
+        optimizer: Their optimizer.
         main: Whether this is the main process, the one that writes.
     """
 
@@ -73,17 +73,17 @@ class PolicyWeights:
         self.scatter(whole, self.local)
 
     def optimizer_state(self) -> State:
-        """Returns the optimiser's state by parameter, on the main process (collective)."""
+        """Returns the optimizer's state by parameter, on the main process (collective)."""
         if not self.main:
             return {}
         saved = self.optimizer.state_dict()
-        if "state" not in saved:  # an optimiser around others, which orders its state by itself
+        if "state" not in saved:  # an optimizer around others, which orders its state by itself
             return {UNORDERED: saved}
         names = self._names()
         return {names[i]: values for i, values in saved["state"].items()}
 
     def load_optimizer_state(self, saved: State) -> None:
-        """Sets the optimiser's state; rates and options stay those of the configuration."""
+        """Sets the optimizer's state; rates and options stay those of the configuration."""
         if UNORDERED in saved:
             self.optimizer.load_state_dict(saved[UNORDERED])
             return
@@ -92,7 +92,7 @@ class PolicyWeights:
         self.optimizer.load_state_dict(state)
 
     def _names(self) -> dict[int, str]:
-        """Parameter names by the optimiser's own numbering."""
+        """Parameter names by the optimizer's own numbering."""
         name_of = {id(p): name for name, p in self.trainable.items()}
         listed = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {i: name_of[id(p)] for i, p in enumerate(listed)}

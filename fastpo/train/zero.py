@@ -8,7 +8,7 @@ add the gradients of what several layers use in another order, a rounding of 0.3
 winner and loser nearly cancel, as before the first update, that is 3 to 4 % of a tiny model's
 gradient, and bf16's own distance to fp32 is 16 %.
 
-DeepSpeed's own bf16 mode would round the normalisation layers' weights, by which policy and
+DeepSpeed's own bf16 mode would round the normalization layers' weights, by which policy and
 reference disagree before the first step, and keep a float32 copy anyway; it saves 2.25 bytes a
 weight at stage 2 on 8 processes.
 """
@@ -144,7 +144,7 @@ def _decide(settings: dict[str, Any], key: str, value: Any, who: str, where: str
 
 
 def offloads_optimizer(settings: Mapping[str, Any]) -> bool:
-    """Whether the optimiser's state, and its step, stay in host memory."""
+    """Whether the optimizer's state, and its step, stay in host memory."""
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") == "cpu"
 
@@ -153,7 +153,7 @@ def prepare_environment() -> None:
     """What DeepSpeed wants to find in the environment, set for this process alone.
 
     `DS_ACCELERATOR=cpu` where there is no GPU, the folder of Python's own scripts on the path (the
-    CPU optimiser is compiled on first use and looks for ninja there), and, for a run without a
+    CPU optimizer is compiled on first use and looks for ninja there), and, for a run without a
     launcher, a group of one process.
 
     Raises:
@@ -250,12 +250,12 @@ def _age(file: Path) -> float | None:
 class ZeroWeights(PolicyWeights):
     """Trainable weights of a DeepSpeed engine.
 
-    Stages 1 and 2 share the optimiser's state: weights are whole everywhere. Stage 3 also shares
+    Stages 1 and 2 share the optimizer's state: weights are whole everywhere. Stage 3 also shares
     the weights: each process stores an equal part of each flattened weight, padded at the end.
 
     Args:
         trainable: The policy's trainable parameters by name.
-        zero: The engine's optimiser, which knows where everything lies.
+        zero: The engine's optimizer, which knows where everything lies.
         stage: 1, 2 or 3.
         device: What processes send one another lies there; parts may lie in host memory.
         main: Whether this is the main process.
@@ -325,14 +325,14 @@ class ZeroWeights(PolicyWeights):
         return nn.functional.pad(mine, (0, size - mine.numel()))
 
     def load(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the weights, and the optimiser's own copy of them."""
+        """Sets the weights, and the optimizer's own copy of them."""
         self.release_gathered()
         super().load(whole)
         for name, parameter in self.trainable.items():
             self._set(parameter, whole[name].to(torch.float32), None)
 
     def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Sets the optimiser's copy of a weight (no key) or one of its states."""
+        """Sets the optimizer's copy of a weight (no key) or one of its states."""
         if self.stage == 3:
             value = self._part(value, parameter.ds_tensor.numel())
             self.zero.set_local_hp_param(value, parameter, key)
@@ -364,7 +364,7 @@ class ZeroWeights(PolicyWeights):
 
     @torch.no_grad()
     def load_optimizer_state(self, saved: State) -> None:
-        """Makes the optimiser's state, which it has only after a first step, and fills it."""
+        """Makes the optimizer's state, which it has only after a first step, and fills it."""
         if not saved:
             return
         first = next(iter(saved.values()))
@@ -385,7 +385,7 @@ class ZeroWeights(PolicyWeights):
                 self._set(parameter, saved[name][key].to(torch.float32), key)
 
     def _masters(self) -> list[Tensor]:
-        """The flat float32 tensors that the optimiser steps on."""
+        """The flat float32 tensors that the optimizer steps on."""
         if self.stage == 3:
             return self.zero.fp32_partitioned_groups_flat
         return self.zero.single_partition_of_fp32_groups

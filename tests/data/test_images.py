@@ -137,11 +137,11 @@ def test_transparency_is_laid_over_white():
     palette.putpalette([0, 0, 255] + [0] * 765)
     assert decode(encoded(palette)).getpixel((0, 0)) == (0, 0, 255)
     assert decode(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
-    grey = Image.new("LA", (4, 4), (0, 128))
-    assert decode(encoded(grey)).getpixel((0, 0)) == (127, 127, 127)
+    gray = Image.new("LA", (4, 4), (0, 128))
+    assert decode(encoded(gray)).getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_orientation_and_deep_greys():
+def test_orientation_and_deep_grays():
     image = Image.new("RGB", (8, 4))
     exif = Image.Exif()
     exif[0x0112] = 6

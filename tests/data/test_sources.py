@@ -44,7 +44,7 @@ def test_pickapic_yields_the_preferred_image_first(tmp_path):
     assert not first.flipped
 
 
-def test_ties_and_unlabelled_rows_are_dropped_and_counted(tmp_path):
+def test_ties_and_unlabeled_rows_are_dropped_and_counted(tmp_path):
     labels = [1.0, 0.5, 0.0, 0.5, None, 1.0]
     rows = [pickapic_row(i, label, has_label=label is not None) for i, label in enumerate(labels)]
     write_pickapic(tmp_path / "train-0.parquet", rows)
@@ -100,11 +100,11 @@ def test_missing_column_names_what_was_expected_and_found(tmp_path):
 
 def test_nothing_but_ties_is_an_error(tmp_path):
     write_pickapic(tmp_path / "train-0.parquet", [pickapic_row(i, 0.5) for i in range(3)])
-    with pytest.raises(DataError, match="no labelled pair: 3 rows, 3 ties"):
+    with pytest.raises(DataError, match="no labeled pair: 3 rows, 3 ties"):
         pickapic(tmp_path)
     path = tmp_path / "train-0.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
-    with pytest.raises(DataError, match="no labelled pair: 0 rows"):
+    with pytest.raises(DataError, match="no labeled pair: 0 rows"):
         pickapic(tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_plain_folder(tmp_path):
     assert ids(folder(tmp_path, limit=2)) == ["p0", "p1"]
 
 
-def test_plain_folder_names_without_id_survive_relabelling_and_reordering(tmp_path):
+def test_plain_folder_names_without_id_survive_relabeling_and_reordering(tmp_path):
     write_folder(tmp_path, 3)
     path = tmp_path / "pairs.jsonl"
     entries = [without(json.loads(line), "id") for line in path.read_text().splitlines()]

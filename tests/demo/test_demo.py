@@ -22,8 +22,8 @@ def scorer():
     return DigitScorer()
 
 
-def images(greys):
-    return [to_image(grey) for grey in greys]
+def images(grays):
+    return [to_image(gray) for gray in grays]
 
 
 def captions(labels):
@@ -54,7 +54,7 @@ def test_the_judge_reads_scans_it_was_not_fitted_on(scorer):
     assert wrong["ink_reward"].mean() < 0.02
 
 
-def test_the_judge_recognises_nothing_where_there_is_nothing(scorer):
+def test_the_judge_recognizes_nothing_where_there_is_nothing(scorer):
     held_out = non_digits(load_scans(held_out=True).images, seed=9)
     assert (scorer.read(images(held_out)) == NOTHING).mean() > 0.97
     static = np.random.default_rng(0).integers(0, 256, (50, 32, 32), dtype=np.uint8)

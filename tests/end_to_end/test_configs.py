@@ -18,7 +18,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def pickapic(tmp_path_factory):
-    """Eight labelled pairs and a tie, in the published columns."""
+    """Eight labeled pairs and a tie, in the published columns."""
     folder = tmp_path_factory.mktemp("pickapic")
     rows = [pickapic_row(i, label_0=float(i % 2)) for i in range(8)]
     write_pickapic(folder / "train-00000.parquet", [*rows, pickapic_row(8, label_0=0.5)])

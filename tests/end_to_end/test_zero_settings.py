@@ -115,7 +115,7 @@ def test_the_moving_average_is_consolidated_as_training_exports_it(
 
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
-    """As if another process were compiling DeepSpeed's CPU optimiser."""
+    """As if another process were compiling DeepSpeed's CPU optimizer."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     file = tmp_path / "cpu_adam" / "lock"
     file.parent.mkdir()

@@ -99,10 +99,10 @@ def test_batches_do_not_matter(
     np.testing.assert_allclose(scorer.score(images, PROMPTS)["pickscore"], whole, atol=1e-5)
 
 
-def test_grey_images_and_no_images(clip_folder: Path, images: list[Image.Image]) -> None:
+def test_gray_images_and_no_images(clip_folder: Path, images: list[Image.Image]) -> None:
     scorer = ClipScorer(str(clip_folder))
-    grey = scorer.score([images[0].convert("L")], PROMPTS[:1])["clip"]
-    assert grey.shape == (1,) and np.isfinite(grey).all()
+    gray = scorer.score([images[0].convert("L")], PROMPTS[:1])["clip"]
+    assert gray.shape == (1,) and np.isfinite(gray).all()
     assert scorer.score([], [])["clip"].shape == (0,)
     with pytest.raises(ValueError, match="one prompt per image: got 1 and 2"):
         scorer.score(images[:1], PROMPTS[:2])

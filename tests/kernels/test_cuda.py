@@ -140,7 +140,7 @@ def test_targets_formed_in_the_loss_equal_stored_ones_bitwise(prediction):
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
-def test_formed_targets_in_a_graph_without_synchronisation():
+def test_formed_targets_in_a_graph_without_synchronization():
     latents = torch.randn(8, *SDXL, device="cuda", dtype=torch.bfloat16)
     keys = torch.arange(4, device="cuda")
     power = torch.linspace(0.99, 0.01, 1000, device="cuda")

@@ -30,7 +30,7 @@ def _pairs(*keys, visit=0):
     return torch.tensor(keys), torch.full((len(keys),), visit)
 
 
-def test_a_pairs_noise_does_not_depend_on_its_neighbours():
+def test_a_pairs_noise_does_not_depend_on_its_neighbors():
     together = pair_normal(*_pairs(5, 2**62 + 1, 9), (4, 8, 8), seed=3)
     alone = pair_normal(*_pairs(2**62 + 1), (4, 8, 8), seed=3)
     assert torch.equal(together[1:2], alone)
@@ -66,8 +66,8 @@ def test_normals_have_the_moments_of_a_normal():
     assert abs(x.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert x.abs().max() < 5.78
-    neighbours = (x.flatten()[:-1] * x.flatten()[1:]).mean()
-    assert abs(neighbours) < 4 / n**0.5
+    neighbors = (x.flatten()[:-1] * x.flatten()[1:]).mean()
+    assert abs(neighbors) < 4 / n**0.5
 
 
 def test_integers_cover_the_range_evenly():

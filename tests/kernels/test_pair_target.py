@@ -286,7 +286,7 @@ def test_noise_and_loss_compile_as_one_graph(impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_composes(impl, device):
-    """Autocast changes nothing, no_grad is honoured, and only the policy gets a gradient."""
+    """Autocast changes nothing, no_grad is honored, and only the policy gets a gradient."""
     x = make("v-stored", (40,), device=device)
     x.policy.requires_grad_()
     x.target.latents.requires_grad_()

@@ -157,7 +157,7 @@ def test_adaptive_dpo_with_an_annotator(impl):
         POLICY, REFERENCE, TARGET, beta=2.0, rho=1.0, annotators=[annotator], weight_kind="gate",
         impl=impl,
     )  # fmt: skip
-    # Equal judgements: spread 0. Opposite ones: std(1, -1) = 1.414, clipped to 1, mean sigmoid 1/2.
+    # Equal judgments: spread 0. Opposite ones: std(1, -1) = 1.414, clipped to 1, mean sigmoid 1/2.
     assert out.minority.tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
     assert out.weight.tolist() == [1.0, 0.0]
 

@@ -168,7 +168,7 @@ def saved_bytes(unet, inputs, context):
 
 
 class NormsInFloat32(torch.overrides.TorchFunctionMode):
-    """Adds to the CPU's autocast what CUDA's does besides: normalisation in float32."""
+    """Adds to the CPU's autocast what CUDA's does besides: normalization in float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (F.group_norm, F.layer_norm):

@@ -51,11 +51,11 @@ def tiny(tiny_pipelines):
 
     made = {}
 
-    def plan(*, gpu="h100", world_size=1, utilisation=0.4, **train):
-        key = repr((gpu, world_size, utilisation, train))
+    def plan(*, gpu="h100", world_size=1, utilization=0.4, **train):
+        key = repr((gpu, world_size, utilization, train))
         if key not in made:
             chosen = config(tiny_pipelines["sdxl"], resolution=32, **train)
-            made[key] = make_plan(chosen, gpu=gpu, world_size=world_size, utilisation=utilisation)
+            made[key] = make_plan(chosen, gpu=gpu, world_size=world_size, utilization=utilization)
         return made[key]
 
     return plan
@@ -179,7 +179,7 @@ def test_lora_holds_its_base_in_half_precision_and_no_reference(tiny):
 
 
 def test_the_parts_add_up_and_the_rates_follow(tiny):
-    plan = tiny(world_size=4, utilisation=0.5, micro_batch_size=2, precision="bf16")
+    plan = tiny(world_size=4, utilization=0.5, micro_batch_size=2, precision="bf16")
     own, bare, *released = plan.costs
     parts = own.flops.model_dump()
     assert own.tflop == pytest.approx(sum(parts.values()))
@@ -329,7 +329,7 @@ def test_the_table_reads_at_80_columns(tiny, capsys):
     ("options", "expected"),
     [
         (("--gpu", "h1000"), "did you mean h100?"),
-        (("--utilisation", "1.5"), "(0, 1]"),
+        (("--utilization", "1.5"), "(0, 1]"),
         (("--world-size", "0"), "--world-size"),
         (("--pairs", "0"), "--pairs"),
         (("--set", "model.path=someone/unknown"), "downloads nothing"),

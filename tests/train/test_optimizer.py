@@ -1,4 +1,4 @@
-"""Optimisers: small updates survive bfloat16, states are small, and all of it resumes exactly."""
+"""Optimizers: small updates survive bfloat16, states are small, and all of it resumes exactly."""
 
 import io
 
@@ -45,7 +45,7 @@ def train(parameters, optimizer, steps):
 @pytest.mark.parametrize("value", [1.0, -1.0, 3.0e-5, -7e20])
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 def test_rounding_is_right_on_average(value, fraction):
-    """Between neighbours a and b, P(b) is the fraction of the way; 4 standard errors."""
+    """Between neighbors a and b, P(b) is the fraction of the way; 4 standard errors."""
     low = torch.tensor(value).bfloat16()
     bits = low.view(torch.int16) + 1
     a, b = low.float(), bits.view(torch.bfloat16).float()
@@ -122,7 +122,7 @@ def test_chunks_are_stepped_as_float32_weights_would_be(name, chunk):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_resumed_optimiser_goes_on_exactly(name, dtype):
+def test_a_resumed_optimizer_goes_on_exactly(name, dtype):
     config = OptimConfig(name=name, lr=1e-2)
     whole = weights(dtype)
     train(whole, setup_optimizer(whole, config, seed=5), range(6))
@@ -208,7 +208,7 @@ dist.all_gather(weights, model.weight.detach())
 torch.manual_seed(0)
 start = torch.nn.Linear(128, 64).to(torch.bfloat16).weight
 assert torch.equal(*weights), "the processes' weights differ"
-assert not torch.equal(weights[0], start), "nothing was learnt"
+assert not torch.equal(weights[0], start), "nothing was learned"
 """
 
 

@@ -1,6 +1,6 @@
 """Preference data sets as a lazy stream of `PreferencePair`s.
 
-`open_source` reads labels only: ties and unlabelled rows are counted and dropped, wrong labels are
+`open_source` reads labels only: ties and unlabeled rows are counted and dropped, wrong labels are
 refused by file and row. Image bytes are read when a pair's `winner()` or `loser()` is called.
 """
 

@@ -22,7 +22,7 @@ class SourceReport:
     Attributes:
         rows: Comparisons read; with a limit, up to the last pair taken.
         ties: Comparisons without a preference, dropped.
-        unlabeled: Comparisons marked as not labelled, dropped.
+        unlabeled: Comparisons marked as not labeled, dropped.
         pairs: Comparisons that are yielded.
         duplicates: Pairs whose name occurred before; they were given a numbered suffix. Known
             only after iterating.
@@ -76,7 +76,7 @@ class PairSource(ABC):
         if self.report.pairs == 0:
             raise DataError(
                 f"data.path {config.path} (source {config.source}, split {config.split}) holds no "
-                f"labelled pair: {self.report}"
+                f"labeled pair: {self.report}"
             )
 
     def __len__(self) -> int:
