@@ -1,4 +1,4 @@
-"""Samples of the base and of the aligned model, judged side by side."""
+"""Samples of the base and of the aligned model, scored side by side."""
 
 from typing import TYPE_CHECKING
 

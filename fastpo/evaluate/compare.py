@@ -27,8 +27,8 @@ from rich.table import Table
 from fastpo.config import Config
 from fastpo.errors import ConfigError
 from fastpo.evaluate.sampling import (
+    ImageSampler,
     Sample,
-    Sampler,
     check_aligned,
     holds_samples,
     plan_samples,
@@ -89,18 +89,19 @@ def evaluate(
     Raises:
         ConfigError: No prompts, an unknown scorer, or two scorers with one metric's name.
         CheckpointError: There is no aligned model to evaluate.
-        ModelError: The base pipeline or a scorer's model is not to be had.
+        ModelError: The base pipeline or a scorer's model is not available.
     """
     folder = config.train.output_dir / "evaluation"
     samples = plan_samples(config)
-    sampler = Sampler(config, progress=progress)
+    sampler = ImageSampler(config, progress=progress)
     source = check_aligned(aligned or config.train.output_dir / "final", sampler.family)
-    judges = build_scorers(config.evaluate.scorers) if scorers is None else list(scorers)
+    if scorers is None:
+        scorers = build_scorers(config.evaluate.scorers)
     make_folder(folder)
     _fill_base(sampler, folder / "base", samples, base_samples)
     sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
-    base = score_folder(judges, folder / "base", samples, progress=progress)
-    after = score_folder(judges, folder / "aligned", samples, progress=progress)
+    base = score_folder(scorers, folder / "base", samples, progress=progress)
+    after = score_folder(scorers, folder / "aligned", samples, progress=progress)
     index = [sample.prompt_index for sample in samples]
     metrics = {
         name: compare_scores(base[name], after[name], index, confidence=config.evaluate.confidence)
@@ -161,7 +162,7 @@ def score_images(
 
 
 def _fill_base(
-    sampler: Sampler, folder: Path, samples: Sequence[Sample], shared: Path | None
+    sampler: ImageSampler, folder: Path, samples: Sequence[Sample], shared: Path | None
 ) -> None:
     """Samples the base into the run's folder, by way of the shared one if there is one."""
     if shared is None:

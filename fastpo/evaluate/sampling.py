@@ -81,7 +81,7 @@ def plan_samples(config: Config) -> list[Sample]:
     ]
 
 
-class Sampler:
+class ImageSampler:
     """Makes images with the pipeline of a configuration; loads it when the first one is needed.
 
     Args:

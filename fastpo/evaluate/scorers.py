@@ -1,4 +1,4 @@
-"""Who judges the samples: named scorers behind one protocol.
+"""What the samples are scored by: named scorers behind one protocol.
 
 | name in `evaluate.scorers` | metrics                        | what it needs                    |
 |----------------------------|--------------------------------|----------------------------------|
@@ -15,8 +15,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,10 +40,10 @@ Scores = dict[str, NDArray[np.float64]]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Judges images.
+    """Scores images against their prompts.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
     """
 
     name: str
@@ -59,15 +61,23 @@ class ClipScorer:
         device: Where it runs; default CUDA if there is any.
 
     Raises:
-        ModelError: The model or its processor is not to be had.
+        ModelError: The model or its processor is not available.
     """
 
     name = "clip"
+    default_path = CLIP
 
-    def __init__(self, path: str = CLIP, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, path: str | None = None, *, device: torch.device | str | None = None
+    ) -> None:
+        path = path or self.default_path
         self.device = _device(device)
         self.model = _load_clip(self.name, path, self.device)
-        self.processor = _load_processor(self.name, path)
+        self.processor = _load_processor(self.name, self.processor_path(path))
+
+    def processor_path(self, path: str) -> str:
+        """Where the processor of the model at `path` is: a folder or hub id."""
+        return path
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
         """Returns `{name: (N,)}`."""
@@ -101,17 +111,17 @@ class PickScorer(ClipScorer):
         device: Where it runs; default CUDA if there is any.
 
     Raises:
-        ModelError: The model or its processor is not to be had.
+        ModelError: The model or its processor is not available.
     """
 
     name = "pickscore"
+    default_path = PICKSCORE
 
-    def __init__(self, path: str = PICKSCORE, *, device: torch.device | str | None = None) -> None:
-        self.device = _device(device)
-        self.model = _load_clip(self.name, path, self.device)
-        processors = ("processor_config.json", "preprocessor_config.json")
-        own = any((Path(path).expanduser() / name).is_file() for name in processors)
-        self.processor = _load_processor(self.name, path if own else PICKSCORE_PROCESSOR)
+    def processor_path(self, path: str) -> str:
+        """The folder itself if it has a processor, else that of the CLIP it was tuned from."""
+        files = ("processor_config.json", "preprocessor_config.json")
+        own = any((Path(path).expanduser() / name).is_file() for name in files)
+        return path if own else PICKSCORE_PROCESSOR
 
     def scale(self) -> float:
         """The temperature learned with the model."""
@@ -128,7 +138,7 @@ class AestheticScorer:
 
     Raises:
         ConfigError: No head was given.
-        ModelError: The head or CLIP is not to be had, or they do not fit together.
+        ModelError: The head or CLIP is not available, or they do not fit together.
     """
 
     name = "aesthetic"
@@ -165,7 +175,7 @@ def build_scorer(text: str, *, device: torch.device | str | None = None) -> Scor
 
     Raises:
         ConfigError: The name is unknown; the text gives the nearest valid one.
-        ModelError: Its model is not to be had.
+        ModelError: Its model is not available.
     """
     name, colon, argument = text.partition(":")
     if name not in SCORERS:
@@ -176,7 +186,12 @@ def build_scorer(text: str, *, device: torch.device | str | None = None) -> Scor
         )
     if colon and not argument:
         raise ConfigError(f"evaluate.scorers: {text!r} has a colon but nothing after it")
-    return SCORERS[name](argument, device)
+    entry = SCORERS[name]
+    if argument and not entry.takes_argument:
+        raise ConfigError(f"evaluate.scorers: {name} takes no argument, got {argument!r}")
+    module, _, attribute = entry.target.partition(":")
+    scorer = getattr(import_module(module), attribute)
+    return scorer(*filter(None, [argument]), device=device) if entry.takes_argument else scorer()
 
 
 def build_scorers(
@@ -186,34 +201,39 @@ def build_scorers(
     return [build_scorer(name, device=device) for name in names]
 
 
-def _digits(argument: str, device: torch.device | str | None) -> Scorer:
-    if argument:
-        raise ConfigError(f"evaluate.scorers: digits takes no argument, got {argument!r}")
-    from fastpo.demo.scorer import DigitScorer
+@dataclass(frozen=True)
+class ScorerEntry:
+    """Where a named scorer is defined; it is imported when a configuration names it.
 
-    return cast(Scorer, DigitScorer())
+    Attributes:
+        target: `module:class`.
+        takes_argument: Whether it is built with the text after the colon and a device, or with
+            nothing.
+    """
+
+    target: str
+    takes_argument: bool = True
 
 
-Device = torch.device | str | None
-SCORERS: dict[str, Callable[[str, Device], Scorer]] = {
-    "pickscore": lambda path, device: PickScorer(path or PICKSCORE, device=device),
-    "clip": lambda path, device: ClipScorer(path or CLIP, device=device),
-    "aesthetic": lambda head, device: AestheticScorer(head, device=device),
-    "digits": _digits,
+SCORERS = {
+    "pickscore": ScorerEntry("fastpo.evaluate.scorers:PickScorer"),
+    "clip": ScorerEntry("fastpo.evaluate.scorers:ClipScorer"),
+    "aesthetic": ScorerEntry("fastpo.evaluate.scorers:AestheticScorer"),
+    "digits": ScorerEntry("fastpo.demo.scorer:DigitScorer", takes_argument=False),
 }
 
 
 @torch.inference_mode()
 def _batched(
-    judge: Callable[[Sequence[Image.Image], Sequence[str]], Tensor],
+    score: Callable[[Sequence[Image.Image], Sequence[str]], Tensor],
     images: Sequence[Image.Image],
     prompts: Sequence[str],
 ) -> NDArray[np.float64]:
-    """Runs `judge` over slices of the images; `(N,)`."""
+    """Runs `score` over slices of the images; `(N,)`."""
     if len(images) != len(prompts):
         raise ValueError(f"one prompt per image: got {len(images)} and {len(prompts)}")
     starts = range(0, len(images), BATCH_SIZE)
-    parts = [judge(images[i : i + BATCH_SIZE], prompts[i : i + BATCH_SIZE]) for i in starts]
+    parts = [score(images[i : i + BATCH_SIZE], prompts[i : i + BATCH_SIZE]) for i in starts]
     return torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)
 
 

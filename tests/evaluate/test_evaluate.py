@@ -19,7 +19,7 @@ from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.evaluate import win_rate
 from fastpo.evaluate.compare import evaluate, score_folder, score_images
-from fastpo.evaluate.sampling import LORA_FILE, Sampler, plan_samples
+from fastpo.evaluate.sampling import LORA_FILE, ImageSampler, plan_samples
 from fastpo.evaluate.win_rate import bootstrap_mean, compare_scores, wilson_interval
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 
@@ -192,7 +192,7 @@ def test_batch_size_does_not_change_images(sdxl: Path, tmp_path: Path) -> None:
     for size in (1, 4):
         config = make_config(sdxl, tmp_path, batch_size=size)
         folder = tmp_path / str(size)
-        Sampler(config, progress=False).fill(folder, plan_samples(config), label="base")
+        ImageSampler(config, progress=False).fill(folder, plan_samples(config), label="base")
         sets.append(pixels(folder))
     for name, image in sets[0].items():
         assert np.abs(image - sets[1][name]).max() <= 1
@@ -223,7 +223,7 @@ def test_rerun_keeps_images_and_bytes(
     files = [p for p in (tmp_path / "evaluation").rglob("*") if p.is_file()]
     before = {p: p.read_bytes() for p in files}
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "_sample", None)  # a call would fail
+        patch.setattr(ImageSampler, "_sample", None)  # a call would fail
         evaluate(config, scorers=[Red()], progress=False)
     assert before == {p: p.read_bytes() for p in files}
 
@@ -243,7 +243,7 @@ def test_an_interrupted_call_goes_on(
     sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(sdxl, tmp_path, batch_size=2)
-    samples, sampler = plan_samples(config), Sampler(config, progress=False)
+    samples, sampler = plan_samples(config), ImageSampler(config, progress=False)
     images, made = sampler._images, []
 
     def killed(pipeline: Any, batch: list) -> list[Image.Image]:
@@ -269,7 +269,7 @@ def test_scores_do_not_depend_on_how_many_are_read_at_once(
 ) -> None:
     config = make_config(sdxl, tmp_path)
     samples = plan_samples(config)
-    Sampler(config, progress=False).fill(tmp_path / "base", samples, label="base")
+    ImageSampler(config, progress=False).fill(tmp_path / "base", samples, label="base")
     whole = score_folder([Red()], tmp_path / "base", samples, progress=False)
     monkeypatch.setattr(evaluation, "SCORE_TOGETHER", 4)
     parts = score_folder([Red()], tmp_path / "base", samples, progress=False)
@@ -279,7 +279,7 @@ def test_scores_do_not_depend_on_how_many_are_read_at_once(
 def test_other_precisions_sizes_and_refused_ones(sdxl: Path, tmp_path: Path) -> None:
     options = {"prompts": ["x"], "seeds_per_prompt": 1, "precision": "bf16", "width": 48}
     config = make_config(sdxl, tmp_path, **options)
-    Sampler(config, progress=False).fill(tmp_path / "base", plan_samples(config), label="base")
+    ImageSampler(config, progress=False).fill(tmp_path / "base", plan_samples(config), label="base")
     (image,) = pixels(tmp_path / "base").values()
     assert image.shape == (32, 48, 3) and image.std() > 0
     with pytest.raises(ConfigError, match="multiples of 8, got 32 and 50"):

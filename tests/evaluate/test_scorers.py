@@ -146,6 +146,7 @@ def test_unknown_names_give_the_nearest() -> None:
         build_scorer("clip:")
     with pytest.raises(ConfigError, match="digits takes no argument"):
         build_scorer("digits:x")
+    assert build_scorer("digits").name == "digits"
 
 
 def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:

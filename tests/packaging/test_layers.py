@@ -26,7 +26,6 @@ LAYERS = [
 # `python -m fastpo.train` is the one entry that launchers start; it hands on to the command line.
 CLIMBS = {
     ("fastpo.train.__main__", "fastpo.cli"),
-    ("fastpo.evaluate.scorers", "fastpo.demo.scorer"),
 }
 TYPES_ALONE = {
     ("fastpo.models.registry", "fastpo.models.family"),
