@@ -115,7 +115,7 @@ def test_debug_is_an_option_of_every_command(tmp_path, place):
         main([*arguments[:place], "--debug", *arguments[place:]])
 
 
-@pytest.mark.parametrize("given", [["--utilization", "0.5"], ["--utilization=0.5"]])
+@pytest.mark.parametrize("given", [["--utilisation", "0.5"], ["--utilisation=0.5"]])
 def test_the_old_spelling_of_an_option_is_accepted_with_a_warning(
     capsys, experiment, monkeypatch, given
 ):
@@ -128,7 +128,7 @@ def test_the_old_spelling_of_an_option_is_accepted_with_a_warning(
     main_exit, text = call(capsys, "plan", experiment(), *given)
     assert main_exit == 0
     assert asked["utilization"] == 0.5
-    assert "warning: --utilization is now --utilization" in text
+    assert "warning: --utilisation is now --utilization" in text
 
 
 def test_the_banner_states_what_is_about_to_run(experiment, fastpo):
