@@ -28,10 +28,10 @@ wrong, s is (1 - 2f) of what right labels would give, so u errs on the cautious 
 A visit is judged by earlier visits only; pairs with fewer than `min_visits` votes get u = 0, the
 neutral value. A vote of exactly zero is none: before the first update policy and reference agree to
 the bit, and a gate would take that for doubt. Where labels are wrong more often than right, s is 0
-and nobody votes.
+and no pair gets a vote.
 
-It costs no forward pass and eight bytes a pair. How the scale and the constants were chosen stands
-in the tables of `benchmarks/results/cpu/ledger.md`: dividing by the step's rms leaves only the sign
+It costs no forward pass and eight bytes a pair. The choice of the scale and the constants is
+measured in `benchmarks/results/cpu/ledger.md`: dividing by the step's rms leaves only the sign
 in steps of one pair, and lets loud timesteps drown the telling ones; dividing by the bin's rms lets
 one outlier silence it for hundreds of margins.
 """
@@ -59,7 +59,7 @@ class PairLedger:
 
     Args:
         num_pairs: Number of pairs; slots are `0..num_pairs-1`.
-        min_visits: Earlier votes a pair needs before it is judged.
+        min_visits: Earlier votes a pair needs before its metric counts.
         num_timesteps: Length T of the noise schedule.
         device: Where the vectors live; 8 bytes a pair. A lookup or update costs the same for ten
             pairs as for ten million.

@@ -2,9 +2,8 @@
 
 `eager` is the loss as trainers write it: `F.mse_loss(pred.float(), target.float())` averaged per
 image, on a target repeated for both sides, then the objective's few lines: trainers' own where
-these are known, else the oracle's. `reference` is our
-float64-capable oracle, `compile` its compiled form, `ours` the default of the machine: Triton on a
-GPU, `portable.py` on a CPU.
+these are known, else the oracle's. `reference` is our float64-capable oracle, `compile` its
+compiled form, `ours` the default of the machine: Triton on a GPU, the CPU implementation on a CPU.
 """
 
 from __future__ import annotations

@@ -120,9 +120,20 @@ class Timing:
     samples: list[Sample]
     peak_mib: float | str
 
-    def median(self, field: str) -> float:
-        """Median of one of the sample's numbers."""
-        return statistics.median(getattr(s, field) for s in self.samples)
+    @property
+    def ms(self) -> float:
+        """Median milliseconds of work."""
+        return statistics.median(sample.ms for sample in self.samples)
+
+    @property
+    def latency_ms(self) -> float:
+        """Median milliseconds from an idle start to the end."""
+        return statistics.median(sample.latency_ms for sample in self.samples)
+
+    @property
+    def host_us(self) -> float:
+        """Median microseconds of the host's share."""
+        return statistics.median(sample.host_us for sample in self.samples)
 
 
 def measure(calls: Mapping[str, Call], seconds: float, clock: Clock) -> dict[str, Timing]:

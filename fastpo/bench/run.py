@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -84,10 +84,10 @@ class Run:
         """Takes the rows of an earlier run, and leaves out the cases that they hold.
 
         Raises:
-            ConfigError: they come from another device, other versions or another commit.
+            ConfigError: They come from another device, other versions or another commit.
         """
         for name in ("device", "torch", "triton", "commit"):
-            found = {getattr(row, name) for row in rows} - {self.where[name]}
+            found = {asdict(row)[name] for row in rows} - {self.where[name]}
             if found:
                 raise ConfigError(
                     f"cannot go on from rows whose {name} is {sorted(found)[0]!r}; this is "

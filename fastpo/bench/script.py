@@ -38,9 +38,9 @@ def _parser(op: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", choices=providers, default=list(providers))
     parser.add_argument("--seconds", type=float, default=0.3, help="per case and direction")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="in all")
-    parser.add_argument("--commit", help="for the CSV, where git's history is not at hand")
+    parser.add_argument("--commit", help="for the CSV, where git's history is missing")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/<op>.csv")
-    parser.add_argument("--append", action="store_true", help="go on from the file's rows")
+    parser.add_argument("--append", action="store_true", help="measure only what the file lacks")
     parser.add_argument("--skip-tests", action="store_true", help="they have just passed")
     return parser
 

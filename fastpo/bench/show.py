@@ -1,4 +1,4 @@
-"""`fastpo bench`: a progress bar, a table, and the CSV file where one is asked for."""
+"""`fastpo bench`: a progress bar, a table, and a CSV file on request."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Number = float | str
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one case and direction; a number is empty where there is none to tell."""
+    """One provider on one case and direction; a number is empty where none was measured."""
 
     op: str
     case: str
@@ -65,7 +65,7 @@ def timed_rows(
     timings: Mapping[str, Timing], n_bytes: int, copy: float, labels: Mapping[str, object]
 ) -> list[Row]:
     """One row a provider; `ratio_to_best_other` above 1 means faster than the best other kind."""
-    medians = {name: timing.median("ms") for name, timing in timings.items()}
+    medians = {name: timing.ms for name, timing in timings.items()}
     rows = []
     for name, timing in timings.items():
         others = [ms for other, ms in medians.items() if family(other) != family(name)]
@@ -76,8 +76,8 @@ def timed_rows(
             "ms_p20": round(quintiles[0], 5),
             "ms_p50": round(medians[name], 5),
             "ms_p80": round(quintiles[3], 5),
-            "latency_ms": round(timing.median("latency_ms"), 5),
-            "host_us": round(timing.median("host_us"), 1),
+            "latency_ms": round(timing.latency_ms, 5),
+            "host_us": round(timing.host_us, 1),
             "gb_per_s": round(speed, 2),
             "share_of_copy": round(speed / copy, 4),
             "copy_gb_per_s": round(copy, 2),
@@ -131,7 +131,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that a run wrote, to go on from.
+    """The rows of an earlier run, to which a further one adds.
 
     Raises:
         ValueError: the file is not such a table.
@@ -147,7 +147,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def marks(name: str) -> tuple[str, str]:
-    """What stands before and after a generated section of a Markdown file."""
+    """The marks before and after a generated section of a Markdown file."""
     return f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
 
 

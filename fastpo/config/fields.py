@@ -54,7 +54,7 @@ def decides(*results: Result) -> Decides:
       decides what is computed anew each time.
 
     Raises:
-        ValueError: A word is none of these, or `nothing` stands beside another one.
+        ValueError: A word is none of these, or `nothing` is given beside another one.
     """
     unknown = set(results) - set(get_args(Result))
     if unknown or not results or ("nothing" in results and len(results) > 1):
@@ -86,7 +86,7 @@ class Section(BaseModel):
 
 
 def sections_of(field: FieldInfo) -> list[type[Section]]:
-    """The sections that may stand under a key; empty for a plain value."""
+    """The sections that a key may hold; empty for a plain value."""
     inner = [field.annotation, *_nested(field.annotation)]
     return [part for part in inner if isinstance(part, type) and issubclass(part, Section)]
 
@@ -116,6 +116,6 @@ def _statement(field: FieldInfo) -> Decides | None:
 
 
 def _nested(annotation: Any) -> list[Any]:
-    """Everything that stands inside a (nested) union or `Annotated`."""
+    """Everything inside a (nested) union or `Annotated`."""
     inner = list(get_args(annotation))
     return inner + [deep for part in inner for deep in _nested(part)]

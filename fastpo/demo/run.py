@@ -2,8 +2,8 @@
 
 It trains and keeps a tiny base, writes preferences in Pick-a-Pic v2's schema, and then does what a
 user of SDXL does: prepare, train, evaluate, report. Four runs are compared: plain DPO on the clean
-labels (what could be had), plain DPO on labels of which a fifth are flipped, Adaptive-DPO as
-released, and Adaptive-DPO judged by the ledger, both on the same flipped labels.
+labels (the reachable best), plain DPO on labels of which a fifth are flipped, Adaptive-DPO as
+released, and Adaptive-DPO with the ledger as annotator, both on the same flipped labels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The demo's exact judge: reads the digit, and measures how much ink it is drawn with.
+"""The demo's exact scorer: reads the digit, and measures how much ink it is drawn with.
 
 A reward that is ink alone would be won by a black square. So an image earns its ink only if a
 classifier, fitted on the scans, reads it as the prompted digit; a class "nothing recognizable",
@@ -90,7 +90,7 @@ def thickened(grays: Gray, share: float) -> Gray:
 
 
 def non_digits(grays: Gray, *, seed: int = 0) -> Gray:
-    """Returns images that nobody reads: noise, sheets of one gray, scrambles, blends, blots."""
+    """Returns images that show no digit: noise, sheets of one gray, scrambles, blends, blots."""
     rng = np.random.default_rng(seed)
     count, height, width = grays.shape
     some = count // 3

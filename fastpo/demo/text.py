@@ -50,7 +50,7 @@ def build_text_encoders(
     """Returns both encoders as drawn from torch's generator; they are used as they are drawn.
 
     CLIP draws its embeddings with a deviation of 0.02, for a long training to spread out; words
-    that nobody trains must differ from the start, so here the embeddings have unit size.
+    that are never trained must differ from the start, so here the embeddings have unit size.
     """
     special: dict[str, Any] = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")

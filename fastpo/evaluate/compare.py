@@ -44,7 +44,7 @@ SCORE_TOGETHER = 64  # images held in memory at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The outcome of an evaluation.
 
     Attributes:
         folder: The folder `evaluation` with images, scores and summary.

@@ -20,7 +20,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from fastpo.config import Config
+from fastpo.config import Config, decided_values
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
@@ -29,6 +29,13 @@ from fastpo.precision import DTYPES
 from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
 from fastpo.system.process import default_device
 from fastpo.system.progress import progress_bar
+
+# Keys whose content the fingerprint holds instead: weights, prompts, seeds, and the images' size.
+BY_CONTENT = (
+    *("model.path", "model.revision", "model.variant", "model.vae", "prepare.resolution"),
+    *("evaluate.prompts", "evaluate.prompts_file", "evaluate.seeds_per_prompt"),
+    *("evaluate.first_seed", "evaluate.height", "evaluate.width"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,8 @@ class ImageSampler:
     def settings(self) -> dict[str, Any]:
         """Everything besides prompts, seeds and weights that decides how an image looks.
 
+        Of the configuration these are the keys with `decides("images")`.
+
         Raises:
             ConfigError: The size is none that these pipelines make.
         """
@@ -113,13 +122,12 @@ class ImageSampler:
                 f"evaluate.height and evaluate.width (default: prepare.resolution) must be "
                 f"multiples of 8, got {height} and {width}"
             )
+        values = decided_values(self.config, "images", named=BY_CONTENT)
         return {
             "family": self.family.name,
             "height": height,
             "width": width,
-            "num_inference_steps": options.num_inference_steps,
-            "guidance_scale": options.guidance_scale,
-            "precision": options.precision,
+            **{key.removeprefix("evaluate."): value for key, value in values.items()},
             "device": self.device.type,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -153,7 +161,7 @@ class ImageSampler:
     ) -> bool:
         """Puts one PNG per sample into `folder`, unless it holds these very images already.
 
-        An interrupted call leaves what it made beside `folder`, and the next one goes on from it;
+        An interrupted call leaves what it made beside `folder`, and the next one continues there;
         `folder` itself appears, or changes, whole.
 
         Args:

@@ -2,7 +2,7 @@
 
 A pass costs some ten thousand Python calls whatever the resolution and the batch, a few seconds
 on one core. The peak is that of the allocations in the order of the run, recomputation and
-temporaries included; what kernels take for themselves and the allocator's losses are not in it.
+temporaries included; the kernels' own workspaces and the allocator's losses are left out.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Shapes:
 
     Attributes:
         pairs: Pairs in it.
-        height: Of the latent, and so on.
-        width: Likewise.
+        height: Latent pixels.
+        width: Latent pixels.
         vae_factor: Image pixels per latent pixel and side.
-        tokens: Of a prompt.
+        tokens: Tokens of a prompt.
     """
 
     pairs: int
@@ -204,7 +204,7 @@ class _Repeats:
 
 @torch.no_grad()
 def measure_forward(unet: UNet2DConditionModel, shapes: Shapes, precision: Precision) -> Pass:
-    """A forward pass of a judge."""
+    """A forward pass of an annotator."""
     inputs = unet_inputs(unet, shapes, META)
     with _watched(unet, inputs, autocast_dtype(precision)) as (counter, tracker):
         unet(**inputs, return_dict=False)

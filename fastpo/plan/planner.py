@@ -67,7 +67,7 @@ class Measured:
         forward: The policy's forward pass.
         training: Its forward and backward.
         recompute: FLOPs of the backward that gradient checkpointing repeats.
-        reference: A judge's forward pass with the adapters off.
+        reference: An annotator's forward pass with the adapters off.
         vae: Encoding the images in float32.
         text: Encoding the prompts.
         trained: The policy's weights.
@@ -252,18 +252,18 @@ def _flops(recipe: Recipe, m: Measured, pairs: int) -> Flops:
 def _memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
     """A process's parts; averages of the trainable weights are shared as the weights are."""
     average = sharding.part(m.average_bytes, 3)
-    judge = m.whole_average_bytes if recipe.whole_averages else average
+    annotator_bytes = m.whole_average_bytes if recipe.whole_averages else average
     step = sharding.part(m.trained.step, 1) if not sharding.offload_optimizer else 0
     phases = {
         "policy's forward and backward": m.training.peak,
         "optimizer's step": step,
-        "judges' forward": recipe.judges_at_once * m.reference.peak,
+        "annotators' forward": recipe.annotators_at_once * m.reference.peak,
         "VAE's encoding": max(m.vae.peak, m.text.peak) if recipe.encodes else 0,
     }
     answers = 1 + recipe.reference + recipe.averages
     parts = held(m.trained, sharding) | {
         "reference": m.reference_bytes if recipe.reference else 0,
-        "annotators": recipe.averages * judge,
+        "annotators": recipe.averages * annotator_bytes,
         "averages": average if recipe.exports_average else 0,
         "encoders": m.encoder_bytes if recipe.encodes else 0,
         "batch": m.batch_bytes + answers * m.prediction_bytes,

@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         name: How the table calls it.
         reference: Whether the reference's forward pass runs.
-        averages: Moving averages that judge, one forward pass each.
+        averages: Moving averages that vote, one forward pass each.
         whole_averages: Whether they are of all weights in half precision, not of the trainable
             ones in float32.
         encodes: Whether images and prompts are encoded in the step.
@@ -43,10 +43,10 @@ class Recipe:
     together: bool = False
 
     @property
-    def judges_at_once(self) -> int:
-        """Judges in the largest forward pass without gradients."""
-        judges = self.reference + self.averages
-        return judges if self.together else min(judges, 1)
+    def annotators_at_once(self) -> int:
+        """Annotators in the largest forward pass without gradients."""
+        annotators = self.reference + self.averages
+        return annotators if self.together else min(annotators, 1)
 
     @property
     def what(self) -> str:

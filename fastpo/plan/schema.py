@@ -51,7 +51,7 @@ class Memory(_Record):
         gradients: Of the trainable weights.
         optimizer: The optimizer's states, and the float32 copy DeepSpeed's engine steps on.
         reference: A frozen copy of the policy.
-        annotators: The moving averages that judge.
+        annotators: The moving averages that vote.
         averages: The moving average that is exported.
         encoders: VAE and text encoders.
         batch: Latents, embeddings, noise, predictions.

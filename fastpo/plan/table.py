@@ -70,8 +70,9 @@ def _costs_table(plan: Plan) -> Table:
     for cost in plan.costs:
         table.add_column(_head(cost), justify="right", no_wrap=True)
     table.add_row("[bold]TFLOP per pair[/]")
+    flops = [cost.flops.model_dump() for cost in plan.costs]
     for key, label in FLOPS.items():
-        values = [getattr(cost.flops, key) for cost in plan.costs]
+        values = [each[key] for each in flops]
         if any(values):
             table.add_row(f"  {label}", *(tflop(v) for v in values))
     table.add_row("  all", *(f"[bold]{tflop(c.tflop)}[/]" for c in plan.costs), end_section=True)
@@ -92,7 +93,7 @@ def _costs_table(plan: Plan) -> Table:
 
 
 def _head(cost: Cost) -> str:
-    """A recipe's name in two short lines, so that all stand side by side in 80 columns."""
+    """A recipe's name in two short lines, so that all fit side by side into 80 columns."""
     own = {"this configuration": "this\nconfig", "plain fine-tuning": "plain\ntuning"}
     return own.get(cost.name, cost.name.removesuffix(", released").replace("-", "-\n"))
 

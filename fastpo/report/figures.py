@@ -156,19 +156,19 @@ def smooth(values: Array, parts: int = 25) -> Array:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def minority_figure(run: Run, judges: Sequence[str]) -> bytes:
-    """Returns histograms of the run's minority metric side by side, one per judge."""
-    figure = Figure(figsize=(4.6 * len(judges), 2.9), layout="constrained")
-    every = figure.subplots(1, len(judges), squeeze=False).ravel().tolist()
-    for axes, judge in zip(every, judges, strict=True):
-        _draw_minority(axes, run, judge)
+def minority_figure(run: Run, annotators: Sequence[str]) -> bytes:
+    """Returns histograms of the run's minority metric side by side, one per annotator."""
+    figure = Figure(figsize=(4.6 * len(annotators), 2.9), layout="constrained")
+    every = figure.subplots(1, len(annotators), squeeze=False).ravel().tolist()
+    for axes, annotator in zip(every, annotators, strict=True):
+        _draw_minority(axes, run, annotator)
     return to_png(figure)
 
 
-def _draw_minority(axes: Axes, run: Run, judge: str) -> None:
+def _draw_minority(axes: Axes, run: Run, annotator: str) -> None:
     """Draws one histogram, kept and flipped labels apart."""
     assert run.minority is not None
-    flipped, metric = run.minority.judged(judge)
+    flipped, metric = run.minority.judged(annotator)
     bins = np.linspace(0.0, 1.0, 41).tolist()
     parts = (
         (metric[~flipped], KEPT_COLOR, "label kept"),
@@ -182,7 +182,7 @@ def _draw_minority(axes: Axes, run: Run, judge: str) -> None:
     axes.set_yscale("log")  # flipped labels are few: on a linear scale they would hardly show
     axes.set(xlim=(0.0, 1.0))
     axes.set_ylim(bottom=0.7)
-    axes.set_title(f"{run.name}: {MINORITY_NAMES[judge]}", loc="left", fontsize=9.5, color=INK)
+    axes.set_title(f"{run.name}: {MINORITY_NAMES[annotator]}", loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel("minority metric u")
     axes.set_ylabel("pairs (log scale)")
     axes.legend(frameon=False, fontsize=8)
@@ -196,11 +196,11 @@ def roc_figure(runs: Sequence[Run]) -> bytes | None:
     axes.plot([0, 1], [0, 1], color="#b6bbc2", linewidth=0.8)
     found = False
     for i, run in enumerate(runs):
-        for judge, area in (run.minority.auroc() if run.minority else {}).items():
+        for annotator, area in (run.minority.auroc() if run.minority else {}).items():
             assert run.minority is not None
-            wrong, right, _ = roc_curve(*run.minority.judged(judge))
-            label = f"{run.name}, {MINORITY_NAMES[judge]}: {area:.3f}"
-            dash = "-" if judge == "ledger" else (0, (4, 2))
+            wrong, right, _ = roc_curve(*run.minority.judged(annotator))
+            label = f"{run.name}, {MINORITY_NAMES[annotator]}: {area:.3f}"
+            dash = "-" if annotator == "ledger" else (0, (4, 2))
             axes.plot(wrong, right, color=color(i), linestyle=dash, linewidth=1.7, label=label)
             found = True
     if not found:

@@ -85,9 +85,9 @@ def write_report(
             (panel.title, data_url(panel_figure(panel, loaded))) for panel in curve_panels(loaded)
         ],
         histograms=[
-            (run.name, data_url(minority_figure(run, [judge])))
+            (run.name, data_url(minority_figure(run, [annotator])))
             for run in loaded
-            for judge in (run.minority.metrics if run.minority else ())
+            for annotator in (run.minority.metrics if run.minority else ())
         ],
         roc=data_url(pictures["roc.png"]) if "roc.png" in pictures else None,
         minority_words=minority_words(loaded),
@@ -162,10 +162,10 @@ def minority_words(runs: Sequence[Run]) -> list[str]:
         else:
             share = f"{int(table.flipped.sum()):,} of {len(table.flipped):,} labels flipped"
             areas = "; ".join(
-                f"{MINORITY_NAMES[judge]}: AUROC {area:.3f}"
-                for judge, area in table.auroc().items()
+                f"{MINORITY_NAMES[annotator]}: AUROC {area:.3f}"
+                for annotator, area in table.auroc().items()
             )
-            words.append(f"{run.name}: {share}. {areas or 'No judge saw both kinds of label'}.")
+            words.append(f"{run.name}: {share}. {areas or 'No annotator saw both kinds of label'}.")
     return words
 
 
@@ -235,7 +235,7 @@ def _row(run: Run, index: int) -> dict[str, Any]:
         "evaluated": run.evaluation is not None,
         "metrics": metrics,
         "bars": {name: _bar(metric) for name, metric in metrics.items()},
-        "areas": [(MINORITY_NAMES[judge], area) for judge, area in areas.items()],
+        "areas": [(MINORITY_NAMES[annotator], area) for annotator, area in areas.items()],
         "steps": None if steps is None or not len(steps) else int(steps[-1]),
         "rate": None if rate is None or not len(rate) else float(sorted(rate)[len(rate) // 2]),
     }

@@ -25,30 +25,30 @@ MINORITY_NAMES = {"ledger": "ledger", "ema": "moving averages"}
 
 @dataclass(frozen=True)
 class Minority:
-    """What a run found out about its pairs' labels.
+    """A run's metrics of its pairs' labels.
 
     Attributes:
         flipped: `(N,)` bool, labels exchanged on purpose.
         visits: `(N,)` how often each pair was seen.
-        metrics: `(N,)` minority metric by judge (`ledger`, `ema`), NaN where a pair was not judged;
-            judges that judged no pair are left out.
+        metrics: `(N,)` minority metric by annotator (`ledger`, `ema`), NaN where a pair got no
+            vote; annotators that saw no pair are left out.
     """
 
     flipped: NDArray[np.bool_]
     visits: Array
     metrics: dict[str, Array]
 
-    def judged(self, judge: str) -> tuple[NDArray[np.bool_], Array]:
-        """Returns `flipped` and the metric of the pairs that `judge` judged."""
-        known = ~np.isnan(self.metrics[judge])
-        return self.flipped[known], self.metrics[judge][known]
+    def judged(self, annotator: str) -> tuple[NDArray[np.bool_], Array]:
+        """Returns `flipped` and the metric of the pairs that `annotator` voted on."""
+        known = ~np.isnan(self.metrics[annotator])
+        return self.flipped[known], self.metrics[annotator][known]
 
     def auroc(self) -> dict[str, float]:
-        """Returns the area under the ROC by judge, where both kinds of label were judged."""
-        judged = {judge: self.judged(judge) for judge in self.metrics}
+        """Returns the area under the ROC by annotator, where both kinds of label were judged."""
+        judged = {annotator: self.judged(annotator) for annotator in self.metrics}
         return {
-            judge: float(roc_auc_score(flipped, metric))
-            for judge, (flipped, metric) in judged.items()
+            annotator: float(roc_auc_score(flipped, metric))
+            for annotator, (flipped, metric) in judged.items()
             if flipped.any() and not flipped.all()
         }
 
@@ -87,7 +87,7 @@ class Run:
         path: Its folder.
         name: Short name, unlike that of any other run on the page.
         config: The resolved configuration, as nested mappings; empty if absent.
-        config_text: The same as it stands in the file.
+        config_text: The same, as the file's text.
         metrics: Columns of `metrics.jsonl`.
         minority: The minority table, or None.
         evaluation: The evaluation, or None.
@@ -196,7 +196,7 @@ def load_metrics(run: Path) -> dict[str, Array]:
 def load_minority(run: Path) -> Minority | None:
     """Reads `minority.csv`, or returns None where there is none.
 
-    The ledger has judged a pair once it has seen it.
+    The ledger's metric counts from a pair's first visit on.
 
     Raises:
         DataError: A column is missing or holds no number.
@@ -210,8 +210,8 @@ def load_minority(run: Path) -> Minority | None:
         flipped = np.array([row["flipped"].lower() in ("1", "true") for row in rows], dtype=bool)
         visits = np.array([float(row["visits"]) for row in rows])
         metrics = {
-            judge: np.array([float(row.get(column) or "nan") for row in rows], dtype=float)
-            for judge, column in MINORITY_COLUMNS.items()
+            annotator: np.array([float(row.get(column) or "nan") for row in rows], dtype=float)
+            for annotator, column in MINORITY_COLUMNS.items()
         }
     except (KeyError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error!r}") from None
@@ -229,8 +229,8 @@ def minority_auroc(run: Path) -> dict[str, float]:
         run: The run's folder.
 
     Returns:
-        By judge: `ledger` (the pair's own history), `ema` (moving-average annotators); empty where
-        no label was flipped, all were, or nothing was judged.
+        By annotator: `ledger` (the pair's own history), `ema` (moving averages); empty where no
+        label was flipped, all were, or no pair got a vote.
 
     Raises:
         DataError: `minority.csv` is missing or damaged.

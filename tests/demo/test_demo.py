@@ -1,4 +1,4 @@
-"""The demo's parts: scans, judge, preferences, base; and all of it together, in short."""
+"""The demo's parts: scans, scorer, preferences, base; and all of it together, in short."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_a_prompt_without_a_digit_is_refused():
         digit_of("a cat")
 
 
-def test_the_judge_reads_scans_it_was_not_fitted_on(scorer):
+def test_the_scorer_reads_scans_it_was_not_fitted_on(scorer):
     scans = load_scans(held_out=True)
     right = scorer.score(images(scans.images), captions(scans.labels))
     assert right["legible"].mean() > 0.96
@@ -54,7 +54,7 @@ def test_the_judge_reads_scans_it_was_not_fitted_on(scorer):
     assert wrong["ink_reward"].mean() < 0.02
 
 
-def test_the_judge_recognizes_nothing_where_there_is_nothing(scorer):
+def test_the_scorer_recognizes_nothing_where_there_is_nothing(scorer):
     held_out = non_digits(load_scans(held_out=True).images, seed=9)
     assert (scorer.read(images(held_out)) == NOTHING).mean() > 0.97
     static = np.random.default_rng(0).integers(0, 256, (50, 32, 32), dtype=np.uint8)

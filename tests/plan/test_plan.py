@@ -211,7 +211,7 @@ def test_moving_averages_cost_passes_and_the_ledger_none(tiny):
     assert "ledger" in ledger.costs[0].what
 
 
-def test_judges_in_one_pass_are_held_together():
+def test_annotators_in_one_pass_are_held_together():
     ema = {"kind": "ema", "decays": [0.9, 0.5], "batched": True}
     adaptive = {"objective": {"name": "adaptive_dpo"}, "method": "lora"}
     elements = 2 * 4 * 128 * 128
@@ -219,10 +219,10 @@ def test_judges_in_one_pass_are_held_together():
         own_recipe(config(annotators=annotators, **adaptive).train, elements)
         for annotators in ({**ema, "batched": False}, ema, {**ema, "batched": "auto"})
     ]
-    assert [recipe.judges_at_once for recipe in recipes] == [1, 3, 1]
+    assert [recipe.annotators_at_once for recipe in recipes] == [1, 3, 1]
     together = config(annotators=ema, **adaptive).train
-    assert own_recipe(together, elements, whole=False).judges_at_once == 1
-    assert own_recipe(config(objective={"name": "mapo"}).train, elements).judges_at_once == 0
+    assert own_recipe(together, elements, whole=False).annotators_at_once == 1
+    assert own_recipe(config(objective={"name": "mapo"}).train, elements).annotators_at_once == 0
 
 
 def test_mapo_costs_what_fine_tuning_costs(tiny):
