@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -133,6 +134,22 @@ def test_plan_gives_every_image_its_own_seed(tmp_path: Path) -> None:
         plan_samples(make_config(tmp_path, tmp_path, prompts=[]))
     with pytest.raises(ConfigError, match=r"evaluate\.prompts_file: cannot read it"):
         plan_samples(make_config(tmp_path, tmp_path, prompts_file=str(tmp_path / "none")))
+
+
+def test_images_on_disk_keep_their_settings(sdxl: Path, tmp_path: Path) -> None:
+    """Name by name as release 0.1.0 wrote them, so that images made earlier are found again."""
+    config = make_config(sdxl, tmp_path, height=16, guidance_scale=3.5, batch_size=3)
+    settings = ImageSampler(config, progress=False).settings
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    assert settings == versions | {
+        "family": "sdxl",
+        "height": 16,
+        "width": 32,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.5,
+        "precision": "fp32",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
 
 
 def test_an_untrained_run_says_so(sdxl: Path, tmp_path: Path) -> None:

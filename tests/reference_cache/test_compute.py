@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fastpo.reference_cache.compute as module
 from fastpo.cli import main
+from fastpo.config import decides_result, flatten
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import CacheError, ConfigError, ModelError
@@ -298,6 +299,18 @@ def test_errors_on_disk_keep_their_identity(shared, settle, train, data, expecte
         **(digests | noise.identity() | plain),
         **expected,
     }
+
+
+def test_every_key_that_decides_the_errors_is_in_their_identity(shared, settle):
+    config = settle(shared, timesteps={"kind": "bins", "weights": [1, 2]})
+    model = ModelFolder.resolve(config.model)
+    cache, noise = PairCache.open(config, model=model), setup_noise(config, model)
+    identity = reference_identity(config, model, cache, noise)
+    deciding = {k for k in flatten(config.model_dump()) if decides_result(k, "reference")}
+    assert {"seed", "train.precision", "train.timesteps.weights", "data.flip_rate"} <= deciding
+    missing = {k for k in deciding if not any(f"{k}.".startswith(f"{n}.") for n in identity)}
+    # These are there by the digests of the denoiser and of the prepared latents.
+    assert missing == {"model.path", "model.revision", "model.variant", "model.vae"}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
