@@ -39,7 +39,7 @@ from fastpo.reference_cache.store import (
     reference_root,
     write_part,
 )
-from fastpo.system.files import make_folder, write_text
+from fastpo.system.files import make_folder, sweep, write_text
 from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
@@ -214,11 +214,14 @@ def prepare_reference(
         micro_batches = (processes or process.world_size) * config.train.accumulation_steps
         steps = _steps(config, sampler, micro_batches)
         needed = needed_pairs(sampler, len(cache), steps * micro_batches)
-    make_folder(reference_root(config.prepare.cache_dir))  # the denoiser's digest is noted there
+    root = reference_root(config.prepare.cache_dir)
+    make_folder(root)  # the denoiser's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
     make_folder(target)
+    sweep(root)
     with FolderLocks(target) as locks:
+        locks.sweep()
         with locks.manifest():
             errors = merge_parts(target, identity, len(cache))
         task = _Task(config, model, cache, noise, identity, locks)

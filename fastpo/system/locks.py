@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastpo.system.files import sweep
+
 LOCK_FILE = ".claims"
 _MANIFEST, _PRESENCE, _FIRST = 0, 1, 2
 
@@ -30,6 +32,7 @@ class FolderLocks:
     def __init__(self, folder: Path) -> None:
         """Opens the folder's lock file and makes this process's presence known."""
         self.supported = True
+        self._folder = folder
         self._file = (folder / LOCK_FILE).open("a+b")
         self._lock(_PRESENCE, fcntl.LOCK_SH)
 
@@ -66,6 +69,12 @@ class FolderLocks:
             yield exclusive
         finally:
             self._lock(_PRESENCE, fcntl.LOCK_SH)
+
+    def sweep(self) -> None:
+        """Removes what killed processes of this host left, unless others have opened the folder."""
+        with self.exclusive() as exclusive:
+            if exclusive and self.supported:
+                sweep(self._folder)
 
     def _lock(self, byte: int, kind: int) -> bool:
         try:

@@ -83,6 +83,7 @@ def prepare(
         check_identity(folder, identity.fields, manifest.identity)
     show = progress and process.rank == 0
     with FolderLocks(folder) as locks:
+        locks.sweep()
         stamp = _compare(config, locks, show=show)
         if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
             source = open_source(config.data)

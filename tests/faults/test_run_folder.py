@@ -1,0 +1,78 @@
+"""What a run keeps in its folder is whole wherever the run was ended."""
+
+import shutil
+
+import pytest
+
+from fastpo.config import load_config
+from fastpo.system.files import sweep, whole_folder
+from fastpo.train.run_folder import RunFolder
+from tests.faults.crash_points import end_everywhere
+
+
+def begin(path, config, start):
+    """What a run does to its folder before its first step."""
+    folder = RunFolder(path, main=True)
+    folder.sweep()
+    folder.begin(config, start)
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_path, power_cut):
+    """Two steps are logged and kept by a checkpoint, a third is not, and the run begins again."""
+    config = load_config(experiment())
+
+    def act(number):
+        folder = RunFolder(tmp_path / str(number), main=True)
+        for step in (1, 2):
+            folder.log({"step": step})
+        folder.flush()
+        with whole_folder(folder.path / "checkpoints" / "step-00000002") as checkpoint:
+            (checkpoint / "weights").write_text("2")
+        folder.log({"step": 3})
+        begin(folder.path, config, 2)
+
+    def check(number):
+        path = tmp_path / str(number)
+        done = 2 if (path / "checkpoints" / "step-00000002").exists() else 0
+        begin(path, config, done)
+        lines = (path / "metrics.jsonl").read_text()
+        assert lines == '{"step": 1}\n{"step": 2}\n'[: 12 * done]
+        names = {".", "checkpoints", "config.yaml", "metrics.jsonl"}
+        assert {p.name for p in path.iterdir()} <= names
+        seen.add(done)
+        begin(tmp_path / str(number + 1), config, 0)
+
+    seen = set()
+    begin(tmp_path / "0", config, 0)
+    steps = end_everywhere(
+        act, check, power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None
+    )
+    assert steps > 15
+    assert seen == {0, 2}
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+def test_an_export_is_the_old_or_the_new_one(tmp_path, power_cut):
+    def export(path, text):
+        with whole_folder(path / "final") as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(text)
+
+    export(tmp_path / "before", "old")
+
+    def check(number):
+        path = tmp_path / str(number)
+        sweep(path, sole_writer=True)
+        assert [p.name for p in path.iterdir()] == ["final"]
+        seen.add(tuple(p.read_text() for p in sorted((path / "final").iterdir())))
+        shutil.copytree(tmp_path / "before", tmp_path / str(number + 1))
+
+    seen = set()
+    shutil.copytree(tmp_path / "before", tmp_path / "0")
+    end_everywhere(
+        lambda number: export(tmp_path / str(number), "new"),
+        check,
+        power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None,
+    )
+    assert seen == {("old", "old"), ("new", "new")}
