@@ -134,7 +134,8 @@ class ModelFamily(ABC):
                 f"{part} holds no {self.title} that diffusers loads: {error}"
             ) from None
         # diffusers' own `to` warns about modules that ask to stay in float32.
-        return nn.Module.to(loaded, torch.float32)
+        nn.Module.to(loaded, torch.float32)
+        return loaded
 
     def vae_factor(self, folder: ModelFolder) -> int:
         """Returns how many image pixels one latent pixel spans on each side.

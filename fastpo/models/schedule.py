@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
 from torch import Tensor
 
 from fastpo.errors import ModelError
@@ -95,7 +92,7 @@ def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
 
 
 def flow_schedule(
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: Any,
     *,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
@@ -107,7 +104,7 @@ def flow_schedule(
     replaces them: `replace(schedule, timesteps=...)`.
 
     Args:
-        scheduler: The scheduler, fresh from its configuration.
+        scheduler: A `FlowMatchEulerDiscreteScheduler`, fresh from its configuration.
         latent_scale: See `NoiseSchedule`.
         latent_shift: See `NoiseSchedule`.
     """

@@ -96,8 +96,7 @@ def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bo
     # What a kernel does not change here and what would start a compiler or a GPU is left out.
     plain = {"attention": "sdpa", "compile": False, "channels_last": False}
     with META, _quiet():
-        unet = UNet2DConditionModel.from_config(architecture.unet)
-        assert isinstance(unet, UNet2DConditionModel)
+        unet: Any = UNet2DConditionModel.from_config(architecture.unet)
         denoisers = setup_denoisers(
             load_family(architecture.family),
             unet,

@@ -159,7 +159,7 @@ def setup_trainer(
     denoiser = model.family.load_denoiser(model)
     denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
     if denoisers.frozen is not None:
-        denoisers.frozen.to(device)
+        nn.Module.to(denoisers.frozen, device)
     trainable = denoisers.trainable
     optimizer = processes.choose_optimizer(trainable, seed=config.seed)
     schedule = setup_schedule(optimizer, train.optim, data.total_steps)
