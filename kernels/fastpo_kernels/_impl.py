@@ -15,6 +15,9 @@ _IMPLS = get_args(Impl)
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements of a sample: kernels count them in 32 bits, up to the end of the last tile.
+MAX_TILE = 2**16
+MAX_ELEMENTS = 2**31 - MAX_TILE
 
 
 def _gpu_supported(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
-from fastpo_kernels._impl import Impl, choose
+from fastpo_kernels._impl import MAX_ELEMENTS, Impl, choose
 from fastpo_kernels.pair_loss import ops, portable
 from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.pair_loss.reference import (
@@ -21,7 +21,7 @@ from fastpo_kernels.pair_loss.reference import (
 )
 from fastpo_kernels.pair_target import EncodedTarget, PairTarget, encode_ready
 
-_MAX_PAIRS, _MAX_ELEMENTS = 2048, 2**31 - 1
+_MAX_PAIRS = 2048
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Target = Tensor | PairTarget
 
@@ -50,7 +50,7 @@ def _chosen(impl: str | None, policy: Tensor, target: Target, others: Sequence[T
     """`choose`, and the kernel's limits: vectors of all pairs, 32-bit positions in a sample."""
     n_pairs = len(policy) // 2
     n_elements = policy.numel() // (2 * n_pairs)
-    fits = n_pairs <= _MAX_PAIRS and n_elements <= _MAX_ELEMENTS
+    fits = n_pairs <= _MAX_PAIRS and n_elements <= MAX_ELEMENTS
     if impl is None and not (policy.is_cuda and fits):
         return "reference"
     parts = target.parts().values() if isinstance(target, PairTarget) else (target,)
@@ -58,7 +58,7 @@ def _chosen(impl: str | None, policy: Tensor, target: Target, others: Sequence[T
     chosen = choose(impl, [policy, *floats, *others])
     if chosen == "triton" and not fits:
         raise ValueError(
-            f"impl='triton' takes at most {_MAX_PAIRS} pairs a call of at most {_MAX_ELEMENTS} "
+            f"impl='triton' takes at most {_MAX_PAIRS} pairs a call of at most {MAX_ELEMENTS} "
             f"elements each, got {n_pairs} of {n_elements}"
         )
     return chosen

@@ -176,7 +176,7 @@ def finish(
     """From the partials to the loss and `stats` (whose layout is in `ops.py`)."""
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
-    plane = 2 * n_pairs * n_chunks
+    plane = 2 * n_pairs.to(tl.int64) * n_chunks
     errors_ptr = stats_ptr + n_pairs
     e_w, e_l = source_errors(
         sources[0], partials_ptr, errors_ptr, b, valid, n_pairs, n_chunks, n_elements,
@@ -254,7 +254,7 @@ def partial_results(
     """Errors of every stream `[S, 2B]`, then the batch's sums, in the layout of `ops.py`."""
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
-    plane = 2 * n_pairs * n_chunks
+    plane = 2 * n_pairs.to(tl.int64) * n_chunks
     sums_ptr = results_ptr + len(sources) * 2 * n_pairs
     r_w, r_l = tl.zeros((BLOCK_B,), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
     if HAS_REFERENCE:

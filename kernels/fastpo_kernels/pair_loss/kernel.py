@@ -56,7 +56,7 @@ def _squared_errors(
             else:
                 at = strided_offsets(index, sizes, strides[s][1:]) + pair * strides[s][0]
                 winner = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_w
-                at += n_pairs * strides[s][0]
+                at += n_pairs.to(tl.int64) * strides[s][0]
                 loser = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_l
                 new = new + (sums[2 * s] + winner * winner, sums[2 * s + 1] + loser * loser)
                 if SAFEGUARD and s == 0:
@@ -108,13 +108,14 @@ def pair_loss_fwd_kernel(
         sources, target, pair, chunk, n_pairs, n_chunks, n_elements, sizes, strides,
         target_strides, seed, shift, scale, READY, TARGET, SAFEGUARD, BLOCK_SIZE,
     )  # fmt: skip
+    row = 2 * n_pairs.to(tl.int64)
     for s in tl.static_range(len(sources)):
         if (READY >> s) & 1 == 0:
-            out_ptr = partials_ptr + (s * n_chunks + chunk) * 2 * n_pairs + pair
+            out_ptr = partials_ptr + (s * n_chunks + chunk) * row + pair
             tl.store(out_ptr, tl.sum(sums[2 * s]))
             tl.store(out_ptr + n_pairs, tl.sum(sums[2 * s + 1]))
     if SAFEGUARD:
-        out_ptr = partials_ptr + (len(sources) * n_chunks + chunk) * 2 * n_pairs + pair
+        out_ptr = partials_ptr + (len(sources) * n_chunks + chunk) * row + pair
         tl.store(out_ptr, tl.sum(sums[2 * len(sources)]))
     # Every store of this program is done before its ticket is drawn (release), and the last drawer
     # reads only after it (acquire).

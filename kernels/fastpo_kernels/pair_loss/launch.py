@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from fastpo_kernels._impl import MAX_TILE
 from fastpo_kernels._launch import Plan, Plans, described
 from fastpo_kernels._layout import device_guard
 from fastpo_kernels.pair_loss import device
@@ -30,6 +31,9 @@ class LaunchConfig:
     block_size: int
     programs_per_pair: int
     num_warps: int
+
+    def __post_init__(self) -> None:
+        assert self.block_size <= MAX_TILE, "positions in the last tile must fit 32 bits"
 
 
 _forced: LaunchConfig | None = None

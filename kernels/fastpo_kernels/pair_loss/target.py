@@ -40,7 +40,7 @@ def target_tile(
     if TARGET == "shared":
         winner, loser = first, first
     elif TARGET == "separate":
-        at += n_pairs * strides[0][0]
+        at += n_pairs.to(tl.int64) * strides[0][0]
         winner = first
         loser = tl.load(parts[0] + at, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -53,9 +53,9 @@ def target_tile(
             shift, scale, BLOCK_SIZE,
         )  # fmt: skip
         loser = latents_of(
-            parts[1], parts[2], x_at + n_pairs * strides[1][0],
-            logvar_at + n_pairs * strides[2][0], mask, tile, pair_key, visit, seed, LOSER,
-            shift, scale, BLOCK_SIZE,
+            parts[1], parts[2], x_at + n_pairs.to(tl.int64) * strides[1][0],
+            logvar_at + n_pairs.to(tl.int64) * strides[2][0], mask, tile, pair_key, visit, seed,
+            LOSER, shift, scale, BLOCK_SIZE,
         )  # fmt: skip
         if TARGET == "v_prediction":
             signal = tl.load(parts[3] + pair).to(tl.float32)

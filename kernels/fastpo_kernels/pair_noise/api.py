@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpo_kernels._counters import MAX_SEED
-from fastpo_kernels._impl import Impl, choose
+from fastpo_kernels._impl import MAX_ELEMENTS, Impl, choose
 from fastpo_kernels.pair_noise import ops
 from fastpo_kernels.pair_noise import reference as eager
 from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
@@ -77,6 +77,19 @@ def _check_schedule(
         raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
 
 
+def _chosen(impl: str | None, latents: Tensor) -> str:
+    """`choose`, and the kernel's limit: 32-bit positions in a sample."""
+    n_elements = latents[0].numel()
+    if impl is None and n_elements > MAX_ELEMENTS:
+        return "reference"
+    chosen = choose(impl, [latents])
+    if chosen == "triton" and n_elements > MAX_ELEMENTS:
+        raise ValueError(
+            f"impl='triton' takes at most {MAX_ELEMENTS} elements a sample, got {n_elements}"
+        )
+    return chosen
+
+
 def noised_pair(
     latents: Tensor,
     pair_key: Tensor,
@@ -143,7 +156,7 @@ def noised_pair(
     with_schedule = target != "ready" and prediction == "v_prediction"
     inputs = (latents, logvar, pair_key, visit, signal, sigma, written, with_schedule)
     numbers = (seed, low, high, shift, scale, dtype)
-    if choose(impl, [latents]) == "reference":
+    if _chosen(impl, latents) == "reference":
         results = eager.noised_pair(*inputs, *numbers)
     else:
         for name, t in vectors:
