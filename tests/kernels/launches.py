@@ -21,7 +21,8 @@ from fake_gpu import install
 
 GPU = install(sys.argv[1] if len(sys.argv) > 1 else "sm_90", keep_arguments=True)
 
-import test_pair_loss as losses
+import objectives as losses
+import test_pair_loss as layouts
 import test_pair_target as targets
 import torch
 
@@ -50,7 +51,7 @@ def batches():
             f"{size} elements",
             lambda size=size: step(losses.CASES["dpo"], pair_inputs(2, (size,), torch.float16)),
         )
-    for layout, laid in losses.STRIDED.items():
+    for layout, laid in layouts.STRIDED.items():
 
         def strided(laid=laid):
             x = pair_inputs(2, (4, 6, 10))

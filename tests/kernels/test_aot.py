@@ -80,3 +80,23 @@ def test_host_time_is_measured_of_every_objective(run_compiling, tmp_path):
             assert 0 < timed[objective, "fwd", provider]
             assert 0 < timed[objective, "both", provider]
     assert (tmp_path / "host.md").read_text().count("| dpo |") == 2
+
+
+def test_no_minimum_or_maximum_drops_nan(run_compiling):
+    """The plain instructions return the other operand; the interpreter's do not show it."""
+    assert "kernels without" in run_compiling("-c", KEEPS_NAN)
+
+
+KEEPS_NAN = """
+import re
+import aot_cases, fake_gpu
+gpu = fake_gpu.install("sm_90")
+judged = [case for case in aot_cases._launches() if case.variant == 'two annotators, 16 pairs']
+for case in (*aot_cases._objectives(), *judged[:1]):
+    case.run()
+assert judged
+for made in gpu.compiled:
+    found = re.findall(r"(?:max|min)[.\\w]*[.]f32", made.kernel.asm["ptx"])
+    assert all(".NaN" in name for name in found), (made.name, found)
+print(len(gpu.compiled), "kernels without")
+"""

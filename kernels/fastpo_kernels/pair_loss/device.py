@@ -10,7 +10,7 @@ the tests' table.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import exp_neg, log_sigmoid, sigmoid
+from fastpo_kernels._triton import at_least, at_most, exp_neg, log_sigmoid, sigmoid
 from fastpo_kernels.pair_loss import reference
 
 
@@ -45,8 +45,8 @@ def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
 @triton.jit
 def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
     slack = 1.0 - _logit(d, shift, beta)
-    slope = tl.where(slack > 0.0, beta, 0.0)
-    return tl.maximum(slack, 0.0), slope, -slope
+    slope = tl.where(slack <= 0.0, 0.0, beta)
+    return at_least(slack, 0.0), slope, -slope
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
 @triton.jit
 def linear_dpo(d, e_w, e_l, r_w, r_l, shift, beta, eta, _):
     z = _logit(d, shift, beta)
-    c = tl.minimum(tl.maximum(0.5 - 0.2 * z, eta), 1.0 - eta)
+    c = at_most(at_least(0.5 - 0.2 * z, eta), 1.0 - eta)
     return c * (e_w - e_l), c, -c
 
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import exp, sigmoid
+from fastpo_kernels._triton import at_least, at_most, exp, sigmoid
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _minority_metric(
         spread = tl.zeros_like(mean)
         for m in tl.static_range(len(margins)):
             spread += (xs[m] - mean) * (xs[m] - mean)
-        doubt *= tl.minimum(tl.sqrt_rn(tl.div_rn(spread, len(margins) - 1.0)), 1.0)
+        doubt *= at_most(tl.sqrt_rn(tl.div_rn(spread, len(margins) - 1.0)), 1.0)
     return doubt
 
 
@@ -143,7 +143,7 @@ def _safeguard(e_w, dot, mu):
     """
     agree = dot > 0.0
     ratio = tl.div_rn((1.0 - mu) * e_w, tl.where(agree, dot, 1.0))
-    return tl.where(agree, tl.minimum(tl.maximum(ratio, 0.0), 1.0), 1.0)
+    return tl.where(agree, at_most(at_least(ratio, 0.0), 1.0), 1.0)
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def finish(
         shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND, N_SUMS)
     elif BATCH_BASELINE:
         gain = 0.5 * ((r_w - e_w) + (r_l - e_l))
-        shift = tl.maximum(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
+        shift = at_least(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
     tl.store(tail_ptr + b, u, mask=valid)
