@@ -13,6 +13,9 @@ import triton.language as tl
 from fastpo_kernels._triton import at_least, at_most, exp_neg, log_sigmoid, sigmoid
 from fastpo_kernels.pair_loss import reference
 
+# Beyond it a sigmoid is exactly 0 or 1 in float32, and its product with a larger logit no number.
+SATURATED = tl.constexpr(150.0)
+
 
 @triton.jit
 def _logit(d, shift, beta):
@@ -20,9 +23,15 @@ def _logit(d, shift, beta):
 
 
 @triton.jit
+def _share(smoothing, loss):
+    """`smoothing loss`, 0 without smoothing: an infinite loss has no share of 0."""
+    return tl.where(smoothing == 0.0, 0.0, smoothing * loss)
+
+
+@triton.jit
 def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     z = _logit(d, shift, beta)
-    loss = -(1.0 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z)
+    loss = _share(smoothing, -log_sigmoid(-z)) - (1.0 - smoothing) * log_sigmoid(z)
     slope = beta * ((1.0 - smoothing) * sigmoid(-z) - smoothing * sigmoid(z))
     return loss, slope, -slope
 
@@ -31,7 +40,7 @@ def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     z = _logit(d, shift, beta)
     scale = tl.div_rn(1.0, 1.0 - 2.0 * smoothing)
-    loss = scale * (smoothing * log_sigmoid(-z) - (1.0 - smoothing) * log_sigmoid(z))
+    loss = scale * (_share(smoothing, log_sigmoid(-z)) - (1.0 - smoothing) * log_sigmoid(z))
     slope = scale * beta * ((1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z))
     return loss, slope, -slope
 
@@ -61,7 +70,7 @@ def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
 
 @triton.jit
 def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
-    z = _logit(d, shift, beta)
+    z = at_most(at_least(_logit(d, shift, beta), -SATURATED), SATURATED)
     p, not_p = sigmoid(z), sigmoid(-z)
     loss = p * (log_sigmoid(z) - log_q) + not_p * (log_sigmoid(-z) - log_not_q)
     slope = -beta * p * not_p * (z - (log_q - log_not_q))
@@ -88,7 +97,7 @@ def _decay_minus_one(x):
     t = n * n
     series = t * (1.0 / 12 + t * (-1.0 / 720 + t * (1.0 / 30240 - t * (1.0 / 1209600)))) - 0.5 * n
     slope = n * (1.0 / 6 + t * (-1.0 / 180 + t * (1.0 / 5040 - t * (1.0 / 151200)))) - 0.5
-    far = tl.where(small, 1.0, x)
+    far = at_most(tl.where(small, 1.0, x), SATURATED)
     decayed = exp_neg(far)
     f = tl.div_rn(far * decayed, 1.0 - decayed)
     closed = tl.div_rn(f * (1.0 - f), far) - f

@@ -139,10 +139,12 @@ def _margin_shift(
 def _safeguard(e_w, dot, mu):
     """`lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where the products agree, else 1.
 
-    `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products.
+    `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products. Of two
+    infinite sums there is no ratio, and lambda is 1.
     """
     agree = dot > 0.0
     ratio = tl.div_rn((1.0 - mu) * e_w, tl.where(agree, dot, 1.0))
+    agree = agree & (ratio == ratio)
     return tl.where(agree, at_most(at_least(ratio, 0.0), 1.0), 1.0)
 
 

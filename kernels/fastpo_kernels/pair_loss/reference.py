@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,6 +70,10 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)  # beyond, x alone is float64's nearest
 
 
+# For an infinite logit: there a sigmoid is 0 or 1, whose product with infinity is no number.
+_SATURATED = 750.0
+
+
 def dpo(d, e, r, shift, beta, smoothing, _):
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
     if smoothing == 0 and not isinstance(shift, Tensor):
@@ -81,6 +86,8 @@ def dpo(d, e, r, shift, beta, smoothing, _):
 def robust_dpo(d, e, r, shift, beta, smoothing, _):
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
     z = _logit(d, shift, beta)
+    if smoothing == 0:
+        return _softplus(-z)
     scale = 1 / (1 - 2 * smoothing)
     return (scale * (1 - smoothing)) * _softplus(-z) - (scale * smoothing) * _softplus(z)
 
@@ -104,7 +111,7 @@ def kto(d, e, r, shift, beta, _, __):
 
 def dmpo(d, e, r, shift, beta, log_q, log_not_q):
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
-    z = _logit(d, shift, beta)
+    z = _logit(d, shift, beta).nan_to_num(math.nan, _SATURATED, -_SATURATED)
     p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
     return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
@@ -149,7 +156,7 @@ def decay_minus_one(x: Tensor) -> Tensor:
     """
     small = x < 0.5
     near = torch.where(small, x, 0.0)
-    far = torch.where(small, 1.0, x)
+    far = torch.where(small, 1.0, x).clamp(max=_SATURATED)
     t = near * near
     series = t * (-1 / 1209600 + t * (1 / 47900160 - t * (691 / 1307674368000)))
     series = t * (1 / 12 + t * (-1 / 720 + t * (1 / 30240 + series)))
@@ -292,12 +299,16 @@ def _adapt(
 
 
 def _safeguarded(errors: Tensor, agreement: Sequence[Tensor], mu: float) -> list[Tensor]:
-    """The errors, the loser's gradient scaled by Diffusion-SDPO's lambda, its value kept."""
+    """The errors, the loser's gradient scaled by Diffusion-SDPO's lambda, its value kept.
+
+    Of two infinite sums there is no ratio, and lambda is 1.
+    """
     e_w, e_l = errors.unbind()
     power, total = agreement
     ratio = (1 - mu) * power / torch.where(total > 0, total, 1.0)
-    scale = torch.where(total > 0, ratio.clamp(0, 1), 1.0)
-    return [e_w, e_l.detach() + scale * (e_l - e_l.detach())]
+    scale = torch.where((total > 0) & ~ratio.isnan(), ratio.clamp(0, 1), 1.0)
+    value = e_l.detach()
+    return [e_w, torch.where(value.isinf(), e_l, value + scale * (e_l - value))]
 
 
 def from_errors(
