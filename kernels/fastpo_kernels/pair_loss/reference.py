@@ -70,6 +70,16 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)  # beyond, x alone is float64's nearest
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    """`1 / (1 + exp(-x))` whose derivative keeps its digits in both tails.
+
+    `torch.sigmoid` is differentiated as `(1 - y) y`, which is 0 where y rounds to 1.
+    """
+    left = x < 0
+    t = torch.exp(torch.where(left, x, -x))
+    return torch.where(left, t, 1.0) / (1 + t)
+
+
 # For an infinite logit: there a sigmoid is 0 or 1, whose product with infinity is no number.
 _SATURATED = 750.0
 
@@ -104,16 +114,16 @@ def hinge(d, e, r, shift, beta, _, __):
 
 def kto(d, e, r, shift, beta, _, __):
     """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`."""
-    winner = torch.sigmoid(-beta * (r[0] - e[0] - shift))
-    loser = torch.sigmoid(beta * (r[1] - e[1] - shift))
+    winner = _sigmoid(-beta * (r[0] - e[0] - shift))
+    loser = _sigmoid(beta * (r[1] - e[1] - shift))
     return 0.5 * (winner + loser)
 
 
 def dmpo(d, e, r, shift, beta, log_q, log_not_q):
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
     z = _logit(d, shift, beta).nan_to_num(math.nan, _SATURATED, -_SATURATED)
-    p_term = torch.sigmoid(z) * (F.logsigmoid(z) - log_q)
-    return p_term + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
+    p_term = _sigmoid(z) * (F.logsigmoid(z) - log_q)
+    return p_term + _sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
 def linear_dpo(d, e, r, shift, beta, eta, _):
