@@ -194,18 +194,38 @@ def losses(case: Case, x: PairInputs, providers: Iterable[str]) -> dict[str, Cal
     return found
 
 
+def graphed_step(case: Case, x: PairInputs, direction: str) -> Call:
+    """Our default in a CUDA graph.
+
+    From a leaf of its own: that of `x` belongs to the stream of the losses that live, and a capture
+    may not wait for it.
+    """
+    y = replace(x, policy=x.policy.detach().requires_grad_())
+
+    def loss() -> Tensor:
+        return OBJECTIVES[case.name].call(y, "triton").loss
+
+    def both() -> object:
+        return torch.autograd.grad(loss(), y.policy)
+
+    return graphed(both if direction == "both" else loss)
+
+
 def passes(
-    found: dict[str, Callable[[], Tensor]], x: PairInputs, direction: str
+    case: Case, x: PairInputs, found: dict[str, Callable[[], Tensor]], direction: str
 ) -> dict[str, Callable[[], Call]]:
     """How to make the call of every provider for one direction; a graph has no backward alone."""
-    return {
-        name: (lambda name=name, loss=loss: _pass(name, loss, x, direction))
+    made: dict[str, Callable[[], Call]] = {
+        name: (lambda loss=loss: _pass(loss, x, direction))
         for name, loss in found.items()
-        if not (name == "ours-graph" and direction == "bwd")
+        if name != "ours-graph"
     }
+    if "ours-graph" in found and direction != "bwd":
+        made["ours-graph"] = lambda: graphed_step(case, x, direction)
+    return made
 
 
-def _pass(name: str, loss: Callable[[], Tensor], x: PairInputs, direction: str) -> Call:
+def _pass(loss: Callable[[], Tensor], x: PairInputs, direction: str) -> Call:
     if direction == "bwd":
         value = loss()
         return lambda: torch.autograd.grad(value, x.policy, retain_graph=True)
@@ -215,7 +235,7 @@ def _pass(name: str, loss: Callable[[], Tensor], x: PairInputs, direction: str) 
         def call() -> object:
             return torch.autograd.grad(loss(), x.policy)
 
-    return graphed(call) if name == "ours-graph" else call
+    return call
 
 
 def disagreement(case: Case, x: PairInputs) -> str:

@@ -129,7 +129,7 @@ class Run:
         rows = []
         if case.op == "pair_loss":
             found = losses.losses(case, x, providers)
-            makers = {d: losses.passes(found, x, d) for d in self.options.directions}
+            makers = {d: losses.passes(case, x, found, d) for d in self.options.directions}
             n_bytes = losses.least_bytes(case)
         else:
             makers, n_bytes = {"fwd": noise.calls(case, x, providers)}, noise.least_bytes(case)

@@ -1,5 +1,7 @@
 """What only a GPU can show: graphs, streams, large offsets, the default choice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,26 +19,42 @@ SDXL = (4, 128, 128)
 def step(x, impl="triton"):
     out = fl.sdpo(x.policy, x.reference, x.target, beta=20.0, mu=0.9, impl=impl)
     (grad,) = torch.autograd.grad(out.loss, x.policy)
-    return out.loss, grad
+    return out.loss.detach(), grad
 
 
-def captured(x):
-    """A CUDA graph of one step, and its outputs."""
+def captured(step):
+    """A CUDA graph of one step, and its outputs.
+
+    A failed capture is ended, and its error raised: the streams of later tests stay usable.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(x)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(x)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
     return graph, outputs
+
+
+def fresh(x):
+    """The same batch, its policy a leaf that no graph of another stream has seen.
+
+    A leaf's node of the backward pass belongs to the stream that made it, and lives as long as any
+    of its losses; a capture may not wait for that stream.
+    """
+    return replace(x, policy=x.policy.detach().requires_grad_())
 
 
 def test_graph_replays_follow_their_inputs():
     x = pair_inputs(4, SDXL, torch.bfloat16, "cuda")
     x.policy.requires_grad_()
-    graph, (loss, grad) = captured(x)
+    graph, (loss, grad) = captured(lambda: step(fresh(x)))
     for seed in (1, 2):
         y = pair_inputs(4, SDXL, torch.bfloat16, "cuda", seed=seed)
         with torch.no_grad():
@@ -47,12 +65,21 @@ def test_graph_replays_follow_their_inputs():
         assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
 
 
+def test_a_step_is_captured_while_an_earlier_loss_lives():
+    x = pair_inputs(4, SDXL, torch.bfloat16, "cuda")
+    x.policy.requires_grad_()
+    kept = fl.dpo(x.policy, x.reference, x.target, beta=20.0, impl="triton").loss
+    graph, (loss, _) = captured(lambda: step(fresh(x)))
+    graph.replay()
+    assert torch.equal(loss, step(x)[0]) and kept.requires_grad
+
+
 def test_graphs_and_streams_do_not_share_a_ticket():
     inputs = [pair_inputs(8, SDXL, torch.bfloat16, "cuda", seed=k) for k in range(4)]
     for x in inputs:
         x.policy.requires_grad_()
     expected = [step(x) for x in inputs]
-    graphs = [captured(x) for x in inputs[:2]]
+    graphs = [captured(lambda x=x: step(fresh(x))) for x in inputs[:2]]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     for _ in range(50):
