@@ -154,8 +154,8 @@ def count_ours() -> dict[str, int]:
 
 def counts(
     case: Case, x: PairInputs, eager: Callable[[], Tensor], ours: int
-) -> Iterator[tuple[str, int, int]]:
-    """Provider, launches and bytes; `ours` is our number of launches without a GPU."""
+) -> Iterator[tuple[str, int | str, int]]:
+    """Provider, launches (or why there are none) and bytes; `ours` are ours without a GPU."""
     call = OBJECTIVES[case.name].call
 
     def reference() -> Tensor:
@@ -164,21 +164,27 @@ def counts(
     def step(loss: Callable[[], Tensor]) -> Call:
         return lambda: torch.autograd.grad(loss(), x.policy)
 
-    found = {
-        "eager": eager_counts(step(eager)),
-        "reference": eager_counts(step(reference)),
-        "compile": compiled_counts(reference, x.policy),
-        "ours": (ours, our_bytes(case, x.target)),
+    found: dict[str, tuple[Callable[[], tuple[int, int]], Callable[[], Tensor]]] = {
+        "eager": (lambda: eager_counts(step(eager)), eager),
+        "reference": (lambda: eager_counts(step(reference)), reference),
+        "compile": (
+            lambda: compiled_counts(reference, x.policy),
+            torch.compile(reference, dynamic=False),
+        ),
+        "ours": (lambda: (ours, our_bytes(case, x.target)), lambda: call(x, "triton").loss),
     }
-    calls = {
-        "eager": eager,
-        "reference": reference,
-        "compile": torch.compile(reference, dynamic=False),
-        "ours": lambda: call(x, "triton").loss,
-    }
-    for provider, (launches, n_bytes) in found.items():
-        on_gpu = device() == "cuda"
-        yield provider, device_launches(step(calls[provider])) if on_gpu else launches, n_bytes
+    for provider, (count, loss) in found.items():
+        try:
+            launches, n_bytes = count()
+            if device() == "cuda":
+                launches = device_launches(step(loss))
+        except Exception as error:
+            if provider == "ours":
+                raise
+            # The others are compared with, and not what the table is for.
+            yield provider, f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.80}", 0
+        else:
+            yield provider, launches, n_bytes
 
 
 def inputs_of_rows() -> Iterator[tuple[Case, str, PairInputs, Callable[[], Tensor]]]:
@@ -209,8 +215,8 @@ def lines_of(
     """One line a provider."""
     least = our_bytes(case, x.target)
     return [
-        f"| {case.name} | {target} | {provider} | {launches} | {n_bytes / 2**20:.1f} | "
-        f"{n_bytes / least:.2f} |"
+        f"| {case.name} | {target} | {provider} | {launches} | "
+        + (f"{n_bytes / 2**20:.1f} | {n_bytes / least:.2f} |" if n_bytes else " |  |")
         for provider, launches, n_bytes in counts(case, x, eager, ours)
     ]
 

@@ -198,6 +198,24 @@ def test_a_provider_that_fails_is_noted_and_the_others_are_timed(monkeypatch):
     assert going.failures == ["dpo sd15 fp32 B=1, eager: RuntimeError: no compiler"]
 
 
+def test_what_the_compiler_cannot_do_is_a_note_and_no_failure(monkeypatch):
+    def no_compiler(function, **_):
+        def call():
+            raise RuntimeError("Scalar 3528531795 is out of range for type int32")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    providers = ("eager", "reference", "compile", "ours")
+    options = dataclasses.replace(QUICK, directions=("fwd",), providers=providers)
+    going = Run([small()], options)
+    ((_, rows),) = going
+    noted = [(r.provider, r.note) for r in rows if r.note]
+    assert noted == [("compile", "RuntimeError: Scalar 3528531795 is out of range for type int32")]
+    assert {r.provider for r in rows if not r.note} == {"eager", "reference", "ours"}
+    assert going.failures == []
+
+
 def test_wrong_numbers_are_not_timed(monkeypatch):
     wrong = dataclasses.replace(
         losses.OBJECTIVES["dpo"],
