@@ -35,8 +35,8 @@ from torch.utils._pytree import tree_leaves
 from fastpo.bench.cases import Case
 from fastpo.bench.losses import OBJECTIVES, inputs, trainer_loss
 from fastpo.bench.measure import Call, device
+from fastpo_kernels._shared.target import Prediction
 from fastpo_kernels.pair_loss import PairDraw, PairTarget
-from fastpo_kernels.pair_target import Prediction
 from fastpo_kernels.testing import PairInputs
 
 SHOWN = ("dpo", "mapo", "sdpo", "adaptive_dpo")

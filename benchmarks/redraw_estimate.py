@@ -24,7 +24,7 @@ from triton import knobs
 
 from fastpo.files import write_text
 from fastpo_kernels.pair_loss import PairTarget
-from fastpo_kernels.pair_loss.launch import LaunchConfig, launches_as
+from fastpo_kernels.pair_loss.gpu.launch import LaunchConfig, launches_as
 
 # Bytes a second, and instructions a second of one thread: SMs x 4 schedulers x 32 lanes x clock.
 GPUS = {

@@ -4,7 +4,7 @@
 image, on a target repeated for both sides, then the objective's few lines: trainers' own where
 these are known, else the oracle's. `reference` is our
 float64-capable oracle, `compile` its compiled form, `ours` the default of the machine: Triton on a
-GPU, `portable.py` on a CPU.
+GPU, `cpu.py` on a CPU.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def configurations(n_pairs: int, n_elements: int, direction: str) -> Iterator[tu
 
 def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: float) -> list[Trial]:
     """All configurations of both kernels on one shape, until `stop` on the monotonic clock."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     x = losses.inputs(case)
     call, n_elements = losses.OBJECTIVES[case.name].call, math.prod(case.dims)
@@ -129,7 +129,7 @@ def _timed(
     clock: Clock,
 ) -> tuple[float | str, str]:
     """Median microseconds of one configuration, or why there are none."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     try:
         with launch.launches_as(config):

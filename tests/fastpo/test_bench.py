@@ -321,7 +321,7 @@ def test_the_sweep_covers_the_table_and_ranks(tmp_path):
 
 
 def test_the_sweep_forces_a_configuration_and_reports_a_failure():
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     config = launch.LaunchConfig(64, 3, 4)
     default = launch.launch_config(1, 2, 2)

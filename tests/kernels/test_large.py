@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels._impl import MAX_ELEMENTS, MAX_TILE
+from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, MAX_TILE
 from fastpo_kernels.pair_noise import noised_pair
 from fastpo_kernels.testing import pair_inputs
 
@@ -45,7 +45,7 @@ def test_samples_whose_positions_pass_32_bits_are_refused(n_elements, device):
 
 
 def test_the_last_tile_of_the_largest_sample_fits_32_bits():
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     tiles = -(-MAX_ELEMENTS // MAX_TILE)
     assert MAX_ELEMENTS + MAX_TILE - 1 < 2**31 and tiles * MAX_TILE < 2**31

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import portable
+from fastpo_kernels.pair_loss import cpu
 from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 from tests.kernels.objectives import CASES, check, run
@@ -180,8 +180,8 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(name, device, small_tile
 @pytest.fixture(params=["whole", "pieces"])
 def cpu_way(request, monkeypatch):
     """The two long ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
-    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
-    monkeypatch.setattr(portable, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
+    monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
+    monkeypatch.setattr(cpu, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
     return request.param
 
 
@@ -195,7 +195,7 @@ def test_cpu_default_within_budget(name, dtype, cpu_way):
 @pytest.mark.parametrize("size", [1, 7, 65537])
 def test_cpu_default_sizes(size, shared, cpu_way, monkeypatch):
     if size > 1000 and cpu_way == "pieces":
-        monkeypatch.setattr(portable, "_PIECE", 1 << 14)
+        monkeypatch.setattr(cpu, "_PIECE", 1 << 14)
     check(CASES["sdpo"], pair_inputs(3, (size,), torch.bfloat16, shared_target=shared), impl=None)
 
 
@@ -270,9 +270,9 @@ PLAIN = [n for n in CASES if n != "kto" and not n.startswith(("sdpo", "adaptive"
 def test_cpu_short_way_equals_the_long_bit_for_bit(name, dtype, shared, monkeypatch):
     x = pair_inputs(3, (4, 7, 11), dtype, shared_target=shared)
     with monkeypatch.context() as patch:
-        patch.setattr(portable, "pair_loss", None)
+        patch.setattr(cpu, "pair_loss", None)
         short, short_grad = run(CASES[name], x, None)
-    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
+    monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     found, grad = run(CASES[name], x, None)
     for a, b in zip(short, found, strict=True):
         assert a is b is None or (torch.equal(a, b) and a.shape == b.shape and a.dtype == b.dtype)
@@ -293,7 +293,7 @@ def test_cpu_takes_the_long_way_for_other_batches(change):
     x = pair_inputs(3, (7, 11), torch.float32)
     x.reference = LONG[change](x)
     dpo = eager.OBJECTIVES["dpo"].function
-    assert portable.small_loss(x.policy, x.reference, x.target, dpo, (20.0, 0.0, 0.0)) is None
+    assert cpu.small_loss(x.policy, x.reference, x.target, dpo, (20.0, 0.0, 0.0)) is None
     found, grad = run(CASES["dpo"], x, None)
     expected, expected_grad = run(CASES["dpo"], x, "reference")
     torch.testing.assert_close(found, expected)

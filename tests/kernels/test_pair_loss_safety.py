@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import ops, portable
+from fastpo_kernels.pair_loss import cpu, ops
 from fastpo_kernels.testing import pair_inputs
 
 IMPLS = ("triton", "reference", None)
@@ -127,7 +127,7 @@ def test_vmap_is_refused(impl, shared_target, device):
 
 def test_the_ticket_is_zero_again(device):
     """Or the second launch with it would never finish."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     x = pair_inputs(3, (40,), torch.float32, device)
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
@@ -167,9 +167,9 @@ def test_none_chooses_the_portable_path_on_the_cpu(monkeypatch):
     expected = call(x, "reference").loss
     chosen = []
     for name in ("small_loss", "pair_loss"):
-        real = getattr(portable, name)
+        real = getattr(cpu, name)
         counted = lambda *a, real=real, name=name, **k: chosen.append(name) or real(*a, **k)  # noqa: E731
-        monkeypatch.setattr(portable, name, counted)
+        monkeypatch.setattr(cpu, name, counted)
     torch.testing.assert_close(call(x, None).loss, expected)
     torch.testing.assert_close(call(x, None, pair_weight=weight).loss, expected)
     call(x, "reference")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import portable
+from fastpo_kernels.pair_loss import cpu
 from fastpo_kernels.testing import DTYPES
 
 LOGITS = torch.tensor([0, 0.5, 2, 5, 8, 13, 18, 20, 30, 36, 38, 45, 52, 60], dtype=torch.float64)
@@ -74,7 +74,7 @@ def gradient(call, options, dtype, impl, device):
 def impl(request, monkeypatch):
     """Every implementation; the default on a CPU has two ways."""
     if request.param == "long":
-        monkeypatch.setattr(portable, "small_loss", lambda *_: None)
+        monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     return request.param if request.param in ("triton", "reference") else None
 
 

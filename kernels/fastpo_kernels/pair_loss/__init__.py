@@ -1,6 +1,7 @@
 """Preference losses of a batch of pairs, fused. See README.md for the derivation."""
 
-from fastpo_kernels._impl import Impl
+from fastpo_kernels._shared.dispatch import Impl
+from fastpo_kernels._shared.target import PairDraw, PairTarget
 from fastpo_kernels.pair_loss.api import PairLoss, Target, pair_errors, pair_loss
 from fastpo_kernels.pair_loss.reference import (
     OBJECTIVES,
@@ -9,7 +10,6 @@ from fastpo_kernels.pair_loss.reference import (
     minority_metric,
     pair_weights,
 )
-from fastpo_kernels.pair_target import PairDraw, PairTarget
 
 __all__ = [
     "OBJECTIVES",

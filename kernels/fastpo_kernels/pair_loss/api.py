@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
-from fastpo_kernels._impl import MAX_ELEMENTS, Impl, choose
-from fastpo_kernels.pair_loss import ops, portable
+from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, Impl, choose
+from fastpo_kernels._shared.target import EncodedTarget, PairTarget, encode_ready
+from fastpo_kernels.pair_loss import cpu, ops
 from fastpo_kernels.pair_loss import reference as eager
 from fastpo_kernels.pair_loss.reference import (
     Adaptive,
@@ -19,7 +20,6 @@ from fastpo_kernels.pair_loss.reference import (
     Reduce,
     WeightKind,
 )
-from fastpo_kernels.pair_target import EncodedTarget, PairTarget, encode_ready
 
 _MAX_PAIRS = 2048
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -226,7 +226,7 @@ def pair_loss(
             `sum d_m**2` of every annotator, the policy first, for adaptive, then `sum e_w` and
             `sum <pred_w - target, pred_l - target> / N` with a safeguard, last the pairs.
         impl: None is triton if every tensor is on a supported GPU (compute capability 8.0 or AMD)
-            in a dtype it takes, with triton installed, at most 2048 pairs; else `portable.py`, the
+            in a dtype it takes, with triton installed, at most 2048 pairs; else `cpu.py`, the
             reference's mathematics in fewer passes. A name never falls back.
 
     Returns:
@@ -244,7 +244,7 @@ def pair_loss(
     options = [float(x) for x in (*options, 0.0, 0.0, 0.0)[:3]]
     plain = adaptive is minority is statistics is pair_weight is safeguard is reduce is None
     if plain and impl is None and objective != "kto" and not len(annotators):
-        small = portable.small_loss(policy, reference, target, kind.function, options)
+        small = cpu.small_loss(policy, reference, target, kind.function, options)
         if small is not None:
             return PairLoss(*small)
     _check_predictions(policy, target)
@@ -263,7 +263,7 @@ def pair_loss(
     if reduce is not None:
         _check_reduce(objective, adaptive, safeguard, statistics)
     if _chosen(impl, policy, target, (*sources.values(), *vectors.values())) == "reference":
-        module = portable if impl is None else eager
+        module = cpu if impl is None else eager
         return PairLoss(
             *module.pair_loss(
                 policy,
@@ -366,5 +366,5 @@ def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> 
     _check_predictions(policy, target)
     if _chosen(impl, policy, target) == "reference":
         formed = target.form(policy) if isinstance(target, PairTarget) else target
-        return (portable if impl is None else eager).pair_errors(policy, formed.detach())
+        return (cpu if impl is None else eager).pair_errors(policy, formed.detach())
     return ops.pair_errors(policy, *_encoded(target, policy.shape[0] // 2))

@@ -79,7 +79,7 @@ def _launch_forward(
     policy_error,
 ):  # fmt: skip
     """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     first = policy if policy_error is None else policy_error
     sources = _sources(first, reference, annotators)
@@ -136,7 +136,7 @@ def _launch_partials(
     traced, policy, reference, target, target_kind, target_scalars, annotators, objective,
     adaptive_kinds, safeguard,
 ):  # fmt: skip
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     sources = _sources(policy, reference, annotators)
     size = _partials_size(sources, annotators, objective, adaptive_kinds, safeguard)
@@ -174,7 +174,7 @@ def _backward(
     grad_loss: Tensor | None,
 ) -> Tensor:
     """`grad_loss * dloss/de * 2/N * (policy - target)`; `coefficients` is dloss/de, `[2B]`."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     encoded = (target, target_kind, target_scalars)
     return launch.launch_backward(policy, encoded, coefficients, grad_loss)
@@ -196,7 +196,7 @@ def _errors(
 
 
 def _launch_errors(traced: bool, policy: Tensor, *target: Any) -> Tensor:
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
     launch.launch_forward(

@@ -1,8 +1,8 @@
 """Eager oracle of the pair losses: torch only, any device, float64-capable.
 
-Each objective is one scalar function of the errors of a pair; `device.py` holds its twin. Nothing
-here is a matrix product and every input is lifted to float32 or better first, so autocast changes
-nothing.
+Each objective is one scalar function of the errors of a pair; `gpu/objectives.py` holds its twin.
+Nothing here is a matrix product and every input is lifted to float32 or better first, so autocast
+changes nothing.
 """
 
 from __future__ import annotations

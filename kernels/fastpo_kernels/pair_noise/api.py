@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastpo_kernels._counters import MAX_SEED
-from fastpo_kernels._impl import MAX_ELEMENTS, Impl, choose
+from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, Impl, choose
+from fastpo_kernels._shared.philox import MAX_SEED
+from fastpo_kernels._shared.target import PairDraw, PairTarget, Prediction
 from fastpo_kernels.pair_noise import ops
 from fastpo_kernels.pair_noise import reference as eager
-from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
 
 TargetForm = Literal["ready", "stored", "redrawn"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpo_kernels._draws import (
+from fastpo_kernels._shared.launch_cache import Plan, Plans, described
+from fastpo_kernels._shared.layout import device_guard, joint_layout
+from fastpo_kernels._shared.philox_triton import (
     LOSER,
     NOISE,
     TIMESTEP,
@@ -25,9 +27,7 @@ from fastpo_kernels._draws import (
     velocity,
     words,
 )
-from fastpo_kernels._launch import Plan, Plans, described
-from fastpo_kernels._layout import device_guard, joint_layout
-from fastpo_kernels._triton import strided_offsets
+from fastpo_kernels._shared.triton_math import strided_offsets
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed", "low", "count"])

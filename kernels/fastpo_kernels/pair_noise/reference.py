@@ -1,11 +1,11 @@
-"""The noised pair in plain PyTorch, from the draws of `_counters.py`."""
+"""The noised pair in plain PyTorch, from the draws of `philox.py`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastpo_kernels._counters import Stream, pair_integers, pair_normal
+from fastpo_kernels._shared.philox import Stream, pair_integers, pair_normal
 
 
 def noised_pair(

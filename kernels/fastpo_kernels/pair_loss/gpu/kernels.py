@@ -11,9 +11,9 @@ coefficients.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import strided_offsets
-from fastpo_kernels.pair_loss.finish import finish, partial_results
-from fastpo_kernels.pair_loss.target import target_tile
+from fastpo_kernels._shared.triton_math import strided_offsets
+from fastpo_kernels.pair_loss.gpu.epilogue import finish, partial_results
+from fastpo_kernels.pair_loss.gpu.target import target_tile
 
 
 @triton.jit

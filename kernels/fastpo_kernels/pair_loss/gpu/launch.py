@@ -12,16 +12,16 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from fastpo_kernels._impl import MAX_TILE
-from fastpo_kernels._launch import Plan, Plans, described
-from fastpo_kernels._layout import device_guard
-from fastpo_kernels.pair_loss import device
-from fastpo_kernels.pair_loss.kernel import (
+from fastpo_kernels._shared.dispatch import MAX_TILE
+from fastpo_kernels._shared.launch_cache import Plan, Plans, described
+from fastpo_kernels._shared.layout import device_guard
+from fastpo_kernels._shared.target import EncodedTarget, KernelTarget
+from fastpo_kernels.pair_loss.gpu import objectives
+from fastpo_kernels.pair_loss.gpu.kernels import (
     pair_loss_bwd_kernel,
     pair_loss_finish_kernel,
     pair_loss_fwd_kernel,
 )
-from fastpo_kernels.pair_target import EncodedTarget, KernelTarget
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _plan_forward(
         sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides),
         constexprs={
             "READY": sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
-            "OBJECTIVE": None if partial else device.OBJECTIVES[objective],
+            "OBJECTIVE": None if partial else objectives.OBJECTIVES[objective],
             "HAS_REFERENCE": has_reference,
             "TARGET": formed.kind,
             "NORMALIZE": normalize,
@@ -219,7 +219,7 @@ def launch_finish(
             programs=1,
             sizes=(n_pairs,),
             constexprs={
-                "OBJECTIVE": device.OBJECTIVES[objective],
+                "OBJECTIVE": objectives.OBJECTIVES[objective],
                 "HAS_REFERENCE": has_reference,
                 "NORMALIZE": normalize,
                 "WEIGHT_KIND": weight_kind,

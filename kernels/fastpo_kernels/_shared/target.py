@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastpo_kernels._counters import MAX_SEED, Stream, pair_normal
-from fastpo_kernels._layout import joint_layout
+from fastpo_kernels._shared.layout import joint_layout
+from fastpo_kernels._shared.philox import MAX_SEED, Stream, pair_normal
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 # The operators and the kernels take these, in this order; the first three are latent-sized.

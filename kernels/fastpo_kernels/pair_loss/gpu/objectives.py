@@ -10,7 +10,7 @@ the tests' table.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import at_least, at_most, exp_neg, log_sigmoid, sigmoid
+from fastpo_kernels._shared.triton_math import at_least, at_most, exp_neg, log_sigmoid, sigmoid
 from fastpo_kernels.pair_loss import reference
 
 # Beyond it a sigmoid is exactly 0 or 1 in float32, and its product with a larger logit no number.

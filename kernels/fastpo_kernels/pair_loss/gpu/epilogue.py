@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import at_least, at_most, exp, sigmoid
+from fastpo_kernels._shared.triton_math import at_least, at_most, exp, sigmoid
 
 
 @triton.jit

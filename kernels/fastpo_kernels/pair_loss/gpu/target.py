@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from fastpo_kernels._draws import LOSER, NOISE, WINNER, latents_of, normals, velocity
-from fastpo_kernels._triton import strided_offsets
+from fastpo_kernels._shared.philox_triton import LOSER, NOISE, WINNER, latents_of, normals, velocity
+from fastpo_kernels._shared.triton_math import strided_offsets
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The counter-based draws of `_counters.py` as `@triton.jit` functions.
+"""The counter-based draws of `philox.py` as `@triton.jit` functions.
 
 The noise kernel stores them, the losses draw them again. Each result is rounded by an explicit
 `fma`, so that no compiler contracts it with what a kernel does next: equal counters give equal bits
@@ -10,7 +10,7 @@ in every kernel.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._counters import Stream
+from fastpo_kernels._shared.philox import Stream
 
 NOISE, TIMESTEP = tl.constexpr(int(Stream.NOISE)), tl.constexpr(int(Stream.TIMESTEP))
 WINNER = tl.constexpr(int(Stream.POSTERIOR_WINNER))
