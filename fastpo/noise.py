@@ -102,7 +102,6 @@ class PairNoise:
         )
         if table is not None:
             timesteps = table.timesteps[timesteps]
-        assert isinstance(target, Tensor)  # written, as it was not asked for in another form
         return NoisedPair(noisy_latents=noisy, timesteps=timesteps, target=target)
 
     def empty_prompts(self, batch: PairBatch, rate: float) -> Tensor:

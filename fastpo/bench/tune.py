@@ -1,9 +1,9 @@
-"""Sweeps launch configurations on a GPU: what the table in `pair_loss/launch.py` should hold.
+"""Sweeps launch configurations on a GPU: what the table in `pair_loss/gpu/launch.py` should hold.
 
     python -m fastpo.bench.tune --out launch_configs.csv [--budget-seconds 90]
 
 Every row is one kernel (forward or backward), shape and configuration; `best` marks the fastest of
-its kernel and shape, `default` the one that `launch_config` chooses now, and `of_best` says what
+its kernel and shape, `default` the one that `gpu/launch.py` chooses now, and `of_best` says what
 share of the best one's speed a configuration reaches. The shapes of the speed targets come first.
 """
 
@@ -98,11 +98,11 @@ def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: fl
     calls = {"fwd": forward, "bwd": backward}
     expected = {"fwd": call(x, "reference").loss.detach(), "bwd": backward()}
     found = []
-    for direction, streams in (("fwd", n_streams), ("bwd", 1)):
-        default = launch.launch_config(case.pairs, n_elements, streams)
-        if direction == "bwd":
-            tiles = -(-n_elements // default.block_size)
-            default = dataclasses.replace(default, programs_per_pair=tiles)
+    defaults = {
+        "fwd": launch.forward_config(case.pairs, n_elements, n_streams),
+        "bwd": launch.backward_config(n_elements),
+    }
+    for direction, default in defaults.items():
         chosen = dataclasses.astuple(default)
         every = [c for c in configurations(case.pairs, n_elements, direction) if c != chosen]
         new = []

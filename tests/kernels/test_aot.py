@@ -53,22 +53,6 @@ assert [row.good for row in rows] == [True, True, False, False], rows
 """
 
 
-@pytest.mark.slow
-def test_drawing_again_costs_instructions_and_saves_bytes(run_compiling, tmp_path):
-    run_compiling(ROOT / "benchmarks" / "redraw_estimate.py", "--out", tmp_path / "redraw.md")
-    lines = (tmp_path / "redraw.md").read_text().splitlines()
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[4:]]
-    ways = {name: (int(written), int(read), *map(int, work.split("/")))
-            for name, written, read, work, *_ in cells}  # fmt: skip
-    assert len(ways) == 6
-    for stored, drawn in (
-        ("epsilon, stored", "epsilon, redrawn"),
-        ("v, noise stored", "v, redrawn"),
-    ):
-        assert ways[stored][:2] > ways[drawn][:2]
-        assert ways[stored][2] < ways[drawn][2] and ways[stored][3] < ways[drawn][3]
-
-
 def test_host_time_is_measured_of_every_objective(run_compiling, tmp_path):
     run_compiling(
         ROOT / "benchmarks" / "bench_host.py", "--runs", 3, "--out", tmp_path / "host.csv"

@@ -6,7 +6,7 @@ import torch
 
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import cpu
-from fastpo_kernels.pair_loss import reference as eager
+from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 from tests.kernels.objectives import CASES, check, run
 
@@ -270,7 +270,7 @@ PLAIN = [n for n in CASES if n != "kto" and not n.startswith(("sdpo", "adaptive"
 def test_cpu_short_way_equals_the_long_bit_for_bit(name, dtype, shared, monkeypatch):
     x = pair_inputs(3, (4, 7, 11), dtype, shared_target=shared)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "pair_loss", None)
+        patch.setattr(cpu, "large_loss", None)
         short, short_grad = run(CASES[name], x, None)
     monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     found, grad = run(CASES[name], x, None)
@@ -292,8 +292,8 @@ LONG = {
 def test_cpu_takes_the_long_way_for_other_batches(change):
     x = pair_inputs(3, (7, 11), torch.float32)
     x.reference = LONG[change](x)
-    dpo = eager.OBJECTIVES["dpo"].function
-    assert cpu.small_loss(x.policy, x.reference, x.target, dpo, (20.0, 0.0, 0.0)) is None
+    tensors = PairTensors(x.policy, x.target, x.reference)
+    assert cpu.small_loss(tensors, LossSpec("dpo", (20.0,)), None) is None
     found, grad = run(CASES["dpo"], x, None)
     expected, expected_grad = run(CASES["dpo"], x, "reference")
     torch.testing.assert_close(found, expected)

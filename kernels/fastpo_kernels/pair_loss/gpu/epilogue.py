@@ -1,4 +1,7 @@
-"""The last program's work: from the partial sums to loss, statistics and gradient coefficients."""
+"""The last program's work: from the partial sums to loss, statistics and gradient coefficients.
+
+Loads come before stores: a store might alias what a later load reads, and would hold it up.
+"""
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
@@ -20,66 +23,104 @@ def _column_sums(partials_ptr, n_pairs, n_chunks, BLOCK_P: tl.constexpr, BLOCK_B
 
 
 @triton.jit
-def source_errors(
-    source_ptr,
+def reduced_errors(
+    sources,
     partials_ptr,
-    errors_ptr,
-    b,
-    valid,
     n_pairs,
     n_chunks,
     n_elements,
-    IS_READY: tl.constexpr,
+    READY: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Mean squared errors of winners and losers of one stream, also written to `errors_ptr`."""
-    if IS_READY:
-        e_w = tl.load(source_ptr + b, mask=valid, other=0.0).to(tl.float32)
-        e_l = tl.load(source_ptr + n_pairs + b, mask=valid, other=0.0).to(tl.float32)
-    else:
-        n = tl.cast(n_elements, tl.float32)
-        e_w = tl.div_rn(_column_sums(partials_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
-        loser_ptr = partials_ptr + n_pairs
-        e_l = tl.div_rn(_column_sums(loser_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
-    tl.store(errors_ptr + b, e_w, mask=valid)
-    tl.store(errors_ptr + n_pairs + b, e_l, mask=valid)
+    """Mean squared errors `[B]` of winners and losers of every source, one tuple."""
+    b = tl.arange(0, BLOCK_B)
+    plane = 2 * n_pairs.to(tl.int64) * n_chunks
+    n = tl.cast(n_elements, tl.float32)
+    errors = ()
+    for s in tl.static_range(len(sources)):
+        if (READY >> s) & 1:
+            errors = errors + ready_errors(sources[s], b, n_pairs)
+        else:
+            winner_ptr = partials_ptr + s * plane
+            loser_ptr = winner_ptr + n_pairs
+            e_w = tl.div_rn(_column_sums(winner_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
+            e_l = tl.div_rn(_column_sums(loser_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B), n)
+            errors = errors + (e_w, e_l)
+    return errors
+
+
+@triton.jit
+def ready_errors(source_ptr, b, n_pairs):
+    """Errors of winners and losers that are known already."""
+    valid = b < n_pairs
+    e_w = tl.load(source_ptr + b, mask=valid, other=0.0).to(tl.float32)
+    e_l = tl.load(source_ptr + n_pairs + b, mask=valid, other=0.0).to(tl.float32)
     return e_w, e_l
 
 
 @triton.jit
-def _count(statistics_ptr, n_pairs, N_SUMS: tl.constexpr):
+def residual_product(
+    partials_ptr,
+    n_sources,
+    n_pairs,
+    n_chunks,
+    n_elements,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Sum over the pairs of `<pred_w - target, pred_l - target> / N`."""
+    dot_ptr = partials_ptr + n_sources * 2 * n_pairs.to(tl.int64) * n_chunks
+    dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B))
+    return tl.div_rn(dot, tl.cast(n_elements, tl.float32))
+
+
+@triton.jit
+def _count(sums_ptr, n_pairs, N_SUMS: tl.constexpr):
     """Pairs that the statistics run over: the last of the sums, or the batch's."""
     count = tl.cast(n_pairs, tl.float32)
-    if N_SUMS:
-        count = tl.load(statistics_ptr + N_SUMS - 1).to(tl.float32)
+    if sums_ptr is not None:
+        count = tl.load(sums_ptr + N_SUMS - 1).to(tl.float32)
     return count
 
 
 @triton.jit
 def _scaled_margin(
-    d, m, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr, N_SUMS: tl.constexpr
+    d,
+    m,
+    rho,
+    statistics_ptr,
+    sums_ptr,
+    n_pairs,
+    NORMALIZE: tl.constexpr,
+    N_SUMS: tl.constexpr,
 ):
     """`x = rho d / scale`; d is 0 outside the batch."""
-    if statistics_ptr is not None and N_SUMS == 0:
+    if statistics_ptr is not None:
         scale = tl.load(statistics_ptr + 1 + m).to(tl.float32)
     else:
         power = tl.sum(d * d)
-        if N_SUMS:
-            power = tl.load(statistics_ptr + 1 + m).to(tl.float32)
-        count = _count(statistics_ptr, n_pairs, N_SUMS)
+        if sums_ptr is not None:
+            power = tl.load(sums_ptr + 1 + m).to(tl.float32)
+        count = _count(sums_ptr, n_pairs, N_SUMS)
         scale = tl.sqrt_rn(tl.div_rn(power, count) if NORMALIZE == "rms" else power)
     return rho * tl.div_rn(d, tl.where(scale > 0, scale, 1.0))
 
 
 @triton.jit
 def _minority_metric(
-    margins, rho, statistics_ptr, n_pairs, NORMALIZE: tl.constexpr, N_SUMS: tl.constexpr
+    margins,
+    rho,
+    statistics_ptr,
+    sums_ptr,
+    n_pairs,
+    NORMALIZE: tl.constexpr,
+    N_SUMS: tl.constexpr,
 ):
     """`u = mean_m sigmoid(-x_m) * min(std_m(x_m), 1)`; the first factor alone for one annotator."""
     xs = ()
     for m in tl.static_range(len(margins)):
-        x = _scaled_margin(margins[m], m, rho, statistics_ptr, n_pairs, NORMALIZE, N_SUMS)
+        x = _scaled_margin(margins[m], m, rho, statistics_ptr, sums_ptr, n_pairs, NORMALIZE, N_SUMS)
         xs = xs + (x,)
     doubt = tl.zeros_like(margins[0])
     mean = tl.zeros_like(margins[0])
@@ -114,25 +155,16 @@ def _pair_weight(u, scale, intercept, WEIGHT_KIND: tl.constexpr):
 
 
 @triton.jit
-def _mean(values, statistics_ptr, n_pairs, N_SUMS: tl.constexpr):
-    """Mean over the pairs, the given one, or that of the given sum."""
-    if statistics_ptr is None:
-        mean = tl.div_rn(tl.sum(values), tl.cast(n_pairs, tl.float32))
-    else:
+def _mean(values, statistics_ptr, sums_ptr, n_pairs, N_SUMS: tl.constexpr):
+    """Mean over the pairs: of the batch, the given one, or that of the given sum."""
+    if statistics_ptr is not None:
         mean = tl.load(statistics_ptr).to(tl.float32)
-        if N_SUMS:
-            mean = tl.div_rn(mean, _count(statistics_ptr, n_pairs, N_SUMS))
+    else:
+        total = tl.sum(values)
+        if sums_ptr is not None:
+            total = tl.load(sums_ptr).to(tl.float32)
+        mean = tl.div_rn(total, _count(sums_ptr, n_pairs, N_SUMS))
     return mean
-
-
-@triton.jit
-def _margin_shift(
-    d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND: tl.constexpr, N_SUMS: tl.constexpr
-):
-    """`shift_scale * (mean(d) - u**k / beta)`."""
-    mean = _mean(d, statistics_ptr, n_pairs, N_SUMS)
-    power = u * u if MARGIN_KIND == "quadratic" else u
-    return adaptive_scalars[3] * (mean - tl.div_rn(power, adaptive_scalars[4]))
 
 
 @triton.jit
@@ -150,20 +182,24 @@ def _safeguard(e_w, dot, mu):
 
 @triton.jit
 def finish(
-    sources,
-    minority_ptr,
-    statistics_ptr,
-    pair_weight_ptr,
-    partials_ptr,
-    loss_ptr,
-    stats_ptr,
+    errors,  # 2S vectors [B]: of winners and losers of policy, then reference and annotators
+    dot,  # residual_product; 0 without a safeguard
+    minority_ptr,  # [B] or None
+    statistics_ptr,  # [1] or [1 + M] or None
+    sums_ptr,  # [N_SUMS], the sums of all processes, or None
+    pair_weight_ptr,  # [B] or None
+    loss_ptr,  # []
+    stats_ptr,  # [StatsLayout.size]
     n_pairs,
-    n_chunks,
-    n_elements,
-    scalars,
-    adaptive_scalars,
+    option_a,
+    option_b,
+    option_c,
+    rho,
+    weight_scale,
+    weight_intercept,
+    shift_scale,
+    margin_beta,
     mu,
-    READY: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -172,27 +208,19 @@ def finish(
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
     N_SUMS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """From the partials to the loss and `stats` (whose layout is in `ops.py`)."""
+    """`loss = mean weight * objective`, and `StatsLayout`'s vector.
+
+    `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B]`
+    """
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
-    plane = 2 * n_pairs.to(tl.int64) * n_chunks
-    errors_ptr = stats_ptr + n_pairs
-    e_w, e_l = source_errors(
-        sources[0], partials_ptr, errors_ptr, b, valid, n_pairs, n_chunks, n_elements,
-        READY & 1, BLOCK_P, BLOCK_B,
-    )  # fmt: skip
+    e_w, e_l = errors[0], errors[1]
     r_w, r_l = tl.zeros_like(e_w), tl.zeros_like(e_l)
     if HAS_REFERENCE:
-        r_w, r_l = source_errors(
-            sources[1], partials_ptr + plane, errors_ptr + 2 * n_pairs, b, valid, n_pairs,
-            n_chunks, n_elements, (READY >> 1) & 1, BLOCK_P, BLOCK_B,
-        )  # fmt: skip
+        r_w, r_l = errors[2], errors[3]
     d = (r_w - e_w) - (r_l - e_l)
-    tl.store(stats_ptr + b, d, mask=valid)
-    tail_ptr = errors_ptr + len(sources) * 2 * n_pairs
     weight = tl.where(valid, 1.0, 0.0)
     shift = 0.0
     u = tl.zeros_like(e_w)
@@ -201,94 +229,75 @@ def finish(
             u = tl.load(minority_ptr + b, mask=valid, other=0.0).to(tl.float32)
         else:
             margins = (d,)
-            for s in tl.static_range(2, len(sources)):
-                a_w, a_l = source_errors(
-                    sources[s], partials_ptr + s * plane, errors_ptr + s * 2 * n_pairs, b, valid,
-                    n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
-                )  # fmt: skip
-                margins = margins + ((r_w - a_w) - (r_l - a_l),)
-            u = _minority_metric(
-                margins, adaptive_scalars[0], statistics_ptr, n_pairs, NORMALIZE, N_SUMS
-            )
-        weight *= _pair_weight(u, adaptive_scalars[1], adaptive_scalars[2], WEIGHT_KIND)
-        shift = _margin_shift(d, u, statistics_ptr, n_pairs, adaptive_scalars, MARGIN_KIND, N_SUMS)
+            for s in tl.static_range(1 + HAS_REFERENCE, len(errors) // 2):
+                margins = margins + ((r_w - errors[2 * s]) - (r_l - errors[2 * s + 1]),)
+            u = _minority_metric(margins, rho, statistics_ptr, sums_ptr, n_pairs, NORMALIZE, N_SUMS)
+        weight *= _pair_weight(u, weight_scale, weight_intercept, WEIGHT_KIND)
+        mean = _mean(d, statistics_ptr, sums_ptr, n_pairs, N_SUMS)
+        power = u * u if MARGIN_KIND == "quadratic" else u
+        shift = shift_scale * (mean - tl.div_rn(power, margin_beta))
     elif BATCH_BASELINE:
         gain = 0.5 * ((r_w - e_w) + (r_l - e_l))
-        shift = at_least(_mean(gain, statistics_ptr, n_pairs, N_SUMS), 0.0)
+        shift = at_least(_mean(gain, statistics_ptr, sums_ptr, n_pairs, N_SUMS), 0.0)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
+    loss, slope_w, slope_l = OBJECTIVE(d, e_w, e_l, r_w, r_l, shift, option_a, option_b, option_c)
+    if SAFEGUARD:
+        power = tl.sum(e_w)
+        if sums_ptr is not None:
+            power, dot = tl.load(sums_ptr + N_SUMS - 3), tl.load(sums_ptr + N_SUMS - 2)
+        slope_l *= _safeguard(power, dot, mu)
+    count = tl.cast(n_pairs, tl.float32)
+    total = tl.div_rn(tl.sum(tl.where(valid, weight * loss, 0.0)), count)
+    tl.store(loss_ptr, total)
+    tl.store(stats_ptr + b, d, mask=valid)
+    errors_ptr = stats_ptr + n_pairs
+    for row in tl.static_range(len(errors)):
+        tl.store(errors_ptr + row * n_pairs + b, errors[row], mask=valid)
+    tail_ptr = errors_ptr + len(errors) * n_pairs
     tl.store(tail_ptr + b, u, mask=valid)
     tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
-    loss, slope_w, slope_l = OBJECTIVE(
-        d, e_w, e_l, r_w, r_l, shift, scalars[0], scalars[1], scalars[2]
-    )
-    if SAFEGUARD:
-        if N_SUMS:
-            agreement_ptr = statistics_ptr + N_SUMS - 3
-            slope_l *= _safeguard(tl.load(agreement_ptr), tl.load(agreement_ptr + 1), mu)
-        else:
-            dot_ptr = partials_ptr + len(sources) * plane
-            dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B))
-            dot = tl.div_rn(dot, tl.cast(n_elements, tl.float32))
-            slope_l *= _safeguard(tl.sum(e_w), dot, mu)
-    count = tl.cast(n_pairs, tl.float32)
-    tl.store(loss_ptr, tl.div_rn(tl.sum(tl.where(valid, weight * loss, 0.0)), count))
     tl.store(tail_ptr + 2 * n_pairs + b, tl.div_rn(weight * slope_w, count), mask=valid)
     tl.store(tail_ptr + 3 * n_pairs + b, tl.div_rn(weight * slope_l, count), mask=valid)
 
 
 @triton.jit
 def partial_results(
-    sources,
-    partials_ptr,
-    results_ptr,
+    errors,  # as in `finish`
+    dot,
+    results_ptr,  # [PartialsLayout.size]
     n_pairs,
-    n_chunks,
-    n_elements,
-    READY: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Errors of every stream `[S, 2B]`, then the batch's sums, in the layout of `ops.py`."""
+    """`PartialsLayout`'s vector `errors [S, 2B] | sums`, these as in `LossSpec.n_sums`."""
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
-    plane = 2 * n_pairs.to(tl.int64) * n_chunks
-    sums_ptr = results_ptr + len(sources) * 2 * n_pairs
-    r_w, r_l = tl.zeros((BLOCK_B,), tl.float32), tl.zeros((BLOCK_B,), tl.float32)
+    e_w, e_l = errors[0], errors[1]
+    r_w, r_l = tl.zeros_like(e_w), tl.zeros_like(e_l)
     if HAS_REFERENCE:
-        r_w, r_l = source_errors(
-            sources[1], partials_ptr + plane, results_ptr + 2 * n_pairs, b, valid, n_pairs,
-            n_chunks, n_elements, (READY >> 1) & 1, BLOCK_P, BLOCK_B,
-        )  # fmt: skip
-    e_w = r_w
-    for s in tl.static_range(len(sources)):
-        if s == 0 or s > HAS_REFERENCE:
-            a_w, a_l = source_errors(
-                sources[s], partials_ptr + s * plane, results_ptr + s * 2 * n_pairs, b, valid,
-                n_pairs, n_chunks, n_elements, (READY >> s) & 1, BLOCK_P, BLOCK_B,
-            )  # fmt: skip
-            if s == 0:
-                e_w = a_w
-            if s == 0 and BATCH_BASELINE and NORMALIZE is None:
-                tl.store(sums_ptr, 0.5 * tl.sum((r_w - a_w) + (r_l - a_l)))
-                sums_ptr += 1
-            if NORMALIZE is not None:
-                d = (r_w - a_w) - (r_l - a_l)
-                if s == 0:
-                    tl.store(sums_ptr, tl.sum(d))
-                    sums_ptr += 1
-                tl.store(sums_ptr, tl.sum(d * d))
-                sums_ptr += 1
+        r_w, r_l = errors[2], errors[3]
+    d = (r_w - e_w) - (r_l - e_l)
+    for row in tl.static_range(len(errors)):
+        tl.store(results_ptr + row * n_pairs + b, errors[row], mask=valid)
+    sums_ptr = results_ptr + len(errors) * n_pairs
+    if ADAPTIVE:
+        tl.store(sums_ptr, tl.sum(d))
+        tl.store(sums_ptr + 1, tl.sum(d * d))
+        sums_ptr += 2
+        for s in tl.static_range(1 + HAS_REFERENCE, len(errors) // 2):
+            own = (r_w - errors[2 * s]) - (r_l - errors[2 * s + 1])
+            tl.store(sums_ptr, tl.sum(own * own))
+            sums_ptr += 1
+    elif BATCH_BASELINE:
+        tl.store(sums_ptr, 0.5 * tl.sum((r_w - e_w) + (r_l - e_l)))
+        sums_ptr += 1
     if SAFEGUARD:
-        dot_ptr = partials_ptr + len(sources) * plane
-        dot = tl.sum(_column_sums(dot_ptr, n_pairs, n_chunks, BLOCK_P, BLOCK_B))
-        dot = tl.div_rn(dot, tl.cast(n_elements, tl.float32))
         tl.store(sums_ptr, tl.sum(e_w))
         tl.store(sums_ptr + 1, dot)
         sums_ptr += 2
-    if BATCH_BASELINE or NORMALIZE is not None or SAFEGUARD:
+    if ADAPTIVE or BATCH_BASELINE or SAFEGUARD:
         tl.store(sums_ptr, tl.cast(n_pairs, tl.float32))

@@ -1,9 +1,9 @@
-"""The scalar functions of `reference.py` as device code, each with its two partial derivatives.
+"""The scalar functions of `pair_loss/objectives.py` as device code, with partial derivatives.
 
 `name(d, e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32, with
 the margin `d = (r_w - r_l) - (e_w - e_l)`, so `dd/de_w = -1` and `dd/de_l = 1`. A new objective is
-one function here, one of the same name in `reference.py`, one line in the table there, one row in
-the tests' table.
+one function and one line of the table here, one function and line of the same name there, one row
+in the tests' table.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from fastpo_kernels._shared.triton_math import at_least, at_most, exp_neg, log_sigmoid, sigmoid
-from fastpo_kernels.pair_loss import reference
 
 # Beyond it a sigmoid is exactly 0 or 1 in float32, and its product with a larger logit no number.
 SATURATED = tl.constexpr(150.0)
@@ -113,4 +112,14 @@ def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     return e_w - weight * log_sigmoid(v), 1.0 - pull * slope_w, pull * slope_l
 
 
-OBJECTIVES = {name: globals()[name] for name in reference.OBJECTIVES}
+OBJECTIVES = {
+    "dpo": dpo,
+    "robust_dpo": robust_dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "kto": kto,
+    "dmpo": dmpo,
+    "linear_dpo": linear_dpo,
+    "sft": sft,
+    "mapo": mapo,
+}
