@@ -156,10 +156,10 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
 
     def plain() -> Tensor:
         e_w, e_l = _trainer_errors(x.policy, target).chunk(2)
-        r_w, r_l = known(x.reference).chunk(2) if objective.streams > 1 else (0.0, 0.0)
+        r = known(x.reference).chunk(2) if objective.streams > 1 else None
+        d = e_l - e_w if r is None else (r[0] - r[1]) - (e_w - e_l)
         function = _TRAINERS.get(objective.scalar, SCALARS[objective.scalar].function)
-        d = (r_w - r_l) - (e_w - e_l)
-        return function(Judged(d, (e_w, e_l), (r_w, r_l), 0.0), *objective.options).mean()
+        return function(Judged(d, (e_w, e_l), r, 0.0), *objective.options).mean()
 
     def with_statistics() -> Tensor:
         errors = _trainer_errors(x.policy, target).unflatten(0, (2, -1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import cpu, ops
+from fastpo_kernels.pair_loss import cpu, ops, pair_loss
 from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import pair_inputs
 
@@ -264,6 +264,14 @@ def test_refuses_minority_beside_annotators():
         )
     with pytest.raises(ValueError, match="weight_kind must be one of"):
         fl.adaptive_dpo(x.policy, x.reference, x.target, beta=1.0, weight_kind="cubic")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_too_many_and_too_few_options(impl):
+    x = pair_inputs(2, (4,))
+    for name, options in (("dpo", (1.0, 0.0, 0.0)), ("ipo", ()), ("mapo", (0.1,))):
+        with pytest.raises(ValueError, match=rf"{name} takes options .* got {len(options)}"):
+            pair_loss(x.policy, x.reference, x.target, name, options, impl=impl)
 
 
 WEIGHTS = [

@@ -75,7 +75,7 @@ def pair_loss(
         target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it; or a `PairTarget`, whose
             tensor is formed first.
         objective: a name in `OBJECTIVES`.
-        options: up to three numbers, in the order of the scalar function.
+        options: numbers, in the order of `Objective.options`.
         annotators: other judges of the same pairs, each like `reference`; needs `adaptive`.
         minority: `[B]`, the minority metric from outside; needs `adaptive`, excludes `annotators`.
         statistics: batch statistics from outside, float32: `[1]`, KTO's mean gain, or `[1 + M]`,
@@ -102,6 +102,8 @@ def pair_loss(
     kind = OBJECTIVES.get(objective)
     if kind is None:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if not len(kind.options) - kind.n_optional <= len(options) <= len(kind.options):
+        raise ValueError(f"{objective} takes options {kind.options}, got {len(options)}")
     if reference is None and kind.needs_reference:
         raise ValueError(f"{objective} needs a reference, got None")
     validate.check_policy(policy)

@@ -162,20 +162,29 @@ def decay_minus_one(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """A scalar function `(pair, *options) -> losses [B]`, and what it needs."""
+    """A scalar function `(pair, *options) -> losses [B]`, and what it needs.
+
+    Attributes:
+        function: the function.
+        options: its options' names, in order.
+        n_optional: how many of the last may be left out.
+        needs_reference: whether it reads the reference's errors.
+    """
 
     function: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    n_optional: int = 0
     needs_reference: bool = True
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective(dpo),
-    "robust_dpo": Objective(robust_dpo),
-    "ipo": Objective(ipo),
-    "hinge": Objective(hinge),
-    "kto": Objective(kto),
-    "dmpo": Objective(dmpo),
-    "linear_dpo": Objective(linear_dpo),
+    "dpo": Objective(dpo, ("beta", "smoothing"), n_optional=1),
+    "robust_dpo": Objective(robust_dpo, ("beta", "smoothing")),
+    "ipo": Objective(ipo, ("tau",)),
+    "hinge": Objective(hinge, ("beta",)),
+    "kto": Objective(kto, ("beta",)),
+    "dmpo": Objective(dmpo, ("beta", "log_q", "log_not_q")),
+    "linear_dpo": Objective(linear_dpo, ("beta", "eta")),
     "sft": Objective(sft, needs_reference=False),
-    "mapo": Objective(mapo, needs_reference=False),
+    "mapo": Objective(mapo, ("weight", "snr", "num_timesteps"), needs_reference=False),
 }
