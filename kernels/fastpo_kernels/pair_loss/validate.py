@@ -179,9 +179,10 @@ def check_reduced(totals: Tensor, sums: Tensor) -> Tensor:
 
 def check_kernel_vectors(tensors: PairTensors) -> None:
     """The kernels read vectors without a stride."""
-    for named in (named_sources(tensors), named_vectors(tensors)):
-        for name, vector in named.items():
-            if vector.ndim == 1 and not vector.is_contiguous():
-                raise ValueError(
-                    f"impl='triton' needs {name} contiguous, got stride {vector.stride(0)}"
-                )
+    vectors = (tensors.minority, tensors.pair_weight, tensors.statistics)
+    given = (*tensors.judges, *vectors)
+    if all(t is None or t.ndim > 1 or t.is_contiguous() for t in given):
+        return
+    for name, t in (named_sources(tensors) | named_vectors(tensors)).items():
+        if t.ndim == 1 and not t.is_contiguous():
+            raise ValueError(f"impl='triton' needs {name} contiguous, got stride {t.stride(0)}")
