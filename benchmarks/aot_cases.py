@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastpo import loss as fl
 from fastpo.bench.cases import count_of
-from fastpo_kernels.pair_loss import PairDraw, PairTarget
 from fastpo_kernels.pair_noise import noised_pair
 
 SDXL, SD15 = (4, 128, 128), (4, 64, 64)
@@ -71,34 +70,7 @@ class Batch:
         """One row a pair, contiguous."""
         return torch.empty(self.pairs, *self.dims, dtype=dtype or self.dtype)
 
-    def draw(self) -> PairDraw:
-        """Keys of the pairs."""
-        keys = torch.zeros(self.pairs, dtype=torch.int64)
-        return PairDraw(1, keys, keys)
 
-    def formed(self, kind: str) -> PairTarget:
-        """A target formed in the kernels: `v redrawn` and the like."""
-        name, *how = kind.split()
-        schedule = torch.ones(self.pairs) if name == "v" else None
-        return PairTarget(
-            {"v": "v_prediction"}.get(name, name),  # pyright: ignore[reportArgumentType]
-            self.shared(torch.float32) if "noise" in how else None,
-            None if name == "epsilon" else self.rows(),
-            schedule,
-            schedule,
-            None if "noise" in how else self.draw(),
-            self.rows() if "posterior" in how else None,
-        )
-
-
-FORMED = (
-    "v from noise",
-    "flow from noise",
-    "epsilon redrawn",
-    "v redrawn",
-    "flow redrawn",
-    "v and posterior redrawn",
-)
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "dpo": partial(fl.dpo, beta=2500.0),
     "robust_dpo": partial(fl.robust_dpo, beta=2500.0, label_smoothing=0.1),
@@ -114,22 +86,13 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
 ALONE = {"sft": fl.sft, "mapo": fl.mapo}
 
 
-def target_bytes(target: Tensor | PairTarget, pairs: int) -> int:
-    """Bytes of a pair-element that a kernel loads of a target."""
-    if isinstance(target, Tensor):
-        return target.itemsize * len(target) // pairs
-    parts = target.parts()
-    found = [parts[n] for n in ("noise", "latents", "logvar") if n in parts]
-    return sum(t.itemsize * len(t) // pairs for t in found)
-
-
 def loss_case(
     variant: str,
     dtype: str,
     call: Callable[..., Any],
     batch: Batch,
     *,
-    target: Tensor | PairTarget | None = None,
+    target: Tensor | None = None,
     sources: Sequence[Tensor] = (),
     heavy: bool = False,
     **options: Any,
@@ -140,7 +103,7 @@ def loss_case(
     reference, annotators = list(sources[:1]), list(sources[1:])
     if annotators:
         options["annotators"] = annotators
-    size, formed = policy.itemsize, target_bytes(target, batch.pairs)
+    size, read = policy.itemsize, target.itemsize * len(target) // batch.pairs
     full = sum(s.ndim > 1 for s in sources)
 
     def run() -> object:
@@ -148,34 +111,28 @@ def loss_case(
         total = out if isinstance(out, Tensor) else out.loss
         return torch.autograd.grad(total.sum(), policy)
 
-    forward, backward = 2 * size * (1 + full) + formed, 4 * size + formed
+    forward, backward = 2 * size * (1 + full) + read, 4 * size + read
     strided = not policy.is_contiguous()
     return Case(variant, dtype, run, forward, backward, heavy, strided)
 
 
-def noise_case(
-    dtype: str, prediction: Any, target: Any, *, drawn: bool, pairs: int = 16, layout: Any = None
-) -> Case:
+def noise_case(dtype: str, prediction: Any, *, drawn: bool, layout: Any = None) -> Case:
     """The noise kernel's one launch."""
-    batch = Batch(pairs, SDXL, DTYPES[dtype], layout or (lambda t: t))
-    latents, logvar, draw = batch.rows(), batch.rows() if drawn else None, batch.draw()
-    table = torch.ones(1000)
+    batch = Batch(16, SDXL, DTYPES[dtype], layout or (lambda t: t))
+    latents, logvar = batch.rows(), batch.rows() if drawn else None
+    keys, table = torch.zeros(batch.pairs, dtype=torch.int64), torch.ones(1000)
 
     def run() -> object:
         return noised_pair(
-            latents, draw.pair_key, draw.visit, table, table, seed=1, low=0, high=1000,
-            prediction=prediction, target=target, logvar=logvar, dtype=torch.bfloat16,
-            impl="triton",
+            latents, keys, keys, table, table, seed=1, low=0, high=1000, prediction=prediction,
+            logvar=logvar, dtype=torch.bfloat16, impl="triton",
         )  # fmt: skip
 
     size = 2 * latents.itemsize * (2 if drawn else 1) + 2 * 2
-    if target == "ready":
-        size += 4 if prediction == "epsilon" else 8
-    elif target == "stored":
-        size += 4
+    size += 4 if prediction == "epsilon" else 8
     way = "posterior drawn" if drawn else "means"
-    variant = f"{prediction}, target {target}, {way}" + (", channels-last" if layout else "")
-    heavy = (prediction, target, drawn) == ("flow", "ready", True)
+    variant = f"{prediction}, {way}" + (", channels-last" if layout else "")
+    heavy = drawn and prediction == "flow"
     return Case(variant, dtype, run, size, heavy=heavy, strided=layout is not None)
 
 
@@ -187,9 +144,7 @@ def cases() -> Iterator[Case]:
     yield from _layouts()
     for dtype, drawn in itertools.product(DTYPES, (False, True)):
         for prediction in ("epsilon", "v_prediction", "flow"):
-            yield noise_case(dtype, prediction, "ready", drawn=drawn)
-        yield noise_case(dtype, "v_prediction", "stored", drawn=drawn)
-        yield noise_case(dtype, "v_prediction", "redrawn", drawn=drawn)
+            yield noise_case(dtype, prediction, drawn=drawn)
 
 
 def _objectives() -> Iterator[Case]:
@@ -227,19 +182,11 @@ def _launches() -> Iterator[Case]:
             f"two annotators, all processes, {where}", dtype, adaptive, batch, sources=three,
             reduce=lambda sums: sums,
         )  # fmt: skip
-        for kind in FORMED if pairs > 1 else ():
-            yield loss_case(
-                f"{kind}, {where}", dtype, dpo, batch, sources=one, target=batch.formed(kind)
-            )
-        yield loss_case(
-            f"v and posterior redrawn, two annotators, {where}", dtype, adaptive, batch,
-            sources=three, target=batch.formed("v and posterior redrawn"), heavy=pairs > 1,
-        )  # fmt: skip
 
 
 def _many_pairs() -> Iterator[Case]:
     """The last program holds vectors of all pairs."""
-    dpo, adaptive = OBJECTIVES["dpo"], OBJECTIVES["adaptive_dpo"]
+    adaptive = OBJECTIVES["adaptive_dpo"]
     for pairs in (256, 2048):
         batch = Batch(pairs, (4, 32, 32), torch.bfloat16)
         three = [batch.rows() for _ in range(3)]
@@ -248,14 +195,6 @@ def _many_pairs() -> Iterator[Case]:
                 f"two annotators, {pairs} pairs{name}", "bf16", adaptive, batch, sources=three,
                 heavy=pairs > 256 and bool(options), **options,
             )  # fmt: skip
-    for dtype, kind in itertools.product(DTYPES, ("v redrawn", "v and posterior redrawn")):
-        batch = Batch(2048, (4, 32, 32), DTYPES[dtype])
-        target, three = batch.formed(kind), [batch.rows() for _ in range(3)]
-        yield loss_case(f"{kind}, 2048 pairs", dtype, dpo, batch, sources=three[:1], target=target)
-        yield loss_case(
-            f"{kind}, two annotators, 2048 pairs", dtype, adaptive, batch, sources=three,
-            target=target, heavy="posterior" in kind,
-        )  # fmt: skip
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -277,10 +216,4 @@ def _layouts() -> Iterator[Case]:
             f"two annotators, {name}", dtype, adaptive, batch, sources=three, target=target,
             heavy=(name, dtype) == ("channels-last", "bf16"),
         )  # fmt: skip
-    batch = Batch(16, SDXL, torch.bfloat16, channels_last)
-    for kind in ("epsilon redrawn", "v and posterior redrawn"):
-        yield loss_case(
-            f"{kind}, channels-last", "bf16", dpo, batch, sources=[batch.rows()],
-            target=batch.formed(kind),
-        )  # fmt: skip
-    yield noise_case("bf16", "v_prediction", "ready", drawn=True, layout=channels_last)
+    yield noise_case("bf16", "v_prediction", drawn=True, layout=channels_last)

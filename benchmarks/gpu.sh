@@ -63,8 +63,6 @@ if [ "$failed" -ne 0 ]; then
   echo "== tests failed: what follows is timed for diagnosis, not for publication" | tee -a "$LOG"
 fi
 losses 180
-stage redraw 40 "$PYTHON" benchmarks/bench_redraw.py --seconds 0.1 --budget-seconds @BUDGET@ \
-  --commit "$COMMIT" --out "$OUT/redraw.csv"
 stage launches 60 "$PYTHON" benchmarks/launch_table.py --out "$OUT/launches.md"
 stage pair_noise 40 "$PYTHON" benchmarks/bench_pair_noise.py --skip-tests --seconds 0.1 \
   --budget-seconds @BUDGET@ --commit "$COMMIT" --out "$OUT/pair_noise.csv" --dtypes bf16

@@ -19,7 +19,10 @@ from fastpo import loss as fl
 from fastpo.bench.cases import DTYPES, Case
 from fastpo.bench.measure import Call, device, graphed
 from fastpo_kernels.pair_loss import Adaptive, PairLoss
-from fastpo_kernels.pair_loss import reference as oracle
+from fastpo_kernels.pair_loss.epilogue import PairErrors, from_errors
+from fastpo_kernels.pair_loss.objectives import OBJECTIVES as SCALARS
+from fastpo_kernels.pair_loss.objectives import Judged
+from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import PairInputs
 
 SMOOTH, ADAPTIVE = 0.1, Adaptive(beta=1000.0)
@@ -58,31 +61,31 @@ def _judged(function: Callable[..., PairLoss], **options: float) -> Callable[...
     )
 
 
-_BETA = (2500.0, 0.0, 0.0)
+_BETA = (2500.0,)
 # In their order of importance to the speed targets.
 OBJECTIVES: dict[str, Objective] = {
     "dpo": Objective(_referenced(fl.dpo, beta=2500.0), "dpo", _BETA),
     "adaptive_dpo": Objective(
-        _judged(fl.adaptive_dpo, beta=1000.0), "dpo", (1000.0, 0.0, 0.0), 4, adaptive=ADAPTIVE
+        _judged(fl.adaptive_dpo, beta=1000.0), "dpo", (1000.0,), 4, adaptive=ADAPTIVE
     ),
     "sdpo": Objective(_referenced(fl.sdpo, beta=2500.0, mu=0.9), "dpo", _BETA, safeguard=0.9),
     "mapo": Objective(_alone(fl.mapo), "mapo", (0.1, 0.5, 1000.0), 1),
-    "sft": Objective(_alone(fl.sft), "sft", (0.0, 0.0, 0.0), 1),
-    "ipo": Objective(_referenced(fl.ipo, tau=5.0), "ipo", (5.0, 0.0, 0.0)),
+    "sft": Objective(_alone(fl.sft), "sft", (), 1),
+    "ipo": Objective(_referenced(fl.ipo, tau=5.0), "ipo", (5.0,)),
     "kto": Objective(_referenced(fl.kto, beta=2500.0), "kto", _BETA),
     "hinge": Objective(_referenced(fl.hinge, beta=2500.0), "hinge", _BETA),
     "robust_dpo": Objective(
         _referenced(fl.robust_dpo, beta=2500.0, label_smoothing=SMOOTH),
-        "robust_dpo", (2500.0, SMOOTH, 0.0),
+        "robust_dpo", (2500.0, SMOOTH),
     ),
     "dmpo": Objective(
         _referenced(fl.dmpo, beta=2500.0, alpha=0.5), "dmpo", (2500.0, *(-0.6931471805599453,) * 2)
     ),
     "linear_dpo": Objective(
-        _referenced(fl.linear_dpo, beta=2500.0), "linear_dpo", (2500.0, 1e-3, 0.0)
+        _referenced(fl.linear_dpo, beta=2500.0), "linear_dpo", (2500.0, 1e-3)
     ),
     "adaptive_ipo": Objective(
-        _judged(fl.adaptive_ipo, tau=5.0, beta=1000.0), "ipo", (5.0, 0.0, 0.0), 4,
+        _judged(fl.adaptive_ipo, tau=5.0, beta=1000.0), "ipo", (5.0,), 4,
         adaptive=replace(ADAPTIVE, shift_scale=1e-3),
     ),
 }  # fmt: skip
@@ -118,21 +121,21 @@ def _trainer_errors(pred: Tensor, target: Tensor) -> Tensor:
     return losses.mean(dim=list(range(1, losses.ndim)))
 
 
-def _trainer_dpo(d, e, r, shift, beta, _, __):
+def _trainer_dpo(pair: Judged, beta: float) -> Tensor:
     """DPO in the released trainers' lines."""
-    return -F.logsigmoid(beta * d)
+    return -F.logsigmoid(beta * pair.d)
 
 
-def _trainer_robust_dpo(d, e, r, shift, beta, smoothing, _):
+def _trainer_robust_dpo(pair: Judged, beta: float, smoothing: float) -> Tensor:
     """Robust DPO in the lines of Adaptive-DPO's trainer."""
-    z = beta * d
+    z = beta * pair.d
     up, down = F.logsigmoid(z), F.logsigmoid(-z)
     return (-up * (1 - smoothing) + down * smoothing) / (1 - 2 * smoothing)
 
 
-def _trainer_mapo(d, e, r, shift, weight, snr, num_timesteps):
+def _trainer_mapo(pair: Judged, weight: float, snr: float, num_timesteps: float) -> Tensor:
     """MaPO in the released trainer's lines, but for `expm1`, where that writes `exp(...) - 1`."""
-    e_w, e_l = e
+    e_w, e_l = pair.e
     winner = snr * e_w / torch.expm1(snr * e_w)
     loser = snr * e_l / torch.expm1(snr * e_l)
     return e_w - weight * F.logsigmoid(num_timesteps * (winner - loser))
@@ -153,10 +156,10 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
 
     def plain() -> Tensor:
         e_w, e_l = _trainer_errors(x.policy, target).chunk(2)
-        r_w, r_l = known(x.reference).chunk(2) if objective.streams > 1 else (0.0, 0.0)
-        function = _TRAINERS.get(objective.scalar, oracle.OBJECTIVES[objective.scalar].function)
-        d = (r_w - r_l) - (e_w - e_l)
-        return function(d, (e_w, e_l), (r_w, r_l), 0.0, *objective.options).mean()
+        r = known(x.reference).chunk(2) if objective.streams > 1 else None
+        d = e_l - e_w if r is None else (r[0] - r[1]) - (e_w - e_l)
+        function = _TRAINERS.get(objective.scalar, SCALARS[objective.scalar].function)
+        return function(Judged(d, (e_w, e_l), r, 0.0), *objective.options).mean()
 
     def with_statistics() -> Tensor:
         errors = _trainer_errors(x.policy, target).unflatten(0, (2, -1))
@@ -166,10 +169,11 @@ def trainer_loss(name: str, x: PairInputs) -> Callable[[], Tensor]:
         if objective.safeguard is not None:
             winner, loser = (x.policy.detach().float() - target.float()).chunk(2)
             dot = (winner * loser).flatten(1).mean(1)
-        return oracle.from_errors(
-            errors, reference, judged, dot, objective=objective.scalar, options=objective.options,
-            adaptive=objective.adaptive, safeguard=objective.safeguard,
-        )[0]  # fmt: skip
+        spec = LossSpec(
+            objective.scalar, objective.options, objective.adaptive, objective.safeguard
+        )
+        found = PairErrors(errors, reference, judged, dot)
+        return from_errors(found, PairTensors(x.policy, target), spec).loss
 
     return with_statistics if objective.has_statistics else plain
 
@@ -193,18 +197,38 @@ def losses(case: Case, x: PairInputs, providers: Iterable[str]) -> dict[str, Cal
     return found
 
 
+def graphed_step(case: Case, x: PairInputs, direction: str) -> Call:
+    """Our default in a CUDA graph.
+
+    From a leaf of its own: that of `x` belongs to the stream of the losses that live, and a capture
+    may not wait for it.
+    """
+    y = replace(x, policy=x.policy.detach().requires_grad_())
+
+    def loss() -> Tensor:
+        return OBJECTIVES[case.name].call(y, "triton").loss
+
+    def both() -> object:
+        return torch.autograd.grad(loss(), y.policy)
+
+    return graphed(both if direction == "both" else loss)
+
+
 def passes(
-    found: dict[str, Callable[[], Tensor]], x: PairInputs, direction: str
+    case: Case, x: PairInputs, found: dict[str, Callable[[], Tensor]], direction: str
 ) -> dict[str, Callable[[], Call]]:
     """How to make the call of every provider for one direction; a graph has no backward alone."""
-    return {
-        name: (lambda name=name, loss=loss: _pass(name, loss, x, direction))
+    made: dict[str, Callable[[], Call]] = {
+        name: (lambda loss=loss: _pass(loss, x, direction))
         for name, loss in found.items()
-        if not (name == "ours-graph" and direction == "bwd")
+        if name != "ours-graph"
     }
+    if "ours-graph" in found and direction != "bwd":
+        made["ours-graph"] = lambda: graphed_step(case, x, direction)
+    return made
 
 
-def _pass(name: str, loss: Callable[[], Tensor], x: PairInputs, direction: str) -> Call:
+def _pass(loss: Callable[[], Tensor], x: PairInputs, direction: str) -> Call:
     if direction == "bwd":
         value = loss()
         return lambda: torch.autograd.grad(value, x.policy, retain_graph=True)
@@ -214,7 +238,7 @@ def _pass(name: str, loss: Callable[[], Tensor], x: PairInputs, direction: str) 
         def call() -> object:
             return torch.autograd.grad(loss(), x.policy)
 
-    return graphed(call) if name == "ours-graph" else call
+    return call
 
 
 def disagreement(case: Case, x: PairInputs) -> str:

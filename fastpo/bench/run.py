@@ -129,7 +129,7 @@ class Run:
         rows = []
         if case.op == "pair_loss":
             found = losses.losses(case, x, providers)
-            makers = {d: losses.passes(found, x, d) for d in self.options.directions}
+            makers = {d: losses.passes(case, x, found, d) for d in self.options.directions}
             n_bytes = losses.least_bytes(case)
         else:
             makers, n_bytes = {"fwd": noise.calls(case, x, providers)}, noise.least_bytes(case)
@@ -154,7 +154,8 @@ class Run:
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [""])[0][:200]
                 broken[name] = f"{type(error).__name__}: {reason}"
-                self.failures.append(f"{case}, {name}: {broken[name]}")
+                if name not in COMPILE_MODES:  # what the compiler cannot do is a note, no failure
+                    self.failures.append(f"{case}, {name}: {broken[name]}")
             else:
                 calls[name] = call
         return calls, broken

@@ -1,9 +1,9 @@
-"""Sweeps launch configurations on a GPU: what the table in `pair_loss/launch.py` should hold.
+"""Sweeps launch configurations on a GPU: what the table in `pair_loss/gpu/launch.py` should hold.
 
     python -m fastpo.bench.tune --out launch_configs.csv [--budget-seconds 90]
 
 Every row is one kernel (forward or backward), shape and configuration; `best` marks the fastest of
-its kernel and shape, `default` the one that `launch_config` chooses now, and `of_best` says what
+its kernel and shape, `default` the one that `gpu/launch.py` chooses now, and `of_best` says what
 share of the best one's speed a configuration reaches. The shapes of the speed targets come first.
 """
 
@@ -81,7 +81,7 @@ def configurations(n_pairs: int, n_elements: int, direction: str) -> Iterator[tu
 
 def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: float) -> list[Trial]:
     """All configurations of both kernels on one shape, until `stop` on the monotonic clock."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     x = losses.inputs(case)
     call, n_elements = losses.OBJECTIVES[case.name].call, math.prod(case.dims)
@@ -99,11 +99,11 @@ def sweep(case: Case, clock: Clock, copy: float, where: dict[str, Any], stop: fl
     calls = {"fwd": forward, "bwd": backward}
     expected = {"fwd": call(x, "reference").loss.detach(), "bwd": backward()}
     found = []
-    for direction, streams in (("fwd", n_streams), ("bwd", 1)):
-        default = launch.launch_config(case.pairs, n_elements, streams)
-        if direction == "bwd":
-            tiles = -(-n_elements // default.block_size)
-            default = dataclasses.replace(default, programs_per_pair=tiles)
+    defaults = {
+        "fwd": launch.forward_config(case.pairs, n_elements, n_streams),
+        "bwd": launch.backward_config(n_elements),
+    }
+    for direction, default in defaults.items():
         chosen = dataclasses.astuple(default)
         every = [c for c in configurations(case.pairs, n_elements, direction) if c != chosen]
         new = []
@@ -130,7 +130,7 @@ def _timed(
     clock: Clock,
 ) -> tuple[float | str, str]:
     """Median microseconds of one configuration, or why there are none."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     try:
         with launch.launches_as(config):

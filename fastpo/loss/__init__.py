@@ -11,14 +11,13 @@ Every function takes (`sft` and `mapo` without `reference`)
 * `policy`: `[2B, *dims]` float32, bfloat16 or float16 predictions; it alone gets a gradient;
 * `reference` (and each annotator): `[2B, *dims]` predictions, or `[2B]` float32 errors already
 known;
-* `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`, which the
-  kernels form in registers from latents, noise (or its counters) and the schedule, and the CPU
-  default as a tensor;
+* `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`: latents,
+  noise (or its counters) and the schedule, from which the tensor is formed first;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
-* `impl`: `"triton"`, `"reference"`, or None: triton if every tensor is on a supported GPU (compute
-  capability 8.0, or AMD) and there are at most 2048 pairs, else the reference's mathematics in
-  fewer operators and passes, the default on a CPU. A name never falls back; Triton needs vectors
-  and ready errors contiguous.
+* `impl`: `"triton"`, `"cpu"`, `"reference"`, or None: triton if every tensor is on a supported GPU
+  (compute capability 8.0, or AMD) and there are at most 2048 pairs, else `"cpu"`: the reference's
+  mathematics in fewer operators and passes. A name never falls back; Triton needs vectors and
+  ready errors contiguous.
 
 Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
 `policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or

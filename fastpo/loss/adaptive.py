@@ -8,8 +8,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastpo.loss._options import require, require_finite, require_positive
-from fastpo_kernels.pair_loss import Adaptive, Impl, PairLoss, Reduce, Target, pair_loss
-from fastpo_kernels.pair_loss.reference import MarginKind, Normalize, WeightKind
+from fastpo_kernels.pair_loss import (
+    Adaptive,
+    Impl,
+    MarginKind,
+    Normalize,
+    PairLoss,
+    Reduce,
+    Target,
+    WeightKind,
+    pair_loss,
+)
 
 
 def adaptive_dpo(

@@ -92,7 +92,6 @@ class PairNoise:
         )
         if table is not None:
             index = table.index[index]
-        assert isinstance(target, Tensor)  # written, as it was not asked for in another form
         return NoisedPair(
             noisy_latents=noisy, index=index, timesteps=schedule.timesteps[index], target=target
         )

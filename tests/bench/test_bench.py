@@ -156,7 +156,7 @@ def test_a_run_goes_on_from_the_rows_of_an_earlier_one(tmp_path, monkeypatch):
 def test_the_gpu_script_asks_for_what_there_is(script_calls):
     calls = script_calls("gpu.sh")
     assert [Path(c[1] if c[0] == "-m" else c[0]).name for c in calls] == [
-        "pytest", "bench_pair_loss.py", "bench_redraw.py", "launch_table.py",
+        "pytest", "bench_pair_loss.py", "launch_table.py",
         "bench_pair_noise.py", "fastpo.bench.tune", "bench_pair_loss.py",
     ]  # fmt: skip
     for words in calls:
@@ -196,6 +196,24 @@ def test_a_provider_that_fails_is_noted_and_the_others_are_timed(monkeypatch):
     ]
     assert {r.provider for r in rows if not r.note} == {"reference", "ours"}
     assert going.failures == ["dpo sd15 fp32 B=1, eager: RuntimeError: no compiler"]
+
+
+def test_what_the_compiler_cannot_do_is_a_note_and_no_failure(monkeypatch):
+    def no_compiler(function, **_):
+        def call():
+            raise RuntimeError("Scalar 3528531795 is out of range for type int32")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    providers = ("eager", "reference", "compile", "ours")
+    options = dataclasses.replace(QUICK, directions=("fwd",), providers=providers)
+    going = Run([small()], options)
+    ((_, rows),) = going
+    noted = [(r.provider, r.note) for r in rows if r.note]
+    assert noted == [("compile", "RuntimeError: Scalar 3528531795 is out of range for type int32")]
+    assert {r.provider for r in rows if not r.note} == {"eager", "reference", "ours"}
+    assert going.failures == []
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch):
@@ -303,14 +321,14 @@ def test_the_sweep_covers_the_table_and_ranks(tmp_path):
 
 
 def test_the_sweep_forces_a_configuration_and_reports_a_failure():
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     config = launch.LaunchConfig(64, 3, 4)
-    default = launch.launch_config(1, 2, 2)
+    default = launch.forward_config(1, 2, 2)
     seen = []
 
     def call():
-        seen.append(launch.launch_config(1, 2, 2))
+        seen.append(launch.forward_config(1, 2, 2))
         return one
 
     one = torch.ones(3)
@@ -318,7 +336,7 @@ def test_the_sweep_forces_a_configuration_and_reports_a_failure():
     us, note = tune._timed(config, call, one, clock)
     assert float(us) >= 0 and note == ""
     assert set(seen) == {config} != {default}
-    assert launch.launch_config(1, 2, 2) == default
+    assert launch.forward_config(1, 2, 2) == default
     assert tune._timed(config, lambda: 2 * one, one, clock) == ("", "wrong by 1 of 1")
     us, note = tune._timed(config, lambda: 1 / 0, one, clock)
     assert (us, note) == ("", "ZeroDivisionError: division by zero")

@@ -35,7 +35,7 @@ def nan_poisoned(monkeypatch):
 @pytest.fixture
 def small_tiles():
     """Tiles of 64, three programs a pair: several tiles a program, several programs a row."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     with launch.launches_as(launch.LaunchConfig(64, 3, 4)):
         yield

@@ -21,8 +21,8 @@ from fake_gpu import install
 
 GPU = install(sys.argv[1] if len(sys.argv) > 1 else "sm_90", keep_arguments=True)
 
-import test_pair_loss as losses
-import test_pair_target as targets
+import objectives as losses
+import test_pair_loss as layouts
 import torch
 
 from fastpo import loss as fl
@@ -50,7 +50,7 @@ def batches():
             f"{size} elements",
             lambda size=size: step(losses.CASES["dpo"], pair_inputs(2, (size,), torch.float16)),
         )
-    for layout, laid in losses.STRIDED.items():
+    for layout, laid in layouts.STRIDED.items():
 
         def strided(laid=laid):
             x = pair_inputs(2, (4, 6, 10))
@@ -58,11 +58,6 @@ def batches():
             step(losses.CASES["sdpo"], x)
 
         yield layout, strided
-    for kind in targets.KINDS:
-        yield (
-            kind,
-            lambda kind=kind: targets.run(targets.CALLS["dpo"], targets.make(kind), "triton"),
-        )
 
     def ready():
         x = pair_inputs(3, (4, 50))
@@ -90,13 +85,9 @@ def repeated():
     """The arguments of a step's launches, and of the same step again: only outputs may move."""
     x = pair_inputs(3, (4, 8, 12), torch.bfloat16, n_annotators=2)
     weight = torch.rand(3)
-    target = targets.make("v-stored")
-    drawn = targets.make("flow-posterior")
     steps = {
         "annotators": lambda: step(losses.CASES["adaptive_dpo-annotators"], x, pair_weight=weight),
         "all processes": lambda: step(losses.CASES["sdpo"], x, reduce=lambda sums: sums),
-        "stored": lambda: targets.run(targets.CALLS["dpo"], target, "triton"),
-        "drawn": lambda: targets.run(targets.CALLS["sdpo"], drawn, "triton"),
     }
     for name, run in steps.items():
         launches = []

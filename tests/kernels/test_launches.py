@@ -25,14 +25,14 @@ def calls(printed):
 def test_a_repeated_launch_hands_over_what_the_first_did(printed):
     """In the same order; the few arguments that moved are the addresses of outputs."""
     found = [line for line in printed if "repeats" in line]
-    assert len(found) == 4
+    assert len(found) == 2
     for line in found:
         assert line["same"] and line["moved"] <= 6, line
 
 
 @pytest.mark.slow
 def test_every_call_compiles_and_is_one_launch_each_way(calls):
-    assert len(calls) > 50
+    assert len(calls) > 45
     for name, found in calls.items():
         wanted = ALL_PROCESSES if "all processes" in name else 2
         wanted = 1 if name.startswith(("pair_errors", "noised_pair")) else wanted
@@ -41,7 +41,7 @@ def test_every_call_compiles_and_is_one_launch_each_way(calls):
 
 @pytest.mark.slow
 def test_a_call_that_comes_again_compiles_nothing(calls):
-    assert sum(found["first"][1] for found in calls.values()) > 50
+    assert sum(found["first"][1] for found in calls.values()) > 40
     for name, found in calls.items():
         assert found["again"][1] == 0, name
 

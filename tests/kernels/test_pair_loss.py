@@ -5,93 +5,12 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import portable
-from fastpo_kernels.pair_loss import reference as eager
-from fastpo_kernels.testing import (
-    DTYPES,
-    PairInputs,
-    assert_within_budget,
-    pair_inputs,
-    rounding_scales,
-)
+from fastpo_kernels.pair_loss import cpu
+from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
+from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
+from tests.kernels.objectives import CASES, check, run
 
-CASES = {
-    "dpo": lambda x, **k: fl.dpo(x.policy, x.reference, x.target, beta=20, **k),
-    "dpo-smoothed": lambda x, **k: fl.dpo(
-        x.policy, x.reference, x.target, beta=20, label_smoothing=0.1, **k
-    ),
-    "robust_dpo": lambda x, **k: fl.robust_dpo(
-        x.policy, x.reference, x.target, beta=20, label_smoothing=0.2, **k
-    ),
-    "ipo": lambda x, **k: fl.ipo(x.policy, x.reference, x.target, tau=5, **k),
-    "hinge": lambda x, **k: fl.hinge(x.policy, x.reference, x.target, beta=20, **k),
-    "kto": lambda x, **k: fl.kto(x.policy, x.reference, x.target, beta=20, **k),
-    "dmpo": lambda x, **k: fl.dmpo(x.policy, x.reference, x.target, beta=20, **k),
-    "linear_dpo": lambda x, **k: fl.linear_dpo(x.policy, x.reference, x.target, beta=20, **k),
-    "sdpo": lambda x, **k: fl.sdpo(x.policy, x.reference, x.target, beta=20, mu=0.9, **k),
-    "sft": lambda x, **k: fl.sft(x.policy, x.target, **k),
-    "mapo": lambda x, **k: fl.mapo(x.policy, x.target, **k),
-    "adaptive_dpo": lambda x, **k: fl.adaptive_dpo(
-        x.policy, x.reference, x.target, beta=20, margin_scale=20, **k
-    ),
-    "adaptive_dpo-annotators": lambda x, **k: fl.adaptive_dpo(
-        x.policy, x.reference, x.target, beta=20, annotators=x.annotators, **k
-    ),
-    "adaptive_dpo-l2-sqrt-linear": lambda x, **k: fl.adaptive_dpo(
-        x.policy, x.reference, x.target, beta=20, annotators=x.annotators,
-        normalize="l2", rho=15.0, weight_kind="sqrt", margin_kind="linear", **k,
-    ),
-    "adaptive_dpo-exponential": lambda x, **k: fl.adaptive_dpo(
-        x.policy, x.reference, x.target, beta=20, weight_kind="exponential", **k
-    ),
-    "adaptive_dpo-ledger-gate": lambda x, **k: fl.adaptive_dpo(
-        x.policy, x.reference, x.target, beta=20,
-        minority=torch.linspace(0, 1, len(x.target)).to(x.target.device), weight_kind="gate", **k,
-    ),
-    "adaptive_ipo": lambda x, **k: fl.adaptive_ipo(
-        x.policy, x.reference, x.target, tau=5, beta=20, annotators=x.annotators,
-        weight_kind="quadratic", **k,
-    ),
-}  # fmt: skip
 SIZES = [1, 7, 1000, 65537]
-UPSTREAM = 3.25
-
-
-def run(call, x, impl, **options):
-    """Result and gradient under an upstream gradient that is not 1, through the loss."""
-    x.policy = x.policy.detach().requires_grad_()
-    out = call(x, impl=impl, **options)
-    (UPSTREAM * out.loss).backward()
-    return out, x.policy.grad
-
-
-def eager_runs(call, x, **options):
-    """Eager on the elements in four orders: one order's rounding error is a matter of luck."""
-    n_elements = x.target[0].numel()
-    rng = torch.Generator().manual_seed(0)
-    orders = [torch.arange(n_elements), torch.arange(n_elements).flip(0)]
-    for order in (*orders, *(torch.randperm(n_elements, generator=rng) for _ in range(2))):
-        order = order.to(x.target.device)
-        full = [t if t.ndim == 1 else t.detach().flatten(1)[:, order] for t in x.tensors()]
-        out, grad = run(call, PairInputs(*full[:3], full[3:]), "reference", **options)
-        yield out, grad[:, order.argsort()].reshape(x.policy.shape)
-
-
-def check(call, x, impl="triton", **options):
-    """Every output and the gradient within the budget."""
-    truth, truth_grad = run(call, x.double(), "reference", **options)
-    eager = list(eager_runs(call, x, **options))
-    actual, grad = run(call, x, impl, **options)
-    scales = rounding_scales(call, x.double(), truth_grad, **options)
-    for k, (name, a, t) in enumerate(zip(truth._fields, actual, truth, strict=True)):
-        assert (a is None) == (t is None), name
-        if t is not None:
-            assert a.dtype == torch.float32
-            found = [out[k] for out, _ in eager]
-            assert_within_budget(a, found, t, name=name, scale=scales[name])
-    assert grad.dtype == x.policy.dtype
-    eager_grads = [g for _, g in eager]
-    assert_within_budget(grad, eager_grads, truth_grad, name="gradient", scale=scales["gradient"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,8 +137,7 @@ def test_extreme_logits_stay_finite(name, gap, device):
     x.reference = x.target.repeat(2, 1) + 1
     out, grad = run(CASES[name], x, "triton")
     assert torch.isfinite(out.loss) and torch.isfinite(grad).all()
-    expected, _ = run(CASES[name], x, "reference")
-    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-4, atol=1e-6)
+    check(CASES[name], x)
 
 
 def test_errors_of_zero_and_tiny_errors_in_mapo(device):
@@ -262,8 +180,8 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(name, device, small_tile
 @pytest.fixture(params=["whole", "pieces"])
 def cpu_way(request, monkeypatch):
     """The two long ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
-    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
-    monkeypatch.setattr(portable, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
+    monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
+    monkeypatch.setattr(cpu, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
     return request.param
 
 
@@ -277,7 +195,7 @@ def test_cpu_default_within_budget(name, dtype, cpu_way):
 @pytest.mark.parametrize("size", [1, 7, 65537])
 def test_cpu_default_sizes(size, shared, cpu_way, monkeypatch):
     if size > 1000 and cpu_way == "pieces":
-        monkeypatch.setattr(portable, "_PIECE", 1 << 14)
+        monkeypatch.setattr(cpu, "_PIECE", 1 << 14)
     check(CASES["sdpo"], pair_inputs(3, (size,), torch.bfloat16, shared_target=shared), impl=None)
 
 
@@ -352,9 +270,9 @@ PLAIN = [n for n in CASES if n != "kto" and not n.startswith(("sdpo", "adaptive"
 def test_cpu_short_way_equals_the_long_bit_for_bit(name, dtype, shared, monkeypatch):
     x = pair_inputs(3, (4, 7, 11), dtype, shared_target=shared)
     with monkeypatch.context() as patch:
-        patch.setattr(portable, "pair_loss", None)
+        patch.setattr(cpu, "large_loss", None)
         short, short_grad = run(CASES[name], x, None)
-    monkeypatch.setattr(portable, "small_loss", lambda *_: None)
+    monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     found, grad = run(CASES[name], x, None)
     for a, b in zip(short, found, strict=True):
         assert a is b is None or (torch.equal(a, b) and a.shape == b.shape and a.dtype == b.dtype)
@@ -374,8 +292,8 @@ LONG = {
 def test_cpu_takes_the_long_way_for_other_batches(change):
     x = pair_inputs(3, (7, 11), torch.float32)
     x.reference = LONG[change](x)
-    dpo = eager.OBJECTIVES["dpo"].function
-    assert portable.small_loss(x.policy, x.reference, x.target, dpo, (20.0, 0.0, 0.0)) is None
+    tensors = PairTensors(x.policy, x.target, x.reference)
+    assert cpu.small_loss(tensors, LossSpec("dpo", (20.0,)), None) is None
     found, grad = run(CASES["dpo"], x, None)
     expected, expected_grad = run(CASES["dpo"], x, "reference")
     torch.testing.assert_close(found, expected)

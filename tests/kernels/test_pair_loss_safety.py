@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from fastpo import loss as fl
-from fastpo_kernels.pair_loss import ops, portable
+from fastpo_kernels.pair_loss import cpu, ops, pair_loss
+from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import pair_inputs
 
-IMPLS = ("triton", "reference", None)
+IMPLS = ("triton", "cpu", "reference", None)
 
 
 def call(x, impl="triton", **options):
     return fl.dpo(x.policy, x.reference, x.target, beta=20.0, impl=impl, **options)
 
 
-def shared(x):
-    """The operators' arguments for a target that is a tensor."""
-    return [x.target], "shared noise", [0.0, 0.0, 1.0]
+NOT_ADAPTIVE = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
+ADAPTIVE = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0)
+# Minority, statistics and weights that are not given, and plain DPO.
+PLAIN = (None, None, None, "dpo", [20.0, 0.0], None, *NOT_ADAPTIVE)
 
 
 def gradient(x, impl="triton"):
@@ -35,16 +37,16 @@ def test_operators_pass_opcheck(device):
     x = pair_inputs(2, (40,), torch.float32, device, n_annotators=1)
     policy = x.policy.requires_grad_()
     weight = torch.ones(2, device=device)
-    plain = (None, None, weight, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
-    adapted = ([20.0, 0.0, 0.0], "rms linear quadratic", [3.75, 10.0, 1.0, 1.0, 20.0], None, None)
+    plain = (None, None, weight, "dpo", [20.0, 0.0], None, *NOT_ADAPTIVE)
+    adapted = (None, None, None, "dpo", [20.0], None, *ADAPTIVE)
     for args in (
-        (policy, x.reference, *shared(x), [], *plain),
-        (policy, x.reference, *shared(x), x.annotators, None, None, None, "dpo", *adapted),
+        (policy, x.target, x.reference, [], *plain),
+        (policy, x.target, x.reference, x.annotators, *adapted),
     ):
         torch.library.opcheck(ops.pair_loss_fwd, args)
-    torch.library.opcheck(ops.pair_errors_fwd, (policy, *shared(x)))
+    torch.library.opcheck(ops.pair_errors_fwd, (policy, x.target))
     torch.library.opcheck(
-        ops.pair_loss_bwd, (x.policy.detach(), *shared(x), ONES(4, device=device), None)
+        ops.pair_loss_bwd, (x.policy.detach(), x.target, ONES(4, device=device), None)
     )
 
 
@@ -106,8 +108,7 @@ def test_double_backward_is_refused(device):
     (grad,) = torch.autograd.grad(call(x).loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
-    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
-    loss, _ = ops.pair_loss_fwd(policy, x.reference, *shared(x), [], *options)
+    loss, _ = ops.pair_loss_fwd(policy, x.target, x.reference, [], *PLAIN)
     (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
@@ -127,18 +128,14 @@ def test_vmap_is_refused(impl, shared_target, device):
 
 def test_the_ticket_is_zero_again(device):
     """Or the second launch with it would never finish."""
-    from fastpo_kernels.pair_loss import launch
+    from fastpo_kernels.pair_loss.gpu import launch
 
     x = pair_inputs(3, (40,), torch.float32, device)
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    tensors = PairTensors(x.policy, x.target, x.reference)
     found = []
     for _ in range(2):
-        loss = torch.full((), float("nan"), device=device)
-        stats = torch.empty(ops.stats_size(3, 2), device=device)
-        launch.launch_forward(
-            [x.policy, x.reference], shared(x), None, None, None, loss, stats, "dpo",
-            [20.0, 0.0, 0.0], (), (), True, None, ticket,
-        )  # fmt: skip
+        loss, _ = launch.launch_forward(tensors, LossSpec("dpo", (20.0,)), ticket)
         assert ticket.item() == 0
         found.append(loss.item())
     assert found[0] == found[1] == call(x).loss.item()
@@ -149,34 +146,31 @@ def test_limits_of_the_kernel_are_named(device):
     with pytest.raises(ValueError, match=r"at most 2048 pairs a call .* got 2049 of 4"):
         call(x)
     torch.testing.assert_close(call(x, None).loss, call(x, "reference").loss)
-    wide = torch.ones(1, device=device).expand(2, 2**31)
-    with pytest.raises(ValueError, match="got 1 of 2147483648"):
-        fl.sft(wide, wide[:1], impl="triton")
 
 
 def test_operator_and_eager_path_agree_bitwise(device):
     x = pair_inputs(2, (40,), torch.bfloat16, device)
     policy = x.policy.requires_grad_()
-    options = (None, None, None, "dpo", [20.0, 0.0, 0.0], "", [], None, None)
-    loss, _ = ops.pair_loss_fwd(policy, x.reference, *shared(x), [], *options)
+    loss, _ = ops.pair_loss_fwd(policy, x.target, x.reference, [], *PLAIN)
     assert torch.equal(loss, call(x).loss)
     assert torch.equal(torch.autograd.grad(loss, policy)[0], gradient(x))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice on a GPU is triton")
-def test_none_chooses_the_portable_path_on_the_cpu(monkeypatch):
+@pytest.mark.parametrize("impl", [None, "cpu"])
+def test_none_is_the_cpus_own_implementation_on_a_cpu(impl, monkeypatch):
     x = pair_inputs(2, (40,))
     weight = torch.ones(2)
     expected = call(x, "reference").loss
     chosen = []
-    for name in ("small_loss", "pair_loss"):
-        real = getattr(portable, name)
+    for name in ("pair_loss", "large_loss"):
+        real = getattr(cpu, name)
         counted = lambda *a, real=real, name=name, **k: chosen.append(name) or real(*a, **k)  # noqa: E731
-        monkeypatch.setattr(portable, name, counted)
-    torch.testing.assert_close(call(x, None).loss, expected)
-    torch.testing.assert_close(call(x, None, pair_weight=weight).loss, expected)
+        monkeypatch.setattr(cpu, name, counted)
+    torch.testing.assert_close(call(x, impl).loss, expected)
+    torch.testing.assert_close(call(x, impl, pair_weight=weight).loss, expected)
     call(x, "reference")
-    assert chosen == ["small_loss", "pair_loss"]
+    assert chosen == ["pair_loss", "pair_loss", "large_loss"]
 
 
 @pytest.mark.parametrize("impl", ["reference", None])
@@ -244,7 +238,7 @@ REFUSED = [
     (
         "impl",
         ValueError,
-        "impl must be None, 'triton' or 'reference', got 'cuda'",
+        "impl must be None, 'triton', 'cpu' or 'reference', got 'cuda'",
         {"impl": "cuda"},
     ),
     ("smoothing", ValueError, r"label_smoothing must be in \[0, 0.5\]", {"label_smoothing": 0.6}),
@@ -256,8 +250,10 @@ REFUSED = [
     ("error", "message", "changes"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
 )
 def test_refuses(error, message, changes):
-    with pytest.raises(error, match=message):
-        fl.dpo(**bad(**changes))
+    """Small batches too, which take the shortest way on a CPU; and by every name."""
+    for impl in (changes["impl"],) if "impl" in changes else IMPLS:
+        with pytest.raises(error, match=message):
+            fl.dpo(**bad(**{**changes, "impl": impl}))
 
 
 def test_refuses_minority_beside_annotators():
@@ -268,6 +264,14 @@ def test_refuses_minority_beside_annotators():
         )
     with pytest.raises(ValueError, match="weight_kind must be one of"):
         fl.adaptive_dpo(x.policy, x.reference, x.target, beta=1.0, weight_kind="cubic")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refuses_too_many_and_too_few_options(impl):
+    x = pair_inputs(2, (4,))
+    for name, options in (("dpo", (1.0, 0.0, 0.0)), ("ipo", ()), ("mapo", (0.1,))):
+        with pytest.raises(ValueError, match=rf"{name} takes options .* got {len(options)}"):
+            pair_loss(x.policy, x.reference, x.target, name, options, impl=impl)
 
 
 WEIGHTS = [

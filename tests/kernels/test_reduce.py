@@ -7,7 +7,7 @@ from fastpo import loss as fl
 from fastpo_kernels.pair_loss import ops
 from fastpo_kernels.testing import PairInputs, assert_within_budget, pair_inputs
 
-IMPLS = ("triton", "reference")
+IMPLS = ("triton", "cpu", "reference")
 CASES = {
     "kto": lambda x, **k: fl.kto(x.policy, x.reference, x.target, beta=20, **k),
     "sdpo": lambda x, **k: fl.sdpo(x.policy, x.reference, x.target, beta=20, mu=0.9, **k),
@@ -126,15 +126,16 @@ def test_compiles_as_one_graph(impl, device):
 
 def test_operator_passes_opcheck(device):
     x = pair_inputs(2, (40,), torch.float32, device, n_annotators=1)
-    target = ([x.target], "shared noise", [0.0, 0.0, 1.0])
-    common = (x.policy, x.reference, *target, x.annotators, "dpo", "rms linear quadratic")
-    torch.library.opcheck(ops.pair_loss_partials, (*common, 0.9))
-    partial = ops.pair_loss_partials(*common, 0.9)
-    errors, sums = partial[:12].split(4), partial[12:]
-    rest = (None, sums, None, "dpo", [20.0, 0.0, 0.0], "rms linear quadratic",
-            [3.75, 10.0, 1.0, 1.0, 20.0], 0.9, errors[0])  # fmt: skip
+    common = (x.policy, x.target, x.reference, x.annotators, "dpo", True, True)
+    torch.library.opcheck(ops.pair_loss_partials, common)
+    partial = ops.pair_loss_partials(*common)
+    errors, sums = [e.clone() for e in partial[:12].split(4)], partial[12:].clone()
+    given = (errors[0], errors[1], [errors[2]], None, sums, None)
+    adaptive = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0)
     policy = x.policy.requires_grad_()
-    torch.library.opcheck(ops.pair_loss_fwd, (policy, errors[1], *target, [errors[2]], *rest))
+    torch.library.opcheck(
+        ops.pair_loss_finish, (policy, x.target, *given, "dpo", [20.0], 0.9, *adaptive)
+    )
 
 
 REFUSED = [

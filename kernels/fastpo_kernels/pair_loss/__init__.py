@@ -1,25 +1,30 @@
 """Preference losses of a batch of pairs, fused. See README.md for the derivation."""
 
-from fastpo_kernels._impl import Impl
-from fastpo_kernels.pair_loss.api import PairLoss, Target, pair_errors, pair_loss
-from fastpo_kernels.pair_loss.reference import (
-    OBJECTIVES,
+from fastpo_kernels._shared.target import PairDraw, PairTarget
+from fastpo_kernels.pair_loss.api import Impl, Target, pair_errors, pair_loss
+from fastpo_kernels.pair_loss.epilogue import minority_metric, pair_weights
+from fastpo_kernels.pair_loss.objectives import OBJECTIVES
+from fastpo_kernels.pair_loss.spec import (
     Adaptive,
+    MarginKind,
+    Normalize,
+    PairLoss,
     Reduce,
-    minority_metric,
-    pair_weights,
+    WeightKind,
 )
-from fastpo_kernels.pair_target import PairDraw, PairTarget
 
 __all__ = [
     "OBJECTIVES",
     "Adaptive",
     "Impl",
+    "MarginKind",
+    "Normalize",
     "PairDraw",
     "PairLoss",
     "PairTarget",
     "Reduce",
     "Target",
+    "WeightKind",
     "minority_metric",
     "pair_errors",
     "pair_loss",

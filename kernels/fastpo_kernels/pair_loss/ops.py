@@ -1,23 +1,10 @@
 """The pair losses as custom operators: schema, fake implementation, autograd. Torch only.
 
-Eager calls go round the operators, through plain `autograd.Function`s over the same launchers: at
-this size a loss costs what its host work costs. Forward and backward took 335 us through the
-operators, 89 through a Function (one CPU core, launchers stubbed out, torch 2.13). Tracing goes
-through the operators.
+Tracing goes through them; eager calls go round them (`fused.py`). Only here are a loss's options
+flat, as schemas want them.
 
-`launch.py` is imported inside the operators, when one first runs on data: importing Triton costs a
+`gpu/launch.py` is imported inside, when an operator first runs on data: importing Triton costs a
 second, and CPU users, tracing and documentation tools need none of it.
-
-A target is `pair_target.PairTarget.encode()`: tensors, a word list that names them, three numbers.
-
-`stats` is one float32 vector, so that a step allocates once:
-`margin [B] | errors of policy, reference, annotators [S, 2B] | minority [B] | weight [B] |
-dloss/de [2B]`.
-
-Where statistics span processes, `pair_loss_partials` gives the errors `[S, 2B]` and this batch's
-sums, and `pair_loss_fwd` goes on from them:
-`sum g (KTO) | sum d, sum d_m**2 of every annotator m (adaptive) | sum e_w, sum <residuals> / N
-(safeguard) | pairs`.
 """
 
 from __future__ import annotations
@@ -28,159 +15,190 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpo_kernels.pair_loss.spec import (
+    Adaptive,
+    LossSpec,
+    PairTensors,
+    PartialsLayout,
+    StatsLayout,
+)
 
-def stats_size(n_pairs: int, n_sources: int) -> int:
-    """Length of `stats`."""
-    return (5 + 2 * n_sources) * n_pairs
-
-
-def n_sums(n_annotators: int, objective: str, adaptive: bool, safeguard: bool) -> int:
-    """Length of the batch's sums, 0 where the objective has no batch statistics."""
-    n = (2 + n_annotators if adaptive else objective == "kto") + (2 if safeguard else 0)
-    return n + 1 if n else 0
-
-
-def _sources(policy: Tensor, reference: Tensor | None, annotators: Sequence[Tensor]):
-    return [policy, *annotators] if reference is None else [policy, reference, *annotators]
+# A pass that stops at the errors: sft's pairs do not depend on the batch.
+ERRORS_ALONE = LossSpec("sft")
 
 
-def _forward(
+def _n_sources(reference: Tensor | None, annotators: Sequence[Tensor]) -> int:
+    return 1 + (reference is not None) + len(annotators)
+
+
+def _fake_results(policy: Tensor, reference: Tensor | None, annotators: Sequence[Tensor]):
+    layout = StatsLayout(policy.shape[0] // 2, _n_sources(reference, annotators))
+    return (
+        policy.new_empty((), dtype=torch.float32),
+        policy.new_empty(layout.size, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("fastpo::pair_loss_fwd", mutates_args=())
+def pair_loss_fwd(
     policy: Tensor,
+    target: Tensor,
     reference: Tensor | None,
-    target: Sequence[Tensor],
-    target_kind: str,
-    target_scalars: Sequence[float],
     annotators: Sequence[Tensor],
     minority: Tensor | None,
     statistics: Tensor | None,
     pair_weight: Tensor | None,
     objective: str,
     options: Sequence[float],
-    adaptive_kinds: str,
-    adaptive_scalars: Sequence[float],
     safeguard: float | None,
-    policy_error: Tensor | None,
+    normalize: str | None,
+    weight_kind: str | None,
+    margin_kind: str | None,
+    rho: float,
+    weight_scale: float,
+    weight_intercept: float,
+    shift_scale: float,
+    beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss `[]` and `stats`, both float32. `adaptive_*` are empty without adaptive weights.
-
-    With `policy_error` `[2B]` reference and annotators are errors too, `statistics` are sums, and
-    no prediction is read.
-    """
-    return _launch_forward(
-        True, policy, reference, target, target_kind, target_scalars, annotators, minority,
-        statistics, pair_weight, objective, options, adaptive_kinds, adaptive_scalars, safeguard,
-        policy_error,
-    )  # fmt: skip
-
-
-def _launch_forward(
-    traced, policy, reference, target, target_kind, target_scalars, annotators, minority,
-    statistics, pair_weight, objective, options, adaptive_kinds, adaptive_scalars, safeguard,
-    policy_error,
-):  # fmt: skip
-    """`pair_loss_fwd`; `traced` where an operator's memory may be a CUDA graph's pool."""
-    from fastpo_kernels.pair_loss import launch
-
-    first = policy if policy_error is None else policy_error
-    sources = _sources(first, reference, annotators)
-    n_pairs = policy.shape[0] // 2
-    loss = torch.empty((), dtype=torch.float32, device=policy.device)
-    size = stats_size(n_pairs, len(sources))
-    stats = torch.empty(size, dtype=torch.float32, device=policy.device)
-    if policy_error is not None:
-        launch.launch_finish(
-            sources, minority, statistics, pair_weight, loss, stats, objective, options,
-            adaptive_kinds.split(), adaptive_scalars, reference is not None, safeguard,
-        )  # fmt: skip
-        return loss, stats
-    launch.launch_forward(
-        sources, (target, target_kind, target_scalars), minority, statistics, pair_weight, loss,
-        stats,
-        objective, options, adaptive_kinds.split(), adaptive_scalars, reference is not None,
-        safeguard, launch.ticket(policy.device, fresh=traced),
-    )  # fmt: skip
-    return loss, stats
+    """Loss `[]` and the vector of `StatsLayout`, both float32; without `normalize` not adaptive."""
+    adaptive = None
+    if normalize is not None:
+        adaptive = Adaptive(
+            beta=beta,
+            normalize=normalize,  # pyright: ignore[reportArgumentType]
+            rho=rho,
+            weight_kind=weight_kind,  # pyright: ignore[reportArgumentType]
+            weight_scale=weight_scale,
+            weight_intercept=weight_intercept,
+            margin_kind=margin_kind,  # pyright: ignore[reportArgumentType]
+            shift_scale=shift_scale,
+        )
+    tensors = PairTensors(policy, target, reference, annotators, minority, statistics, pair_weight)
+    spec = LossSpec(objective, tuple(options), adaptive, safeguard)
+    return launch_forward(tensors, spec, traced=True)
 
 
-pair_loss_fwd = torch.library.custom_op("fastpo::pair_loss_fwd", _forward, mutates_args=())
+def launch_forward(tensors: PairTensors, spec: LossSpec, *, traced: bool) -> tuple[Tensor, Tensor]:
+    """The launcher; `traced` where an operator's memory may be a CUDA graph's pool."""
+    from fastpo_kernels.pair_loss.gpu import launch
+
+    ticket = launch.ticket(tensors.policy.device, fresh=traced)
+    return launch.launch_forward(tensors, spec, ticket)
 
 
 @pair_loss_fwd.register_fake
-def _(policy, reference, target, target_kind, target_scalars, annotators, *_: Any):
-    size = stats_size(policy.shape[0] // 2, len(_sources(policy, reference, annotators)))
-    return (
-        policy.new_empty((), dtype=torch.float32),
-        policy.new_empty(size, dtype=torch.float32),
-    )
+def _(policy, target, reference, annotators, *_: Any):
+    return _fake_results(policy, reference, annotators)
 
 
-def _partials(
+@torch.library.custom_op("fastpo::pair_loss_partials", mutates_args=())
+def pair_loss_partials(
     policy: Tensor,
+    target: Tensor,
     reference: Tensor | None,
-    target: Sequence[Tensor],
-    target_kind: str,
-    target_scalars: Sequence[float],
     annotators: Sequence[Tensor],
     objective: str,
-    adaptive_kinds: str,
-    safeguard: float | None,
+    adaptive: bool,
+    safeguard: bool,
 ) -> Tensor:
-    """Errors of policy, reference and annotators `[S, 2B]`, flat, and this batch's sums."""
-    return _launch_partials(
-        True, policy, reference, target, target_kind, target_scalars, annotators, objective,
-        adaptive_kinds, safeguard,
-    )  # fmt: skip
+    """The vector of `PartialsLayout`: errors of every source, and this batch's sums."""
+    spec = _sums_alone(objective, adaptive=adaptive, safeguard=safeguard)
+    return launch_partials(PairTensors(policy, target, reference, annotators), spec, traced=True)
 
 
-def _launch_partials(
-    traced, policy, reference, target, target_kind, target_scalars, annotators, objective,
-    adaptive_kinds, safeguard,
-):  # fmt: skip
-    from fastpo_kernels.pair_loss import launch
-
-    sources = _sources(policy, reference, annotators)
-    size = _partials_size(sources, annotators, objective, adaptive_kinds, safeguard)
-    results = torch.empty(size, dtype=torch.float32, device=policy.device)
-    launch.launch_forward(
-        sources, (target, target_kind, target_scalars), None, None, None, None, results,
-        objective, (0.0,), adaptive_kinds.split(), (), reference is not None, safeguard,
-        launch.ticket(policy.device, fresh=traced),
-    )  # fmt: skip
-    return results
+def _sums_alone(objective: str, *, adaptive: bool, safeguard: bool) -> LossSpec:
+    """An objective whose sums are those of the one asked for, and whose numbers nobody reads."""
+    judged = Adaptive(beta=1.0) if adaptive else None
+    return LossSpec(objective, (), judged, 0.0 if safeguard else None)
 
 
-def _partials_size(sources, annotators, objective, adaptive_kinds, safeguard):
-    sums = n_sums(len(annotators), objective, bool(adaptive_kinds), safeguard is not None)
-    return len(sources) * sources[0].shape[0] + sums
+def launch_partials(tensors: PairTensors, spec: LossSpec, *, traced: bool) -> Tensor:
+    """The launcher; `traced` as in `launch_forward`."""
+    from fastpo_kernels.pair_loss.gpu import launch
 
-
-pair_loss_partials = torch.library.custom_op(
-    "fastpo::pair_loss_partials", _partials, mutates_args=()
-)
+    ticket = launch.ticket(tensors.policy.device, fresh=traced)
+    return launch.launch_partials(tensors, spec, ticket)
 
 
 @pair_loss_partials.register_fake
-def _(policy, reference, target, target_kind, target_scalars, annotators, *options):
-    size = _partials_size(_sources(policy, reference, annotators), annotators, *options)
-    return policy.new_empty(size, dtype=torch.float32)
+def _(policy, target, reference, annotators, objective, adaptive, safeguard):
+    n_sums = _sums_alone(objective, adaptive=adaptive, safeguard=safeguard).n_sums(len(annotators))
+    n_sources = _n_sources(reference, annotators)
+    layout = PartialsLayout(policy.shape[0] // 2, n_sources, n_sums)
+    return policy.new_empty(layout.size, dtype=torch.float32)
 
 
-def _backward(
+@torch.library.custom_op("fastpo::pair_loss_finish", mutates_args=())
+def pair_loss_finish(
     policy: Tensor,
-    target: Sequence[Tensor],
-    target_kind: str,
-    target_scalars: Sequence[float],
-    coefficients: Tensor,
-    grad_loss: Tensor | None,
+    target: Tensor,
+    policy_error: Tensor,
+    reference_error: Tensor | None,
+    annotator_errors: Sequence[Tensor],
+    minority: Tensor | None,
+    sums: Tensor,
+    pair_weight: Tensor | None,
+    objective: str,
+    options: Sequence[float],
+    safeguard: float | None,
+    normalize: str | None,
+    weight_kind: str | None,
+    margin_kind: str | None,
+    rho: float,
+    weight_scale: float,
+    weight_intercept: float,
+    shift_scale: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """`pair_loss_fwd` from errors `[2B]` and the sums of all processes.
+
+    Policy and target are read by the gradient alone.
+    """
+    adaptive = None
+    if normalize is not None:
+        adaptive = Adaptive(
+            beta=beta,
+            normalize=normalize,  # pyright: ignore[reportArgumentType]
+            rho=rho,
+            weight_kind=weight_kind,  # pyright: ignore[reportArgumentType]
+            weight_scale=weight_scale,
+            weight_intercept=weight_intercept,
+            margin_kind=margin_kind,  # pyright: ignore[reportArgumentType]
+            shift_scale=shift_scale,
+        )
+    errors = PairTensors(
+        policy_error, target, reference_error, annotator_errors, minority, sums, pair_weight
+    )
+    return launch_finish(errors, LossSpec(objective, tuple(options), adaptive, safeguard))
+
+
+def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """The launcher; `errors` as there."""
+    from fastpo_kernels.pair_loss.gpu import launch
+
+    return launch.launch_finish(errors, spec)
+
+
+@pair_loss_finish.register_fake
+def _(policy, target, policy_error, reference_error, annotator_errors, *_: Any):
+    return _fake_results(policy, reference_error, annotator_errors)
+
+
+@torch.library.custom_op("fastpo::pair_loss_bwd", mutates_args=())
+def pair_loss_bwd(
+    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
 ) -> Tensor:
     """`grad_loss * dloss/de * 2/N * (policy - target)`; `coefficients` is dloss/de, `[2B]`."""
-    from fastpo_kernels.pair_loss import launch
-
-    encoded = (target, target_kind, target_scalars)
-    return launch.launch_backward(policy, encoded, coefficients, grad_loss)
+    return launch_backward(policy, target, coefficients, grad_loss)
 
 
-pair_loss_bwd = torch.library.custom_op("fastpo::pair_loss_bwd", _backward, mutates_args=())
+def launch_backward(
+    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+) -> Tensor:
+    """The launcher."""
+    from fastpo_kernels.pair_loss.gpu import launch
+
+    return launch.launch_backward(policy, target, coefficients, grad_loss)
 
 
 @pair_loss_bwd.register_fake
@@ -188,35 +206,15 @@ def _(policy, *_: Any):
     return torch.empty_like(policy)
 
 
-def _errors(
-    policy: Tensor, target: Sequence[Tensor], target_kind: str, target_scalars: Sequence[float]
-) -> Tensor:
+@torch.library.custom_op("fastpo::pair_errors_fwd", mutates_args=())
+def pair_errors_fwd(policy: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of every row, `[2B]` float32."""
-    return _launch_errors(True, policy, target, target_kind, target_scalars)
-
-
-def _launch_errors(traced: bool, policy: Tensor, *target: Any) -> Tensor:
-    from fastpo_kernels.pair_loss import launch
-
-    errors = torch.empty(policy.shape[0], dtype=torch.float32, device=policy.device)
-    launch.launch_forward(
-        [policy], target, None, None, None, None, errors, "sft", (0.0,), (), (), False, None,
-        launch.ticket(policy.device, fresh=traced),
-    )  # fmt: skip
-    return errors
-
-
-pair_errors_fwd = torch.library.custom_op("fastpo::pair_errors_fwd", _errors, mutates_args=())
+    return launch_partials(PairTensors(policy, target), ERRORS_ALONE, traced=True)
 
 
 @pair_errors_fwd.register_fake
-def _(policy, *_: Any):
+def _(policy, target):
     return policy.new_empty(policy.shape[0], dtype=torch.float32)
-
-
-def _save(ctx, policy, target, target_kind, target_scalars, *others: Tensor) -> None:
-    ctx.save_for_backward(policy, *others, *target)
-    ctx.target_kind, ctx.target_scalars = target_kind, target_scalars
 
 
 def _no_grads(inputs: Sequence[Any]) -> list[Any]:
@@ -225,40 +223,44 @@ def _no_grads(inputs: Sequence[Any]) -> list[Any]:
     return [[None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True)]
 
 
-def _loss_context(ctx, inputs, output) -> None:
-    policy, _, *target = inputs[:5]
-    _, stats = output
-    ctx.no_grads = _no_grads(inputs[1:])
-    _save(ctx, policy, *target, stats)
+def keep_for_gradient(ctx, policy: Tensor, target: Tensor, stats: Tensor) -> None:
+    """What the gradient reads; `stats` is `StatsLayout`'s vector."""
+    ctx.save_for_backward(policy, target, stats)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _policy_gradient(ctx, grad_loss, backward):
+def _loss_context(ctx, inputs, output) -> None:
+    ctx.no_grads = _no_grads(inputs[1:])
+    keep_for_gradient(ctx, inputs[0], inputs[1], output[1])
+
+
+def policy_gradient(ctx, grad_loss, backward):
+    """The policy's gradient through `backward`, the operator or its launcher."""
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return None
-    policy, stats, *target = ctx.saved_tensors
-    coefficients = stats.narrow(0, stats.shape[0] - policy.shape[0], policy.shape[0])
-    return backward(policy, target, ctx.target_kind, ctx.target_scalars, coefficients, grad_loss)
+    policy, target, stats = ctx.saved_tensors
+    n_rows = policy.shape[0]
+    coefficients = stats.narrow(0, stats.shape[0] - n_rows, n_rows)  # StatsLayout's last part
+    return backward(policy, target, coefficients, grad_loss)
 
 
 def _loss_backward(ctx, grad_loss, _):
-    return _policy_gradient(ctx, grad_loss, pair_loss_bwd), *ctx.no_grads
+    return policy_gradient(ctx, grad_loss, pair_loss_bwd), *ctx.no_grads
 
 
 def _errors_context(ctx, inputs, output) -> None:
-    ctx.no_grads = _no_grads(inputs[1:])
-    _save(ctx, *inputs)
+    ctx.save_for_backward(*inputs)
 
 
-def _errors_gradient(ctx, grad_errors, backward):
-    policy, *target = ctx.saved_tensors
-    kind, scalars = ctx.target_kind, ctx.target_scalars
-    return backward(policy, target, kind, scalars, grad_errors.contiguous(), None)
+def errors_gradient(ctx, grad_errors, backward):
+    """The policy's gradient where the errors' is given."""
+    policy, target = ctx.saved_tensors
+    return backward(policy, target, grad_errors.contiguous(), None)
 
 
 def _errors_backward(ctx, grad_errors):
-    return _errors_gradient(ctx, grad_errors, pair_loss_bwd), *ctx.no_grads
+    return errors_gradient(ctx, grad_errors, pair_loss_bwd), None
 
 
 def _no_context(ctx, inputs, output) -> None:
@@ -273,64 +275,6 @@ def _no_double_backward(ctx, grad):
 
 
 pair_loss_fwd.register_autograd(_loss_backward, setup_context=_loss_context)
+pair_loss_finish.register_autograd(_loss_backward, setup_context=_loss_context)
 pair_errors_fwd.register_autograd(_errors_backward, setup_context=_errors_context)
 pair_loss_bwd.register_autograd(_no_double_backward, setup_context=_no_context)
-
-
-def _eager_backward():
-    # Under create_graph the operator, whose own backward refuses.
-    return pair_loss_bwd if torch.is_grad_enabled() else _backward
-
-
-class _EagerLoss(torch.autograd.Function):
-    """`pair_loss_fwd` without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, policy, reference, target, target_kind, target_scalars, *rest):
-        encoded = (target, target_kind, target_scalars)
-        loss, stats = _launch_forward(False, policy, reference, *encoded, *rest)
-        _save(ctx, policy, *encoded, stats)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.n_others = 4 + len(rest)
-        return loss, stats
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        return _policy_gradient(ctx, grad_loss, _eager_backward()), *[None] * ctx.n_others
-
-
-class _EagerErrors(torch.autograd.Function):
-    """`pair_errors_fwd` without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, policy, target, target_kind, target_scalars):
-        _save(ctx, policy, target, target_kind, target_scalars)
-        return _launch_errors(False, policy, target, target_kind, target_scalars)
-
-    @staticmethod
-    def backward(ctx, grad_errors):
-        return _errors_gradient(ctx, grad_errors, _eager_backward()), None, None, None
-
-
-def _is_traced(policy: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(policy) not in (Tensor, torch.nn.Parameter)
-
-
-def pair_loss(policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """`pair_loss_fwd`, by the shorter way where nothing traces."""
-    return pair_loss_fwd(policy, *rest) if _is_traced(policy) else _EagerLoss.apply(policy, *rest)
-
-
-def pair_errors(policy: Tensor, *target: Any) -> Tensor:
-    """`pair_errors_fwd`, by the shorter way where nothing traces."""
-    if _is_traced(policy):
-        return pair_errors_fwd(policy, *target)
-    return _EagerErrors.apply(policy, *target)
-
-
-def pair_partials(policy: Tensor, *rest: Any) -> Tensor:
-    """`pair_loss_partials`, by the shorter way where nothing traces."""
-    if _is_traced(policy):
-        return pair_loss_partials(policy, *rest)
-    return _launch_partials(False, policy, *rest)

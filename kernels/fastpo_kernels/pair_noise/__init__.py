@@ -1,6 +1,6 @@
 """Counter-based noise, timesteps and coins shared by the two sides of a pair."""
 
-from fastpo_kernels._counters import (
+from fastpo_kernels._shared.philox import (
     MAX_SEED,
     Stream,
     pair_bits,
@@ -9,8 +9,8 @@ from fastpo_kernels._counters import (
     pair_uniform,
     philox,
 )
+from fastpo_kernels._shared.target import PairDraw, PairTarget, Prediction
 from fastpo_kernels.pair_noise.api import NoisedPair, noised_pair
-from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
 
 __all__ = [
     "MAX_SEED",

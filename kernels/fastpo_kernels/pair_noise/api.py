@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastpo_kernels._counters import MAX_SEED
-from fastpo_kernels._impl import Impl, choose
+from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, choose
+from fastpo_kernels._shared.philox import MAX_SEED
+from fastpo_kernels._shared.target import Prediction
 from fastpo_kernels.pair_noise import ops
-from fastpo_kernels.pair_noise import reference as eager
-from fastpo_kernels.pair_target import PairDraw, PairTarget, Prediction
+from fastpo_kernels.pair_noise import reference as oracle
+from fastpo_kernels.pair_noise.spec import NoiseInputs, NoiseSpec
 
-TargetForm = Literal["ready", "stored", "redrawn"]
+Impl = Literal["triton", "reference"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,13 +23,12 @@ class NoisedPair(NamedTuple):
 
     Attributes:
         noisy_latents: `[2B, *dims]`, winners first; a pair's sides share noise and timestep.
-        target: float32, `[B, *dims]` for epsilon, where the pair shares it, else `[2B, *dims]`; or
-            a `PairTarget` that a loss forms it from.
+        target: float32, `[B, *dims]` for epsilon, where the pair shares it, else `[2B, *dims]`.
         timesteps: `[B]` int64.
     """
 
     noisy_latents: Tensor
-    target: Tensor | PairTarget
+    target: Tensor
     timesteps: Tensor
 
 
@@ -61,20 +61,34 @@ def _check_counters(pair_key: Tensor, visit: Tensor, seed: int) -> None:
         raise ValueError(f"seed must lie in [0, 2^32), got {seed}")
 
 
-def _check_schedule(
-    signal: Tensor, sigma: Tensor, low: int, high: int, prediction: str, target: str
-) -> None:
+def _check_schedule(signal: Tensor, sigma: Tensor, spec: NoiseSpec) -> None:
     if signal.ndim != 1 or signal.shape != sigma.shape:
         raise ValueError(
             f"signal and sigma must be vectors of one length, got {tuple(signal.shape)} and "
             f"{tuple(sigma.shape)}"
         )
+    low, high = spec.low, spec.high
     if not 0 <= low < high <= len(signal):
         raise ValueError(f"0 <= low < high <= {len(signal)} must hold, got {low} and {high}")
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be one of {get_args(Prediction)}, got {prediction!r}")
-    if target not in get_args(TargetForm):
-        raise ValueError(f"target must be one of {get_args(TargetForm)}, got {target!r}")
+    if spec.prediction not in get_args(Prediction):
+        raise ValueError(
+            f"prediction must be one of {get_args(Prediction)}, got {spec.prediction!r}"
+        )
+    if spec.dtype not in _DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {spec.dtype}")
+
+
+def _chosen(impl: str | None, latents: Tensor) -> str:
+    """`choose`, and the kernel's limit: 32-bit positions in a sample."""
+    n_elements = latents[0].numel()
+    if impl is None and n_elements > MAX_ELEMENTS:
+        return "reference"
+    chosen = choose(impl, [latents], get_args(Impl))
+    if chosen == "triton" and n_elements > MAX_ELEMENTS:
+        raise ValueError(
+            f"impl='triton' takes at most {MAX_ELEMENTS} elements a sample, got {n_elements}"
+        )
+    return chosen
 
 
 def noised_pair(
@@ -88,7 +102,6 @@ def noised_pair(
     low: int,
     high: int,
     prediction: Prediction = "epsilon",
-    target: TargetForm = "ready",
     logvar: Tensor | None = None,
     shift: float = 0.0,
     scale: float = 1.0,
@@ -99,7 +112,7 @@ def noised_pair(
 
     With `x = (latents + exp(logvar/2) n' - shift) scale` and the pair's shared t in [low, high) and
     n: `noisy = signal_t x + sigma_t n`; the target is n (`epsilon`), `signal_t n - sigma_t x`
-    (`v_prediction`) or `n - x` (`flow`). All draws are those of `reference.py`: they depend on
+    (`v_prediction`) or `n - x` (`flow`). All draws are those of `philox.py`: they depend on
     seed, pair and visit alone. One launch on a GPU.
 
     Args:
@@ -112,9 +125,6 @@ def noised_pair(
         low: first timestep drawn.
         high: first timestep not drawn.
         prediction: what the denoiser predicts.
-        target: `ready` writes the target. `stored` writes the noise alone, `[B, *dims]`, and
-            `redrawn` nothing: both return a `PairTarget`, from which the losses form the target in
-            registers (for epsilon the stored noise is the target). README.md counts the bytes.
         logvar: like `latents`, the posterior's log-variance; the sides' draws n' differ. None: no
             draw.
         shift: subtracted from the latents.
@@ -130,37 +140,18 @@ def noised_pair(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, range, layout, device or `impl`.
     """
+    inputs = NoiseInputs(latents, logvar, pair_key, visit, signal, sigma)
+    spec = NoiseSpec(prediction, seed, low, high, shift, scale, dtype)
     _check_counters(pair_key, visit, seed)
     _check_latents(latents, logvar, pair_key)
-    _check_schedule(signal, sigma, low, high, prediction, target)
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    _check_schedule(signal, sigma, spec)
     vectors = [("pair_key", pair_key), ("visit", visit), ("signal", signal), ("sigma", sigma)]
     for name, t in (("logvar", logvar), *vectors):
         if t is not None and t.device != latents.device:
             raise ValueError(f"{name} must be on latents' {latents.device}, got {t.device}")
-    written = {"ready": prediction, "stored": "epsilon", "redrawn": "none"}[target]
-    with_schedule = target != "ready" and prediction == "v_prediction"
-    inputs = (latents, logvar, pair_key, visit, signal, sigma, written, with_schedule)
-    numbers = (seed, low, high, shift, scale, dtype)
-    if choose(impl, [latents]) == "reference":
-        results = eager.noised_pair(*inputs, *numbers)
-    else:
-        for name, t in vectors:
-            if not t.is_contiguous():
-                raise ValueError(f"impl='triton' needs {name} contiguous, got {t.stride()}")
-        results = ops.noised_pair(*inputs, *numbers)
-    noisy, ready, timesteps, schedule = results
-    if target == "ready" or (target == "stored" and prediction == "epsilon"):
-        return NoisedPair(noisy, ready, timesteps)
-    formed = PairTarget(
-        prediction,
-        ready if target == "stored" else None,
-        latents if prediction != "epsilon" else None,
-        *(schedule.unbind() if with_schedule else (None, None)),
-        draw=PairDraw(seed, pair_key, visit),
-        logvar=logvar if prediction != "epsilon" else None,
-        shift=shift,
-        scale=scale,
-    )
-    return NoisedPair(noisy, formed, timesteps)
+    if _chosen(impl, latents) == "reference":
+        return NoisedPair(*oracle.noised_pair(inputs, spec))
+    for name, t in vectors:
+        if not t.is_contiguous():
+            raise ValueError(f"impl='triton' needs {name} contiguous, got {t.stride()}")
+    return NoisedPair(*ops.noised_pair(inputs, spec))

@@ -1,6 +1,6 @@
 """The noise kernel and its launcher: draws, noisy latents of both sides and target in one launch.
 
-The noise exists in registers only, unless it is asked for. Each element's draw depends on its own
+The noise exists in registers only, unless it is the target. Each element's draw depends on its own
 counter, so the launch shape changes nothing: results are bitwise repeatable whatever the tile.
 """
 
@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpo_kernels._draws import (
+from fastpo_kernels._shared.launch_cache import CachedLaunch, LaunchCache, described
+from fastpo_kernels._shared.layout import device_guard, joint_layout
+from fastpo_kernels._shared.philox_triton import (
     LOSER,
     NOISE,
     TIMESTEP,
@@ -25,9 +27,8 @@ from fastpo_kernels._draws import (
     velocity,
     words,
 )
-from fastpo_kernels._launch import Plan, Plans, described
-from fastpo_kernels._layout import device_guard, joint_layout
-from fastpo_kernels._triton import strided_offsets
+from fastpo_kernels._shared.triton_math import strided_offsets
+from fastpo_kernels.pair_noise.spec import NoiseInputs, NoiseSpec, empty_outputs
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks", "seed", "low", "count"])
@@ -39,9 +40,8 @@ def noised_pair_kernel(
     signal_ptr,  # [T]
     sigma_ptr,  # [T]
     noisy_ptr,  # [2B, N]
-    target_ptr,  # [B, N] for noise, [2B, N] for v prediction and flow, or None: not wanted
+    target_ptr,  # [B, N] for epsilon, [2B, N] for v prediction and flow
     timesteps_ptr,  # [B]
-    schedule_ptr,  # [2, B] or None: not wanted
     n_pairs,
     n_chunks,
     n_elements,
@@ -55,7 +55,7 @@ def noised_pair_kernel(
     count,
     shift,
     scale,
-    TARGET: tl.constexpr,
+    PREDICTION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """noisy = signal_t x + sigma_t n; target = n, signal_t n - sigma_t x, or n - x."""
@@ -68,9 +68,6 @@ def noised_pair_kernel(
     sigma = tl.load(sigma_ptr + timestep).to(tl.float32)
     if chunk == 0:
         tl.store(timesteps_ptr + pair, timestep)
-        if schedule_ptr is not None:
-            tl.store(schedule_ptr + pair, signal)
-            tl.store(schedule_ptr + n_pairs + pair, sigma)
     index = chunk * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = index < n_elements
     noise = normals(chunk, pair_key, visit, seed, NOISE, BLOCK_SIZE)
@@ -81,79 +78,69 @@ def noised_pair_kernel(
         if logvar_ptr is not None:
             logvar_at = strided_offsets(index, sizes, logvar_strides[1:]) + row * logvar_strides[0]
         x = latents_of(
-            latents_ptr, logvar_ptr, at, logvar_at, mask, chunk, pair_key, visit, seed,
-            LOSER if side else WINNER, shift, scale, BLOCK_SIZE,
-        )  # fmt: skip
+            latents_ptr,
+            logvar_ptr,
+            at,
+            logvar_at,
+            mask,
+            chunk,
+            pair_key,
+            visit,
+            seed,
+            LOSER if side else WINNER,
+            shift,
+            scale,
+            BLOCK_SIZE,
+        )
         noisy = signal * x + sigma * noise
         at = strided_offsets(index, sizes, noisy_strides[1:]) + row * noisy_strides[0]
         tl.store(noisy_ptr + at, noisy.to(noisy_ptr.dtype.element_ty), mask=mask)
-        if target_ptr is not None:
-            at = strided_offsets(index, sizes, target_strides[1:]) + row * target_strides[0]
-            if TARGET == "v_prediction":
-                tl.store(target_ptr + at, velocity(noise, x, signal, sigma), mask=mask)
-            elif TARGET == "flow":
-                tl.store(target_ptr + at, noise - x, mask=mask)
-            elif side == 0:
-                tl.store(target_ptr + at, noise, mask=mask)
+        at = strided_offsets(index, sizes, target_strides[1:]) + row * target_strides[0]
+        if PREDICTION == "v_prediction":
+            tl.store(target_ptr + at, velocity(noise, x, signal, sigma), mask=mask)
+        elif PREDICTION == "flow":
+            tl.store(target_ptr + at, noise - x, mask=mask)
+        elif side == 0:
+            tl.store(target_ptr + at, noise, mask=mask)
 
 
-def launch(
-    latents: Tensor,
-    logvar: Tensor | None,
-    pair_key: Tensor,
-    visit: Tensor,
-    signal: Tensor,
-    sigma: Tensor,
-    target: str,
-    with_schedule: bool,
-    seed: int,
-    low: int,
-    high: int,
-    shift: float,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents of `dtype`, float32 target, int64 timesteps, float32 schedule; see `ops.py`."""
-    from fastpo_kernels.pair_noise.ops import empty_outputs
+_launches = LaunchCache()
 
-    outputs = empty_outputs(latents, len(pair_key), target, with_schedule, dtype)
-    noisy, formed, timesteps, schedule = outputs
-    written = (
-        noisy, formed if target != "none" else None, timesteps, schedule if with_schedule else None,
-    )  # fmt: skip
-    tensors = (latents, logvar, pair_key, visit, signal, sigma, *written)
+
+def launch(inputs: NoiseInputs, spec: NoiseSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents of the dtype asked for, float32 target, int64 timesteps."""
+    outputs = empty_outputs(inputs, spec)
+    given = (inputs.latents, inputs.logvar, inputs.pair_key, inputs.visit)
+    tensors = (*given, inputs.signal, inputs.sigma, *outputs)
     facts, at = described(tensors)
-    key = (latents.device, facts, target, seed >> 31)  # of a wider type from there on
-    numbers = (seed, low, high - low, float(shift), float(scale))
-    with device_guard(latents):
-        plan = _plans.get(key)
-        if plan is not None:
-            plan.repeat(tuple(at), numbers)
+    # From 2^31 on the seed is of a wider type.
+    key = (inputs.latents.device, facts, spec.prediction, spec.seed >> 31)
+    numbers = (spec.seed, spec.low, spec.high - spec.low, float(spec.shift), float(spec.scale))
+    with device_guard(inputs.latents):
+        known = _launches.get(key)
+        if known is not None:
+            known.relaunch(tuple(at), numbers)
         else:
-            plan = _plan(latents, logvar, noisy, written[1], target)
-            _plans.keep(key, plan.first(noised_pair_kernel, tensors, numbers))
+            new = _prepare(inputs, spec, outputs[0], outputs[1])
+            _launches.keep(key, new.launch(noised_pair_kernel, tensors, numbers))
     return outputs
 
 
-_plans = Plans()
-
-
-def _plan(
-    latents: Tensor, logvar: Tensor | None, noisy: Tensor, formed: Tensor | None, target: str
-) -> Plan:
+def _prepare(inputs: NoiseInputs, spec: NoiseSpec, noisy: Tensor, target: Tensor) -> CachedLaunch:
     """The launch for tensors that lie as these do."""
+    latents, logvar = inputs.latents, inputs.logvar
     n_pairs = len(latents) // 2
-    given = [latents, noisy, *(t for t in (logvar, formed) if t is not None)]
-    sizes, rows = joint_layout(given, in_order=True)
+    # Draws are numbered in row-major order.
+    sizes, (latents_strides, noisy_strides, target_strides, logvar_strides) = joint_layout(
+        [latents, noisy, target, latents if logvar is None else logvar], in_order=True
+    )
     n_elements = math.prod(sizes)
     block_size = 1024 if n_elements >= 1024 else max(16, triton.next_power_of_2(n_elements))
     n_chunks = -(-n_elements // block_size)
-    return Plan(
+    strides = (latents_strides, logvar_strides, noisy_strides, target_strides)
+    return CachedLaunch(
         programs=n_pairs * n_chunks,
-        sizes=(
-            n_pairs, n_chunks, n_elements, sizes,
-            rows[0], rows[2] if logvar is not None else rows[0], rows[1], rows[-1],
-        ),
-        constexprs={"TARGET": target, "BLOCK_SIZE": block_size},
+        sizes=(n_pairs, n_chunks, n_elements, sizes, *strides),
+        constexprs={"PREDICTION": spec.prediction, "BLOCK_SIZE": block_size},
         num_warps=2 if torch.version.hip is not None else 4,
-    )  # fmt: skip
+    )

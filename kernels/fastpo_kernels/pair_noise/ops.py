@@ -9,62 +9,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def empty_outputs(
-    latents: Tensor, n_pairs: int, target: str, with_schedule: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the results: dense latents keep their layout, what is not wanted is empty."""
-    sides = latents if target in ("v_prediction", "flow") else latents[:n_pairs]
-    device, full = latents.device, torch.float32
-    nothing = target == "none"
-    return (
-        torch.empty_like(latents, dtype=dtype),
-        torch.empty(0, dtype=full, device=device)
-        if nothing
-        else torch.empty_like(sides, dtype=full),
-        torch.empty(n_pairs, dtype=torch.int64, device=device),
-        torch.empty((2, n_pairs if with_schedule else 0), dtype=full, device=device),
-    )
+from fastpo_kernels.pair_noise.spec import NoiseInputs, NoiseSpec, empty_outputs
 
 
-def noised_pair_eager(
+def _launch(inputs: NoiseInputs, spec: NoiseSpec) -> tuple[Tensor, Tensor, Tensor]:
+    from fastpo_kernels.pair_noise import kernel
+
+    return kernel.launch(inputs, spec)
+
+
+@torch.library.custom_op("fastpo::noised_pair", mutates_args=())
+def noised_pair_op(
     latents: Tensor,
     logvar: Tensor | None,
     pair_key: Tensor,
     visit: Tensor,
     signal: Tensor,
     sigma: Tensor,
-    target: str,
-    with_schedule: bool,
+    prediction: str,
     seed: int,
     low: int,
     high: int,
     shift: float,
     scale: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents, target, timesteps and schedule: the launcher, without the dispatcher.
-
-    `target` is `epsilon` (the noise), `v_prediction`, `flow` or `none`; the schedule is signal and
-    sigma at each pair's timestep, `[2, B]`. What is not wanted comes back without elements.
-    """
-    from fastpo_kernels.pair_noise import kernel
-
-    return kernel.launch(
-        latents, logvar, pair_key, visit, signal, sigma,
-        target, with_schedule, seed, low, high, shift, scale, dtype,
-    )  # fmt: skip
-
-
-noised_pair_op = torch.library.custom_op("fastpo::noised_pair", noised_pair_eager, mutates_args=())
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, target and timesteps."""
+    inputs = NoiseInputs(latents, logvar, pair_key, visit, signal, sigma)
+    spec = NoiseSpec(prediction, seed, low, high, shift, scale, dtype)  # pyright: ignore[reportArgumentType]
+    return _launch(inputs, spec)
 
 
 @noised_pair_op.register_fake
-def _(latents, logvar, pair_key, visit, signal, sigma, target, with_schedule, *options):
-    return empty_outputs(latents, pair_key.shape[0], target, with_schedule, options[-1])
+def _(latents, logvar, pair_key, visit, signal, sigma, prediction, *numbers):
+    inputs = NoiseInputs(latents, logvar, pair_key, visit, signal, sigma)
+    return empty_outputs(inputs, NoiseSpec(prediction, *numbers))
 
 
-def noised_pair(latents: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def noised_pair(inputs: NoiseInputs, spec: NoiseSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The operator where something traces, else the launcher."""
-    traced = torch.compiler.is_compiling() or type(latents) is not Tensor
-    return (noised_pair_op if traced else noised_pair_eager)(latents, *rest)
+    if not torch.compiler.is_compiling() and type(inputs.latents) is Tensor:
+        return _launch(inputs, spec)
+    return noised_pair_op(
+        inputs.latents,
+        inputs.logvar,
+        inputs.pair_key,
+        inputs.visit,
+        inputs.signal,
+        inputs.sigma,
+        spec.prediction,
+        spec.seed,
+        spec.low,
+        spec.high,
+        spec.shift,
+        spec.scale,
+        spec.dtype,
+    )

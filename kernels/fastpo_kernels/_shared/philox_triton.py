@@ -1,8 +1,7 @@
-"""The counter-based draws of `_counters.py` as `@triton.jit` functions.
+"""The counter-based draws of `philox.py` as `@triton.jit` functions.
 
-The noise kernel stores them, the losses draw them again. Each result is rounded by an explicit
-`fma`, so that no compiler contracts it with what a kernel does next: equal counters give equal bits
-in every kernel.
+Each result is rounded by an explicit `fma`, so that no compiler contracts it with what a kernel
+does next: equal counters give equal bits in every kernel.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -10,7 +9,7 @@ in every kernel.
 import triton
 import triton.language as tl
 
-from fastpo_kernels._counters import Stream
+from fastpo_kernels._shared.philox import Stream
 
 NOISE, TIMESTEP = tl.constexpr(int(Stream.NOISE)), tl.constexpr(int(Stream.TIMESTEP))
 WINNER = tl.constexpr(int(Stream.POSTERIOR_WINNER))
@@ -65,9 +64,20 @@ def normals(chunk, pair_key, visit, seed, stream, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def latents_of(
-    latents_ptr, logvar_ptr, at, logvar_at, mask, tile, pair_key, visit, seed, stream, shift, scale,
+    latents_ptr,
+    logvar_ptr,
+    at,
+    logvar_at,
+    mask,
+    tile,
+    pair_key,
+    visit,
+    seed,
+    stream,
+    shift,
+    scale,
     BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+):
     """`(mean + exp(logvar / 2) n - shift) scale`."""
     x = tl.load(latents_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if logvar_ptr is not None:

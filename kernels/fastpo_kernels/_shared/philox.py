@@ -82,7 +82,8 @@ def pair_bits(
             f"pair_key and visit must be vectors of one length, got {tuple(pair_key.shape)} "
             f"and {tuple(visit.shape)}"
         )
-    block = torch.arange(blocks, device=pair_key.device)
+    # The mask changes no value. Inductor would multiply a plain range in its 32-bit indices.
+    block = torch.arange(blocks, device=pair_key.device) & _MASK
     key, visit = pair_key[:, None], visit[:, None]
     words = philox((block, visit, key & _MASK, key >> 32), (seed, int(stream)))
     return torch.stack(words, dim=-1).flatten(1)

@@ -1,17 +1,19 @@
-"""The scalar functions of `reference.py` as device code, each with its two partial derivatives.
+"""The scalar functions of `pair_loss/objectives.py` as device code, with partial derivatives.
 
 `name(d, e_w, e_l, r_w, r_l, shift, a, b, c) -> (loss, dloss/de_w, dloss/de_l)`, all float32, with
 the margin `d = (r_w - r_l) - (e_w - e_l)`, so `dd/de_w = -1` and `dd/de_l = 1`. A new objective is
-one function here, one of the same name in `reference.py`, one line in the table there, one row in
-the tests' table.
+one function and one line of the table here, one function and line of the same name there, one row
+in the tests' table.
 """
 
 # pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
-from fastpo_kernels._triton import exp_neg, log_sigmoid, sigmoid
-from fastpo_kernels.pair_loss import reference
+from fastpo_kernels._shared.triton_math import at_least, at_most, exp_neg, log_sigmoid, sigmoid
+
+# Beyond it a sigmoid is exactly 0 or 1 in float32, and its product with a larger logit no number.
+SATURATED = tl.constexpr(150.0)
 
 
 @triton.jit
@@ -20,9 +22,15 @@ def _logit(d, shift, beta):
 
 
 @triton.jit
+def _share(smoothing, loss):
+    """`smoothing loss`, 0 without smoothing: an infinite loss has no share of 0."""
+    return tl.where(smoothing == 0.0, 0.0, smoothing * loss)
+
+
+@triton.jit
 def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     z = _logit(d, shift, beta)
-    loss = -(1.0 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z)
+    loss = _share(smoothing, -log_sigmoid(-z)) - (1.0 - smoothing) * log_sigmoid(z)
     slope = beta * ((1.0 - smoothing) * sigmoid(-z) - smoothing * sigmoid(z))
     return loss, slope, -slope
 
@@ -31,7 +39,7 @@ def dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
     z = _logit(d, shift, beta)
     scale = tl.div_rn(1.0, 1.0 - 2.0 * smoothing)
-    loss = scale * (smoothing * log_sigmoid(-z) - (1.0 - smoothing) * log_sigmoid(z))
+    loss = scale * (_share(smoothing, log_sigmoid(-z)) - (1.0 - smoothing) * log_sigmoid(z))
     slope = scale * beta * ((1.0 - smoothing) * sigmoid(-z) + smoothing * sigmoid(z))
     return loss, slope, -slope
 
@@ -45,8 +53,8 @@ def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
 @triton.jit
 def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
     slack = 1.0 - _logit(d, shift, beta)
-    slope = tl.where(slack > 0.0, beta, 0.0)
-    return tl.maximum(slack, 0.0), slope, -slope
+    slope = tl.where(slack <= 0.0, 0.0, beta)
+    return at_least(slack, 0.0), slope, -slope
 
 
 @triton.jit
@@ -61,7 +69,7 @@ def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
 
 @triton.jit
 def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
-    z = _logit(d, shift, beta)
+    z = at_most(at_least(_logit(d, shift, beta), -SATURATED), SATURATED)
     p, not_p = sigmoid(z), sigmoid(-z)
     loss = p * (log_sigmoid(z) - log_q) + not_p * (log_sigmoid(-z) - log_not_q)
     slope = -beta * p * not_p * (z - (log_q - log_not_q))
@@ -71,7 +79,7 @@ def dmpo(d, e_w, e_l, r_w, r_l, shift, beta, log_q, log_not_q):
 @triton.jit
 def linear_dpo(d, e_w, e_l, r_w, r_l, shift, beta, eta, _):
     z = _logit(d, shift, beta)
-    c = tl.minimum(tl.maximum(0.5 - 0.2 * z, eta), 1.0 - eta)
+    c = at_most(at_least(0.5 - 0.2 * z, eta), 1.0 - eta)
     return c * (e_w - e_l), c, -c
 
 
@@ -88,7 +96,7 @@ def _decay_minus_one(x):
     t = n * n
     series = t * (1.0 / 12 + t * (-1.0 / 720 + t * (1.0 / 30240 - t * (1.0 / 1209600)))) - 0.5 * n
     slope = n * (1.0 / 6 + t * (-1.0 / 180 + t * (1.0 / 5040 - t * (1.0 / 151200)))) - 0.5
-    far = tl.where(small, 1.0, x)
+    far = at_most(tl.where(small, 1.0, x), SATURATED)
     decayed = exp_neg(far)
     f = tl.div_rn(far * decayed, 1.0 - decayed)
     closed = tl.div_rn(f * (1.0 - f), far) - f
@@ -104,4 +112,14 @@ def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
     return e_w - weight * log_sigmoid(v), 1.0 - pull * slope_w, pull * slope_l
 
 
-OBJECTIVES = {name: globals()[name] for name in reference.OBJECTIVES}
+OBJECTIVES = {
+    "dpo": dpo,
+    "robust_dpo": robust_dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "kto": kto,
+    "dmpo": dmpo,
+    "linear_dpo": linear_dpo,
+    "sft": sft,
+    "mapo": mapo,
+}

@@ -1,33 +1,32 @@
-"""The default where Triton does not run: the reference's mathematics in fewer operators and bytes.
+"""The implementation for a CPU: the same mathematics in fewer operators and bytes. Torch only.
 
 A loss on a CPU costs its number of operators while the batch is small, and the bytes that miss the
 cache when it is large. So the squared residual is one `mse_loss` and its gradient one
 `mse_loss_backward`, and large batches go through the reduction piece by piece, the float32 copy of
 a half-precision piece staying in cache; nothing of the latents' size is kept for the backward pass.
 Of a small plain batch the Python between the operators is the cost: `small_loss` leaves it out.
-From the errors on, `reference.from_errors` runs: the objectives are not written again.
+Only the reduction is written here; objectives and epilogue are those of the modules of these names.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 
-from fastpo_kernels.pair_loss import reference as eager
+from fastpo_kernels.pair_loss.epilogue import PairErrors, from_errors, residual
+from fastpo_kernels.pair_loss.objectives import OBJECTIVES, Judged, margin_of
+from fastpo_kernels.pair_loss.spec import LossSpec, PairLoss, PairTensors, Reduce
 
 # What `F.mse_loss` calls, without its checks in Python: half of its time on a small batch.
 _squared_difference = _nn.mse_loss
 _NO_REDUCTION = 0
 _EXACT = (torch.float32, torch.float64)
-_FLOATS = (*_EXACT, torch.bfloat16, torch.float16)
-# Elements of one side in a piece, for every core up to eight. On one core of an EPYC (2026-11), of
-# 2**13 ... 2**22, 2**18 and 2**19 were the fastest on SDXL and video latents.
+# Elements of one side in a piece, for every core up to eight: what stays in its cache.
 _PIECE, _MAX_CORES = 1 << 18, 8
 # Elements of both sides up to which the mean's gradient, a tensor of their size where the sum's is
 # a view, costs less than dividing the sum.
@@ -62,7 +61,7 @@ def _errors(policy: Tensor, target: Tensor, others: Sequence[Tensor]) -> list[Te
 
 def _dot(policy: Tensor, target: Tensor) -> Tensor:
     """Mean product `[B]` of winner's and loser's residual, all at once."""
-    winner, loser = eager.residual(policy, target)
+    winner, loser = residual(policy, target)
     return winner.mul_(loser).flatten(1).mean(1)
 
 
@@ -184,7 +183,7 @@ class _ErrorsByPieces(torch.autograd.Function):
         with torch.enable_grad():
             shape = (2, -1, *[1] * (policy.ndim - 1))
             slopes = (2 / policy[0].numel()) * grad_errors.view(shape)
-            grad = (slopes * eager.residual(policy, target)).to(policy.dtype)
+            grad = (slopes * residual(policy, target)).to(policy.dtype)
         return grad.view_as(policy), *none
 
 
@@ -205,35 +204,31 @@ def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
     return _errors(policy, target, ())[0].flatten()
 
 
-def small_loss(
-    policy: Tensor,
-    reference: Tensor | None,
-    target: Any,
-    function: Callable[..., Tensor],
-    options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None] | None:
-    """`pair_loss` of a small batch of dense predictions, without weights and statistics.
-
-    There the Python between the operators, checks and keywords and branches for what is not asked,
-    would take a third of the time. The operators are those of `_errors`, written out: calling it
-    instead cost 5 to 10 % of one to four SD1.5 pairs. None for every other batch, wrong ones among
-    them.
-    """
-    if not isinstance(policy, Tensor) or policy.ndim < 2 or torch.compiler.is_compiling():
-        return None
-    if is_batchedtensor(policy):
-        return None
-    dtype, (n_rows, *dims), n = policy.dtype, policy.shape, policy.numel()
-    if n_rows % 2 or not 0 < n <= 2 * _PIECE or dtype not in _FLOATS or not policy.is_cpu:
-        return None
+def _fits_small(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> bool:
+    """Whether the batch is small and dense, plain predictions and a loss without statistics."""
+    policy, target, reference = tensors.policy, tensors.target, tensors.reference
+    plain = tensors.minority is tensors.statistics is tensors.pair_weight is reduce is None
+    if not plain or spec.has_statistics or len(tensors.annotators):
+        return False
+    if policy.numel() > 2 * _PIECE or not policy.is_cpu or torch.compiler.is_compiling():
+        return False
     for t in (target,) if reference is None else (target, reference):
-        if type(t) is not Tensor or t.dtype is not dtype or t.requires_grad or not t.is_cpu:
-            return None
-    if target.shape != (n_rows // 2, *dims) and target.shape != policy.shape:
+        if type(t) is not Tensor or t.dtype is not policy.dtype or t.requires_grad:
+            return False
+    return reference is None or reference.ndim > 1
+
+
+def small_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> PairLoss | None:
+    """`pair_loss` of a small batch of dense predictions, without weights and statistics; or None.
+
+    There the Python between the operators would take a third of the time. The operators are those
+    of `_errors`, written out.
+    """
+    if not _fits_small(tensors, spec, reduce):
         return None
-    if reference is not None and reference.shape != policy.shape:
-        return None
-    if dtype not in _EXACT:
+    policy, target, reference = tensors.policy, tensors.target, tensors.reference
+    n_rows, n = policy.shape[0], policy.numel()
+    if policy.dtype not in _EXACT:
         policy, target = policy.float(), target.float()
         reference = None if reference is None else reference.float()
     n_elements = n // n_rows
@@ -249,37 +244,35 @@ def small_loss(
     if reference is not None:
         known = _squared_difference(reference, target, _NO_REDUCTION).mean(-1)
         reference_error = known.view(-1)
-    d = eager.margin_of(errors, known)
-    loss = function(d, errors, known, 0.0, *options).mean()
-    return loss, d.detach(), errors.detach().view(-1), reference_error, None, None
+    d = margin_of(errors, known)
+    function = OBJECTIVES[spec.objective].function
+    loss = function(Judged(d, errors, known, 0.0), *spec.options).mean()
+    return PairLoss(loss, d.detach(), errors.detach().view(-1), reference_error, None, None)
 
 
-def pair_loss(
-    policy: Tensor,
-    reference: Tensor | None,
-    target: Tensor,
-    *,
-    annotators: Sequence[Tensor] = (),
-    safeguard: float | None = None,
-    **rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`reference.pair_loss`, faster; arguments and results are its own."""
-    target = _constant(target)
-    sources = annotators if reference is None else (reference, *annotators)
-    full = [_constant(s) for s in sources if s.ndim > 1]
+def pair_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:
+    """`loss = mean_i weight_i * objective(d, e, r)_i`; see `api.pair_loss`."""
+    small = small_loss(tensors, spec, reduce)
+    return small if small is not None else large_loss(tensors, spec, reduce)
+
+
+def large_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:
+    """`pair_loss` of every batch."""
+    policy, target, judges = tensors.policy, _constant(tensors.target), tensors.judges
+    full = [_constant(s) for s in judges if s.ndim > 1]
     by_pieces = policy.numel() > 2 * _PIECE and _fits_pieces(policy, target, full)
     if by_pieces:
         errors, others = _ErrorsByPieces.apply(policy, target, *full)
     else:
         errors, *others = _errors(policy, target, full)
-    if len(full) < len(sources):
+    if len(full) < len(judges):
         found = iter(others)
-        others = [_ready(s, errors) if s.ndim == 1 else next(found) for s in sources]
+        others = [_ready(s, errors) if s.ndim == 1 else next(found) for s in judges]
     dot = None
-    if safeguard is not None:
+    if spec.safeguard is not None:
         dot = (_dot_by_pieces if by_pieces else _dot)(policy.detach(), target)
-    known, judged = (None, others) if reference is None else (others[0], others[1:])
-    return eager.from_errors(errors, known, judged, dot, safeguard=safeguard, **rest)
+    known, judged = (None, others) if tensors.reference is None else (others[0], others[1:])
+    return from_errors(PairErrors(errors, known, judged, dot), tensors, spec, reduce)
 
 
 def _constant(t: Tensor) -> Tensor:

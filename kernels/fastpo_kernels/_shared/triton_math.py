@@ -8,6 +8,18 @@ import triton.language as tl
 
 
 @triton.jit
+def at_most(x, bound):
+    """The smaller one, NaN where either is: a GPU's plain minimum drops NaN."""
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, bound):
+    """The larger one, NaN where either is."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def exp_neg(a):
     """`exp(-a)` for a >= 0 to an ulp: `2**n` by its bits, the rest, at most ln(2)/2, by Taylor.
 
@@ -44,7 +56,7 @@ def log1p_of_exp_neg(a):
 @triton.jit
 def log_sigmoid(z):
     """`log(1 / (1 + exp(-z)))`, finite for every finite z."""
-    return tl.minimum(z, 0.0) - log1p_of_exp_neg(tl.abs(z))
+    return at_most(z, 0.0) - log1p_of_exp_neg(tl.abs(z))
 
 
 @triton.jit

@@ -8,13 +8,13 @@ Imports no Triton; used only by what does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-_MOST_PLANS = 1024  # a training run has two for every shape of batch
+_MOST_LAUNCHES = 1024  # a training run has two for every shape of batch
 
 
 def described(tensors: Iterable[Tensor | None]) -> tuple[tuple, list[int | None]]:
@@ -33,7 +33,7 @@ def described(tensors: Iterable[Tensor | None]) -> tuple[tuple, list[int | None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachedLaunch:
     """A launch but for its tensors and the numbers that no kernel is specialised on.
 
     A kernel's parameters are tensors, sizes, numbers, constexprs, in this order.
@@ -44,8 +44,7 @@ class Plan:
         constexprs: the last parameters, in order.
         num_warps: of a program.
         scratch: float32 elements that the launch works in.
-        slots: where in the tuple of a target's parts each given one stands.
-        again: launches the compiled kernel; None before the first launch.
+        compiled: launches the compiled kernel; None before the first launch.
     """
 
     programs: int
@@ -53,14 +52,13 @@ class Plan:
     constexprs: Mapping[str, Any]
     num_warps: int
     scratch: int = 0
-    slots: Sequence[int | None] = ()
-    again: Callable[..., None] | None = None
+    compiled: Callable[..., None] | None = None
     _constants: tuple = field(default=(), repr=False)
 
-    def first(self, kernel: Any, tensors: tuple, numbers: tuple) -> Plan:
-        """Launches a `@triton.jit` function; returns the plan that can be repeated.
+    def launch(self, kernel: Any, tensors: tuple, numbers: tuple) -> CachedLaunch:
+        """Launches a `@triton.jit` function; returns what can launch it again.
 
-        The interpreter compiles nothing, and its plan cannot.
+        The interpreter compiles nothing, and its result cannot.
         """
         compiled = kernel[(self.programs,)](
             *tensors, *self.sizes, *numbers, **self.constexprs, num_warps=self.num_warps
@@ -68,25 +66,21 @@ class Plan:
         if compiled is None:
             return self
         constants = tuple(self.constexprs.values())
-        return replace(self, again=compiled[(self.programs, 1, 1)], _constants=constants)
+        return replace(self, compiled=compiled[(self.programs, 1, 1)], _constants=constants)
 
-    def repeat(self, addresses: tuple, numbers: tuple) -> None:
+    def relaunch(self, addresses: tuple, numbers: tuple) -> None:
         """Launches again, on tensors that lie as the first did."""
-        assert self.again is not None
-        self.again(*addresses, *self.sizes, *numbers, *self._constants)
-
-    def placed(self, addresses: Sequence[int | None]) -> tuple:
-        """The addresses of a target's given parts, None for the others."""
-        return tuple([None if k is None else addresses[k] for k in self.slots])
+        assert self.compiled is not None
+        self.compiled(*addresses, *self.sizes, *numbers, *self._constants)
 
 
-class Plans(dict[Hashable, Plan]):
-    """Plans that can be repeated, by what they depend on; too many are forgotten all at once."""
+class LaunchCache(dict[Hashable, CachedLaunch]):
+    """Launches that can be repeated, by what they depend on; too many are forgotten all at once."""
 
-    def keep(self, key: Hashable, plan: Plan) -> None:
-        """Keeps a plan, if it can be repeated."""
-        if plan.again is None:
+    def keep(self, key: Hashable, launch: CachedLaunch) -> None:
+        """Keeps a launch, if it can be repeated."""
+        if launch.compiled is None:
             return
-        if len(self) >= _MOST_PLANS:
+        if len(self) >= _MOST_LAUNCHES:
             self.clear()
-        self[key] = plan
+        self[key] = launch

@@ -1,21 +1,16 @@
-"""What the denoiser should answer where no tensor holds it: formed where it is used. Torch only."""
+"""What the denoiser should answer, named by its parts instead of held by a tensor. Torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastpo_kernels._counters import MAX_SEED, Stream, pair_normal
-from fastpo_kernels._layout import joint_layout
+from fastpo_kernels._shared.philox import MAX_SEED, Stream, pair_normal
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
-# The operators and the kernels take these, in this order; the first three are latent-sized.
-PARTS = ("noise", "latents", "logvar", "signal", "sigma", "pair_key", "visit")
-EncodedTarget = tuple[Sequence[Tensor], str, Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +30,12 @@ class PairDraw:
 
 @dataclass(frozen=True, eq=False)
 class PairTarget:
-    """The target of B pairs, formed in registers where a loss reads it, never written to memory.
+    """The target of B pairs by its parts; a loss that is given one forms the tensor first.
 
     With the pair's noise n and a side's `x = (latents + exp(logvar/2) n' - shift) scale`, it is n
     (`epsilon`), `signal n - sigma x` (`v_prediction`) or `n - x` (`flow`), in float32. Give the
-    noise as a tensor, or a `draw` to make it again, bit for bit as the noise kernel made it on the
-    same device; n' is always drawn again.
+    noise as a tensor, or a `draw` to make it again; n' is always drawn again, as the reference of
+    `pair_noise` draws.
 
         >>> noise, latents = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 8, 8)
         >>> target = PairTarget("v_prediction", noise, latents, signal=torch.full((2,), 0.8),
@@ -69,8 +64,14 @@ class PairTarget:
     scale: float = 1.0
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors that there are, by their names in `PARTS`."""
-        own = {name: getattr(self, name) for name in PARTS[:5]}
+        """The tensors that there are, by name."""
+        own = {
+            "noise": self.noise,
+            "latents": self.latents,
+            "logvar": self.logvar,
+            "signal": self.signal,
+            "sigma": self.sigma,
+        }
         if self.draw is not None:
             own |= {"pair_key": self.draw.pair_key, "visit": self.draw.visit}
         return {name: t for name, t in own.items() if t is not None}
@@ -84,11 +85,10 @@ class PairTarget:
         """
         self._check_presence()
         n_pairs, dims = policy.shape[0] // 2, tuple(policy.shape[1:])
-        shapes = dict.fromkeys(PARTS, (n_pairs,))
-        shapes |= {"noise": (n_pairs, *dims), "latents": (2 * n_pairs, *dims)}
-        shapes["logvar"] = shapes["latents"]
+        sides = (2 * n_pairs, *dims)
+        full = {"noise": (n_pairs, *dims), "latents": sides, "logvar": sides}
         for name, part in self.parts().items():
-            _check_part(f"target's {name}", part, name, shapes[name], policy)
+            _check_part(name, part, full.get(name, (n_pairs,)), policy)
 
     def _check_presence(self) -> None:
         if self.prediction not in get_args(Prediction):
@@ -98,8 +98,9 @@ class PairTarget:
             )
         needed = {"epsilon": (), "flow": ("latents",)}
         needed["v_prediction"] = ("latents", "signal", "sigma")
-        for name in ("latents", "signal", "sigma"):
-            missing = getattr(self, name) is None
+        parts = {"latents": self.latents, "signal": self.signal, "sigma": self.sigma}
+        for name, part in parts.items():
+            missing = part is None
             if missing == (name in needed[self.prediction]):
                 rule = "needs" if missing else "takes no"
                 raise ValueError(f"a target of {self.prediction} {rule} {name}")
@@ -112,15 +113,7 @@ class PairTarget:
         if self.draw is not None and not 0 <= self.draw.seed <= MAX_SEED:
             raise ValueError(f"target's seed must lie in [0, 2^32), got {self.draw.seed}")
 
-    def encode(self) -> EncodedTarget:
-        """Tensors, their kind and names, and numbers: what an operator's schema can hold."""
-        parts = self.parts()
-        if self.draw is not None and self.noise is not None and self.logvar is None:
-            parts = {name: t for name, t in parts.items() if name not in PARTS[5:]}
-        kind = "shared" if self.prediction == "epsilon" else self.prediction
-        seed = 0 if self.draw is None else self.draw.seed
-        return list(parts.values()), " ".join([kind, *parts]), [float(seed), self.shift, self.scale]
-
+    @torch.no_grad()
     def form(self, policy: Tensor) -> Tensor:
         """The target of `policy`'s predictions as a tensor, in their dtype or in float32 if better.
 
@@ -151,9 +144,8 @@ class PairTarget:
         )
 
 
-def _check_part(
-    label: str, part: Tensor, name: str, shape: tuple[int, ...], policy: Tensor
-) -> None:
+def _check_part(name: str, part: Tensor, shape: tuple[int, ...], policy: Tensor) -> None:
+    label = f"target's {name}"
     if not isinstance(part, Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(part).__name__}")
     if name in ("pair_key", "visit"):
@@ -165,46 +157,3 @@ def _check_part(
         raise ValueError(f"{label} must be {shape} for policy's rows, got {tuple(part.shape)}")
     if part.device != policy.device:
         raise ValueError(f"{label} must be on policy's {policy.device}, got {part.device}")
-
-
-def encode_ready(target: Tensor, n_pairs: int) -> EncodedTarget:
-    """`encode` of a target that is a tensor, `[B, *dims]` or `[2B, *dims]`."""
-    kind = "shared noise" if target.shape[0] == n_pairs else "separate noise"
-    return [target], kind, [0.0, 0.0, 1.0]
-
-
-class KernelTarget(NamedTuple):
-    """The kernels' arguments for a target."""
-
-    tensors: tuple[Tensor | None, ...]
-    kind: str
-    scalars: tuple[int, float, float]
-
-    @classmethod
-    def decode(cls, tensors: Sequence[Tensor], kind: str, scalars: Sequence[float]) -> KernelTarget:
-        """What `encode` wrote; the tensors in the order of `PARTS`, None for one that is not."""
-        formula, *names = kind.split()
-        parts = dict(zip(names, tensors, strict=True))
-        seed, shift, scale = scalars
-        return cls(tuple(map(parts.get, PARTS)), formula, (int(seed), shift, scale))
-
-    @property
-    def slots(self) -> tuple[int | None, ...]:
-        """Of each of `PARTS`, which of the encoded tensors it is."""
-        given = iter(range(len(PARTS)))
-        return tuple(None if t is None else next(given) for t in self.tensors)
-
-    @property
-    def n_streams(self) -> int:
-        """What a program holds beside a target that is read: latents, log-variance, drawn noise."""
-        noise, latents, logvar = (t is not None for t in self.tensors[:3])
-        return latents + logvar + (not noise)
-
-    def layout(self, others: Sequence[Tensor]):
-        """Joint sizes, and strides of the others and of noise, latents and log-variance."""
-        own = [t for t in self.tensors[:3] if t is not None]
-        # Draws are numbered in row-major order.
-        sizes, rows = joint_layout([*others, *own], in_order=self.tensors[5] is not None)
-        given = iter(rows[len(others) :])
-        strides = tuple(rows[0] if t is None else next(given) for t in self.tensors[:3])
-        return sizes, rows[: len(others)], strides

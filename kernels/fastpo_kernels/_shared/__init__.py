@@ -1,0 +1,1 @@
+"""What two or more operations use: dispatch, layouts, draws, kept launches."""

@@ -1,0 +1,199 @@
+"""The way to the kernels: round the operators where nothing traces, and a named result.
+
+Eager calls go through plain `autograd.Function`s over the launchers: at this size a loss costs what
+its host work costs, and of that the operators' dispatcher would be the larger part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.pair_loss.spec import (
+    Adaptive,
+    LossSpec,
+    PairLoss,
+    PairTensors,
+    PartialsLayout,
+    Reduce,
+    StatsLayout,
+)
+from fastpo_kernels.pair_loss.validate import check_reduced
+
+
+def _eager_backward():
+    # Under create_graph the operator, whose own backward refuses.
+    return ops.pair_loss_bwd if torch.is_grad_enabled() else ops.launch_backward
+
+
+class _EagerLoss(torch.autograd.Function):
+    """`pair_loss_fwd` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, policy: Tensor, tensors: PairTensors, spec: LossSpec):
+        loss, stats = ops.launch_forward(tensors, spec, traced=False)
+        ops.keep_for_gradient(ctx, policy, tensors.target, stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        return ops.policy_gradient(ctx, grad_loss, _eager_backward()), None, None
+
+
+class _EagerFinish(torch.autograd.Function):
+    """`pair_loss_finish` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, policy: Tensor, errors: PairTensors, spec: LossSpec):
+        loss, stats = ops.launch_finish(errors, spec)
+        ops.keep_for_gradient(ctx, policy, errors.target, stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        return ops.policy_gradient(ctx, grad_loss, _eager_backward()), None, None
+
+
+class _EagerErrors(torch.autograd.Function):
+    """`pair_errors_fwd` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, policy: Tensor, target: Tensor):
+        ctx.save_for_backward(policy, target)
+        return ops.launch_partials(PairTensors(policy, target), ops.ERRORS_ALONE, traced=False)
+
+    @staticmethod
+    def backward(ctx, grad_errors):
+        return ops.errors_gradient(ctx, grad_errors, _eager_backward()), None
+
+
+def _adaptive_fields(adaptive: Adaptive | None) -> tuple[Any, ...]:
+    """The last arguments of the schemas of `pair_loss_fwd` and `pair_loss_finish`."""
+    if adaptive is None:
+        return None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0
+    return (
+        adaptive.normalize,
+        adaptive.weight_kind,
+        adaptive.margin_kind,
+        adaptive.rho,
+        adaptive.weight_scale,
+        adaptive.weight_intercept,
+        adaptive.shift_scale,
+        adaptive.beta,
+    )
+
+
+def _is_traced(policy: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(policy) not in (Tensor, torch.nn.Parameter)
+
+
+def _constant(t: Tensor | None) -> Any:
+    """A constant that wants a gradient would make an operator's loss want one."""
+    return t.detach() if t is not None and t.requires_grad else t
+
+
+def _loss_of(policy: Tensor, tensors: PairTensors, spec: LossSpec) -> PairLoss:
+    if not _is_traced(policy):
+        loss, stats = _EagerLoss.apply(policy, tensors, spec)
+        return _named(loss, stats, tensors, spec)
+    loss, stats = ops.pair_loss_fwd(
+        policy,
+        tensors.target,
+        _constant(tensors.reference),
+        [_constant(a) for a in tensors.annotators],
+        _constant(tensors.minority),
+        _constant(tensors.statistics),
+        _constant(tensors.pair_weight),
+        spec.objective,
+        list(spec.options),
+        spec.safeguard,
+        *_adaptive_fields(spec.adaptive),
+    )
+    return _named(loss, stats, tensors, spec)
+
+
+def _loss_of_sums(policy: Tensor, errors: PairTensors, spec: LossSpec) -> PairLoss:
+    if not _is_traced(policy):
+        loss, stats = _EagerFinish.apply(policy, errors, spec)
+        return _named(loss, stats, errors, spec)
+    assert errors.statistics is not None, "the sums of all processes"
+    loss, stats = ops.pair_loss_finish(
+        policy,
+        errors.target,
+        errors.policy,
+        _constant(errors.reference),
+        [_constant(a) for a in errors.annotators],
+        _constant(errors.minority),
+        errors.statistics,
+        _constant(errors.pair_weight),
+        spec.objective,
+        list(spec.options),
+        spec.safeguard,
+        *_adaptive_fields(spec.adaptive),
+    )
+    return _named(loss, stats, errors, spec)
+
+
+def _named(loss: Tensor, stats: Tensor, tensors: PairTensors, spec: LossSpec) -> PairLoss:
+    """Views of `stats`."""
+    adaptive = spec.adaptive is not None
+    weighted = adaptive or tensors.pair_weight is not None
+    layout = StatsLayout(tensors.n_pairs, len(tensors.sources))
+    return PairLoss(
+        loss,
+        layout.margin.of(stats),
+        layout.errors(0).of(stats),
+        None if tensors.reference is None else layout.errors(1).of(stats),
+        layout.minority.of(stats) if adaptive else None,
+        layout.weight.of(stats) if weighted else None,
+    )
+
+
+def pair_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:
+    """The loss in one launch, or in two with `reduce` between them; see `api.pair_loss`."""
+    policy = tensors.policy
+    if reduce is None:
+        return _loss_of(policy, tensors, spec)
+    return _loss_of_sums(policy, _reduced(tensors, spec, reduce), spec)
+
+
+def _reduced(tensors: PairTensors, spec: LossSpec, reduce: Reduce) -> PairTensors:
+    """Errors in place of predictions, and the sums of all processes as `statistics`."""
+    policy = tensors.policy
+    adaptive, guarded = spec.adaptive is not None, spec.safeguard is not None
+    with torch.no_grad():
+        if _is_traced(policy):
+            partials = ops.pair_loss_partials(
+                policy,
+                tensors.target,
+                _constant(tensors.reference),
+                [_constant(a) for a in tensors.annotators],
+                spec.objective,
+                adaptive,
+                guarded,
+            )
+        else:
+            read = replace(tensors, minority=None, statistics=None, pair_weight=None)
+            partials = ops.launch_partials(read, spec, traced=False)
+    n_annotators = len(tensors.annotators)
+    first = len(tensors.sources) - n_annotators
+    layout = PartialsLayout(tensors.n_pairs, first + n_annotators, spec.n_sums(n_annotators))
+    sums = layout.sums.of(partials)
+    return replace(
+        tensors,
+        policy=layout.errors(0).of(partials),
+        reference=None if tensors.reference is None else layout.errors(1).of(partials),
+        annotators=[layout.errors(first + k).of(partials) for k in range(n_annotators)],
+        statistics=check_reduced(reduce(sums), sums),
+    )
+
+
+def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every row in one launch."""
+    if _is_traced(policy):
+        return ops.pair_errors_fwd(policy, target)
+    return _EagerErrors.apply(policy, target)

@@ -1,0 +1,294 @@
+"""Launchers of the pair losses' kernels, and the table that says in which shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from fastpo_kernels._shared.dispatch import MAX_TILE
+from fastpo_kernels._shared.launch_cache import CachedLaunch, LaunchCache, described
+from fastpo_kernels._shared.layout import device_guard, joint_layout
+from fastpo_kernels.pair_loss.gpu.kernels import (
+    pair_loss_bwd_kernel,
+    pair_loss_finish_kernel,
+    pair_loss_fwd_kernel,
+)
+from fastpo_kernels.pair_loss.gpu.objectives import OBJECTIVES
+from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors, PartialsLayout, StatsLayout
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Elements per tile, tiles' programs per pair, warps per program."""
+
+    block_size: int
+    programs_per_pair: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        assert self.block_size <= MAX_TILE, "positions in the last tile must fit 32 bits"
+
+
+_forced: LaunchConfig | None = None
+
+
+@contextmanager
+def launches_as(config: LaunchConfig) -> Iterator[None]:
+    """Inside, every launch has this shape: for tests, and the sweep that fills the table."""
+    global _forced
+    before, _forced = _forced, config
+    _launches.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _launches.clear()
+
+
+def forward_config(n_pairs: int, n_elements: int, n_streams: int, n_dims: int = 1) -> LaunchConfig:
+    """Tiles and warps by what a program holds; a thousand programs, fewer where the finish counts.
+
+    `n_streams` counts the policy, reference and annotators that are read as predictions. `n_dims`
+    is what layouts could be merged to; more than one is indexed element by element, in registers.
+    """
+    if _forced is not None:
+        return _forced
+    size, programs = n_pairs * n_elements, 1024
+    if n_streams > 4 or n_dims > 1 or size < 1 << 20:
+        # Five streams over 8 warps spill: ptxas stays at 128 registers, over 4 warps it need not.
+        block_size, num_warps = 1024, 4
+        if n_pairs > 1024 and n_streams <= 4:
+            block_size, num_warps = 4096, 16
+    elif n_pairs > 256:
+        # The last program holds vectors of all pairs. 16 warps have 128 registers a thread.
+        block_size, num_warps = (
+            (2048 if n_streams > 2 else 4096, 8) if n_pairs <= 1024 else (4096, 16)
+        )
+    # NVIDIA H200, 2026-11-28 (benchmarks/results/nvidia-h200/launch_configs.csv), SDXL latents:
+    elif n_streams <= 2:
+        block_size, num_warps = 2048, 4  # 0.98 and 0.99 of the best at 256 and at 16 pairs
+    elif size < 1 << 22:
+        block_size, num_warps, programs = 2048, 8, 256  # the best at 16 pairs
+    else:
+        block_size, num_warps = 1024, 4  # the best at 256 pairs
+    per_pair = min(-(-n_elements // block_size), max(1, programs // max(n_pairs, 1)))
+    return LaunchConfig(block_size, per_pair, _wavefronts(num_warps))
+
+
+def backward_config(n_elements: int) -> LaunchConfig:
+    """A program for every tile."""
+    if _forced is not None:
+        return _forced
+    # NVIDIA H200, 2026-11-28: 1.00 and 0.96 of the best at 256 and at 16 pairs of SDXL latents.
+    return LaunchConfig(1024, -(-n_elements // 1024), _wavefronts(4))
+
+
+def _wavefronts(num_warps: int) -> int:
+    """AMD's have 64 threads."""
+    return num_warps // 2 if torch.version.hip is not None else num_warps
+
+
+_launches = LaunchCache()
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def ticket(device: torch.device, *, fresh: bool) -> Tensor:
+    """A zeroed int32, left at zero by every launch.
+
+    One a stream, kept, unless `fresh` or a graph is captured: graphs' replays may meet, and what
+    is allocated inside a graph's memory pool must not outlive the call.
+    """
+    if fresh or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.index, driver.active.get_current_stream(device.index))  # pyright: ignore[reportAttributeAccessIssue]
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def _numbers(spec: LossSpec) -> tuple[float, ...]:
+    """The kernels' numbers, in their order: floats, since a launch is kept for their types."""
+    a, b, c = (*spec.options, 0.0, 0.0, 0.0)[:3]
+    mu = 0.0 if spec.safeguard is None else float(spec.safeguard)
+    adaptive = spec.adaptive
+    if adaptive is None:
+        return a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, mu
+    return (
+        a,
+        b,
+        c,
+        float(adaptive.rho),
+        float(adaptive.weight_scale),
+        float(adaptive.weight_intercept),
+        float(adaptive.shift_scale),
+        float(adaptive.beta),
+        mu,
+    )
+
+
+class _Results(NamedTuple):
+    """What a pass over the predictions fills: `PartialsLayout` where there is no loss to finish."""
+
+    ticket: Tensor
+    loss: Tensor | None
+    stats: Tensor
+
+
+def _empty(size: int | tuple[()], like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def launch_forward(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss `[]` and the vector of `StatsLayout`, both float32."""
+    policy = tensors.policy
+    layout = StatsLayout(tensors.n_pairs, len(tensors.sources))
+    loss, stats = _empty((), policy), _empty(layout.size, policy)
+    _launch_reduction(tensors, spec, _Results(ticket, loss, stats))
+    return loss, stats
+
+
+def launch_partials(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> Tensor:
+    """The vector of `PartialsLayout`, float32; of `spec` nothing but its sums is asked."""
+    n_sums = spec.n_sums(len(tensors.annotators))
+    layout = PartialsLayout(tensors.n_pairs, len(tensors.sources), n_sums)
+    partials = _empty(layout.size, tensors.policy)
+    _launch_reduction(tensors, spec, _Results(ticket, None, partials))
+    return partials
+
+
+def _launch_reduction(tensors: PairTensors, spec: LossSpec, results: _Results) -> None:
+    """One pass over the predictions."""
+    policy, sources = tensors.policy, tensors.sources
+    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight)
+    facts, at = described((*sources, tensors.target, *vectors))
+    finishes, has_reference = results.loss is not None, tensors.reference is not None
+    key = ("forward", policy.device, facts, spec.flags, has_reference, finishes)
+    numbers = _numbers(spec)
+    with device_guard(policy):
+        launch = _launches.get(key) or _prepare_reduction(tensors, spec, finishes=finishes)
+        outputs = (_empty(launch.scratch, policy), *results)
+        if launch.compiled is None:
+            arguments = (sources, tensors.target, *vectors, *outputs)
+            _launches.keep(key, launch.launch(pair_loss_fwd_kernel, arguments, numbers))
+        else:
+            n = len(sources)
+            filled = [None if t is None else t.data_ptr() for t in outputs]
+            launch.relaunch((tuple(at[:n]), *at[n:], *filled), numbers)
+
+
+def _flags(spec: LossSpec, *, has_reference: bool) -> dict[str, Any]:
+    """The kernels' constexprs of an objective, in their order."""
+    flags = spec.flags
+    return {
+        "OBJECTIVE": OBJECTIVES[flags.objective],
+        "HAS_REFERENCE": has_reference,
+        "NORMALIZE": flags.normalize,
+        "WEIGHT_KIND": flags.weight_kind,
+        "MARGIN_KIND": flags.margin_kind,
+        "BATCH_BASELINE": spec.has_baseline,
+        "SAFEGUARD": flags.safeguard,
+    }
+
+
+def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) -> CachedLaunch:
+    """The launch for tensors that lie as these do."""
+    n_pairs, sources = tensors.n_pairs, tensors.sources
+    full = [s for s in sources if s.ndim > 1]
+    sizes, (*rows, target_strides) = joint_layout([*full, tensors.target])
+    by_id = {id(s): r for s, r in zip(full, rows, strict=True)}
+    n_elements = math.prod(sizes)
+    config = forward_config(n_pairs, n_elements, len(full), len(sizes))
+    n_chunks = config.programs_per_pair
+    strides = tuple(by_id.get(id(s), target_strides) for s in sources)
+    return CachedLaunch(
+        programs=n_pairs * n_chunks,
+        scratch=(len(sources) + 1) * n_chunks * 2 * n_pairs,
+        sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides),
+        constexprs={
+            "READY": sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
+            "SHARED_TARGET": tensors.target.shape[0] == n_pairs,
+            "FINISH": finishes,
+            **_flags(spec, has_reference=tensors.reference is not None),
+            "BLOCK_SIZE": config.block_size,
+            "BLOCK_P": triton.next_power_of_2(n_chunks),
+            "BLOCK_B": triton.next_power_of_2(n_pairs),
+        },
+        num_warps=config.num_warps,
+    )
+
+
+def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Loss `[]` and the vector of `StatsLayout`, from errors and the sums of all processes.
+
+    Every source of `errors` is `[2B]`, its `statistics` are the sums.
+    """
+    first, sources = errors.policy, errors.sources
+    loss = _empty((), first)
+    stats = _empty(StatsLayout(errors.n_pairs, len(sources)).size, first)
+    vectors = (errors.minority, errors.statistics, errors.pair_weight)
+    facts, at = described((*sources, *vectors))
+    has_reference = errors.reference is not None
+    key = ("finish", first.device, facts, spec.flags, has_reference)
+    with device_guard(first):
+        launch = _launches.get(key)
+        if launch is not None:
+            n = len(sources)
+            filled = (loss.data_ptr(), stats.data_ptr())
+            launch.relaunch((tuple(at[:n]), *at[n:], *filled), _numbers(spec))
+            return loss, stats
+        launch = CachedLaunch(
+            programs=1,
+            sizes=(errors.n_pairs,),
+            constexprs={
+                **_flags(spec, has_reference=has_reference),
+                "N_SUMS": spec.n_sums(len(errors.annotators)),
+                "BLOCK_B": triton.next_power_of_2(errors.n_pairs),
+            },
+            num_warps=4 if torch.version.hip is not None else 8,
+        )
+        arguments = (sources, *vectors, loss, stats)
+        _launches.keep(key, launch.launch(pair_loss_finish_kernel, arguments, _numbers(spec)))
+    return loss, stats
+
+
+def launch_backward(
+    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+) -> Tensor:
+    """The policy's gradient, in its dtype and, where it is dense, its layout."""
+    with device_guard(policy):
+        grad_policy = torch.empty_like(policy)
+        facts, at = described((policy, target, grad_loss))
+        key = ("backward", policy.device, facts)
+        launch = _launches.get(key)
+        if launch is not None:
+            outputs = (coefficients.data_ptr(), at[2], grad_policy.data_ptr())
+            launch.relaunch((at[0], at[1], *outputs), ())
+            return grad_policy
+        n_pairs = policy.shape[0] // 2
+        sizes, (policy_strides, grad_strides, target_strides) = joint_layout(
+            [policy, grad_policy, target]
+        )
+        n_elements = math.prod(sizes)
+        config = backward_config(n_elements)
+        n_chunks = -(-n_elements // config.block_size)
+        strides = (policy_strides, target_strides, grad_strides)
+        launch = CachedLaunch(
+            programs=n_pairs * n_chunks,
+            sizes=(n_pairs, n_chunks, n_elements, sizes, *strides),
+            constexprs={
+                "SHARED_TARGET": target.shape[0] == n_pairs,
+                "BLOCK_SIZE": config.block_size,
+            },
+            num_warps=config.num_warps,
+        )
+        arguments = (policy, target, coefficients, grad_loss, grad_policy)
+        _launches.keep(key, launch.launch(pair_loss_bwd_kernel, arguments, ()))
+    return grad_policy
