@@ -200,19 +200,19 @@ def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
 
 
 def minority_columns(run: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
-    """Pair ids, flipped labels, and the metric of both judges, NaN where not judged."""
+    """Pair ids, flipped labels, and the metric of both annotators, NaN where there is none."""
     with (run / "minority.csv").open() as file:
         rows = list(csv.DictReader(file))
-    judges = {
+    annotators = {
         "ledger": [r["ledger_minority"] if r["visits"] != "0" else "" for r in rows],
         "ema": [r["metric_minority"] for r in rows],
     }
-    numbers = {k: np.array([float(v or "nan") for v in column]) for k, column in judges.items()}
+    numbers = {k: np.array([float(v or "nan") for v in column]) for k, column in annotators.items()}
     return [r["pair_id"] for r in rows], np.array([r["flipped"] == "1" for r in rows]), numbers
 
 
 def area(wrong: np.ndarray, metric: np.ndarray) -> float:
-    """AUROC over all pairs; one that was not judged counts as unsuspicious."""
+    """AUROC over all pairs; one without a metric counts as unsuspicious."""
     return float(roc_auc_score(wrong, np.nan_to_num(metric, nan=0.0)))
 
 
@@ -266,13 +266,13 @@ def run_methods(
             ids, flipped, metrics = minority_columns(run)
             if rate and method == "dpo":
                 keep(place.root / "votes" / f"dpo-{rate}-{seed}.npz", recorder.votes, flipped)
-            judge = "ema" if method == "moving averages" else "ledger"
+            annotators = "ema" if method == "moving averages" else "ledger"
             results.add(
                 **labels,
                 case="digits",
                 pairs=len(ids),
                 wrong=float(flipped.mean()),
-                auroc=area(flipped, metrics[judge]) if rate else "",
+                auroc=area(flipped, metrics[annotators]) if rate else "",
                 gain=gain,
                 kept=gain / clean if clean else math.nan,
             )
@@ -292,7 +292,7 @@ def run_variants(place: Place, seed: int) -> None:
 
 
 def run_cases(place: Place, seed: int, results: Results) -> None:
-    """Errors that are not coin flips, judged by the gate's ledger."""
+    """Errors that are not coin flips, under the gate's ledger."""
     for number, case in enumerate(CASES):
         labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
         if results.has(**labels):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastpo.config import TrainConfig
 
 FADING = 0.9  # weight of older sums after each optimizer step: about ten steps count
-UNKNOWN_POWER = 1e30  # a scale before which any margin is nothing: nobody is judged yet
+UNKNOWN_POWER = 1e30  # a scale so large that every margin is nothing: no pair is suspicious yet
 PREFIX = "statistics."
 
 Reduce = Callable[[Tensor], Tensor]

@@ -218,7 +218,7 @@ def _with_defaults(saved: dict) -> dict:
 
 
 def _section(tree: dict, path: tuple[int | str, ...]) -> dict:
-    """Where a path's last key stands; a union's tag, which the path names too, is no key."""
+    """The mapping with a path's last key; a path also names a union's tag, which is no key."""
     for key in path[:-1]:
         tree = tree.get(key, tree)
     return tree

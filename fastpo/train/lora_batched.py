@@ -69,17 +69,17 @@ def predict_together(
     Returns:
         Predictions `(2B, C, h, w)`, the reference's first; equal to separate passes to rounding.
     """
-    judges = len(averages.decays) + reference
+    models = len(averages.decays) + int(reference)
     stacked = replace(
         noised,
-        noisy_latents=_tiled(noised.noisy_latents, judges),
-        index=_tiled(noised.index, judges),
-        timesteps=_tiled(noised.timesteps, judges),
+        noisy_latents=_tiled(noised.noisy_latents, models),
+        index=_tiled(noised.index, models),
+        timesteps=_tiled(noised.timesteps, models),
     )
-    tiled = {name: _tiled(tensor, judges) for name, tensor in conditions.items()}
+    tiled = {name: _tiled(tensor, models) for name, tensor in conditions.items()}
     policy = denoisers.policy
     with _adapters_by_rows(policy, averages, skip=int(reference)):
-        return list(denoisers.predict(policy, stacked, tiled).chunk(judges))
+        return list(denoisers.predict(policy, stacked, tiled).chunk(models))
 
 
 def _tiled(tensor: Tensor, times: int) -> Tensor:

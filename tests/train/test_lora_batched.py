@@ -83,8 +83,9 @@ def one_by_one(denoisers, averages, noised, batch):
 def test_one_pass_equals_separate_ones(targets, reference):
     denoisers, averages, noised, batch = setting(targets)
     *separate, policy = one_by_one(denoisers, averages, noised, batch)
-    with without_dropout(denoisers.policy) as model:
-        together = predict_together(model, averages, noised, batch.conditions, reference=reference)
+    conditions = batch.conditions
+    with without_dropout(denoisers.policy):
+        together = predict_together(denoisers, averages, noised, conditions, reference=reference)
     separate = separate if reference else separate[1:]
     assert len(together) == len(separate)
     for one, other in zip(together, separate, strict=True):
