@@ -50,7 +50,7 @@ class Evaluation:
         folder: The folder `evaluation` with images, scores and summary.
         samples: What was sampled from both models.
         base_scores: `(N,)` per metric, of the base's images.
-        aligned_scores: The same of the aligned model's.
+        aligned_scores: The same for the aligned model's images.
         metrics: The comparison per metric.
         primary: The first scorer's first metric; None without scorers.
     """

@@ -45,7 +45,7 @@ class Sample:
     Attributes:
         prompt_index: Position of its prompt among the prompts.
         prompt: The prompt.
-        seed: Of its generator; no two samples share one.
+        seed: Seed of its generator; no two samples share one.
     """
 
     prompt_index: int

@@ -143,7 +143,7 @@ def bootstrap_mean(
         values: `(N,)` observations.
         groups: `(N,)` labels; equal ones are drawn together.
         confidence: Coverage in (0, 1).
-        seed: Of the resampling; the same seed gives the same interval.
+        seed: Seed of the resampling; the same seed gives the same interval.
 
     Returns:
         The interval, or None with a single group, which says nothing about other ones.

@@ -42,12 +42,12 @@ TERA = 1e12
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where the run is planned for.
+    """The hardware that a run is planned for.
 
     Attributes:
-        gpu: Its data sheet.
+        gpu: The GPU's data sheet.
         utilization: Share of the peak that is reached, in (0, 1].
-        processes: Their number, one GPU each.
+        processes: Number of processes, one GPU each.
     """
 
     gpu: Gpu
@@ -71,10 +71,10 @@ class Measured:
         vae: Encoding the images in float32.
         text: Encoding the prompts.
         trained: The policy's weights.
-        reference_bytes: Of a frozen copy, 0 where the policy without adapters serves.
-        average_bytes: Of a float32 average of the trainable weights.
+        reference_bytes: Bytes of a frozen copy, 0 where the policy without adapters serves.
+        average_bytes: Bytes of a float32 average of the trainable weights.
         whole_average_bytes: Of one of all weights in half precision.
-        encoder_bytes: Of a float32 VAE and half-precision text encoders.
+        encoder_bytes: Bytes of a float32 VAE and half-precision text encoders.
         batch_bytes: Of latents, embeddings, noise and target.
         prediction_bytes: Of one model's answer.
     """
@@ -213,7 +213,7 @@ def measure(
 
 
 def _latent_elements(architecture: Architecture, shapes: Shapes) -> int:
-    """Of the noisy latents `(2B, C, h, w)`."""
+    """Elements of the noisy latents `(2B, C, h, w)`."""
     channels = architecture.vae["latent_channels"]
     return 2 * shapes.pairs * channels * shapes.height * shapes.width
 

@@ -25,10 +25,10 @@ class Recipe:
         name: How the table calls it.
         reference: Whether the reference's forward pass runs.
         averages: Moving averages that vote, one forward pass each.
-        whole_averages: Whether they are of all weights in half precision, not of the trainable
-            ones in float32.
+        whole_averages: Whether they average all weights, in half precision, not only the
+            trainable ones, in float32.
         encodes: Whether images and prompts are encoded in the step.
-        vae_precision: Of the VAE, where it runs.
+        vae_precision: The VAE runs in it, if it runs.
         exports_average: Whether a further average of the trainable weights is kept.
         together: Whether reference and averages run as one forward pass, on as many rows more.
     """
@@ -80,7 +80,7 @@ def own_recipe(train: TrainConfig, n_elements: int, *, whole: bool = True) -> Re
 
     Args:
         train: Its training section.
-        n_elements: Of the noisy latents.
+        n_elements: Elements of the noisy latents.
         whole: Whether every process holds whole weights, as it does below ZeRO's stage 3.
     """
     annotators = train.annotators

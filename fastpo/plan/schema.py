@@ -48,7 +48,7 @@ class Memory(_Record):
 
     Attributes:
         weights: The policy, its frozen base included.
-        gradients: Of the trainable weights.
+        gradients: Gradients of the trainable weights.
         optimizer: The optimizer's states, and the float32 copy DeepSpeed's engine steps on.
         reference: A frozen copy of the policy.
         annotators: The moving averages that vote.
@@ -83,7 +83,7 @@ class Memory(_Record):
 
     @property
     def total(self) -> int:
-        """All on the device."""
+        """All bytes on the device."""
         return sum(self.parts.values())
 
 
@@ -99,8 +99,8 @@ class Cost(_Record):
         peak_bytes: Their sum.
         fits: Whether that is within the GPU's memory.
         seconds_per_pair: Of one process.
-        pairs_per_second: Of all processes.
-        hours: Of the run's visits; None where their number is not known.
+        pairs_per_second: Pairs that all processes together train on in a second.
+        hours: Hours of the whole run; None where its number of visits is not known.
         slower: Seconds per pair over this configuration's.
     """
 
@@ -157,7 +157,7 @@ class Assumptions(_Record):
         prompts: Distinct prompts, if known.
         visits: Pairs drawn in the run, if known.
         resolution: In pixels.
-        precision: Of the UNet's passes.
+        precision: The denoiser's passes run in it.
         checkpointing: Whether activations are computed again.
         trainable: Weights in training.
         parameters: Weights of the policy, adapters included.

@@ -87,7 +87,7 @@ class Run:
         path: Its folder.
         name: Short name, unlike that of any other run on the page.
         config: The resolved configuration, as nested mappings; empty if absent.
-        config_text: The same, as the file's text.
+        config_text: The text of `config.yaml`.
         metrics: Columns of `metrics.jsonl`.
         minority: The minority table, or None.
         evaluation: The evaluation, or None.
