@@ -22,8 +22,8 @@
 # interpreter then shows that NaN in a prediction reaches the loss and stops the run, while on the
 # GPU the same clamp turns it into an ordinary bound, and training goes on with wrong weights.
 #
-# What FastPO does: what it clamps (weights of a pair) multiplies values that keep the NaN, so the
-# loss is NaN on either path; the interpreter's NaN alone proves nothing.
+# What FastPO does: minima and maxima of its kernels propagate NaN
+# (kernels/fastpo_kernels/_shared/triton_math.py).
 
 set -euo pipefail
 work=$(mktemp -d)
