@@ -13,7 +13,7 @@ an error of order 1 by 1e-7.
 from __future__ import annotations
 
 import contextlib
-import time
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import nn
 from fastpo.config import Config, as_text, decided_values
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.fingerprint import MODEL_KEYS
+from fastpo.data.prepare.work import share_work
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
@@ -48,7 +49,6 @@ from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number
 BLOCK_PAIRS = 512  # what a kill can lose, per process
-POLL_SECONDS = 0.5  # between two looks at what other processes are working on
 
 
 def reference_identity(
@@ -265,45 +265,27 @@ class _Task:
         self.empty = cache.empty_prompt(self.device)
 
     def make(self, blocks: dict[Block, np.ndarray], process: Rank, *, show: bool) -> None:
-        """Computes the blocks that nobody else does, and waits until all of them are there.
-
-        The processes of a launch begin at different places and help out with what is left.
-        """
-        order = sorted(blocks)
-        first = process.rank * len(order) // process.world_size
-        left = order[first:] + order[:first]
+        """Computes the blocks that no other process does, and waits until all of them exist."""
+        order = {self._lock_number(block): block for block in sorted(blocks)}
         total = sum(map(len, blocks.values()))
         with progress_bar("reference errors", total, unit="pairs", show=show) as advance:
-            while left:
-                busy = [b for b in left if not self._is_there(b, blocks[b], advance)]
-                if len(busy) == len(left):
-                    time.sleep(POLL_SECONDS)
-                left = busy
 
-    def _is_there(self, block: Block, positions: np.ndarray, advance: Advance) -> bool:
-        """Computes a block if need be; False while another process is at work on it."""
-        with self._claimed(block) as free:
-            if not free:
-                return False
-            missing = self._still_missing(block, positions)
-            advance(len(positions) - len(missing))
-            if len(missing):
-                self._compute(block, missing, advance)
-            return True
+            def make_block(block: Block) -> None:
+                missing = self._still_missing(block, blocks[block])
+                advance(len(blocks[block]) - len(missing))
+                if len(missing):
+                    self._compute(block, missing, advance)
 
-    @contextlib.contextmanager
-    def _claimed(self, block: Block) -> Iterator[bool]:
+            share_work(order, self.locks, make_block, process=process)
+
+    def _lock_number(self, block: Block) -> int:
+        """Numbers the blocks of all visits through; the same in every process."""
         visit, number = block
-        claim = visit * -(-len(self.cache) // BLOCK_PAIRS) + number
-        free = self.locks.acquire(claim)
-        try:
-            yield free
-        finally:
-            if free:
-                self.locks.release(claim)
+        blocks_per_visit = math.ceil(len(self.cache) / BLOCK_PAIRS)
+        return visit * blocks_per_visit + number
 
     def _still_missing(self, block: Block, positions: np.ndarray) -> np.ndarray:
-        """What nobody has computed since the blocks were cut."""
+        """What no process has computed since the blocks were cut."""
         if part_path(self.folder, *block).exists():
             return positions[:0]
         with self.locks.manifest():

@@ -33,7 +33,7 @@ class _Rate(ProgressColumn):
 
 
 class Advance:
-    """Moves a bar: `advance(2)` by what was just done, `advance.to(n)` to what all have done."""
+    """Moves a bar: `advance(2)` by what was just done."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         """Wraps one task of a bar."""
@@ -48,10 +48,6 @@ class Advance:
         """
         fields = {} if note is None else {"note": note}
         self._bar.update(self._task, advance=count, **fields)
-
-    def to(self, done: int) -> None:
-        """Sets how many are done."""
-        self._bar.update(self._task, completed=done)
 
 
 @contextmanager

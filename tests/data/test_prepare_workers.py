@@ -15,12 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fastpo.data.prepare.latents as prepare_module
 from fastpo.config import dump_config, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.manifest import Span
 from fastpo.data.cache.parts import Unit
-from fastpo.data.prepare import prepare
+from fastpo.data.prepare import prepare, work
 from fastpo.data.prepare.partition import plan_spans
 from fastpo.data.sources import open_source
 from fastpo.errors import CacheError, ConfigError
@@ -37,7 +36,7 @@ PAIRS = 23
 def _one_thread(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(prepare_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(work, "POLL_SECONDS", 0.02)
     yield
     torch.set_num_threads(threads)
 

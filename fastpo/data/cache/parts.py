@@ -89,8 +89,8 @@ class Unit:
         return unit_name(self.kind, self.number)
 
     @property
-    def claim(self) -> int:
-        """Its number among all units, for `FolderLocks`."""
+    def lock_number(self) -> int:
+        """Number of its lock: even for shards, odd for texts."""
         return 2 * self.number + (self.kind == "text")
 
     def done(self, folder: Path) -> bool:

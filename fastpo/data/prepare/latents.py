@@ -6,15 +6,13 @@
     srun fastpo prepare CONFIG
 
 Processes meet in the cache's folder only, so they may run on several machines, come late, and be
-killed at any time. Each reads the source's columns, takes parts that nobody works on, beginning
-where its rank lies, and puts each finished part in place by one rename. Whoever finds all parts
-there merges them. What a killed process had claimed is free again at once.
+killed at any time. Each reads the source's columns, makes parts that no other process works on,
+beginning where its rank lies, and puts each finished part in place by one rename. The first process
+that finds all parts done merges them. A part that a killed process had begun is free again at once.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,6 +28,7 @@ from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
 from fastpo.data.prepare.partition import plan
 from fastpo.data.prepare.verify_source import check_contents, pair_content, read_image
+from fastpo.data.prepare.work import share_work
 from fastpo.data.sources import PairSource, open_source, source_stamp
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError
@@ -42,9 +41,6 @@ from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
 from fastpo.types import PreferencePair
-
-POLL_SECONDS = 0.5
-"""How long to wait between two looks at parts that other processes are working on."""
 
 
 def prepare(
@@ -122,36 +118,20 @@ class _Work:
         return Encoders.load(self.config, device=self.process.device(), model=self.model)
 
     def make_parts(self, locks: FolderLocks, advance: Advance) -> None:
-        """Makes what nobody else makes, and waits until all of it is there."""
-        folder = self.config.prepare.cache_dir
-        units = units_of(self.manifest)
-        first = self.process.rank * len(units) // self.process.world_size
-        left = units[first:] + units[:first]
-        while True:
-            left = [unit for unit in left if not unit.done(folder)]
-            advance.to(self._images(units) - self._images(left))
-            if not left:
-                return
-            made = [self._make(unit, locks, advance) for unit in left]
-            if not any(made):
-                time.sleep(POLL_SECONDS)
+        """Makes the parts that no other process makes, and waits until all of them exist."""
+        units = {unit.lock_number: unit for unit in units_of(self.manifest)}
+        share_work(units, locks, partial(self._make, advance=advance), process=self.process)
 
-    def _make(self, unit: Unit, locks: FolderLocks, advance: Advance) -> bool:
-        """Makes one part, unless it is there or another process is at work on it."""
+    def _make(self, unit: Unit, advance: Advance) -> None:
+        """Makes one part, unless it exists."""
         folder = self.config.prepare.cache_dir
-        if not locks.acquire(unit.claim):
-            return False
-        try:
-            if unit.done(folder):
-                return True
-            if unit.kind == "text":
-                prompts = self.prompts.prompts[unit.span.start : unit.span.stop]
-                write_text(self.config, self.encoders, folder, unit, prompts)
-            else:
-                self._make_shard(unit, advance)
-            return True
-        finally:
-            locks.release(unit.claim)
+        if unit.done(folder):
+            advance(self._images(unit))
+        elif unit.kind == "text":
+            prompts = self.prompts.prompts[unit.span.start : unit.span.stop]
+            write_text(self.config, self.encoders, folder, unit, prompts)
+        else:
+            self._make_shard(unit, advance)
 
     def _make_shard(self, unit: Unit, advance: Advance) -> None:
         start, stop = unit.span.start, unit.span.stop
@@ -168,10 +148,11 @@ class _Work:
                 advance(2)
         builder.write(self.config.prepare.cache_dir, unit)
 
-    def _images(self, units: Iterable[Unit]) -> int:
-        pairs = len(self.source)
-        shards = (unit.span for unit in units if unit.kind == "shard")
-        return 2 * sum(min(span.stop, pairs) - span.start for span in shards)
+    def _images(self, unit: Unit) -> int:
+        """Images of a part within `data.limit`."""
+        if unit.kind == "text":
+            return 0
+        return 2 * (min(unit.span.stop, len(self.source)) - unit.span.start)
 
 
 def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
