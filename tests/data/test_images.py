@@ -52,10 +52,10 @@ def test_sdxl_buckets_have_about_the_resolution_squared_pixels():
     vae_factor=st.sampled_from([2, 4, 8]),
     denoiser_factor=st.sampled_from([1, 2, 4, 8]),
 )
-def test_every_bucket_suits_the_model(resolution, vae_factor, unet_factor):
-    unit = vae_factor * unet_factor
+def test_every_bucket_suits_the_model(resolution, vae_factor, denoiser_factor):
+    unit = vae_factor * denoiser_factor
     geometry = make_geometry(
-        resolution * unit, use_buckets=True, vae_factor=vae_factor, denoiser_factor=unet_factor
+        resolution * unit, use_buckets=True, vae_factor=vae_factor, denoiser_factor=denoiser_factor
     )
     assert all(side % unit == 0 for bucket in geometry.buckets for side in bucket)
     assert (resolution * unit, resolution * unit) in geometry.buckets
