@@ -9,7 +9,7 @@
 # final sigma, 0, so the "noisy" latents are the clean ones. No error, no warning. DDPM and DDIM
 # schedulers have no such state. A copy by from_config is as new.
 #
-# Seen (weight of the noise at timesteps 1000, 750, 500, 250 of a small Flux and SDXL pipeline):
+# Seen (weight of the noise at the four timesteps that a small Flux and SDXL pipeline sampled):
 #   diffusers 0.42.1 torch 2.13.0+cpu
 #   FlowMatchEulerDiscreteScheduler, new: 1.0000 0.6670 0.3340 0.0010
 #   FlowMatchEulerDiscreteScheduler, after sampling: 0.0000 0.0000 0.0000 0.0000
