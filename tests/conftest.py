@@ -8,9 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-# Without a GPU kernels run in Triton's interpreter. Triton reads this when it is first imported.
+# Without a GPU kernels run in Triton's interpreter, unless something else was chosen (as by
+# kernels/on_machine.py). Triton reads this when it is first imported.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import io
 import json

@@ -5,6 +5,7 @@ Needs NumPy; `launch` also Triton and torch. Imports nothing of FastPO.
 
 from .errors import (
     Misaligned,
+    OrderMatters,
     OutOfBounds,
     PtxError,
     Race,
@@ -18,6 +19,7 @@ from .parser import parse
 __all__ = [
     "Machine",
     "Misaligned",
+    "OrderMatters",
     "OutOfBounds",
     "PtxError",
     "Race",

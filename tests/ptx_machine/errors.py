@@ -27,5 +27,9 @@ class Race(PtxError):
     """Two accesses, one of them a write, that no barrier and no release and acquire order."""
 
 
+class OrderMatters(PtxError):
+    """Two orders of the same programs and warps left different bits."""
+
+
 class Unreached(PtxError):
     """A barrier, or a shuffle, that some of its threads never reach."""

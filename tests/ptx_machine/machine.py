@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from .errors import OrderMatters
 from .memory import GlobalMemory, Space
 from .parser import parse
 from .scheduler import Scheduler
@@ -16,19 +17,24 @@ from .translate import translate
 class Machine:
     """Executes launches.
 
-    Attributes:
+    Args:
         seed: of the device, which says how approximate instructions err and which products and sums
             are rounded once, and of the order in which programs and warps run.
-        in_step: whether all programs run in step instead, which is faster.
+        schedules: how often a launch is executed, in another order each time, from the same memory.
+            The first runs all programs in step, which is the fastest.
+
+    Attributes:
         launches: how many there were.
-        executed: how often threads executed each opcode, by kernel.
+        executed: how often threads executed each opcode, by kernel, in the first of the orders.
+        counters: words that atomics changed, as addresses with their values before and after, of
+            the last launch.
     """
 
-    def __init__(self, seed: int = 0, *, in_step: bool = False) -> None:
-        self.seed, self.in_step = seed, in_step
-        self.order_seed = seed
+    def __init__(self, seed: int = 0, *, schedules: int = 1) -> None:
+        self.seed, self.schedules = seed, schedules
         self.launches = 0
         self.executed: dict[str, Counter[str]] = {}
+        self.counters: dict[int, tuple[int, int]] = {}
         self._kernels: dict[tuple[str, int], Kernel] = {}
 
     def kernel(self, text: str) -> Kernel:
@@ -67,12 +73,23 @@ class Machine:
             for (name, width), given in zip(widths.items(), parameters, strict=True)
         }
         self.launches += 1
-        rng = None
-        if not self.in_step:
-            rng = np.random.default_rng((self.order_seed, self.launches))
-        scheduler = Scheduler(
-            kernel, grid, threads, values, 
-            lambda clocks: GlobalMemory(spaces, clocks, kernel.piece), shared_bytes, rng,
-        )  # fmt: skip
-        scheduler.run()
-        self.executed.setdefault(kernel.parsed.name, Counter()).update(scheduler.counts())
+        before = [space.data.copy() for space in spaces] if self.schedules > 1 else []
+        after: list[np.ndarray] = []
+        for k in range(self.schedules):
+            for space, data in zip(spaces, before, strict=False):
+                space.data[:] = data
+                space.watch = None
+            rng = np.random.default_rng((self.seed, self.launches, k)) if k else None
+            scheduler = Scheduler(
+                kernel, grid, threads, values,
+                lambda clocks: GlobalMemory(spaces, clocks, kernel.piece), shared_bytes, rng,
+            )  # fmt: skip
+            scheduler.run()
+            if k == 0:
+                after = [space.data.copy() for space in spaces] if before else []
+                counts = self.executed.setdefault(kernel.parsed.name, Counter())
+                counts.update(scheduler.counts())
+            self.counters = scheduler.memory.counters()
+            for space, data in zip(spaces, after, strict=False):
+                if not np.array_equal(space.data, data):
+                    raise OrderMatters(f"{kernel.parsed.name}: {space.name}, order {k}")

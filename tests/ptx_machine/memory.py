@@ -111,6 +111,7 @@ class GlobalMemory:
         self.spaces = sorted(spaces, key=lambda s: s.base)
         self._bases = [s.base for s in self.spaces]
         self.clocks, self.piece = clocks, piece
+        self._first: dict[tuple[int, int], int] = {}
 
     def _parts(self, addresses: np.ndarray, size: int) -> list[tuple[Space, np.ndarray | slice]]:
         """The accesses by the space they fall into."""
@@ -189,10 +190,19 @@ class GlobalMemory:
         watch, time = self._watched(space), self.clocks.tick()
         no = np.zeros(1, bool)
         _raise_race(watch.store(offsets, width, who, time, no, no, atomic=atomic), "atomic on")
-        values = space.view(width)
+        values, index = space.view(width), int(offsets[0]) // width
         if space.poisoned:
             _check_written(values[offsets // width][:, None], width, space.name)
-        return values, int(offsets[0]) // width
+        self._first.setdefault((address, width), int(values[index]))
+        return values, index
+
+    def counters(self) -> dict[int, tuple[int, int]]:
+        """Words that atomics changed: address to the first value and the last."""
+        found = {}
+        for (address, width), first in self._first.items():
+            ((space, _),) = self._parts(np.array([address], np.uint64), width)
+            found[address] = (first, int(space.view(width)[(address - space.base) // width]))
+        return found
 
 
 def _check_written(values: np.ndarray, width: int, name: str) -> None:

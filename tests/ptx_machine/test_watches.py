@@ -60,7 +60,7 @@ def execute(body, source, result, *, number=0, programs=2, seed=0, shared=256):
         space.poisoned = True
     given = [a.ctypes.data.to_bytes(8, "little") for a in (source, result)]
     text = HEAD + body + "\n\tret;\n}\n"
-    machine = Machine(seed)
+    machine = Machine(seed, schedules=3)
     numbers = [*given, struct.pack("<i", number)]
     machine.launch(text, (programs, 1, 1), THREADS, numbers, spaces, shared)
     return machine

@@ -1,0 +1,58 @@
+"""A plugin for pytest under which `impl="triton"` compiles and runs on the PTX machine.
+
+    TRITON_INTERPRET=0 python -m pytest -p tests.kernels.on_machine tests/kernels/test_pair_loss.py
+
+Every launch is executed in several orders, which must leave the same bits, and every counter that
+atomics changed must be back where it was. PTX_MACHINE_TARGET names the GPU, PTX_MACHINE_SEED the
+device and the orders, PTX_MACHINE_SCHEDULES their number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import pytest
+from fake_gpu import install
+
+from tests.ptx_machine.launch import LaunchHook
+from tests.ptx_machine.machine import Machine
+
+GPU = install(os.environ.get("PTX_MACHINE_TARGET", "sm_90"))
+assert GPU.library is not None
+
+
+class _Machine(Machine):
+    """Whose kernels leave their counters as they found them."""
+
+    def launch(self, *given, **named):
+        super().launch(*given, **named)
+        changed = {a: v for a, v in self.counters.items() if v[0] != v[1]}
+        if changed:
+            raise AssertionError(f"counters not back where they were: {changed}")
+
+
+MACHINE = _Machine(
+    int(os.environ.get("PTX_MACHINE_SEED", "0")),
+    schedules=int(os.environ.get("PTX_MACHINE_SCHEDULES", "3")),
+)
+HOOK = LaunchHook(GPU.library, MACHINE)
+
+
+@pytest.fixture
+def hook():
+    """The launch hook; what a test changes of it is put back."""
+    before = HOOK.edit
+    yield HOOK
+    HOOK.edit = before
+
+
+def pytest_terminal_summary(terminalreporter):
+    opcodes = {opcode for counts in MACHINE.executed.values() for opcode in counts}
+    terminalreporter.write_line(
+        f"{MACHINE.launches} launches of {len(MACHINE.executed)} kernels, {len(opcodes)} opcodes"
+    )
