@@ -223,21 +223,24 @@ def _shift(opcode: Opcode, _: int) -> Operation:
 
 
 def _field(opcode: Opcode, _: int) -> Operation:
-    """`bfe` of unsigned integers."""
+    """`bfe`: bits from a place on; signed ones are filled with the last that there is."""
     _modifiers(opcode, "")
     kind = opcode[-1]
-    bits = bits_of(kind)
-    if kind[0] != "u":
+    if kind not in ("u32", "s32"):
         raise ValueError(opcode)
 
     def apply(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        start, length = start & np.uint32(255), length & np.uint32(255)
-        wide = a.astype(np.uint64) >> np.minimum(start, np.uint32(63)).astype(np.uint64)
-        wide = np.where(start < bits, wide, np.uint64(0))
-        ones = np.uint64(2) ** np.minimum(length, np.uint32(63)).astype(np.uint64) - np.uint64(1)
-        return np.where(length < bits, wide & ones, wide).astype(a.dtype)
+        start, length = (v.astype(np.int64) & 255 for v in (start, length))
+        field = a.astype(np.int64) >> np.minimum(start, 32)
+        ones = (np.int64(1) << np.minimum(length, 32)) - 1
+        found = field & ones
+        if kind == "s32":
+            last = a.astype(np.int64) >> np.clip(start + length - 1, 0, 31) & 1
+            there = (np.int64(1) << np.clip(32 - start, 0, 32)) - 1  # bits that the operand has
+            found = np.where(last * length != 0, found & there | ~(ones & there), found)
+        return found.astype(np.uint32)
 
-    return Operation(apply, (bits, 32, 32), bits)
+    return Operation(apply, (32, 32, 32), 32, kind == "s32")
 
 
 def _set_predicate(opcode: Opcode, _: int) -> Operation:

@@ -150,8 +150,12 @@ class Scheduler:
         while True:
             runs, end = self._run_at(gang.pc)
             self.executed[gang.pc] += len(gang.lanes)
-            for run in runs:
-                run(slots)
+            try:
+                for run in runs:
+                    run(slots)
+            except Exception as error:
+                source = steps[gang.pc + runs.index(run)].source
+                raise PtxError(self._message(source, gang, repr(error))) from error
             if end > gang.pc:
                 gang.pc = end
                 self.executed[end] += len(gang.lanes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +26,8 @@ class Step:
         source: the statement.
         reads, writes: slots.
         guard: slot of the predicate before it, or None; `negated` if it must be false.
-        live: slots that are read later, before they are written: filled in at the end.
+        living: a bit for each slot that is read from here on before it is written: filled in at
+            the end.
     """
 
     source: Instruction
@@ -33,7 +35,12 @@ class Step:
     writes: tuple[int, ...] = ()
     guard: int | None = None
     negated: bool = False
-    live: tuple[int, ...] = ()
+    living: int = 0
+
+    @cached_property
+    def live(self) -> tuple[int, ...]:
+        """The slots of `living`."""
+        return tuple(s for s in range(self.living.bit_length()) if self.living >> s & 1)
 
 
 @dataclass
@@ -160,7 +167,10 @@ def fill_live(steps: list[Step]) -> None:
     """Which slots matter before each step: backwards, until nothing changes."""
 
     def mask(slots: tuple[int, ...]) -> int:
-        return sum(1 << s for s in set(slots))
+        found = 0
+        for s in slots:
+            found |= 1 << s
+        return found
 
     reads = [mask(s.reads) for s in steps]
     writes = [mask(s.writes) & ~mask(s.reads) for s in steps]
@@ -178,5 +188,5 @@ def fill_live(steps: list[Step]) -> None:
             new = reads[k] | (after & ~writes[k])
             if new != live[k]:
                 live[k], changed = new, True
-    for k, step in enumerate(steps):
-        step.live = tuple(s for s in range(live[k].bit_length()) if live[k] >> s & 1)
+    for step, mask_here in zip(steps, live, strict=False):
+        step.living = mask_here

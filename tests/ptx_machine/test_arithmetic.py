@@ -140,6 +140,19 @@ def test_shifts_beyond_the_width():
     assert apply("shr.s32", a, by).tolist() == [0x80000001, *[0xFFFFFFFF] * 3]
 
 
+@pytest.mark.parametrize("kind", ["u32", "s32"])
+def test_fields_by_the_isas_own_loop(kind):
+    a = RNG.integers(0, 1 << 32, 3000, dtype=np.uint32)
+    start, length = (RNG.integers(0, 40, 3000).astype(np.uint32) for _ in range(2))
+    found = apply(f"bfe.{kind}", a, start, length)
+    for value, at, size, result in zip(
+        *(v.tolist() for v in (a, start, length, found)), strict=True
+    ):
+        sign = 0 if kind == "u32" or size == 0 else value >> min(at + size - 1, 31) & 1
+        there = [value >> (at + k) & 1 if k < size and at + k <= 31 else sign for k in range(32)]
+        assert result == sum(bit << k for k, bit in enumerate(there))
+
+
 def test_floats_to_integers_are_clipped():
     x = np.array([2.5, -2.5, 3e9, -3e9, np.nan, np.inf], np.float32).view(np.uint32)
     found = apply("cvt.rzi.s32.f32", x).view(np.int32).tolist()

@@ -224,10 +224,13 @@ class _Translator:
             self._bits.append(bits)
             self.initial.append(np.zeros(1, UNSIGNED[bits]))
             self.parameters[str(address.base)] = self._slots[key]
-        read = self._slots[key]
-        return Compute(self._unguarded(one), (read,), (write,), run=runner(
-            lambda a: a, (read,), write, None, False
-        ))  # fmt: skip
+        read, wide = self._slots[key], self._bits[write]
+        signed = one.opcode[-1][0] == "s"
+
+        def load(slots: Slots) -> None:
+            slots[write] = extended(slots[read], wide, signed=signed)
+
+        return Compute(self._unguarded(one), (read,), (write,), run=load)
 
     def access(self, one: Instruction) -> Step:
         """`ld` and `st` of global and shared memory."""
