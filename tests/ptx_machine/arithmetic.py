@@ -23,6 +23,13 @@ def raw(values: np.ndarray) -> Bits:
     return values.view({2: B16, 4: B32, 8: B64}[values.itemsize])
 
 
+def canonical(values: np.ndarray) -> np.ndarray:
+    """float32 with every NaN as arithmetic gives it; the host would keep an operand's bits."""
+    if np.isnan(np.dot(values, values)):
+        return np.where(np.isnan(values), NAN32.view(F32), values)
+    return values
+
+
 def flushed(bits: Bits) -> Bits:
     """`.ftz`: subnormal float32 become zeros of their sign."""
     return np.where(bits & B32(0x7F800000), bits, bits & B32(0x80000000))
@@ -39,7 +46,7 @@ def fma32(a: Bits, b: Bits, c: Bits) -> Bits:
     short = (raw(result) & B32(0x7F800000) == 0) & (total != 0)
     if halfway.any() or short.any():
         result = _to_odd(product, addend, total).astype(F32)
-    return raw(result)
+    return raw(canonical(result))
 
 
 def _to_odd(product: np.ndarray, addend: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -153,7 +160,7 @@ def approximate(name: str, seed: int, *, ftz: bool) -> Callable[..., Bits]:
             special |= values[0] == 0  # two to the zero is one
         if name == "lg2":
             special |= values[0] == 1
-        bits = raw(np.where(special, exact, moved).astype(F32))
+        bits = raw(canonical(np.where(special, exact, moved).astype(F32)))
         return flushed(bits) if ftz else bits
 
     return apply

@@ -45,12 +45,25 @@ def bits_of(kind: str) -> int:
     return 1 if kind == "pred" else 32 if kind.endswith("x2") else int(kind.lstrip("bsuf"))
 
 
+def _pairwise(single: Operation) -> Operation:
+    """An operation on float32 as one on two of them in 64 bits, each by itself."""
+
+    def apply(*operands: np.ndarray) -> np.ndarray:
+        wide = np.broadcast_arrays(*operands)
+        found = single.function(*(np.ascontiguousarray(a).view(np.uint32) for a in wide))
+        return found.view(np.uint64)
+
+    return Operation(apply, (64,) * len(single.sources), 64)
+
+
 def operation(opcode: Opcode, seed: int) -> Operation:
     """The meaning of an opcode; `seed` says which device it is where the ISA leaves it open.
 
     Raises:
         UnknownInstruction: It has none here.
     """
+    if opcode[-1] == "f32x2" and opcode[0] in ("add", "sub", "mul", "fma"):
+        return _pairwise(operation((*opcode[:-1], "f32"), seed))
     if opcode[0] not in _BUILDERS:
         raise UnknownInstruction(".".join(opcode))
     try:
@@ -74,6 +87,10 @@ def _is_real(kind: str) -> bool:
 def _typed(kind: str, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """A function of values as one of bits."""
     view, back = KINDS[kind], UNSIGNED[bits_of(kind)]
+    if kind == "f32":
+        return lambda *operands: ar.raw(
+            ar.canonical(function(*(bits.view(np.float32) for bits in operands)))
+        )
 
     def apply(*operands: np.ndarray) -> np.ndarray:
         return function(*(bits.view(view) for bits in operands)).view(back)

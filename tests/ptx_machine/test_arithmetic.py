@@ -76,6 +76,15 @@ def test_fma_where_rounding_twice_goes_wrong():
     assert found.tolist() == c.tolist() and (np.abs(twice) == np.float32(1 + 2.0**-22)).all()
 
 
+@pytest.mark.parametrize("opcode", ["add.f32x2", "sub.rn.f32x2", "mul.f32x2", "fma.rn.f32x2"])
+def test_two_floats_in_one_register(opcode):
+    operands = [near(200) for _ in range(3 if "fma" in opcode else 2)]
+    found = apply(opcode, *(v.view(np.uint64) for v in operands))
+    assert np.array_equal(found.view(np.uint32), apply(opcode.removesuffix("x2"), *operands))
+    one = apply(opcode, operands[0].view(np.uint64)[:1], *(v.view(np.uint64) for v in operands[1:]))
+    assert len(one) == 100 and one[0] == found[0]
+
+
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_extremes_drop_nan_unless_asked(name):
     nan, one = np.array([0x7FC00000], np.uint32), np.array([1.0], np.float32).view(np.uint32)
@@ -85,6 +94,14 @@ def test_extremes_drop_nan_unless_asked(name):
     assert apply(f"{name}.f32", nan, nan)[0] == 0x7FFFFFFF
     zeros = np.array([0], np.uint32), np.array([1 << 31], np.uint32)
     assert apply(f"{name}.f32", *zeros)[0] == ((1 << 31) if name == "min" else 0)
+
+
+@pytest.mark.parametrize("opcode", ["add.f32", "mul.f32", "div.rn.f32", "fma.rn.f32"])
+def test_arithmetic_gives_one_nan(opcode):
+    one = np.array([0x3F800000] * 3, np.uint32)
+    nan = np.array([0x7F812345, 0xFFC00001, 0x3F800000], np.uint32)
+    found = apply(opcode, *((nan, one, one) if "fma" in opcode else (nan, one)))
+    assert found[:2].tolist() == [0x7FFFFFFF] * 2 and found[2] != 0x7FFFFFFF
 
 
 def test_comparisons_with_nan():
