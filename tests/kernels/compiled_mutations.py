@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpo_kernels.testing import pair_inputs
-from tests.kernels.test_pair_loss import CASES, check, run
+from tests.kernels.objectives import CASES, check, run
 
 FORWARD, BACKWARD = "pair_loss_fwd_kernel", "pair_loss_bwd_kernel"
 # The last barrier, by its place from the end: it follows the ticket's, which every thread has read.
@@ -56,11 +56,6 @@ def replaced(pattern, by, *, which=None):
         return text[: at.start()] + at.expand(by) + text[at.end() :]
 
     return change
-
-
-def guarded_stores(text):
-    """Places of stores to global memory behind a predicate."""
-    return list(re.finditer(r"@%p\d+ st\.global\.b32.*;", text))
 
 
 EDITS = {
@@ -120,14 +115,14 @@ def test_a_fault_is_found(fault, hook, small_tiles):
 
 
 def test_the_ticket_not_set_back(hook, small_tiles):
-    """Its store is the one of a zero behind the comparison with the number of programs."""
-    x, found = inputs(), []
+    """Its store is the one to the atomic's own address."""
 
     def change(text):
-        atom = text.index("atom.global")
-        stores = [m for m in guarded_stores(text) if m.start() > atom]
-        return text[: stores[0].start()] + text[stores[0].end() :]
+        ticket = re.search(r"atom\.global.*?(\[ %rd\d+ \+ 0 \])", text)
+        assert ticket
+        return re.sub(rf"@%p\d+ st\.global\.b32 {re.escape(ticket[1])}.*;", "", text)
 
+    x = inputs()
     done = editing(hook, FORWARD, change)
     found = verdict(x)
     assert any(done) and "counters not back" in found, found
@@ -147,6 +142,16 @@ def test_barriers(hook, small_tiles):
         if verdict(x) == "":
             passing.append(which - barriers)
     assert passing == UNNEEDED, f"{passing} of {barriers}"
+
+
+def test_a_maximum_that_drops_nan(hook, small_tiles):
+    """The interpreter keeps it either way."""
+    x = inputs()
+    with torch.no_grad():
+        x.policy[0, 0, 3] = float("nan")
+    assert run(CASES["hinge"], x, "triton")[0].loss.isnan()
+    done = editing(hook, FORWARD, replaced(r"\.NaN", ""))
+    assert run(CASES["hinge"], x, "triton")[0].loss.isfinite() and any(done)
 
 
 def test_an_alignment_claimed_that_does_not_hold(hook):

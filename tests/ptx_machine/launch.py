@@ -17,7 +17,7 @@ import torch
 
 from .errors import PtxError
 from .machine import Machine
-from .memory import POISON, Space, host_space
+from .memory import LARGE, POISON, Space, host_space
 from .parser import parse
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -85,7 +85,7 @@ class LaunchHook:
             if type(out) is torch.Tensor and out.device.type == "cpu":
                 storage = out.untyped_storage()
                 base, n_bytes = storage.data_ptr(), storage.nbytes()
-                if n_bytes:
+                if 0 < n_bytes <= LARGE:
                     space = host_space(base, n_bytes, "")
                     space.view(2)[:] = POISON
                     self._poisoned[base] = n_bytes

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from .errors import OrderMatters
-from .memory import GlobalMemory, Space
+from .memory import LARGE, GlobalMemory, Space
 from .parser import parse
 from .scheduler import Scheduler
 from .steps import Kernel
@@ -73,11 +73,13 @@ class Machine:
             for (name, width), given in zip(widths.items(), parameters, strict=True)
         }
         self.launches += 1
-        before = [space.data.copy() for space in spaces] if self.schedules > 1 else []
+        again = [s for s in spaces if len(s.data) <= LARGE] if self.schedules > 1 else []
+        before = [space.data.copy() for space in again]
         after: list[np.ndarray] = []
         for k in range(self.schedules):
-            for space, data in zip(spaces, before, strict=False):
+            for space, data in zip(again, before, strict=True):
                 space.data[:] = data
+            for space in spaces:
                 space.watch = None
             rng = np.random.default_rng((self.seed, self.launches, k)) if k else None
             scheduler = Scheduler(
@@ -86,10 +88,10 @@ class Machine:
             )  # fmt: skip
             scheduler.run()
             if k == 0:
-                after = [space.data.copy() for space in spaces] if before else []
+                after = [space.data.copy() for space in again]
                 counts = self.executed.setdefault(kernel.parsed.name, Counter())
                 counts.update(scheduler.counts())
             self.counters = scheduler.memory.counters()
-            for space, data in zip(spaces, after, strict=False):
+            for space, data in zip(again, after, strict=True):
                 if not np.array_equal(space.data, data):
                     raise OrderMatters(f"{kernel.parsed.name}: {space.name}, order {k}")

@@ -17,6 +17,7 @@ from .order import ATOMIC, LANES, MANY, TIME_SHIFT, Clocks, stamp
 
 SHARED_BASE = 1024
 POISON = 0x7FA5  # of 16 bits: a NaN in every float, which no arithmetic gives
+LARGE = 1 << 26  # bytes: not filled with the pattern, nor compared between orders
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
