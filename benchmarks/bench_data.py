@@ -34,7 +34,7 @@ from fastpo.bench.table import write_records
 from fastpo.config import DataConfig, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.manifest import Manifest
-from fastpo.data.loader import Waits, make_loader, micro_batch_numbers
+from fastpo.data.loader import TimedIterator, make_loader, micro_batch_numbers
 from fastpo.data.sampler import PairSampler
 from fastpo.data.sources import open_source
 from fastpo.testing import write_index, write_pickapic_columns
@@ -170,7 +170,9 @@ def _boundary(sampler: PairSampler, pairs: int) -> dict[str, object]:
         for workers, found in zip((2, 0), times, strict=True):
             sampler.micro_batch(epoch * per_epoch - 1)
             steps = {"start_step": epoch * per_epoch - 20, "total_steps": epoch * per_epoch + 2}
-            with Waits(make_loader(_Nothing(), sampler, workers=workers, **steps)) as batches:
+            with TimedIterator(
+                make_loader(_Nothing(), sampler, workers=workers, **steps)
+            ) as batches:
                 waits = []
                 for _ in batches:
                     waits.append(1e3 * batches.taken())
@@ -260,7 +262,9 @@ def _waiting(cache: PairCache, pairs: int, waits: int) -> dict[str, object]:
 
     def wait(workers: int) -> list[float]:
         found = []
-        with Waits(make_loader(cache, sampler, total_steps=200, workers=workers)) as batches:
+        with TimedIterator(
+            make_loader(cache, sampler, total_steps=200, workers=workers)
+        ) as batches:
             for _ in range(waits):
                 time.sleep(STEP)
                 next(batches)

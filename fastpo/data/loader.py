@@ -172,7 +172,7 @@ def _pinned(batch: PairBatch) -> PairBatch:
     return batch.map(lambda tensor: tensor.pin_memory())
 
 
-class Waits(Iterator[PairBatch]):
+class TimedIterator(Iterator[PairBatch]):
     """An iterator that measures how long its user waited for it.
 
     Use it in a `with` statement, or call `close`: a pass left half-way ends its reading threads

@@ -29,7 +29,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _VOLATILE_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
-class WeightsMemo(BaseModel):
+class DigestMemo(BaseModel):
     """A component's digest, valid while its files keep name, size and time of change."""
 
     model_config = ConfigDict(extra="forbid")
@@ -51,7 +51,7 @@ class ModelFolder:
     path: Path
     variant: str | None = None
     other_vae: str | None = None
-    _digests: dict[Path, WeightsMemo] = field(default_factory=dict, repr=False, compare=False)
+    _digests: dict[Path, DigestMemo] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def resolve(cls, config: ModelConfig) -> ModelFolder:
@@ -85,7 +85,7 @@ class ModelFolder:
         """Returns the folder of a component by its name in the pipeline, such as `text_encoder`."""
         return self.vae if name == "vae" else self.path / name
 
-    def digest(self, name: str, memo: WeightsMemo | None = None) -> WeightsMemo:
+    def digest(self, name: str, memo: DigestMemo | None = None) -> DigestMemo:
         """Hashes what a component computes with, once.
 
         Args:
@@ -206,8 +206,8 @@ def digest_files(files: list[Path]) -> str:
 
 
 def component_digest(
-    folder: Path, variant: str | None, memo: WeightsMemo | None = None
-) -> WeightsMemo:
+    folder: Path, variant: str | None, memo: DigestMemo | None = None
+) -> DigestMemo:
     """Hashes what a component computes with; `memo` is the answer while its files are untouched.
 
     Raises:
@@ -218,7 +218,7 @@ def component_digest(
     stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
     if memo is not None and memo.stamp == stamp:
         return memo
-    return WeightsMemo(stamp=stamp, sha256=digest_files(files))
+    return DigestMemo(stamp=stamp, sha256=digest_files(files))
 
 
 def _stable_config(path: Path) -> bytes:

@@ -28,7 +28,7 @@ from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import setup_denoisers
-from fastpo.models.folder import ModelFolder, WeightsMemo
+from fastpo.models.folder import DigestMemo, ModelFolder
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.precision import autocast
 from fastpo.reference_cache.store import (
@@ -89,7 +89,7 @@ def _denoiser_digest(config: Config, model: ModelFolder) -> str:
     name = model.family.denoiser
     path, known = reference_root(config.prepare.cache_dir) / f"{name}.json", None
     with contextlib.suppress(OSError, ValueError):
-        known = WeightsMemo.model_validate_json(path.read_text())
+        known = DigestMemo.model_validate_json(path.read_text())
     memo = model.digest(name, known)
     if memo != known:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again

@@ -200,7 +200,7 @@ def write_index(folder: Path, pairs: int, *, shard_size: int = 1024, prompts: in
 
     from fastpo.data.cache.index import INDEX_FILE, INDEX_TYPES, PROMPTS_FILE, write_arrow
     from fastpo.data.cache.manifest import Manifest
-    from fastpo.data.prepare.partition import plan_spans
+    from fastpo.data.prepare.partition import partition_ranges
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
@@ -222,8 +222,8 @@ def write_index(folder: Path, pairs: int, *, shard_size: int = 1024, prompts: in
     return Manifest(
         identity={"model family": "sdxl"},
         complete=True,
-        shards=plan_spans(pairs, shard_size, [], []),
-        texts=plan_spans(prompts, shard_size, [], []),
+        shards=partition_ranges(pairs, shard_size, [], []),
+        texts=partition_ranges(prompts, shard_size, [], []),
         shapes=[(128 + 8 * k, 128 - 8 * k) for k in range(9)],
         source_pairs=pairs,
         pairs=pairs,

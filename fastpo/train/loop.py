@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpo.config import Config
-from fastpo.data.loader import Waits
+from fastpo.data.loader import TimedIterator
 from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
@@ -172,7 +172,7 @@ def run_steps(
         observer.on_start(trainer, start)
     loader = data.loader(run.processes, start, workers=config.loader_workers)
     bar = step_progress(data.total_steps, start, show=progress and folder.main)
-    with Waits(loader) as batches, bar as advance:
+    with TimedIterator(loader) as batches, bar as advance:
         for step in range(start, data.total_steps):
             began = time.perf_counter()
             table = trainer.optimizer_step(batches, step).read()

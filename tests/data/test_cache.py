@@ -11,7 +11,7 @@ import torch
 import fastpo.data.cache.pairs as module
 from fastpo.config import parse_config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.fingerprint import cache_identity
+from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped
 from fastpo.data.loader import make_loader
 from fastpo.data.prepare import prepare
@@ -77,7 +77,7 @@ def test_a_cache_on_disk_keeps_its_identity(made, family):
     """Field by field as release 0.1.0 wrote it, so that no cache has to be prepared again."""
     config = parse_config(made[family])
     model = ModelFolder.resolve(config.model)
-    identity = cache_identity(config, model)
+    identity = cache_fingerprint(config, model)
     assert identity.fields == {
         "model family": family,
         "VAE": model.digest("vae").sha256,

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from fastpo.data.loader import Waits, make_loader
+from fastpo.data.loader import TimedIterator, make_loader
 from fastpo.data.sampler import PairSampler
 from fastpo.system.read_ahead import AHEAD
 from fastpo.types import PairBatch
@@ -127,7 +127,7 @@ def test_a_pass_left_open_does_not_keep_the_interpreter_alive(fastpo):
 def test_a_pass_that_fails_ends_its_threads():
     reader = Reader()
     try:
-        with Waits(loader(reader, workers=2)) as batches:
+        with TimedIterator(loader(reader, workers=2)) as batches:
             next(batches)
             raise RuntimeError("the loss is not finite")
     except RuntimeError as error:  # its traceback keeps the frames, and with them the pass
@@ -194,7 +194,7 @@ def test_waiting_is_measured_and_reading_ahead_hides_it():
                 time.sleep(0.01)
                 return super().read(indices, visit)
 
-        batches = Waits(loader(Slow(), workers=workers))
+        batches = TimedIterator(loader(Slow(), workers=workers))
         next(batches)
         batches.taken()
         began = time.perf_counter()
@@ -205,4 +205,4 @@ def test_waiting_is_measured_and_reading_ahead_hides_it():
 
     assert 0.15 < share(0) < 0.6
     assert share(2) < 0.1
-    assert Waits([]).taken() == 0.0
+    assert TimedIterator([]).taken() == 0.0

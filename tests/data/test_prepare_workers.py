@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from fastpo.config import dump_config, parse_config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.manifest import Span
-from fastpo.data.cache.parts import Unit
+from fastpo.data.cache.manifest import Range
+from fastpo.data.cache.parts import CachePart
 from fastpo.data.prepare import prepare, work
-from fastpo.data.prepare.partition import plan_spans
+from fastpo.data.prepare.partition import partition_ranges
 from fastpo.data.sources import open_source
 from fastpo.errors import CacheError, ConfigError
 from fastpo.models.encoders import Encoders
@@ -108,7 +108,7 @@ def log_parts(path, seconds=0.03):
     """Notes who made what, and lets every part take a while."""
 
     def change():
-        original = Unit.write
+        original = CachePart.write
 
         def write(self, *arguments):
             time.sleep(seconds)
@@ -116,7 +116,7 @@ def log_parts(path, seconds=0.03):
             with path.open("a") as file:
                 file.write(f"{os.environ['RANK']} {self.name}\n")
 
-        Unit.write = write
+        CachePart.write = write
 
     return change
 
@@ -223,9 +223,9 @@ def test_only_locks_show_that_an_unfinished_file_is_nobodys(
 
 
 def test_a_part_is_put_in_place_once(tmp_path):
-    unit = Unit("shard", 0, Span(start=0, stop=2))
+    part = CachePart("shard", 0, Range(start=0, stop=2))
     for text in ("first", "second"):
-        unit.write(tmp_path, {"a": lambda path, text=text: path.write_text(text)})
+        part.write(tmp_path, {"a": lambda path, text=text: path.write_text(text)})
     assert (tmp_path / "shard-00000" / "a").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["shard-00000"]
 
@@ -289,7 +289,7 @@ def test_a_plan_covers_everything_once_and_keeps_what_is_done(size, totals, done
     spans = []
     for total in totals:
         finished = done[: len(spans)]
-        new = plan_spans(total, size, spans, finished)
+        new = partition_ranges(total, size, spans, finished)
         assert new[0].start == 0
         assert all(a.stop == b.start for a, b in pairwise(new))
         assert new[-1].start < total <= new[-1].stop

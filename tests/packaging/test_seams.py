@@ -60,7 +60,7 @@ def patches(source):
         "import fastpo.train.loop as module\nmonkeypatch.setattr(module, 'finish', None)",
         "import fastpo.train.loop\nfastpo.train.loop.finish = None",
         "from fastpo.train.trainer import Trainer\nsetattr(Trainer, 'record', None)",
-        "from fastpo.train import loop\npatch.object(loop.Waits, 'close')",
+        "from fastpo.train import loop\npatch.object(loop.TimedIterator, 'close')",
         'mock.patch("fastpo.train.loop.finish")',
     ],
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastpo.config import Config, as_text, decided_values
 from fastpo.data.sources import source_digest
-from fastpo.models.folder import ModelFolder, WeightsMemo
+from fastpo.models.folder import DigestMemo, ModelFolder
 from fastpo.models.geometry import Geometry
 
 # Of these the identity holds the content, the components' digests, instead of the values.
@@ -19,7 +19,7 @@ LIMIT = "data.limit"  # a cache serves every limit up to its own, see `Manifest.
 
 
 @dataclass(frozen=True)
-class CacheIdentity:
+class CacheFingerprint:
     """The identity that a configuration gives.
 
     Attributes:
@@ -29,13 +29,13 @@ class CacheIdentity:
     """
 
     fields: dict[str, str]
-    weights: dict[str, WeightsMemo]
+    weights: dict[str, DigestMemo]
     geometry: Geometry
 
 
-def cache_identity(
-    config: Config, model: ModelFolder, memo: dict[str, WeightsMemo] | None = None
-) -> CacheIdentity:
+def cache_fingerprint(
+    config: Config, model: ModelFolder, memo: dict[str, DigestMemo] | None = None
+) -> CacheFingerprint:
     """Works out the identity without loading any model.
 
     Args:
@@ -61,7 +61,7 @@ def cache_identity(
         "image geometry": str(geometry),
         **{key: as_text(value) for key, value in values.items()},
     }
-    return CacheIdentity(fields, weights, geometry)
+    return CacheFingerprint(fields, weights, geometry)
 
 
 def _components(model: ModelFolder) -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastpo.data.cache.manifest import FileRecord, Manifest, Quarantined, write_recorded
-from fastpo.data.cache.parts import INDEX, PROMPTS, Unit, read_table, units_of
+from fastpo.data.cache.parts import INDEX, PROMPTS, CachePart, parts_of, read_table
 from fastpo.data.sources.base import numbered
 from fastpo.errors import CacheError
 from fastpo.system.files import write_text
@@ -105,7 +105,7 @@ def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
 
 
 def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
-    """Joins the finished units' indices and enters the result into the manifest (without saving).
+    """Joins the finished parts' indices and enters the result into the manifest (without saving).
 
     Names that occur several times get their numbered suffix here, where all names are known.
 
@@ -113,14 +113,14 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
         The pairs left out, in the order of the source; they also stand in `quarantine.jsonl`.
 
     Raises:
-        CacheError: A unit is damaged, or two pairs cannot be told apart.
+        CacheError: A part is damaged, or two pairs cannot be told apart.
     """
-    records = {unit: unit.record(folder) for unit in units_of(manifest)}
-    shards = [unit for unit in records if unit.kind == "shard"]
+    records = {part: part.record(folder) for part in parts_of(manifest)}
+    shards = [part for part in records if part.kind == "shard"]
     quarantined = {
         position: pair
-        for unit in shards
-        for position, pair in records[unit].quarantined.items()
+        for part in shards
+        for position, pair in records[part].quarantined.items()
         if position < manifest.source_pairs
     }
     index, manifest.shapes, duplicates = _merge_index(folder, manifest, shards, quarantined)
@@ -133,8 +133,8 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
     texts = pa.chunked_array([c for p in prompts for c in p.chunks], pa.string())
     texts = texts.cast(pa.large_string()).combine_chunks()
     manifest.files = {
-        f"{unit.name}/{name}": file
-        for unit, record in records.items()
+        f"{part.name}/{name}": file
+        for part, record in records.items()
         for name, file in record.files.items()
     }
     manifest.files[INDEX_FILE] = write_arrow(folder / INDEX_FILE, index)
@@ -144,10 +144,13 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
 
 
 def _merge_index(
-    folder: Path, manifest: Manifest, shards: Sequence[Unit], quarantined: dict[int, Quarantined]
+    folder: Path,
+    manifest: Manifest,
+    shards: Sequence[CachePart],
+    quarantined: dict[int, Quarantined],
 ) -> tuple[pa.RecordBatch, list[tuple[int, int]], int]:
     """Returns the index, the latent shapes, and how many names occurred before."""
-    tables = [read_table(folder / unit.name / INDEX) for unit in shards]
+    tables = [read_table(folder / part.name / INDEX) for part in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(table) for table in tables])
     table = pa.concat_tables(tables).combine_chunks()
     position = table["position"].to_numpy()

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo.errors import CacheError
-from fastpo.models.folder import WeightsMemo
+from fastpo.models.folder import DigestMemo
 from fastpo.system.files import whole_file, write_text
 
 FORMAT = 2
@@ -38,7 +38,7 @@ class Quarantined(Record):
     reason: str
 
 
-class Span(Record):
+class Range(Record):
     """A stretch that one process encodes at a time: positions of the source, or prompt numbers.
 
     Attributes:
@@ -74,14 +74,14 @@ class Manifest(Record):
 
     format: int = FORMAT
     identity: dict[str, str]
-    weights: dict[str, WeightsMemo] = {}
+    weights: dict[str, DigestMemo] = {}
     stamp: str | None = None
     limit: int | None = None
     complete: bool = False
     report: dict[str, int] = {}
     source_pairs: int = 0
-    shards: list[Span] = []
-    texts: list[Span] = []
+    shards: list[Range] = []
+    texts: list[Range] = []
     shapes: list[tuple[int, int]] = []
     pairs: int = 0
     quarantined: int = 0

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config
-from fastpo.data.cache.fingerprint import cache_identity
+from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
 from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow, rows_of
 from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
-from fastpo.data.cache.parts import LATENTS, TEXT, finished_units, unit_name
+from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.errors import CacheError
 from fastpo.models.folder import ModelFolder
@@ -117,11 +117,11 @@ class PairCache:
         if manifest is None:
             raise CacheError(f"no prepared cache in {folder}: run `fastpo prepare` first")
         model = model or ModelFolder.resolve(config.model)
-        identity = cache_identity(config, model, manifest.weights)
+        identity = cache_fingerprint(config, model, manifest.weights)
         check_identity(folder, identity.fields, manifest.identity)
         if not manifest.complete:
             raise CacheError(
-                f"the cache {folder} is unfinished ({finished_units(folder, manifest)} of "
+                f"the cache {folder} is unfinished ({finished_parts(folder, manifest)} of "
                 f"{len(manifest.shards) + len(manifest.texts)} parts done): run `fastpo prepare` "
                 f"again, it continues where it stopped"
             )
@@ -194,7 +194,7 @@ class PairCache:
     ) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance, each `(2B, C, h, w)`, winners first."""
         key = f"{shape[0]}x{shape[1]}"
-        names = [f"{unit_name('shard', k)}/{LATENTS}" for k in self._shard[index].tolist()]
+        names = [f"{part_name('shard', k)}/{LATENTS}" for k in self._shard[index].tolist()]
         rows, pairs = self._files.rows(names[0], key), len(names)
         mean, logvar = (torch.empty((2 * pairs, *rows.shape[2:]), dtype=rows.dtype) for _ in "ml")
         into = bytes_of(mean), bytes_of(logvar)
@@ -209,7 +209,7 @@ class PairCache:
         """Returns the conditions that prompts give, by the prompts' numbers."""
         parts = np.searchsorted(self._text_starts, numbers, side="right") - 1
         places = [
-            (f"{unit_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
+            (f"{part_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
             for part, number in zip(parts.tolist(), numbers, strict=True)
         ]
         return {key: self._rows(places, key) for key in self._files.keys(places[0][0])}

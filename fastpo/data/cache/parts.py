@@ -26,8 +26,8 @@ from fastpo.data.cache.manifest import (
     FileRecord,
     Manifest,
     Quarantined,
+    Range,
     Record,
-    Span,
     file_record,
 )
 from fastpo.errors import CacheError
@@ -52,8 +52,8 @@ RECORD = "record.json"
 Kind = Literal["shard", "text"]
 
 
-class UnitRecord(Record):
-    """What stands in a unit's `record.json`.
+class PartRecord(Record):
+    """What stands in a part's `record.json`.
 
     Attributes:
         span: What it covers.
@@ -63,14 +63,14 @@ class UnitRecord(Record):
             `fastpo.data.prepare.verify_source`.
     """
 
-    span: Span
+    span: Range
     files: dict[str, FileRecord]
     quarantined: dict[int, Quarantined]
     contents: str = ""
 
 
 @dataclass(frozen=True)
-class Unit:
+class CachePart:
     """One part of a cache.
 
     Attributes:
@@ -81,12 +81,12 @@ class Unit:
 
     kind: Kind
     number: int
-    span: Span
+    span: Range
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return unit_name(self.kind, self.number)
+        return part_name(self.kind, self.number)
 
     @property
     def lock_number(self) -> int:
@@ -114,7 +114,7 @@ class Unit:
                 for name, write in writers.items():
                     write(temporary / name)
                     files[name] = file_record(temporary / name)
-                record = UnitRecord(
+                record = PartRecord(
                     span=self.span,
                     files=files,
                     quarantined=dict(quarantined or {}),
@@ -125,7 +125,7 @@ class Unit:
             if not self.done(folder):
                 raise
 
-    def record(self, folder: Path) -> UnitRecord:
+    def record(self, folder: Path) -> PartRecord:
         """Reads its record.
 
         Raises:
@@ -133,7 +133,7 @@ class Unit:
         """
         path = folder / self.name / RECORD
         try:
-            record = UnitRecord.model_validate_json(path.read_bytes())
+            record = PartRecord.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise CacheError(f"{path} is damaged ({error}); delete {path.parent}") from None
         if record.span != self.span:
@@ -144,15 +144,15 @@ class Unit:
         return record
 
 
-def unit_name(kind: Kind, number: int) -> str:
-    """Returns the name of a unit's folder."""
+def part_name(kind: Kind, number: int) -> str:
+    """Returns the name of a part's folder."""
     return f"{kind}-{number:05d}"
 
 
-def units_of(manifest: Manifest) -> list[Unit]:
-    """Returns the plan's units: the texts, then the shards."""
-    texts = [Unit("text", k, span) for k, span in enumerate(manifest.texts)]
-    return texts + [Unit("shard", k, span) for k, span in enumerate(manifest.shards)]
+def parts_of(manifest: Manifest) -> list[CachePart]:
+    """Returns the plan's parts: the texts, then the shards."""
+    texts = [CachePart("text", k, span) for k, span in enumerate(manifest.texts)]
+    return texts + [CachePart("shard", k, span) for k, span in enumerate(manifest.shards)]
 
 
 def tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
@@ -177,6 +177,6 @@ def read_table(path: Path) -> pa.Table:
         raise CacheError(f"{path} is damaged: {error}") from error
 
 
-def finished_units(folder: Path, manifest: Manifest) -> int:
+def finished_parts(folder: Path, manifest: Manifest) -> int:
     """Counts the parts that are done."""
-    return sum(unit.done(folder) for unit in units_of(manifest))
+    return sum(part.done(folder) for part in parts_of(manifest))

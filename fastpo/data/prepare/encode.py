@@ -19,7 +19,7 @@ from fastpo.data.cache.parts import (
     PROMPT_SCHEMA,
     PROMPTS,
     TEXT,
-    Unit,
+    CachePart,
     table_writer,
     tensor_writer,
 )
@@ -95,13 +95,13 @@ class ShardBuilder:
         if 2 * len(self._waiting[size]) >= self._batch_size:
             self._encode(size)
 
-    def write(self, folder: Path, unit: Unit) -> None:
+    def write(self, folder: Path, part: CachePart) -> None:
         """Encodes what is left and puts the shard in place."""
         for size in list(self._waiting):
             self._encode(size)
         latents = {name: torch.cat(parts) for name, parts in self._latents.items()}
         writers = {LATENTS: tensor_writer(latents), INDEX: table_writer(self._rows, INDEX_SCHEMA)}
-        unit.write(folder, writers, self._quarantined, "".join(self._contents))
+        part.write(folder, writers, self._quarantined, "".join(self._contents))
 
     def _encode(self, size: tuple[int, int]) -> None:
         """Encodes the waiting pairs of one image size."""
@@ -125,7 +125,7 @@ class ShardBuilder:
 
 
 def write_text(
-    config: Config, encoders: Encoders, folder: Path, unit: Unit, prompts: Sequence[str]
+    config: Config, encoders: Encoders, folder: Path, part: CachePart, prompts: Sequence[str]
 ) -> None:
     """Encodes a text part's prompts and puts it in place."""
     size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
@@ -135,7 +135,7 @@ def write_text(
             encoded[name].append(store(values, dtype, name))
     text = {name: torch.cat(parts) for name, parts in encoded.items()}
     rows = [{"prompt": prompt} for prompt in prompts]
-    unit.write(folder, {TEXT: tensor_writer(text), PROMPTS: table_writer(rows, PROMPT_SCHEMA)})
+    part.write(folder, {TEXT: tensor_writer(text), PROMPTS: table_writer(rows, PROMPT_SCHEMA)})
 
 
 def store(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:

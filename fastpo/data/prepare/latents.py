@@ -20,13 +20,13 @@ from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.fingerprint import CacheIdentity, cache_identity
+from fastpo.data.cache.fingerprint import CacheFingerprint, cache_fingerprint
 from fastpo.data.cache.index import QUARANTINE, merge
 from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
-from fastpo.data.cache.parts import Unit, units_of
+from fastpo.data.cache.parts import CachePart, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
-from fastpo.data.prepare.partition import plan
+from fastpo.data.prepare.partition import partition
 from fastpo.data.prepare.verify_source import check_contents, pair_content, read_image
 from fastpo.data.prepare.work import share_work
 from fastpo.data.sources import PairSource, open_source, source_stamp
@@ -74,7 +74,7 @@ def prepare(
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
     manifest = load_manifest(folder)
     model = model or ModelFolder.resolve(config.model)
-    identity = cache_identity(config, model, manifest.weights if manifest else None)
+    identity = cache_fingerprint(config, model, manifest.weights if manifest else None)
     if manifest is not None:
         check_identity(folder, identity.fields, manifest.identity)
     show = progress and process.rank == 0
@@ -84,7 +84,7 @@ def prepare(
         if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
             source = open_source(config.data)
             prompts = source.prompt_table()
-            manifest = plan(config, identity, source, prompts, locks, stamp=stamp)
+            manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
             work = _Work(config, model, identity, manifest, source, prompts, process)
             with progress_bar(
                 "encoding images", 2 * len(source), unit="images", show=show
@@ -106,7 +106,7 @@ class _Work:
 
     config: Config
     model: ModelFolder
-    identity: CacheIdentity
+    identity: CacheFingerprint
     manifest: Manifest
     source: PairSource
     prompts: PromptTable
@@ -119,22 +119,22 @@ class _Work:
 
     def make_parts(self, locks: FolderLocks, advance: Advance) -> None:
         """Makes the parts that no other process makes, and waits until all of them exist."""
-        units = {unit.lock_number: unit for unit in units_of(self.manifest)}
-        share_work(units, locks, partial(self._make, advance=advance), process=self.process)
+        parts = {part.lock_number: part for part in parts_of(self.manifest)}
+        share_work(parts, locks, partial(self._make, advance=advance), process=self.process)
 
-    def _make(self, unit: Unit, advance: Advance) -> None:
+    def _make(self, part: CachePart, advance: Advance) -> None:
         """Makes one part, unless it exists."""
         folder = self.config.prepare.cache_dir
-        if unit.done(folder):
-            advance(self._images(unit))
-        elif unit.kind == "text":
-            prompts = self.prompts.prompts[unit.span.start : unit.span.stop]
-            write_text(self.config, self.encoders, folder, unit, prompts)
+        if part.done(folder):
+            advance(self._images(part))
+        elif part.kind == "text":
+            prompts = self.prompts.prompts[part.span.start : part.span.stop]
+            write_text(self.config, self.encoders, folder, part, prompts)
         else:
-            self._make_shard(unit, advance)
+            self._make_shard(part, advance)
 
-    def _make_shard(self, unit: Unit, advance: Advance) -> None:
-        start, stop = unit.span.start, unit.span.stop
+    def _make_shard(self, part: CachePart, advance: Advance) -> None:
+        start, stop = part.span.start, part.span.stop
         builder = ShardBuilder(self.config, self.encoders, start)
         loaded = read_ahead(
             partial(_load, geometry=self.identity.geometry),
@@ -146,13 +146,13 @@ class _Work:
             for number, (pair, content, images) in zip(numbers, loaded, strict=True):
                 builder.add(pair, number, content, images)
                 advance(2)
-        builder.write(self.config.prepare.cache_dir, unit)
+        builder.write(self.config.prepare.cache_dir, part)
 
-    def _images(self, unit: Unit) -> int:
+    def _images(self, part: CachePart) -> int:
         """Images of a part within `data.limit`."""
-        if unit.kind == "text":
+        if part.kind == "text":
             return 0
-        return 2 * (min(unit.span.stop, len(self.source)) - unit.span.start)
+        return 2 * (min(part.span.stop, len(self.source)) - part.span.start)
 
 
 def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
@@ -176,7 +176,7 @@ def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
     sweep(folder, sole_writer=locks.supported)
 
 
-def _remember(folder: Path, identity: CacheIdentity, locks: FolderLocks) -> None:
+def _remember(folder: Path, identity: CacheFingerprint, locks: FolderLocks) -> None:
     """Notes that the model's files were hashed, so that nobody hashes them again."""
     with locks.manifest():
         manifest = load_manifest(folder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastpo.config import Config
-from fastpo.data.cache.fingerprint import CacheIdentity
-from fastpo.data.cache.manifest import Manifest, Span, check_identity, load_manifest
-from fastpo.data.cache.parts import units_of
+from fastpo.data.cache.fingerprint import CacheFingerprint
+from fastpo.data.cache.manifest import Manifest, Range, check_identity, load_manifest
+from fastpo.data.cache.parts import parts_of
 from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError
@@ -15,9 +15,9 @@ from fastpo.system.files import remove
 from fastpo.system.locks import FolderLocks
 
 
-def plan(
+def partition(
     config: Config,
-    identity: CacheIdentity,
+    identity: CacheFingerprint,
     source: PairSource,
     prompts: PromptTable,
     locks: FolderLocks,
@@ -49,7 +49,7 @@ def plan(
             return manifest
         before = manifest.model_copy(deep=True)
         if manifest.source_pairs != len(source):
-            _stretch(config, manifest, source, prompts, locks)
+            _extend(config, manifest, source, prompts, locks)
         if not manifest.covers(config.data.limit):
             manifest.limit = config.data.limit
         manifest.report = manifest.report | source.report.as_dict()
@@ -59,7 +59,7 @@ def plan(
         return manifest
 
 
-def _stretch(
+def _extend(
     config: Config,
     manifest: Manifest,
     source: PairSource,
@@ -74,16 +74,18 @@ def _stretch(
                 f"another process is preparing {folder} with data.limit {manifest.limit}, here it "
                 f"is {config.data.limit}: wait for it, or use the same"
             )
-        before = units_of(manifest)
-        done = {unit.name for unit in before if unit.done(folder)}
+        before = parts_of(manifest)
+        done = {part.name for part in before if part.done(folder)}
         for kind, total in (("shard", len(source)), ("text", len(prompts.prompts))):
-            old = [unit for unit in before if unit.kind == kind]
-            spans = plan_spans(total, size, [u.span for u in old], [u.name in done for u in old])
+            old = [part for part in before if part.kind == kind]
+            spans = partition_ranges(
+                total, size, [u.span for u in old], [u.name in done for u in old]
+            )
             if kind == "shard":
                 manifest.shards = spans
             else:
                 manifest.texts = spans
-        kept = {unit.name for unit in units_of(manifest)}
+        kept = {part.name for part in parts_of(manifest)}
         for name in done - kept:
             remove(folder / name)
     manifest.source_pairs = len(source)
@@ -91,9 +93,9 @@ def _stretch(
     manifest.complete, manifest.files = False, {}
 
 
-def plan_spans(
-    total: int, size: int, planned: Sequence[Span], finished: Sequence[bool]
-) -> list[Span]:
+def partition_ranges(
+    total: int, size: int, planned: Sequence[Range], finished: Sequence[bool]
+) -> list[Range]:
     """Returns the stretches that cover `0..total-1`, keeping those that are planned already.
 
     Args:
@@ -102,11 +104,11 @@ def plan_spans(
         planned: Earlier stretches, in order.
         finished: Which of them are done; those stay even where they reach beyond `total`.
     """
-    spans: list[Span] = []
+    spans: list[Range] = []
     for span, done in zip(planned, finished, strict=True):
         if span.start >= total:
             break
-        spans.append(span if done else Span(start=span.start, stop=min(span.stop, total)))
+        spans.append(span if done else Range(start=span.start, stop=min(span.stop, total)))
     start = spans[-1].stop if spans else 0
-    spans += [Span(start=s, stop=min(s + size, total)) for s in range(start, total, size)]
+    spans += [Range(start=s, stop=min(s + size, total)) for s in range(start, total, size)]
     return spans

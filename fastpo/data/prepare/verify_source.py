@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastpo.data.cache.manifest import Manifest
-from fastpo.data.cache.parts import units_of
+from fastpo.data.cache.parts import parts_of
 from fastpo.data.sources import PairSource
 from fastpo.errors import CacheError
 from fastpo.system.progress import progress_bar
@@ -59,11 +59,11 @@ def check_contents(
         CacheError: Pairs differ; the text names the first of them.
     """
     changed: list[str] = []
-    done = [u for u in units_of(manifest) if u.kind == "shard" and u.done(folder)]
+    done = [u for u in parts_of(manifest) if u.kind == "shard" and u.done(folder)]
     with progress_bar("comparing images", len(source), unit="pairs", show=show) as advance:
-        for unit in done:
-            known, start = unit.record(folder).contents, unit.span.start
-            stop = min(unit.span.stop, len(source))
+        for part in done:
+            known, start = part.record(folder).contents, part.span.start
+            stop = min(part.span.stop, len(source))
             if not known or start >= stop:
                 continue
             pairs = read_ahead(_content_of, source.pairs(start, stop), threads=workers)
