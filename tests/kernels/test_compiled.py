@@ -62,5 +62,11 @@ def test_other_targets(target):
 
 
 @pytest.mark.slow
+def test_launches_as_they_ship():
+    """Of the ahead-of-time table, those of one pair, in its size and launch configuration."""
+    assert on_machine("sm_90", "1_pair-bf16", "compiled_cases.py") >= 8
+
+
+@pytest.mark.slow
 def test_faults_put_into_the_code_are_found():
     assert on_machine("sm_90", "", "compiled_mutations.py", schedules=2) >= 12
