@@ -4,7 +4,7 @@
 # Versions: transformers 5.23.0, torch 2.13.0, safetensors 0.8.0, Python 3.11.
 #
 # What surprises: without a dtype argument, from_pretrained takes the dtype that config.json names
-# over the dtype of the weights file. (Version 4 loaded float32 whatever either said.) Text encoders
+# over the dtype of the weights file. Text encoders
 # whose config was written when they were half precision, beside a float32 file, so lose half of
 # their digits on loading, without a word. dtype=torch.float32 asks for what the file holds.
 #
@@ -14,8 +14,7 @@
 #   file torch.float16, config torch.float32: loaded as torch.float32, with dtype=torch.float16 as torch.float16
 #
 # Why it matters: prompt embeddings are computed once and cached for preference training; published
-# pipelines carry configs and files of different precision, and the same script gives other
-# embeddings under transformers 4 and 5.
+# pipelines carry configs and files of different precision.
 #
 # What FastPO does: it passes a dtype to every from_pretrained of an encoder, and keeps the dtype
 # key of config.json out of the fingerprint of a model folder.

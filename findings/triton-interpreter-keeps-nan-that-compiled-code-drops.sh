@@ -5,9 +5,9 @@
 #
 # What surprises: under TRITON_INTERPRET=1, tl.maximum and tl.minimum are numpy's, which return NaN
 # if either operand is one. Compiled for a GPU they become max.f32 and min.f32, which return the
-# other operand (PTX ISA, "max": "if one of the inputs is NaN, the result is the other"). The
-# reduction tl.max drops NaN in both. With propagate_nan=tl.PropagateNan.ALL the compiled
-# instruction is max.NaN.f32, which agrees with the interpreter.
+# other operand, as the PTX manual says of max and min (read from the code; not run on a GPU here).
+# With propagate_nan=tl.PropagateNan.ALL the compiled instruction is max.NaN.f32, which agrees with
+# the interpreter.
 #
 # Seen (the compiled part needs no GPU: the kernels are compiled ahead of time for sm_90):
 #   triton 3.7.1 torch 2.13.0+cpu
