@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastpo.config import Config, as_text, decided_values
+from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.cache.fingerprint import MODEL_KEYS
 from fastpo.data.prepare.work import share_work
-from fastpo.data.sampler import PairSampler, count_steps
-from fastpo.errors import CacheError, ConfigError, ModelError
+from fastpo.data.sampler import PairSampler
+from fastpo.errors import ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import setup_denoisers
-from fastpo.models.folder import DigestMemo, ModelFolder
+from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, setup_noise
 from fastpo.precision import autocast
+from fastpo.reference_cache.fingerprint import reference_identity
+from fastpo.reference_cache.open import needed_pairs, run_steps
 from fastpo.reference_cache.store import (
     ReferenceErrors,
     merge_parts,
@@ -40,7 +41,7 @@ from fastpo.reference_cache.store import (
     reference_root,
     write_part,
 )
-from fastpo.system.files import make_folder, sweep, write_text
+from fastpo.system.files import make_folder, sweep
 from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
@@ -49,127 +50,6 @@ from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number
 BLOCK_PAIRS = 512  # what a kill can lose, per process
-
-
-def reference_identity(
-    config: Config, model: ModelFolder, cache: PairCache, noise: PairNoise
-) -> dict[str, str]:
-    """Names everything on which a visit's reference errors depend, without loading the model.
-
-    Of the configuration these are the keys with `decides("reference")`: the model and the draws by
-    their content, all others by their value. What plays no part has an empty value.
-
-    Raises:
-        ModelError: The denoiser is missing.
-    """
-    content = {
-        model.family.title: _denoiser_digest(config, model),
-        "prepared latents": cache.fingerprint,
-        **noise.identity(),
-    }
-    values = decided_values(config, "reference", named=(*MODEL_KEYS, *content))
-    plain = {key: as_text(value) for key, value in values.items()}
-    return content | plain | dict.fromkeys(_idle_keys(config), "")
-
-
-def _idle_keys(config: Config) -> Iterator[str]:
-    """Keys that decide the reference's errors in other configurations, but not in this one."""
-    # In half precision LoRA and full fine-tuning round the reference's norms differently.
-    if config.train.precision == "fp32":
-        yield "train.method"
-    # The two sides of a flipped pair exchange their draws; without draws no flip matters.
-    if not config.train.sample_latents:
-        yield from ("data.flip_rate", "data.flip_seed")
-    elif config.data.flip_rate == 0.0:
-        yield "data.flip_seed"
-
-
-def _denoiser_digest(config: Config, model: ModelFolder) -> str:
-    """Hashes the denoiser, or recalls it from beside the errors while its files are untouched."""
-    name = model.family.denoiser
-    path, known = reference_root(config.prepare.cache_dir) / f"{name}.json", None
-    with contextlib.suppress(OSError, ValueError):
-        known = DigestMemo.model_validate_json(path.read_text())
-    memo = model.digest(name, known)
-    if memo != known:
-        with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
-            write_text(path, memo.model_dump_json())
-    return memo.sha256
-
-
-def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> list[np.ndarray]:
-    """Returns, visit by visit, the positions of the pairs that a run draws.
-
-    Args:
-        sampler: The run's stream.
-        num_pairs: Pairs of the cache of latents.
-        micro_batches: How many the run takes of the stream; the last epoch may be partial.
-    """
-    per_epoch = sampler.micro_batches_per_epoch
-    visits, rest = divmod(micro_batches, per_epoch)
-    needed = [np.arange(num_pairs)] * visits
-    if rest:
-        drawn = (sampler.micro_batch(visits * per_epoch + k)[1] for k in range(rest))
-        needed.append(np.sort(np.concatenate([np.asarray(pairs) for pairs in drawn])))
-    return needed
-
-
-def _steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
-    """Optimizer steps of the configuration's run."""
-    return count_steps(
-        config.train.max_steps,
-        config.train.epochs,
-        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
-        micro_batches_per_step=micro_batches_per_step,
-    )
-
-
-def open_for_run(
-    config: Config,
-    model: ModelFolder,
-    cache: PairCache,
-    noise: PairNoise,
-    sampler: PairSampler,
-    processes: int,
-) -> ReferenceErrors | None:
-    """Opens the errors that a training run reads, and checks that they last to its end.
-
-    A run that has no reference, or runs it live, gets None.
-
-    Args:
-        config: The run's configuration.
-        model: The folder of its model.
-        cache: Its prepared latents.
-        noise: Its noise source.
-        sampler: Its stream.
-        processes: How many train.
-
-    Raises:
-        CacheError: There are none, they were computed from something else (each differing field is
-            named), or they end before the run does; the text says which command mends it.
-    """
-    if not config.train.reads_reference_errors:
-        return None
-    micro_batches = processes * config.train.accumulation_steps
-    steps = _steps(config, sampler, micro_batches)
-    needed = needed_pairs(sampler, len(cache), steps * micro_batches)
-    whole = f"fastpo prepare CONFIG --reference {len(needed)}"
-    errors = open_reference_errors(
-        config.prepare.cache_dir, reference_identity(config, model, cache, noise), command=whole
-    )
-    for visit, pairs in enumerate(needed):
-        missing = errors.missing(visit, pairs)
-        if not len(missing):
-            continue
-        raise CacheError(
-            f"the reference errors in {errors.folder} end before the run does: they hold "
-            f"{errors.complete_visits(len(cache))} whole visits of the {len(cache)} pairs, "
-            f"{steps} steps of {micro_batches} micro-batches need {len(needed)}; visit {visit} "
-            f"(from 0) lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for "
-            f"these pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; "
-            "only what is missing is computed"
-        )
-    return errors
 
 
 def prepare_reference(
@@ -212,7 +92,7 @@ def prepare_reference(
     if visits is None:
         sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
         micro_batches = (processes or process.world_size) * config.train.accumulation_steps
-        steps = _steps(config, sampler, micro_batches)
+        steps = run_steps(config, sampler, micro_batches)
         needed = needed_pairs(sampler, len(cache), steps * micro_batches)
     root = reference_root(config.prepare.cache_dir)
     make_folder(root)  # the denoiser's digest is noted there

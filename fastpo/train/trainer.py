@@ -18,7 +18,7 @@ from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, setup_noise
-from fastpo.reference_cache.compute import open_for_run
+from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
 from fastpo.train.batch_statistics import RunningStatistics, make_statistics
 from fastpo.train.data import TrainingData

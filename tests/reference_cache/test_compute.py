@@ -22,7 +22,7 @@ from fastpo.errors import CacheError, ConfigError, ModelError
 from fastpo.models.folder import ModelFolder
 from fastpo.models.unet import UNetFamily
 from fastpo.noise import setup_noise
-from fastpo.reference_cache.compute import open_for_run, prepare_reference, reference_identity
+from fastpo.reference_cache import open_for_run, prepare_reference, reference_identity
 from fastpo.reference_cache.store import MANIFEST, reference_root
 from fastpo.train import train
 

@@ -1,0 +1,89 @@
+"""Which errors a run reads, and whether the stored ones last to its end."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastpo.config import Config
+from fastpo.data.cache import PairCache
+from fastpo.data.sampler import PairSampler
+from fastpo.errors import CacheError
+from fastpo.models.folder import ModelFolder
+from fastpo.noise import PairNoise
+from fastpo.reference_cache.fingerprint import reference_identity
+from fastpo.reference_cache.store import ReferenceErrors, open_reference_errors
+
+
+def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> list[np.ndarray]:
+    """Returns, visit by visit, the positions of the pairs that a run draws.
+
+    Args:
+        sampler: The run's stream.
+        num_pairs: Pairs of the cache of latents.
+        micro_batches: How many the run takes of the stream; the last epoch may be partial.
+    """
+    per_epoch = sampler.micro_batches_per_epoch
+    visits, rest = divmod(micro_batches, per_epoch)
+    needed = [np.arange(num_pairs)] * visits
+    if rest:
+        drawn = (sampler.micro_batch(visits * per_epoch + k)[1] for k in range(rest))
+        needed.append(np.sort(np.concatenate([np.asarray(pairs) for pairs in drawn])))
+    return needed
+
+
+def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
+    """Optimizer steps of the configuration's run."""
+    return count_steps(
+        config.train.max_steps,
+        config.train.epochs,
+        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
+        micro_batches_per_step=micro_batches_per_step,
+    )
+
+
+def open_for_run(
+    config: Config,
+    model: ModelFolder,
+    cache: PairCache,
+    noise: PairNoise,
+    sampler: PairSampler,
+    processes: int,
+) -> ReferenceErrors | None:
+    """Opens the errors that a training run reads, and checks that they last to its end.
+
+    A run that has no reference, or runs it live, gets None.
+
+    Args:
+        config: The run's configuration.
+        model: The folder of its model.
+        cache: Its prepared latents.
+        noise: Its noise source.
+        sampler: Its stream.
+        processes: How many train.
+
+    Raises:
+        CacheError: There are none, they were computed from something else (each differing field is
+            named), or they end before the run does; the text says which command mends it.
+    """
+    if not config.train.reads_reference_errors:
+        return None
+    micro_batches = processes * config.train.accumulation_steps
+    steps = run_steps(config, sampler, micro_batches)
+    needed = needed_pairs(sampler, len(cache), steps * micro_batches)
+    whole = f"fastpo prepare CONFIG --reference {len(needed)}"
+    errors = open_reference_errors(
+        config.prepare.cache_dir, reference_identity(config, model, cache, noise), command=whole
+    )
+    for visit, pairs in enumerate(needed):
+        missing = errors.missing(visit, pairs)
+        if not len(missing):
+            continue
+        raise CacheError(
+            f"the reference errors in {errors.folder} end before the run does: they hold "
+            f"{errors.complete_visits(len(cache))} whole visits of the {len(cache)} pairs, "
+            f"{steps} steps of {micro_batches} micro-batches need {len(needed)}; visit {visit} "
+            f"(from 0) lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for "
+            f"these pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; "
+            "only what is missing is computed"
+        )
+    return errors
