@@ -6,7 +6,7 @@ import numpy as np
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.sampler import PairSampler
+from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.errors import CacheError
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise
