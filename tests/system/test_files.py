@@ -19,7 +19,6 @@ ALLOWED = {
     ("reference_cache/store.py", "open"): "in a whole_file, which flushes it",
     ("system/locks.py", "open"): "a lock file holds no bytes",
     ("testing/datasets.py", "write_bytes"): "inputs of tests, written anew each time",
-    ("testing/pipelines.py", "write_text"): "inputs of tests, written anew each time",
     ("testing/datasets.py", "write_text"): "inputs of tests, written anew each time",
     ("train/checkpoint.py", "write_text"): "in a whole_folder, which flushes it",
 }
