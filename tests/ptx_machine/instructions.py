@@ -56,6 +56,17 @@ def _pairwise(single: Operation) -> Operation:
     return Operation(apply, (64,) * len(single.sources), 64)
 
 
+def _mixed(opcode: Opcode, seed: int) -> Operation:
+    """`add`, `sub` and `fma` of float32 with narrower first operands, which convert exactly."""
+    single, widened = operation(opcode[:-1], seed), _WIDENED["f32", opcode[-1]]
+    n = len(single.sources) - 1
+
+    def apply(*operands: np.ndarray) -> np.ndarray:
+        return single.function(*(widened(a) for a in operands[:n]), operands[n])
+
+    return Operation(apply, (*[16] * n, 32), 32)
+
+
 def operation(opcode: Opcode, seed: int) -> Operation:
     """The meaning of an opcode; `seed` says which device it is where the ISA leaves it open.
 
@@ -64,6 +75,8 @@ def operation(opcode: Opcode, seed: int) -> Operation:
     """
     if opcode[-1] == "f32x2" and opcode[0] in ("add", "sub", "mul", "fma"):
         return _pairwise(operation((*opcode[:-1], "f32"), seed))
+    if opcode[-2:] in (("f32", "bf16"), ("f32", "f16")) and opcode[0] in ("add", "sub", "fma"):
+        return _mixed(opcode, seed)
     if opcode[0] not in _BUILDERS:
         raise UnknownInstruction(".".join(opcode))
     try:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .errors import PtxError, UnknownInstruction, Unreached
+from .errors import Misaligned, PtxError, UnknownInstruction, Unreached
 from .gang import Gang, merged
 from .memory import GlobalMemory, SharedMemory
 from .order import Clocks
 from .parser import Instruction
-from .shuffle import shuffled
+from .shuffle import row_addresses, shuffled
 from .steps import (
     Access,
     Atomic,
@@ -26,6 +26,7 @@ from .steps import (
     Compute,
     Exit,
     Kernel,
+    MatrixLoad,
     Shuffle,
     Slots,
     Step,
@@ -183,6 +184,8 @@ class Scheduler:
             return self._barrier(gang)
         elif isinstance(step, Shuffle):
             return self._shuffle(gang, step)
+        elif isinstance(step, MatrixLoad):
+            return self._matrix_load(gang, step)
         elif isinstance(step, Atomic):
             self._atomic(gang, step)
         elif isinstance(step, Exit):
@@ -281,17 +284,36 @@ class Scheduler:
                 left.append(gang.part(self.kernel, np.flatnonzero(~mine)))
         return taken, left
 
-    def _shuffle(self, gang: Gang, step: Shuffle) -> bool:
+    def _are_whole(self, gang: Gang) -> bool:
+        """Whether all lanes of the warps are in the gang; if not, it waits until they are."""
         whole = gang.whole_warps()
+        if whole.all():
+            return True
+        same = [g for g in self.apart if g.pc == gang.pc]
+        self.apart = [g for g in self.apart if g.pc != gang.pc]
+        gang = merged(self.kernel, [gang, *same])
+        whole = gang.whole_warps()
+        if whole.any():
+            self.ready.append(gang.part(self.kernel, np.flatnonzero(whole)))
         if not whole.all():
-            same = [g for g in self.apart if g.pc == gang.pc]
-            self.apart = [g for g in self.apart if g.pc != gang.pc]
-            gang = merged(self.kernel, [gang, *same])
-            whole = gang.whole_warps()
-            if whole.any():
-                self.ready.append(gang.part(self.kernel, np.flatnonzero(whole)))
-            if not whole.all():
-                self.apart.append(gang.part(self.kernel, np.flatnonzero(~whole)))
+            self.apart.append(gang.part(self.kernel, np.flatnonzero(~whole)))
+        return False
+
+    def _matrix_load(self, gang: Gang, step: MatrixLoad) -> bool:
+        if not self._are_whole(gang):
+            return False
+        base = gang.slots[step.reads[0]] + np.uint32(step.offset & 0xFFFFFFFF)
+        addresses = np.broadcast_to(base, len(gang.lanes)).reshape(-1, 32)
+        if (addresses[:, : 8 * len(step.writes)] % 16).any():
+            raise Misaligned("a row of a matrix, which 16 bytes must divide")
+        for k, slot in enumerate(step.writes):
+            rows = row_addresses(addresses, k).ravel()
+            gang.slots[slot] = self.shared.load(rows, 4, 1, gang.lanes)[0]
+        gang.pc += 1
+        return True
+
+    def _shuffle(self, gang: Gang, step: Shuffle) -> bool:
+        if not self._are_whole(gang):
             return False
         n = len(gang.lanes)
         operands = [np.broadcast_to(gang.slots[s], n).reshape(-1, 32) for s in step.reads[:4]]

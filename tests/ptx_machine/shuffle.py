@@ -1,4 +1,4 @@
-"""`shfl.sync`: values of other lanes of a warp."""
+"""What lanes of a warp do together: `shfl.sync`, and whose rows `ldmatrix` loads."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def shuffled(
         source = smallest | (by & 31 & ~segment)
         found = source <= largest
     return np.take_along_axis(values, np.where(found, source, lane), 1), found
+
+
+def row_addresses(addresses: np.ndarray, which: int) -> np.ndarray:
+    """Where each lane of whole warps, `[warps, 32]`, loads its four bytes of one 8 x 8 matrix.
+
+    The rows of matrix k are at the addresses of lanes 8 k to 8 k + 7; four lanes share a row.
+    """
+    lane = np.arange(32)
+    return addresses[:, 8 * which + lane // 4] + (lane % 4 * 4).astype(addresses.dtype)

@@ -82,6 +82,13 @@ class Shuffle(Step):
 
 
 @dataclass
+class MatrixLoad(Step):
+    """`ldmatrix`: reads[0] is the address of a row; as many 8 x 8 matrices as there are writes."""
+
+    offset: int = 0
+
+
+@dataclass
 class Branch(Step):
     """To `target`, an index of a step."""
 

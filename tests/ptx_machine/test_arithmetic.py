@@ -96,6 +96,15 @@ def test_extremes_drop_nan_unless_asked(name):
     assert apply(f"{name}.f32", *zeros)[0] == ((1 << 31) if name == "min" else 0)
 
 
+@pytest.mark.parametrize("name", ["add", "sub", "fma"])
+def test_a_narrow_operand_beside_a_float(name):
+    narrow, wide = apply("cvt.rn.bf16.f32", near(200)), near(200)
+    full = apply("cvt.f32.bf16", narrow)
+    n = 2 if name == "fma" else 1
+    found = apply(f"{name}.rn.f32.bf16", *[narrow] * n, wide)
+    assert np.array_equal(found, apply(f"{name}.rn.f32", *[full] * n, wide))
+
+
 @pytest.mark.parametrize("opcode", ["add.f32", "mul.f32", "div.rn.f32", "fma.rn.f32"])
 def test_arithmetic_gives_one_nan(opcode):
     one = np.array([0x3F800000] * 3, np.uint32)

@@ -209,6 +209,23 @@ def test_shuffles(mode):
     assert np.array_equal(result, expected)
 
 
+def test_a_matrix_load():
+    """Lane t gets the t-th word of each matrix, whose rows are of 16 bytes."""
+    source, result = arrays()
+    execute("""
+	st.shared.b32 	[%r4], %r3;
+	bar.sync 	0;
+	and.b32 	%r6, %r1, 15;  // 256 bytes are 16 rows: two matrices
+	shl.b32 	%r6, %r6, 4;
+	add.s32 	%r6, %r6, %r5;
+	ldmatrix.sync.aligned.m8n8.x2.shared.b16 	{%r7, %r8}, [%r6];
+	setp.lt.s32 	%p2, %r1, 32;
+	selp.b32 	%r7, %r7, %r8, %p2;
+	st.global.b32 	[%rd4], %r7;
+""", source, result)  # fmt: skip
+    assert np.array_equal(source, result)
+
+
 TICKET = """
 	@%p1 st.global.b32 	[%rd6+16], %r3;  // a part
 	bar.sync 	0;

@@ -20,6 +20,7 @@ from .steps import (
     Compute,
     Exit,
     Kernel,
+    MatrixLoad,
     Shuffle,
     Slots,
     Step,
@@ -288,6 +289,19 @@ class _Translator:
         reads = tuple(self.slot(o, 32) for o in given)
         return Shuffle(self._unguarded(one), reads, writes, mode=one.opcode[2])
 
+    def matrix_load(self, one: Instruction) -> MatrixLoad:
+        """`ldmatrix` of 8 x 8 matrices of 16 bits."""
+        target, address = one.operands
+        counts = {"x1": 1, "x2": 2, "x4": 4}
+        form = ("ldmatrix", "sync", "aligned", "m8n8", one.opcode[4], "shared", "b16")
+        if one.opcode != form or not isinstance(target, Vector) or not isinstance(address, Address):
+            raise UnknownInstruction("kind of matrix load")
+        if len(target.parts) != counts.get(one.opcode[4]):
+            raise UnknownInstruction("number of operands")
+        writes = tuple(self.slot(p, 32) for p in target.parts)
+        reads = (self.slot(address.base, 32),)
+        return MatrixLoad(self._unguarded(one), reads, writes, offset=address.offset)
+
     def branch(self, one: Instruction) -> Branch:
         """`bra`."""
         (label,) = one.operands
@@ -313,7 +327,7 @@ _BUILDERS: dict[str, Callable[[_Translator, Instruction], Step]] = {
     "ld": _Translator.access, "st": _Translator.access, "atom": _Translator.atomic,
     "red": _Translator.atomic, "shfl": _Translator.shuffle, "bra": _Translator.branch,
     "bar": _Translator.barrier, "barrier": _Translator.barrier, "ret": _Translator.exit,
-    "exit": _Translator.exit,
+    "exit": _Translator.exit, "ldmatrix": _Translator.matrix_load,
 }  # fmt: skip
 
 
