@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -46,7 +47,7 @@ class Advance:
             count: How many.
             note: Replaces the text behind the bar.
         """
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self._bar.update(self._task, advance=count, **fields)
 
 
