@@ -14,8 +14,8 @@ PACKAGE = ROOT / "fastpo"
 # From top to bottom. Rooms of one layer do not import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli",),
-    ("demo", "study", "testing"),
+    ("cli", "study"),
+    ("demo", "testing"),
     ("plan",),
     ("train",),
     ("reference_cache", "report"),

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "fastpo"
 # From top to bottom. What stands on one line may not import one another.
 LAYERS = [
     {"__main__"},
-    {"cli"},
-    {"demo", "study", "testing"},
+    {"cli", "study"},
+    {"demo", "testing"},
     {"plan"},
     {"train"},
     {"reference_cache", "report"},

@@ -1,11 +1,11 @@
 """Who finds the wrong labels, what that saves of the gain, and what it costs a step.
 
-    python benchmarks/bench_ledger.py --work FOLDER [--seeds 0 1] [--flips 0.2 0.4] [--parts ...]
+    python -m fastpo.study.ledger --work FOLDER [--seeds 0 1] [--flips 0.2 0.4] [--parts ...]
 
 The demo's digits through the real trainer, in small: 700 rows of preferences (a quarter of them
-ties), four epochs, batches of 16. A finished run stands in the CSV and is not repeated. The votes
-of plain DPO's runs are kept in FOLDER; `ledger_scales.py` replays them on other scales. `--short`
-tries every line in a minute; the numbers then mean nothing.
+ties), four epochs, batches of 16. A finished run is in the CSV and is not repeated. The votes of
+plain DPO's runs are kept in FOLDER; `fastpo/study/replay.py` replays them on other scales.
+`--short` tries every line in a minute; the numbers then mean nothing.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class VoteRecorder(Observer):
 
 
 def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
-    """Writes a run's votes for `ledger_scales.py`."""
+    """Writes a run's votes for `fastpo/study/replay.py`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, votes=np.concatenate(votes), flipped=flipped)
 

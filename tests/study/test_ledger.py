@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.slow
 def test_every_part_runs_and_a_finished_run_is_not_repeated(tmp_path, script):
     file = tmp_path / "ledger.csv"
-    command = ["benchmarks/bench_ledger.py", "--short", "--work", tmp_path, "--out", file]
+    command = ["-m", "fastpo.study.ledger", "--short", "--work", tmp_path, "--out", file]
     options = ["--seeds", "0", "--flips", "0.2", "--methods", "ledger, gate", "dpo"]
     script(*command, *options, "--parts", "methods", "cost", "cases")
     with file.open() as lines:
@@ -28,7 +28,7 @@ def test_every_part_runs_and_a_finished_run_is_not_repeated(tmp_path, script):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- ledger:begin -->\n<!-- ledger:end -->\n")
     replay = ["--work", tmp_path / "short", "--csv", file, "--readme", readme]
-    script("benchmarks/ledger_scales.py", *replay)
+    script("-m", "fastpo.study.replay", *replay)
     with file.open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["part"] == "scale"]
     votes = {row["method"] for row in rows if row["auroc"]}

@@ -1,14 +1,14 @@
 """On which scale should a margin vote? Replays recorded votes, and writes the tables.
 
-    python benchmarks/ledger_scales.py [--work FOLDER]
+    python -m fastpo.study.replay [--work FOLDER]
 
-FOLDER is that of `bench_ledger.py`, whose CSV this completes and turns into `ledger.md` beside it
-and into the README's table. Plain DPO's votes are replayed, since no ledger had a hand in them: as
-they were, with outliers put among them, and through a ledger with other constants.
+FOLDER is that of `fastpo/study/ledger.py`, whose CSV this completes and turns into `ledger.md`
+beside it and into the README's table. Plain DPO's votes are replayed, since no ledger had a hand in
+them: as they were, with outliers put among them, and through a ledger with other constants.
 
 `view` is what the model predicts. The demo's predicts the velocity v; the same network's answer for
 the noise is `sigma x + signal v`, so the squared errors, and margins, are `signal^2` times as
-large: what a ledger would see under SD1.5's and SDXL's parametrisation.
+large: what a ledger would see under SD1.5's and SDXL's parametrization.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_ledger import METHODS, Results, area
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 import fastpo.ledger
@@ -30,6 +29,7 @@ from fastpo.bench.script import results_path
 from fastpo.bench.table import with_section
 from fastpo.demo.base import SCHEDULE
 from fastpo.ledger import BINS, CERTAIN, DOUBT, PRIOR, WINDOW, PairLedger
+from fastpo.study.ledger import METHODS, Results, area
 from fastpo.system.files import write_text
 
 OURS = "leveled and worth (ours)"
@@ -151,7 +151,7 @@ def rms_of(votes: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One recorded run under one parametrisation, cut into steps in one way."""
+    """One recorded run under one parametrization, cut into steps in one way."""
 
     name: str
     rate: float

@@ -1,0 +1,1 @@
+"""Studies: which labels are wrong, and does handling them help; run from a checkout."""
