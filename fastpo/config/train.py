@@ -87,7 +87,7 @@ class TrainConfig(Section):
         "tensorboard",
     )
     # None: triton where the tensors are on a GPU that it supports
-    loss_impl: Annotated[Literal["triton", "reference"] | None, decides("run")] = None
+    loss_impl: Annotated[Literal["triton", "cpu", "reference"] | None, decides("run")] = None
     # threads that read ahead; 0 reads when the step asks
     loader_workers: Annotated[Count, decides("nothing")] = 2
 

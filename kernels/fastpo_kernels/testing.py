@@ -58,9 +58,9 @@ def pair_inputs(
         return torch.randn(rows, *dims, generator=rng)
 
     target = normal(n_pairs) if shared_target else normal(2 * n_pairs)
-    centre = target.repeat(2 if shared_target else 1, *[1] * len(dims))
+    center = target.repeat(2 if shared_target else 1, *[1] * len(dims))
     common = normal(n_pairs).repeat(2, *[1] * len(dims))
-    policy = centre + 0.3 * (0.6 * normal(2 * n_pairs) + 0.8 * common)
+    policy = center + 0.3 * (0.6 * normal(2 * n_pairs) + 0.8 * common)
     others = [policy + 0.1 * normal(2 * n_pairs) for _ in range(1 + n_annotators)]
     reference, *annotators = [t.to(device, dtype) for t in others]
     return PairInputs(policy.to(device, dtype), reference, target.to(device, dtype), annotators)
