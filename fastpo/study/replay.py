@@ -371,7 +371,7 @@ def main() -> None:
     tables = [methods_table(results), scales_table(results), cases_table(results)]
     more = [over, means_table(results, "outliers"), constants, means_table(results, "constants")]
     text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join([*tables, *more]) + "\n"
-    results.path.with_suffix(".md").write_text(text)
+    write_text(results.path.with_suffix(".md"), text)
     body = f"{about}\n\n{tables[0]}\n\n{cases_line(results)}"
     write_text(options.readme, with_section(options.readme.read_text(), "ledger", body))
 

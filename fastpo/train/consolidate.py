@@ -7,6 +7,7 @@ neither DeepSpeed nor a GPU, and host memory for one copy of the trained weights
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,16 +30,19 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
 
     Args:
         source: A run's folder, whose newest checkpoint is taken, or a checkpoint's folder.
-        target: The folder to make or replace; its layout is `fastpo.models.export.export_policy`'s.
+        target: The folder to make; its layout is `fastpo.models.export.export_policy`'s. It may be
+            there if it is empty: nothing is replaced.
         average: Export the moving average of `train.ema_decay` instead of the last weights.
 
     Returns:
         `target`.
 
     Raises:
-        CheckpointError: There is no whole checkpoint, or no moving average in it.
+        CheckpointError: There is no whole checkpoint, or no moving average in it, or the target
+            holds something.
         ModelError: The base model's folder is not to be found.
     """
+    _check_free(target)
     checkpoint = _find(source)
     try:
         about = json.loads((checkpoint / "state.json").read_text())
@@ -55,6 +59,14 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     model = ModelFolder.resolve(config.model)
     policy = _architecture(config, model)
     return export_policy(model.family, policy, target, config.train.method, weights)
+
+
+def _check_free(target: Path) -> None:
+    empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not empty:
+        raise CheckpointError(
+            f"{target} is there and is not an empty folder: give a new one, nothing is replaced"
+        )
 
 
 def _find(source: Path) -> Path:

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +43,18 @@ class RunFolder:
         self.main = main
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuses to mix two runs.
+        """Refuses to mix two runs, and to replace what no run has written.
 
         Raises:
-            CheckpointError: The folder holds a run and neither flag was given.
+            CheckpointError: The folder holds a run and neither flag was given, or a folder of a
+                name that a run would write, without the metrics that every run has.
         """
+        foreign = [name for name in FOLDERS if os.path.lexists(self.path / name)]
+        if foreign and not (self.path / METRICS).exists():
+            raise CheckpointError(
+                f"{self.path / foreign[0]} is there, but no {METRICS} of a run that could have "
+                "written it, so it would not be replaced: set another train.output_dir"
+            )
         if resume or overwrite or not any((self.path / name).exists() for name in RESULTS):
             return
         raise CheckpointError(
@@ -58,9 +66,9 @@ class RunFolder:
         """Removes an earlier run's results, and nothing else that lies in the folder."""
         if not self.main:
             return
-        for name in (*FOLDERS, "tensorboard", "fastpo"):
-            remove(self.path / name)
-        for name in RESULTS:
+        for name in ("tensorboard", "fastpo"):
+            _remove_events(self.path / name)
+        for name in (*FOLDERS, *RESULTS):
             remove(self.path / name)
 
     def sweep(self) -> None:
@@ -111,6 +119,22 @@ class RunFolder:
         for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
             writer.writerow([pair_id, *("" if v != v else v for v in values)])
         write_text(self.path / MINORITY, text.getvalue())
+
+
+def _remove_events(folder: Path) -> None:
+    """Removes what a tracker wrote into a folder, and the folders that are then empty.
+
+    Trackers name their folder after the project: beside a checkout it is the package's own.
+    """
+    if folder.is_symlink():
+        return
+    for pattern in ("events.out.tfevents.*", "hparams.yml"):
+        for file in sorted(folder.rglob(pattern)):
+            remove(file)
+    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for empty in (*inner, folder):
+        with suppress(OSError):
+            empty.rmdir()
 
 
 @contextmanager
