@@ -32,7 +32,7 @@ def train_on_two():
             text=True,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=1500,
+            timeout=3600,
             check=False,
         )
         file = listed.with_suffix(".done")

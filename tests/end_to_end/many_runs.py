@@ -19,7 +19,7 @@ from fastpo.config import load_config
 from fastpo.errors import FastPOError
 from fastpo.train import train
 
-PATIENCE = 400  # seconds; compiling DeepSpeed's optimizer takes one or two minutes of them
+PATIENCE = 1200  # seconds; compiling DeepSpeed's optimizer takes minutes beside other work
 
 
 def main(jobs):
