@@ -9,7 +9,7 @@ from torch import nn
 from fastpo.config import load_config
 from fastpo.ledger import PairLedger
 from fastpo.system.files import sweep
-from fastpo.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint import Origin, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.train.state import TrainingState
 from fastpo.train.weights import PolicyWeights
 from tests.faults.crash_points import end_everywhere
@@ -29,7 +29,7 @@ def make_state(value):
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.ConstantLR(optimizer),
         ledger=ledger,
-        metric=torch.full((2,), float(value)),
+        last_minority=torch.full((2,), float(value)),
         averages={},
     )
 
@@ -37,16 +37,16 @@ def make_state(value):
 def tensors(state):
     momentum = state.optimizer.state_dict()["state"][0]["exp_avg"]
     votes = state.ledger.state_dict().values()
-    return [state.trainable["weight"].detach(), momentum, state.metric, *votes]
+    return [state.trainable["weight"].detach(), momentum, state.last_minority, *votes]
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
 def test_a_checkpoint_is_whole_wherever_its_saving_ended(experiment, tmp_path, power_cut):
-    config = load_config(experiment())
+    origin = Origin(load_config(experiment()), "cache", 1)
     states = {step: make_state(step) for step in (1, 2)}
 
     def save(folder, step):
-        save_checkpoint(folder, step, states[step], config, "cache", 1, keep=1)
+        save_checkpoint(folder, step, states[step], origin, keep=1)
 
     save(tmp_path / "before", 1)
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_whole_wherever_its_saving_ended(experiment, tmp_path, p
         sweep(checkpoints, sole_writer=True)
         newest = list_checkpoints(checkpoints.parent)[-1]
         loaded = make_state(9)
-        step = load_checkpoint(newest, loaded, config, "cache", 1)
+        step = load_checkpoint(newest, loaded, origin)
         seen.add(step)
         pairs = zip(tensors(loaded), tensors(states[step]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
