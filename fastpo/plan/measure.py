@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -28,6 +28,9 @@ from fastpo.models.registry import load_family
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
 from fastpo.precision import DTYPES, autocast_dtype
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
 
 META = torch.device("meta")
 VAE_BATCH = 8
@@ -124,7 +127,7 @@ def _quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(level)
 
 
-def unet_inputs(unet: UNet2DConditionModel, shapes: Shapes, device: torch.device) -> dict[str, Any]:
+def unet_inputs(unet: Denoiser, shapes: Shapes, device: torch.device) -> dict[str, Any]:
     """Both sides of a micro-batch as the UNet takes them; random on a real device."""
     rows, config = 2 * shapes.pairs, unet.config
 
@@ -148,7 +151,7 @@ def unet_inputs(unet: UNet2DConditionModel, shapes: Shapes, device: torch.device
 
 
 def measure_training(
-    unet: UNet2DConditionModel, shapes: Shapes, precision: Precision, *, checkpointing: bool
+    unet: Denoiser, shapes: Shapes, precision: Precision, *, checkpointing: bool
 ) -> tuple[Pass, Pass, int]:
     """Forward and backward of a policy on a micro-batch.
 
@@ -202,7 +205,7 @@ class _Repeats:
 
 
 @torch.no_grad()
-def measure_forward(unet: UNet2DConditionModel, shapes: Shapes, precision: Precision) -> Pass:
+def measure_forward(unet: Denoiser, shapes: Shapes, precision: Precision) -> Pass:
     """A forward pass of an annotator."""
     inputs = unet_inputs(unet, shapes, META)
     with _watched(unet, inputs, autocast_dtype(precision)) as (counter, tracker):

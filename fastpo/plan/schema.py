@@ -186,7 +186,7 @@ class Plan(_Record):
 
     Attributes:
         schema_version: Raised when a field changes its meaning.
-        family: `sd15` or `sdxl`.
+        family: The name of the model's family, as in `fastpo.models.registry`.
         architecture: Where the modules' configurations came from.
         method: `lora` or `full`.
         objective: Its name.
@@ -198,7 +198,7 @@ class Plan(_Record):
     """
 
     schema_version: Literal[1] = 1
-    family: Literal["sd15", "sdxl"]
+    family: str
     architecture: str
     method: Literal["lora", "full"]
     objective: str
