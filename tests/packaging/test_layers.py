@@ -1,28 +1,14 @@
 """Imports go down the layers of `docs/architecture.md`, never up, and never in a circle."""
 
-import ast
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastpo"
-# From top to bottom. What stands on one line may not import one another.
-LAYERS = [
-    {"__main__"},
-    {"cli", "study"},
-    {"demo", "testing"},
-    {"plan"},
-    {"train"},
-    {"reference_cache", "report"},
-    {"data", "noise", "evaluate"},
-    {"models", "bench"},
-    {"config", "loss"},
-    {"system"},
-    {"types", "precision", "errors", "ledger", "__init__"},
-    {"_version"},
-]
+# The layers, and how imports are read, are those of the picture in the docs.
+tree = runpy.run_path(str(ROOT / "scripts" / "layers.py"))
+modules, imports = tree["modules"], tree["imports"]
 # `python -m fastpo.train` is the one entry that launchers start; it hands on to the command line.
 CLIMBS = {
     ("fastpo.train.__main__", "fastpo.cli"),
@@ -34,38 +20,9 @@ TYPES_ALONE = {
 }
 
 
-def modules(folder=PACKAGE, root=ROOT):
-    """Every module of a package by its dotted name."""
-    found = {}
-    for path in sorted(folder.rglob("*.py")):
-        name = ".".join(path.relative_to(root).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
-
-
-def imports(path, known, *, top_only=False):
-    """The modules of the package that a file imports, at its top or inside a function."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else ast.walk(tree)
-    for node in nodes:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            while name and name not in known:
-                name = name.rpartition(".")[0]
-            if name:
-                yield name
-
-
 def layer_of(module):
-    room = [*module.split("."), "__init__"][1]
-    for number, rooms in enumerate(LAYERS):
-        if room in rooms:
-            return number, room
-    pytest.fail(f"{module}: the room {room!r} is in no layer; add it to LAYERS and the docs")
+    room = tree["room_of"](module)
+    return tree["layer_of"](room), room
 
 
 def test_imports_go_down_the_layers():
