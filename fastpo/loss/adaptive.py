@@ -70,12 +70,31 @@ def adaptive_dpo(
             infinite, both `minority` and `annotators`, or both `statistics` and `reduce`.
     """
     require_positive(beta=beta)
-    kinds = (normalize, rho, weight_kind, weight_scale, weight_intercept, margin_kind)
+    adaptive = Adaptive(
+        beta=beta,
+        normalize=normalize,
+        rho=rho,
+        weight_kind=weight_kind,
+        weight_scale=weight_scale,
+        weight_intercept=weight_intercept,
+        margin_kind=margin_kind,
+        shift_scale=margin_scale,
+    )
+    _check(adaptive)
     return pair_loss(
-        policy, reference, target, "dpo", (beta,),
-        annotators=annotators, minority=minority, statistics=statistics, reduce=reduce,
-        adaptive=_spec(beta, margin_scale, *kinds), pair_weight=pair_weight, impl=impl,
-    )  # fmt: skip
+        policy,
+        reference,
+        target,
+        "dpo",
+        (beta,),
+        annotators=annotators,
+        minority=minority,
+        statistics=statistics,
+        reduce=reduce,
+        adaptive=adaptive,
+        pair_weight=pair_weight,
+        impl=impl,
+    )
 
 
 def adaptive_ipo(
@@ -105,33 +124,39 @@ def adaptive_ipo(
     here: the larger a pair's gamma, the larger the margin asked of it.
     """
     require_positive(tau=tau, beta=beta)
-    kinds = (normalize, rho, weight_kind, weight_scale, weight_intercept, margin_kind)
+    adaptive = Adaptive(
+        beta=beta,
+        normalize=normalize,
+        rho=rho,
+        weight_kind=weight_kind,
+        weight_scale=weight_scale,
+        weight_intercept=weight_intercept,
+        margin_kind=margin_kind,
+        shift_scale=margin_scale / beta,
+    )
+    _check(adaptive)
     return pair_loss(
-        policy, reference, target, "ipo", (tau,),
-        annotators=annotators, minority=minority, statistics=statistics, reduce=reduce,
-        adaptive=_spec(beta, margin_scale / beta, *kinds), pair_weight=pair_weight, impl=impl,
-    )  # fmt: skip
+        policy,
+        reference,
+        target,
+        "ipo",
+        (tau,),
+        annotators=annotators,
+        minority=minority,
+        statistics=statistics,
+        reduce=reduce,
+        adaptive=adaptive,
+        pair_weight=pair_weight,
+        impl=impl,
+    )
 
 
-def _spec(
-    beta: float,
-    shift_scale: float,
-    normalize: Normalize,
-    rho: float,
-    weight_kind: WeightKind,
-    weight_scale: float,
-    weight_intercept: float,
-    margin_kind: MarginKind,
-) -> Adaptive:
-    """The kernel's options, checked; names are checked there."""
-    require_positive(rho=rho)
-    require_finite(margin_scale=shift_scale)
-    for name, value in (("weight_scale", weight_scale), ("weight_intercept", weight_intercept)):
+def _check(adaptive: Adaptive) -> None:
+    """Checks the numbers; names are checked in the kernels' package."""
+    require_positive(rho=adaptive.rho)
+    require_finite(margin_scale=adaptive.shift_scale)
+    scale, intercept = adaptive.weight_scale, adaptive.weight_intercept
+    for name, value in (("weight_scale", scale), ("weight_intercept", intercept)):
         require(0 <= value < math.inf, f"{name} must be finite and not negative", value)
-    if weight_kind in ("linear", "quadratic"):
-        require_positive(weight_intercept=weight_intercept)
-    return Adaptive(
-        beta=beta, normalize=normalize, rho=rho, weight_kind=weight_kind,
-        weight_scale=weight_scale, weight_intercept=weight_intercept, margin_kind=margin_kind,
-        shift_scale=shift_scale,
-    )  # fmt: skip
+    if adaptive.weight_kind in ("linear", "quadratic"):
+        require_positive(weight_intercept=intercept)
