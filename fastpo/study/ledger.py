@@ -14,7 +14,6 @@ import argparse
 import csv
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from fastpo.demo.preferences import FILE, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.models.folder import ModelFolder
+from fastpo.system.files import remove
 from fastpo.train import Observer, train
 from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, setup_accelerator
@@ -297,7 +297,7 @@ def run_cases(place: Place, seed: int, results: Results) -> None:
         labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
         if results.has(**labels):
             continue
-        shutil.rmtree(place.root / f"case-{number}-{seed}", ignore_errors=True)
+        remove(place.root / f"case-{number}-{seed}")
         work = place.work(f"case-{number}-{seed}", seed=seed)
         found = relabel(work / "preferences", case)
         config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)
