@@ -41,18 +41,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from step_models import SIZES
-from step_providers import (
-    CLOCK,
-    DEVICE,
-    FLOOR,
-    OPTIONS,
-    PROVIDERS,
-    Bench,
-    Case,
-    Parts,
-    groups,
-    rival,
-)
+from step_providers import FLOOR, OPTIONS, PROVIDERS, Bench, Case, groups, rival
+from step_timing import CLOCK, DEVICE, Parts
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from step_models import (
@@ -25,15 +20,15 @@ from step_models import (
     make_inputs,
 )
 from step_recipes import RECIPES, Recipe, make_averages
+from step_timing import Parts, TimedNoise, TimedOptimizer, TimedProcesses
 from torch import Tensor, nn
 
-from fastpo.bench.measure import device
-from fastpo.config import Config, TrainConfig, parse_config
+from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
 from fastpo.models.schedule import ddpm_schedule
-from fastpo.noise import PairNoise, make_noise
+from fastpo.noise import make_noise
 from fastpo.precision import DTYPES
 from fastpo.train.annotators import Annotators
 from fastpo.train.distributed import Processes, setup_accelerator
@@ -44,8 +39,6 @@ from fastpo.train.state import TrainingState
 from fastpo.train.trainer import Trainer
 from fastpo.types import NoisedPair, PairBatch
 
-DEVICE = device()
-CLOCK = "process" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall"
 FLOOR = "bare policy"
 LEDGER = {
     "objective": {"name": "adaptive_dpo", "beta": 2500.0, "weight_kind": "gate"},
@@ -101,40 +94,6 @@ def groups(method: str, names: Iterable[str]) -> list[tuple[str, ...]]:
         apart = method == "full" and "averages" in name
         found.setdefault("averages" if apart else rival(name) or name, [FLOOR]).append(name)
     return [tuple(group) for group in found.values()] or [(FLOOR,)]
-
-
-class Parts:
-    """Seconds by part of a step; counts nothing until `on`."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if not self.on:
-            yield
-            return
-        start = self.now()
-        yield
-        self.seconds[name] += self.now() - start
-
-    @staticmethod
-    def now() -> float:
-        """Seconds: after all of a GPU's work, or, with one CPU thread, of work without waits."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return time.process_time() if CLOCK == "process" else time.perf_counter()
-
-    def wrap(self, name: str, function: Callable) -> Callable:
-        """The function, timed as a part."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self(name):
-                return function(*args, **kwargs)
-
-        return timed
 
 
 @dataclass(frozen=True)
@@ -342,48 +301,6 @@ class Bench:
             loss=self.parts.wrap("loss", build_loss(train)),
             state=state,
         )
-
-
-class TimedProcesses(Processes):
-    """Processes whose backward pass and clipping are timed as parts."""
-
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, parts: Parts) -> None:
-        super().__init__(accelerator, config)
-        self._parts = parts
-
-    def backward(self, loss: Tensor) -> None:
-        with self._parts("backward"):
-            super().backward(loss)
-
-    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor | float | None:
-        with self._parts("optimizer"):
-            return super().clip(parameters)
-
-
-class TimedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose updates are timed as a part."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parts: Parts) -> None:
-        self._optimizer, self._parts = optimizer, parts
-
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with self._parts("optimizer"):
-            self._optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        with self._parts("optimizer"):
-            self._optimizer.zero_grad(set_to_none)
-
-
-@dataclass(frozen=True)
-class TimedNoise(PairNoise):
-    """A noise source whose draws are timed as a part."""
-
-    parts: Parts = field(default_factory=Parts)
-
-    def noised_pair(self, batch: PairBatch) -> NoisedPair:
-        with self.parts("noise"):
-            return super().noised_pair(batch)
 
 
 class _KnownErrors:

@@ -53,7 +53,7 @@ def machine(bench, monkeypatch):
             self.circle = self
             if not self.fits(case, names):
                 raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
-            self.parts = import_module("step_providers").Parts()
+            self.parts = import_module("step_timing").Parts()
             self.steps = {n: lambda n=n: self.step(SECONDS[n]) for n in names}
 
         def step(self, seconds):
