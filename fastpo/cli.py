@@ -246,11 +246,19 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="CSV file for all rows.")] = None,
 ) -> None:
     """Time the kernels on this machine against eager PyTorch and torch.compile."""
-    from fastpo.bench.select import select
+    from fastpo.bench.select import Choice, select
     from fastpo.bench.show import show
 
-    run = select(op, objective, pairs, latents, dtype, quick=quick, budget_seconds=budget_seconds)
-    show(run, out, Console())
+    chosen = Choice(
+        op,
+        objective,
+        pairs=pairs,
+        latents=latents,
+        dtypes=dtype,
+        quick=quick,
+        budget_seconds=budget_seconds,
+    )
+    show(select(chosen), out, Console())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
