@@ -2,15 +2,10 @@
 
 The engine keeps the weights as they are: trainable ones float32, the frozen base in the precision
 of the run, computed under torch's autocast (`torch_autocast` of the settings). So in fp32 a run
-takes the same steps under every stage and without DeepSpeed, to rounding. In bf16 stages 1 and 2
-run the very passes of plain training. Stage 3 runs the same forward pass; its hooks let autograd
-add the gradients of what several layers use in another order, a rounding of 0.3 % in bf16. Where
-winner and loser nearly cancel, as before the first update, that is 3 to 4 % of a tiny model's
-gradient, and bf16's own distance to fp32 is 16 %.
-
-DeepSpeed's own bf16 mode would round the normalization layers' weights, by which policy and
-reference disagree before the first step, and keep a float32 copy anyway; it saves 2.25 bytes a
-weight at stage 2 on 8 processes.
+takes the same steps under every stage and without DeepSpeed, to rounding, and in bf16 stages 1 and
+2 run the very passes of plain training. Stage 3's hooks let autograd add the gradients of what
+several layers use in another order; what that does, and why DeepSpeed's own bf16 mode is not used,
+is measured in `docs/measurements.md`.
 """
 
 from __future__ import annotations
