@@ -24,6 +24,7 @@ except ImportError as error:
 
 from fastpo._version import __version__
 from fastpo.errors import FastPOError
+from fastpo.system.process import Rank
 
 OLD_SPELLINGS = {"--utilisation": "--utilization"}
 """Options as they were called, and their names now; the old ones are accepted for one release."""
@@ -45,8 +46,9 @@ class Commands(TyperGroup):
         except FastPOError as error:
             if ctx.params["debug"]:
                 raise
-            _tell("[bold red]error:[/]", str(error))
-            ctx.exit(2)
+            if not error.everywhere or Rank.of_launch().rank == 0:
+                _tell("[bold red]error:[/]", str(error))
+            ctx.exit(error.exit_code)
 
 
 def _spelled_anew(argument: str) -> str:
@@ -139,7 +141,6 @@ def prepare(
     from fastpo.config import load_config
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
-    from fastpo.system.process import Rank
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":

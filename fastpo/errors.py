@@ -2,7 +2,15 @@
 
 
 class FastPOError(Exception):
-    """Base of all errors that name what was wrong, what was expected and where."""
+    """Base of all errors that name what was wrong, what was expected and where.
+
+    Attributes:
+        exit_code: With which the command line ends.
+        everywhere: Whether all processes of a launch raise it alike, so that only the first tells.
+    """
+
+    exit_code = 2
+    everywhere = False
 
 
 class ConfigError(FastPOError):
@@ -39,3 +47,9 @@ class CheckpointError(FastPOError):
 
 class NonFiniteLossError(FastPOError):
     """The loss became NaN or infinite; the last good checkpoint was kept."""
+
+
+class DifferingRanksError(FastPOError):
+    """The processes of a run were started with different settings, data, models or versions."""
+
+    everywhere = True

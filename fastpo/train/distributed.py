@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -18,6 +18,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
+    gather_object,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ from fastpo.train import zero
 from fastpo.train.optimizer import setup_optimizer
 from fastpo.train.weights import PolicyWeights
 
+Gathered = TypeVar("Gathered")
 SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_GPU,
@@ -124,6 +126,10 @@ class Processes:
     def sum(self, vector: Tensor) -> Tensor:
         """Returns the sum of all vectors; one collective, nothing with one process."""
         return vector if self.count == 1 else self._accelerator.reduce(vector)  # pyright: ignore[reportReturnType]
+
+    def gather_objects(self, mine: Gathered) -> list[Gathered]:
+        """Returns what every process has handed in, by rank; one collective, pickled."""
+        return [mine] if self.count == 1 else gather_object([mine])
 
     def agree(self, answer: bool) -> bool:
         """Whether the main process's answer is yes; all processes must ask (collective)."""

@@ -25,6 +25,7 @@ from fastpo.data.loader import TimedIterator
 from fastpo.errors import CheckpointError, NonFiniteLossError
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
+from fastpo.train.agreement import require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import Origin, list_checkpoints, load_checkpoint, save_checkpoint
 from fastpo.train.data import TrainingData, setup_data
@@ -95,6 +96,7 @@ def train(
         if overwrite and not resume:
             folder.clear()
         start = restore(run) if resume else 0
+        require_same(processes, {"the steps done before": str(start)})
         folder.sweep()
         processes.wait()
         if is_finished(run, start):
@@ -112,10 +114,11 @@ def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment
     """Finds the model, opens the cache, and makes the trainer.
 
     Raises:
-        FastPOError: One of them does not serve the configuration.
+        FastPOError: One of them does not serve the configuration, or differs between processes.
     """
     model = ModelFolder.resolve(config.model)
     data = setup_data(config, model, processes)
+    require_same(processes, settings_of(config, model, data))
     trainer = setup_trainer(config, model, data, processes)
     return Experiment(config, processes, folder, data, trainer)
 
