@@ -124,46 +124,66 @@ def compare(name: str, kind: type) -> Callable[[Bits, Bits], np.ndarray]:
     return apply
 
 
-# Largest errors by the ISA: relative, and absolute where the second is given.
-BOUNDS = {
-    "ex2": (2.0**-22, 0.0), "lg2": (2.0**-22, 2.0**-22), "rcp": (2.0**-23, 0.0),
-    "sqrt": (2.0**-23, 0.0), "rsqrt": (2.0**-22.9, 0.0), "div": (2.0**-22, 0.0),
-    "sin": (0.0, 2.0**-20.5), "cos": (0.0, 2.0**-20.5), "tanh": (2.0**-11, 0.0),
-}  # fmt: skip
+# PTX ISA 9.1, 9.7.3: div (.8), rcp (.13), sqrt (.15), rsqrt (.16), sin (.18), cos (.19), lg2 (.20),
+# ex2 (.21), tanh (.22). "ex2" is bounded from the correctly rounded result, the others from the
+# exact one. "lg2" errs absolutely between 1/2 and 2, "sin" and "cos" by `_angle_error`.
+ULPS = {"ex2": 2.0, "rcp": 1.0, "div": 2.0, "full": 2.0}
+RELATIVE = {"lg2": 2.0**-22, "sqrt": 2.0**-23, "rsqrt": 2.0**-22.9, "tanh": 2.0**-11}
 EXACT: dict[str, Callable[..., np.ndarray]] = {
     "ex2": np.exp2, "lg2": np.log2, "rcp": lambda x: 1 / x, "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "div": np.divide, "sin": np.sin, "cos": np.cos,
-    "tanh": np.tanh,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "div": np.divide, "full": np.divide, "sin": np.sin,
+    "cos": np.cos, "tanh": np.tanh,
 }  # fmt: skip
+
+
+def units(exact: np.ndarray) -> np.ndarray:
+    """The distance of neighboring float32 where each exact value lies."""
+    _, exponent = np.frexp(np.where(np.isfinite(exact), exact, 1.0))
+    return np.ldexp(1.0, np.maximum(exponent, -125) - 24)
+
+
+def _angle_error(angle: np.ndarray) -> np.ndarray:
+    """Of `sin` and `cos`, absolute; outside of 100 pi nothing is promised but an effort."""
+    far = np.where(np.abs(angle) <= 100 * np.pi, 2.0**-14.7, 1.0)
+    return np.where(np.abs(angle) <= 2 * np.pi, 2.0**-20.5, far)
+
+
+def largest_error(name: str, exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
+    """How far an approximate result may lie from the exact one, by the ISA."""
+    if name in ULPS:
+        return (ULPS[name] + (0.5 if name == "ex2" else 0.0)) * units(exact)
+    if name in ("sin", "cos"):
+        return _angle_error(operand)
+    bound = np.abs(exact) * RELATIVE[name]
+    return np.where((operand > 0.5) & (operand < 2), 2.0**-22, bound) if name == "lg2" else bound
 
 
 def approximate(name: str, seed: int, *, ftz: bool) -> Callable[..., Bits]:
-    """An `.approx` instruction as one device might have it; `seed` says which."""
-    relative, absolute = BOUNDS[name]
+    """An `.approx` instruction, or `div.full`, as one device might have it; `seed` says which."""
     function = EXACT[name]
 
     def apply(*operands: Bits) -> Bits:
         given = [flushed(bits) if ftz else bits for bits in operands]
         values = [bits.view(F32).astype(F64) for bits in given]
         exact = function(*values)
+        if name == "div":  # a reciprocal beyond float32's range comes out as zero
+            exact = np.where(
+                np.abs(values[1]) > 2.0**126, values[0] * 0.0 * np.sign(values[1]), exact
+            )
         key = given[0] if len(given) == 1 else given[0] ^ (given[1] * B32(0x9E3779B9))
-        bound = np.abs(exact) * relative
-        if name == "lg2":  # absolute between 1/2 and 2, relative outside
-            near = (values[0] > 0.5) & (values[0] < 2)
-            bound = np.where(near, absolute, bound)
-        elif absolute:
-            bound = absolute
-        room = bound - np.abs(exact) * 2.0**-24  # rounding takes the rest
+        # Rounding takes half a unit of what is allowed.
+        room = np.maximum(largest_error(name, exact, values[0]) - 0.5 * units(exact), 0.0)
         moved = exact + np.where(np.isfinite(exact), room, 0.0) * _unit(key, seed)
-        special = (exact == 0) | ~np.isfinite(exact)
-        if name == "ex2":
-            special |= values[0] == 0  # two to the zero is one
-        if name == "lg2":
-            special |= values[0] == 1
+        special = (exact == 0) | ~np.isfinite(exact) | np.isinf(values[0])
+        if name in _ONE_TO_ONE:
+            special |= values[0] == _ONE_TO_ONE[name]
         bits = raw(canonical(np.where(special, exact, moved).astype(F32)))
         return flushed(bits) if ftz else bits
 
     return apply
+
+
+_ONE_TO_ONE = {"ex2": 0.0, "lg2": 1.0, "cos": 0.0}  # operands whose result the ISA's tables give
 
 
 def _unit(key: Bits, seed: int) -> np.ndarray:

@@ -177,15 +177,18 @@ def _division(opcode: Opcode, seed: int) -> Operation:
     if "rn" in found:
         function = _typed(kind, np.divide)
         return _same(2, kind, _flushing(function) if "ftz" in found else function)
-    if kind != "f32":
+    if kind != "f32" or len(found & {"full", "approx"}) != 1:
         raise ValueError(opcode)
-    return _same(2, kind, ar.approximate("div", seed, ftz="ftz" in found))
+    name = "full" if "full" in found else "div"
+    return _same(2, kind, ar.approximate(name, seed, ftz="ftz" in found))
 
 
 def _root_or_reciprocal(opcode: Opcode, seed: int) -> Operation:
     """`sqrt`, `rcp`, exact with `.rn`; `rsqrt`, `ex2`, `lg2`, `sin`, `cos`, `tanh`."""
     name, kind = opcode[0], opcode[-1]
     found = _modifiers(opcode, "rn ftz" if "rn" in opcode else "approx ftz")
+    if name == "tanh" and "ftz" in found:
+        raise ValueError(opcode)
     if kind != "f32" or not found & {"rn", "approx"} or ("rn" in found and name not in _ROUNDED):
         raise ValueError(opcode)
     if "approx" in found:
