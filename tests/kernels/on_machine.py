@@ -52,7 +52,7 @@ def hook():
 
 
 def pytest_terminal_summary(terminalreporter):
-    opcodes = {opcode for counts in MACHINE.executed.values() for opcode in counts}
+    opcodes = {opcode for counts in MACHINE.counts.values() for opcode in counts.executed}
     terminalreporter.write_line(
-        f"{MACHINE.launches} launches of {len(MACHINE.executed)} kernels, {len(opcodes)} opcodes"
+        f"{MACHINE.launches} launches of {len(MACHINE.counts)} kernels, {len(opcodes)} opcodes"
     )

@@ -3,6 +3,7 @@
 Needs NumPy; `launch` also Triton and torch. Imports nothing of FastPO.
 """
 
+from .counts import Counts
 from .errors import (
     Misaligned,
     OrderMatters,
@@ -17,6 +18,7 @@ from .machine import Machine
 from .parser import parse
 
 __all__ = [
+    "Counts",
     "Machine",
     "Misaligned",
     "OrderMatters",

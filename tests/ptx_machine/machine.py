@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
+from .counts import Counts
 from .errors import OrderMatters
 from .memory import LARGE, GlobalMemory, Space
 from .parser import parse
@@ -25,7 +24,7 @@ class Machine:
 
     Attributes:
         launches: how many there were.
-        executed: how often threads executed each opcode, by kernel, in the first of the orders.
+        counts: what was executed, by kernel, in the first of the orders.
         counters: words that atomics changed, as addresses with their values before and after, of
             the last launch.
     """
@@ -33,7 +32,7 @@ class Machine:
     def __init__(self, seed: int = 0, *, schedules: int = 1) -> None:
         self.seed, self.schedules = seed, schedules
         self.launches = 0
-        self.executed: dict[str, Counter[str]] = {}
+        self.counts: dict[str, Counts] = {}
         self.counters: dict[int, tuple[int, int]] = {}
         self._kernels: dict[tuple[str, int], Kernel] = {}
 
@@ -89,8 +88,8 @@ class Machine:
             scheduler.run()
             if k == 0:
                 after = [space.data.copy() for space in again]
-                counts = self.executed.setdefault(kernel.parsed.name, Counter())
-                counts.update(scheduler.counts())
+                counts = self.counts.setdefault(kernel.parsed.name, Counts())
+                counts.add(scheduler.counts())
             self.counters = scheduler.memory.counters()
             for space, data in zip(again, after, strict=True):
                 if not np.array_equal(space.data, data):

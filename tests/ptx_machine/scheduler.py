@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .counts import Counts
 from .errors import Misaligned, PtxError, UnknownInstruction, Unreached
 from .gang import Gang, merged
-from .memory import GlobalMemory, SharedMemory
+from .memory import SHARED_BASE, GlobalMemory, SharedMemory
 from .order import Clocks
 from .parser import Instruction
 from .shuffle import row_addresses, shuffled
@@ -66,6 +67,7 @@ class Scheduler:
         n_bytes = shared_bytes + sum(kernel.parsed.shared.values())
         self.shared = SharedMemory(self.at_once, n_bytes, self.clocks, kernel.piece)
         self.executed: Counter[int] = Counter()
+        self.tally = Counts()
         self._runs: dict[int, tuple[list[Callable[[Slots], None]], int]] = {}
         self._entry = list(kernel.initial)
         for name, slot in kernel.parameters.items():
@@ -84,14 +86,14 @@ class Scheduler:
             for first in range(0, self.programs, self.at_once):
                 self._run_programs(np.sort(order[first : first + self.at_once]))
 
-    def counts(self) -> Counter[str]:
-        """How often threads executed each opcode."""
-        found: Counter[str] = Counter()
+    def counts(self) -> Counts:
+        """What was executed; accesses are counted where all run in step."""
+        found = self.tally.executed = Counter()
         for first, threads in self.executed.items():
             _, end = self._run_at(first)
             for step in self.kernel.steps[first : max(end, first + 1)]:
                 found[".".join(step.source.opcode)] += threads
-        return found
+        return self.tally
 
     def _run_programs(self, programs: np.ndarray) -> None:
         self.shared.take_slots(programs)
@@ -220,6 +222,7 @@ class Scheduler:
         )
         addresses = np.broadcast_to(addresses, n)[chosen]
         memory = self.memory if step.space == "global" else self.shared
+        self._count(step.space, step, step.width * step.count, addresses, lanes)
         kind = np.dtype(f"u{step.width}")
         if not step.load:
             values = [slots[s].astype(kind) for s in step.reads[1 : 1 + step.count]]
@@ -235,6 +238,14 @@ class Scheduler:
                 old[chosen] = new
                 new = old
             slots[slot] = new
+
+    def _count(
+        self, space: str, step: Step, size: int, addresses: np.ndarray, lanes: np.ndarray
+    ) -> None:
+        if self.rng is None:
+            name, first = step.source.opcode[0], SHARED_BASE if space == "shared" else 0
+            offsets = addresses - addresses.dtype.type(first)
+            self.tally.access(space, name, size, offsets, lanes // 32)
 
     def _branch(self, gang: Gang, step: Branch) -> bool:
         chosen = self._chosen(gang, step)
@@ -308,6 +319,7 @@ class Scheduler:
             raise Misaligned("a row of a matrix, which 16 bytes must divide")
         for k, slot in enumerate(step.writes):
             rows = row_addresses(addresses, k).ravel()
+            self._count("shared", step, 4, rows, gang.lanes)
             gang.slots[slot] = self.shared.load(rows, 4, 1, gang.lanes)[0]
         gang.pc += 1
         return True
@@ -330,6 +342,7 @@ class Scheduler:
         operands = [
             np.broadcast_to(gang.slots[s], n) for s in step.reads[: 3 if step.name == "cas" else 2]
         ]
+        self._count("global", step, width, operands[0][chosen], gang.lanes[chosen])
         old = np.broadcast_to(gang.slots[step.writes[0]], n).copy() if step.writes else None
         for k in chosen:
             address = int(operands[0][k]) + step.offset & 0xFFFFFFFFFFFFFFFF

@@ -81,7 +81,7 @@ def test_a_copy():
     source, result = arrays()
     machine = execute(COPY, source, result)
     assert np.array_equal(source, result)
-    assert machine.executed["kernel"]["ld.global.b32"] == 2 * THREADS
+    assert machine.counts["kernel"].executed["ld.global.b32"] == 2 * THREADS
 
 
 def test_predicates_loops_and_calls_of_unequal_length():
