@@ -100,29 +100,25 @@ def test_the_same_run_twice_is_the_same_exactly(run):
     assert first != run(name="third", seed=8)
 
 
-@pytest.mark.parametrize("annotators", [{"kind": "ledger"}, {"kind": "ema"}], ids=["ledger", "ema"])
-def test_two_processes_equal_accumulation_over_two(
-    experiment, read_metrics, fastpo, annotators, run
-):
-    options = {"objective": ADAPTIVE, "annotators": annotators, "max_steps": 8}
-    options["statistics"] = "running"  # processes, the default, judges over those that there are
-    one = run(name="one", accumulation_steps=2, **options)
-    path = experiment(name="two", **options)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    fastpo(
-        path,
-        launcher=(*launcher, "-m", "fastpo.train"),
-        env={"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
-    two = read_metrics(path.parent / "two")
-    assert len(two) == len(one) == 8
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-6), key
-    visits = [minority_column(path.parent / name, "visits") for name in ("one", "two")]
-    assert visits[0] == visits[1]
+def test_two_processes_equal_accumulation_over_two(experiment, read_metrics, train_on_two, run):
+    jobs, folders = [], {}
+    for kind in ("ledger", "ema"):
+        options = {"objective": ADAPTIVE, "annotators": {"kind": kind}, "max_steps": 8}
+        # processes, the default, looks at those that there are
+        options["statistics"] = "running"
+        run(name=f"{kind}-one", accumulation_steps=2, **options)
+        path = experiment(name=f"{kind}-two", **options)
+        jobs.append({"name": kind, "config": str(path), "set": []})
+        folders[kind] = [path.parent / f"{kind}-{number}" for number in ("one", "two")]
+    assert set(train_on_two(path.parent, jobs).values()) == {"ok"}
+    for one, two in folders.values():
+        before, after = read_metrics(one), read_metrics(two)
+        assert len(before) == len(after) == 8
+        for a, b in zip(before, after, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-6), key
+        assert minority_column(one, "visits") == minority_column(two, "visits")
 
 
 def minority_column(folder, column):
