@@ -175,9 +175,11 @@ def train(
 ) -> None:
     """Align the model with the prepared preferences."""
     from fastpo.config import load_config
+
+    resolved = load_config(config, overrides or ())  # a mistake is told before torch is imported
     from fastpo.train import train
 
-    train(load_config(config, overrides or ()), resume=resume, overwrite=overwrite)
+    train(resolved, resume=resume, overwrite=overwrite)
 
 
 @app.command()
@@ -200,9 +202,11 @@ def consolidate(
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
     from fastpo.config import load_config
+
+    resolved = load_config(config, overrides or ())
     from fastpo.evaluate import evaluate
 
-    evaluate(load_config(config, overrides or ()))
+    evaluate(resolved)
 
 
 @app.command()
