@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastpo.system.checksums import folder_checksums
 from fastpo.system.files import whole_folder
+from fastpo.system.manifest import find_damage, write_manifest
 
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser, ModelFamily
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file that diffusers' pipelines write and look for."""
+EXPORT_MANIFEST = "fastpo-manifest.json"
+"""Sizes and checksums of what was exported; no program that loads the weights reads it."""
 
 
 def export_policy(
@@ -40,17 +46,56 @@ def export_policy(
             may be shared out or on the meta device); default: the denoiser's own.
 
     Returns:
-        `target`.
+        `target`. Equal weights give equal bytes. `fastpo-manifest.json` in it holds checksums.
     """
     with whole_folder(target) as folder:
         family.save(denoiser, folder, method, weights)
+        for file in folder.rglob("*.safetensors"):
+            _sort_metadata(file)
+        write_manifest(folder, folder_checksums(folder), EXPORT_MANIFEST)
     return target
+
+
+def export_damage(folder: Path) -> str | None:
+    """Tells what is wrong with an exported folder; None if its files are as they were written.
+
+    An export of a version that wrote no manifest is only looked at: every weights file must be as
+    long as its header says, and there must be one.
+    """
+    if (folder / EXPORT_MANIFEST).exists():
+        return find_damage(folder, EXPORT_MANIFEST)
+    files = sorted(folder.rglob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            return f"{file} cannot be read ({error})"
+    return None if files else f"{folder} is missing or holds no weights"
 
 
 def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Returns the adapters' weights under diffusers' names."""
     own = None if weights is None else dict(weights)
     return convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, own))
+
+
+def lora_metadata(denoiser: Denoiser) -> dict[str, Any]:
+    """Returns the adapter's configuration, its sets as sorted lists: their order is random."""
+    config = denoiser.peft_config["default"].to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts a file's metadata by key; safetensors writes them in an order that is random."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # blanks behind the header keep the tensors where they are
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def with_weights(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> Denoiser:

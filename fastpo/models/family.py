@@ -20,7 +20,7 @@ from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ModelError
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae, vae_factor
-from fastpo.models.export import empty_denoiser, lora_layers, with_weights
+from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, with_weights
 from fastpo.models.folder import ModelFolder, component_variant, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
@@ -215,6 +215,6 @@ class ModelFamily(ABC):
         # Without the adapter's metadata a loader takes alpha for the rank.
         named = {
             f"{self.denoiser}_lora_layers": lora_layers(denoiser, weights),
-            f"{self.denoiser}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),
+            f"{self.denoiser}_lora_adapter_metadata": lora_metadata(denoiser),
         }
         self.pipeline_class.save_lora_weights(folder, **named)

@@ -6,6 +6,7 @@ checksums are a mapping from each file's path in the folder to its `Checksum`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,19 @@ def checksum(path: Path) -> Checksum:
             digest.update(buffer[:count])
             size += count
     return Checksum(bytes=size, xxh3=digest.hexdigest())
+
+
+def forget(path: Path) -> None:
+    """Drops the system's copy of a flushed file, so that the next read comes from the disk.
+
+    Does nothing where the system has no such call, or the file cannot be opened.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def folder_checksums(folder: Path) -> dict[str, Checksum]:

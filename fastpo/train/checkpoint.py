@@ -1,8 +1,10 @@
 """Save and resume: weights, optimizer, averages, ledger, counters, configuration.
 
 A checkpoint is a folder `checkpoints/step-00000100`, written under a temporary name and renamed
-when complete: a killed run never leaves a half-written one. Noise, timesteps, dropout and the order
-of the data come from counters, so the step's number is all there is to say about them.
+when complete: a killed run never leaves a half-written one. `manifest.json` in it has the size and
+checksum of each of its files, which are compared before anything is loaded. Noise, timesteps,
+dropout and the order of the data come from counters, so the step's number is all there is to say
+about them.
 
 Weights, averages and the optimizer's state are stored whole, in float32, by parameter name: any
 number of processes goes on from it, under any ZeRO stage or none, if a step keeps its number of
@@ -13,9 +15,10 @@ memory: 21 GB at a time for SDXL's 2.57 billion weights under AdamW, and 31 GB o
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,22 @@ from torch import Tensor
 
 from fastpo.config import Config, decides_result, flatten
 from fastpo.errors import CheckpointError
-from fastpo.system.files import remove, whole_folder
+from fastpo.system.checksums import Checksum, checksum
+from fastpo.system.files import flush, whole_folder
+from fastpo.system.manifest import MANIFEST, write_manifest
+from fastpo.train.checkpoint_folders import (
+    HISTORY,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    About,
+    check_whole,
+    checkpoint_folder,
+    read_about,
+)
+from fastpo.train.run_folder import METRICS
 from fastpo.train.state import TrainingState
 
-# The ledger's votes, `metric` (the minority metric that moving averages gave each pair last) and
-# the running statistics of batches; the file is older than the last two, and keeps its name.
-HISTORY = "ledger.safetensors"
 # Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
@@ -51,57 +64,75 @@ class Origin:
     micro_batches_per_step: int
 
 
-def save_checkpoint(
-    run: Path, step: int, state: TrainingState, origin: Origin, *, keep: int
-) -> Path:
-    """Writes a checkpoint after optimizer step `step` and removes the oldest beyond `keep`.
+def save_checkpoint(run: Path, step: int, state: TrainingState, origin: Origin) -> Path:
+    """Writes a checkpoint after optimizer step `step`, with the checksums of its files.
 
-    All processes must call it, since each may hold a part of the weights; the main one writes.
+    All processes must call it, since each may hold a part of the weights; the main one writes. A
+    thread computes checksums while the next file is gathered and written, or flushed to the disk.
 
     Args:
         run: The run's folder.
         step: Number of finished optimizer steps.
         state: What is saved.
         origin: What it is computed from, saved beside it.
-        keep: How many checkpoints stay.
 
     Returns:
         The checkpoint's folder.
     """
-    target = run / "checkpoints" / f"step-{step:08d}"
+    target = checkpoint_folder(run, step)
     if not state.weights.main:
         for _ in _parts(state):
             pass
         return target
-    with whole_folder(target) as folder:
-        for name, content in _parts(state):
-            if name.endswith(".pt"):
-                torch.save(content, folder / name)
-            else:
-                save_file(content, folder / name)
-        save_file(_history(state), folder / HISTORY)
-        about = {"step": step, "cache": origin.cache, "group": origin.micro_batches_per_step}
-        about["config"] = origin.config.model_dump(mode="json")
-        (folder / "state.json").write_text(json.dumps(about, indent=1))
-    for old in list_checkpoints(run)[:-keep]:
-        remove(old)
+    with whole_folder(target) as folder, ThreadPoolExecutor(1, "checksums") as thread:
+        checksums: dict[str, Future[Checksum]] = {}
+        for name, write in _files(run, step, state, origin):
+            write(folder / name)
+            checksums[name] = thread.submit(checksum, folder / name)
+        for name in checksums:  # the disk writes while the last files are read
+            flush(folder / name)
+        write_manifest(folder, {name: pending.result() for name, pending in checksums.items()})
     return target
 
 
+def _files(
+    run: Path, step: int, state: TrainingState, origin: Origin
+) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """A checkpoint's files, each with a function that writes it, in the order of `_parts`."""
+    for name, content in _parts(state):
+        save = torch.save if name == OPTIMIZER else save_file
+        yield name, partial(save, content)
+    yield HISTORY, partial(save_file, _history(state))
+    metrics = run / METRICS
+    about = About(
+        step=step,
+        cache=origin.cache,
+        group=origin.micro_batches_per_step,
+        config=origin.config.model_dump(mode="json"),
+        manifest=MANIFEST,
+        metrics=checksum(metrics) if metrics.exists() else None,
+    )
+    text = about.model_dump_json(indent=1)
+    yield STATE, lambda path: path.write_text(text)
+
+
 def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Gathers file after file, so that host memory holds one at a time (collective)."""
+    """Gathers file after file, so that host memory holds one at a time (collective).
+
+    The largest comes first: its checksum is computed while the others are written.
+    """
     weights = state.weights
-    yield "trainable.safetensors", weights.gather(weights.local)
-    for role, averages in state.averages.items():
-        yield f"average-{role}.safetensors", weights.gather(averages.state_dict())
     yield (
-        "optimizer.pt",
+        OPTIMIZER,
         {
             "optimizer": weights.optimizer_state(),
             "schedule": state.schedule.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
         },
     )
+    yield WEIGHTS, weights.gather(weights.local)
+    for role, averages in state.averages.items():
+        yield f"average-{role}.safetensors", weights.gather(averages.state_dict())
 
 
 def _history(state: TrainingState) -> dict[str, Tensor]:
@@ -122,51 +153,38 @@ def _load_history(file: Path, state: TrainingState) -> None:
         state.statistics.load_state_dict(history, device)
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def load_checkpoint(folder: Path, state: TrainingState, origin: Origin) -> int:
+def load_checkpoint(
+    folder: Path, state: TrainingState, origin: Origin, *, verified: bool = False
+) -> About:
     """Restores `state` in place.
 
     Args:
         folder: The checkpoint.
         state: What is restored.
         origin: What this run is computed from.
+        verified: Its files were compared with their checksums just now; else they are here.
 
     Returns:
-        The number of finished optimizer steps.
+        What the checkpoint says of itself.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the checkpoint belongs to another
             configuration or cache; the text names every key that differs.
     """
-    about = _read(folder / "state.json", lambda path: json.loads(path.read_text()))
-    differing = differing_keys(about["config"], origin.config)
-    if differing:
-        raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
-    if about["cache"] != origin.cache:
-        raise CheckpointError(
-            f"{folder} was trained on another prepared cache "
-            f"(fingerprint {about['cache'][:12]}, this one is {origin.cache[:12]})"
-        )
-    if about["group"] != origin.micro_batches_per_step:
-        raise CheckpointError(
-            f"{folder} was trained with {about['group']} micro-batches a step (processes x "
-            f"accumulation), this run has {origin.micro_batches_per_step}; resume on as many "
-            "processes, or keep the product"
-        )
-    weights = _read(folder / "trainable.safetensors", load_file)
+    if not verified:
+        check_whole(folder)
+    about = read_about(folder)
+    _check_origin(folder, about, origin)
+    weights = _read(folder / WEIGHTS, load_file)
     if weights.keys() != state.trainable.keys():
-        raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other weights' names")
+        raise CheckpointError(f"{folder / WEIGHTS} holds other weights' names")
     state.weights.load(weights)
     _load_history(folder / HISTORY, state)
     for role, averages in state.averages.items():
         whole = _read(folder / f"average-{role}.safetensors", load_file)
         state.weights.scatter(whole, averages.state_dict())
     rest = _read(
-        folder / "optimizer.pt",
+        folder / OPTIMIZER,
         lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
     )
     state.weights.load_optimizer_state(rest["optimizer"])
@@ -176,7 +194,25 @@ def load_checkpoint(folder: Path, state: TrainingState, origin: Origin) -> int:
         options["lr"] = rate
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])
-    return about["step"]
+    return about
+
+
+def _check_origin(folder: Path, about: About, origin: Origin) -> None:
+    """Compares what a checkpoint and this run are computed from; errors as `load_checkpoint`."""
+    differing = differing_keys(about.config, origin.config)
+    if differing:
+        raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
+    if about.cache != origin.cache:
+        raise CheckpointError(
+            f"{folder} was trained on another prepared cache "
+            f"(fingerprint {about.cache[:12]}, this one is {origin.cache[:12]})"
+        )
+    if about.group != origin.micro_batches_per_step:
+        raise CheckpointError(
+            f"{folder} was trained with {about.group} micro-batches a step (processes x "
+            f"accumulation), this run has {origin.micro_batches_per_step}; resume on as many "
+            "processes, or keep the product"
+        )
 
 
 def differing_keys(saved: dict, config: Config) -> list[str]:

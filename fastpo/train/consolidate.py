@@ -6,7 +6,6 @@ neither DeepSpeed nor a GPU, and host memory for one copy of the trained weights
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,13 @@ from fastpo.errors import CheckpointError
 from fastpo.models.denoisers import add_lora
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
-from fastpo.train.checkpoint import list_checkpoints
+from fastpo.train.checkpoint_folders import (
+    STATE,
+    WEIGHTS,
+    check_whole,
+    newest_whole,
+    read_about,
+)
 
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser
@@ -29,7 +34,7 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     """Exports a checkpoint as training exports its end.
 
     Args:
-        source: A run's folder, whose newest checkpoint is taken, or a checkpoint's folder.
+        source: A run's folder, whose newest whole checkpoint is taken, or a checkpoint's folder.
         target: The folder to make; its layout is `fastpo.models.export.export_policy`'s. It may be
             there if it is empty: nothing is replaced.
         average: Export the moving average of `train.ema_decay` instead of the last weights.
@@ -44,12 +49,9 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     """
     _check_free(target)
     checkpoint = _find(source)
-    try:
-        about = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / 'state.json'} cannot be read: {error}") from None
-    config = parse_config(about["config"], where=str(checkpoint / "state.json"))
-    file = checkpoint / ("average-export.safetensors" if average else "trainable.safetensors")
+    where = str(checkpoint / STATE)
+    config = parse_config(read_about(checkpoint).config, where=where)
+    file = checkpoint / ("average-export.safetensors" if average else WEIGHTS)
     if not file.is_file():
         hint = "; only a run with train.ema_decay keeps one" if average else ""
         raise CheckpointError(f"{checkpoint} holds no {file.name}{hint}")
@@ -70,12 +72,14 @@ def _check_free(target: Path) -> None:
 
 
 def _find(source: Path) -> Path:
-    if (source / "state.json").is_file():
+    """The checkpoint to take; its files are compared with their checksums."""
+    if (source / STATE).is_file():
+        check_whole(source)
         return source
-    checkpoints = list_checkpoints(source)
-    if not checkpoints:
+    checkpoint = newest_whole(source)
+    if checkpoint is None:
         raise CheckpointError(f"{source} is neither a checkpoint nor a run that has one")
-    return checkpoints[-1]
+    return checkpoint
 
 
 def _architecture(config: Config, model: ModelFolder) -> Denoiser:

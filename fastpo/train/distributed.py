@@ -138,6 +138,17 @@ class Processes:
             mine += 1.0
         return bool(self.sum(mine))
 
+    def tell(self, number: int) -> int:
+        """Returns the main process's number on all of them (collective)."""
+        mine = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self.main:
+            mine += number
+        return int(self.sum(mine))
+
+    def count_of(self, answer: bool) -> int:
+        """Returns how many processes answer yes (collective)."""
+        return int(self.sum(torch.tensor([int(answer)], device=self.device)))
+
     def wait(self) -> None:
         """Waits until all processes are here."""
         self._accelerator.wait_for_everyone()

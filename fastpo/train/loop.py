@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.train.agreement import require_same, settings_of
 from fastpo.train.banner import show_banner
-from fastpo.train.checkpoint import Origin, list_checkpoints, load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint_folders import Rotation, agree_on_newest_whole, list_checkpoints
 from fastpo.train.data import TrainingData, setup_data
 from fastpo.train.distributed import Processes, joined
 from fastpo.train.ema import exported_weights
@@ -47,6 +49,7 @@ class Experiment:
         folder: Where results go.
         data: What is read, and how many steps that makes.
         trainer: What a step uses.
+        rotation: Removes old checkpoints.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class Experiment:
     folder: RunFolder
     data: TrainingData
     trainer: Trainer
+    rotation: Rotation
 
     @property
     def origin(self) -> Origin:
@@ -104,8 +108,9 @@ def train(
                 print(f"{folder.path} is finished: all {start} steps are done")
             return folder.path
         begin(run, start, progress=progress)
-        run_steps(run, start, observers, progress=progress)
-        finish(run)
+        with closing(run.rotation):
+            run_steps(run, start, observers, progress=progress)
+            finish(run)
         processes.wait()
         return folder.path
 
@@ -120,20 +125,23 @@ def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment
     data = setup_data(config, model, processes)
     require_same(processes, settings_of(config, model, data))
     trainer = setup_trainer(config, model, data, processes)
-    return Experiment(config, processes, folder, data, trainer)
+    keep = config.train.keep_checkpoints
+    rotation = Rotation(folder.path, keep=keep, main=processes.main)
+    return Experiment(config, processes, folder, data, trainer, rotation)
 
 
 def restore(run: Experiment) -> int:
-    """Loads the newest checkpoint, if there is one; returns the finished steps.
+    """Loads the newest whole checkpoint, if there is any; returns the finished steps.
 
     Raises:
-        CheckpointError: It belongs to another run, or has done more steps than are asked for; the
-            text names the key.
+        CheckpointError: None is whole, or the newest that is belongs to another run, or has done
+            more steps than are asked for; the text names the key.
     """
-    checkpoints = list_checkpoints(run.folder.path)
-    if not checkpoints:
+    checkpoint = agree_on_newest_whole(run.folder.path, run.processes)
+    if checkpoint is None:
         return 0
-    start = load_checkpoint(checkpoints[-1], run.trainer.state, run.origin)
+    start = load_checkpoint(checkpoint, run.trainer.state, run.origin, verified=True).step
+    run.rotation.trust(checkpoint)
     if start > run.data.total_steps:
         train = run.config.train
         key = "train.epochs" if train.max_steps is None else "train.max_steps"
@@ -221,10 +229,11 @@ def check_finite(run: Experiment, table: StepTable, step: int) -> None:
 
 def checkpoint(run: Experiment, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
-    keep = run.config.train.keep_checkpoints
     run.folder.flush()
-    save_checkpoint(run.folder.path, step, run.trainer.state, run.origin, keep=keep)
+    run.rotation.wait()
+    saved = save_checkpoint(run.folder.path, step, run.trainer.state, run.origin)
     run.processes.wait()
+    run.rotation.begin(saved)
 
 
 def finish(run: Experiment) -> None:

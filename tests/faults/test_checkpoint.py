@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastpo.config import load_config
+from fastpo.config import parse_config
 from fastpo.ledger import PairLedger
 from fastpo.system.files import sweep
-from fastpo.train.checkpoint import Origin, list_checkpoints, load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint_folders import Rotation, list_checkpoints
 from fastpo.train.state import TrainingState
 from fastpo.train.weights import PolicyWeights
 from tests.faults.crash_points import end_everywhere
@@ -34,6 +35,17 @@ def make_state(value):
     )
 
 
+def origin_of(folder):
+    """What these states are computed from: a configuration that trains nothing."""
+    raw = {
+        "model": {"path": "model"},
+        "data": {"source": "folder", "path": "data"},
+        "prepare": {"cache_dir": "cache"},
+        "train": {"output_dir": str(folder), "objective": {"name": "sft"}, "max_steps": 9},
+    }
+    return Origin(parse_config(raw), "cache", 1)
+
+
 def tensors(state):
     momentum = state.optimizer.state_dict()["state"][0]["exp_avg"]
     votes = state.ledger.state_dict().values()
@@ -41,12 +53,14 @@ def tensors(state):
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
-def test_a_checkpoint_is_whole_wherever_its_saving_ended(experiment, tmp_path, power_cut):
-    origin = Origin(load_config(experiment()), "cache", 1)
+def test_a_checkpoint_is_whole_wherever_its_saving_ended(tmp_path, power_cut):
+    origin = origin_of(tmp_path)
     states = {step: make_state(step) for step in (1, 2)}
 
     def save(folder, step):
-        save_checkpoint(folder, step, states[step], origin, keep=1)
+        rotation = Rotation(folder, keep=1, main=True)
+        rotation.begin(save_checkpoint(folder, step, states[step], origin))
+        rotation.close()
 
     save(tmp_path / "before", 1)
 
@@ -58,7 +72,7 @@ def test_a_checkpoint_is_whole_wherever_its_saving_ended(experiment, tmp_path, p
         sweep(checkpoints, sole_writer=True)
         newest = list_checkpoints(checkpoints.parent)[-1]
         loaded = make_state(9)
-        step = load_checkpoint(newest, loaded, origin)
+        step = load_checkpoint(newest, loaded, origin).step
         seen.add(step)
         pairs = zip(tensors(loaded), tensors(states[step]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -12,7 +12,7 @@ from fastpo.loss import pair_errors
 from fastpo.reference_cache import prepare_reference
 from fastpo.reference_cache.store import ReferenceErrors
 from fastpo.train import Observer, train
-from fastpo.train.checkpoint import list_checkpoints
+from fastpo.train.checkpoint_folders import list_checkpoints
 from fastpo.train.objective import build_loss
 from fastpo.types import PairPredictions
 

@@ -1,0 +1,276 @@
+"""Which checkpoints a run has, which of them are whole, and which may go.
+
+Ours are folders named exactly `step-` and eight digits whose `state.json` tells the same step.
+Others, such as one that its user renamed, are neither resumed from nor removed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from fastpo.errors import CheckpointError
+from fastpo.system.checksums import Checksum
+from fastpo.system.files import remove
+from fastpo.system.manifest import MANIFEST, find_damage
+
+if TYPE_CHECKING:
+    from fastpo.train.distributed import Processes
+
+STATE, WEIGHTS, OPTIMIZER = "state.json", "trainable.safetensors", "optimizer.pt"
+# The ledger's votes, `metric` (the minority metric that moving averages gave each pair last) and
+# the running statistics of batches; the file is older than the last two, and keeps its name.
+HISTORY = "ledger.safetensors"
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class About(BaseModel):
+    """What a checkpoint says of itself: `state.json`.
+
+    Attributes:
+        step: Finished optimizer steps.
+        cache: The prepared cache's fingerprint.
+        group: Micro-batches of one optimizer step, over all processes.
+        config: The configuration, as nested mappings.
+        manifest: The manifest's file; None in a checkpoint of a version that wrote none.
+        metrics: `metrics.jsonl` as it was then, if the version recorded it.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    step: int
+    cache: str
+    group: int
+    config: dict[str, Any]
+    manifest: str | None = None
+    metrics: Checksum | None = None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Returns where a run keeps the checkpoint of a step."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Returns the folders of a run that are named as checkpoints are, oldest first."""
+    folder = run / FOLDER
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def read_about(checkpoint: Path) -> About:
+    """Reads what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: `state.json` is missing or does not hold what it should.
+    """
+    path = checkpoint / STATE
+    try:
+        return About.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint} is not a whole checkpoint: {STATE} is missing"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}") from None
+
+
+def check_whole(checkpoint: Path) -> bool:
+    """Checks every file of a checkpoint against its manifest.
+
+    Returns:
+        Whether there was a manifest. Checkpoints of versions that wrote none are only looked at:
+        each file must be there, and as long as its own header says.
+
+    Raises:
+        CheckpointError: It is not whole; the text names the file and what is wrong with it.
+    """
+    about = read_about(checkpoint)
+    if about.manifest is not None or (checkpoint / MANIFEST).exists():
+        damage = find_damage(checkpoint)
+        if damage:
+            raise CheckpointError(f"{checkpoint} is not a whole checkpoint: {damage}")
+        return True
+    for name in dict.fromkeys((WEIGHTS, HISTORY, *_names(checkpoint, "*.safetensors"))):
+        _check_header(checkpoint / name)
+    if not zipfile.is_zipfile(checkpoint / OPTIMIZER):
+        raise CheckpointError(f"{checkpoint / OPTIMIZER} cannot be read: it is missing or cut off")
+    return False
+
+
+def newest_whole(run: Path) -> Path | None:
+    """Returns a run's newest checkpoint that is whole, None if it has none at all.
+
+    Tells, a line each, which it passed over and why.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none is whole; the text names each.
+    """
+    return _newest_whole(run, reversed(list_checkpoints(run)))
+
+
+def agree_on_newest_whole(run: Path, processes: Processes) -> Path | None:
+    """As `newest_whole`, with the same answer on all processes, each of which checks (collective).
+
+    The main process proposes one after the other, until one is whole for all: it may lie on a
+    storage of which they see different states.
+    """
+    candidates = [_number(path) for path in reversed(list_checkpoints(run))]
+    refused: list[str] = []
+    while True:
+        step = processes.tell(candidates.pop(0) if candidates else -1)
+        if step < 0:
+            return _none_whole(run, refused)
+        checkpoint = checkpoint_folder(run, step)
+        reason = _why_not(checkpoint)
+        if processes.count_of(reason is None) == processes.count:
+            _tell_unverified(checkpoint, say=processes.main)
+            return checkpoint
+        reason = reason or "another process found it damaged"
+        refused.append(f"{checkpoint.name}: {reason}")
+        if processes.main or "another process" not in reason:
+            _tell(f"rank {processes.rank} passed over {checkpoint}: {reason}")
+
+
+class Rotation:
+    """Keeps a run's newest whole checkpoints and removes older ones.
+
+    A new checkpoint is first read back from the disk, in a thread beside the steps that follow: an
+    older one goes only when `keep` newer ones were found whole in this process.
+
+    Args:
+        run: The run's folder.
+        keep: How many checkpoints stay.
+        main: Whether this is the main process; the others do nothing.
+    """
+
+    def __init__(self, run: Path, *, keep: int, main: bool) -> None:
+        self._run, self._keep, self._main = run, keep, main
+        self._whole: set[str] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def trust(self, checkpoint: Path) -> None:
+        """Takes a checkpoint for whole that was verified already."""
+        self._whole.add(checkpoint.name)
+
+    def begin(self, newest: Path) -> None:
+        """Starts to read the newest checkpoint back and then to remove old ones."""
+        self.wait()
+        if self._main:
+            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoints")
+            self._pending = self._thread.submit(self._rotate, newest)
+
+    def wait(self) -> None:
+        """Waits until that is done.
+
+        Raises:
+            OSError: An old checkpoint could not be removed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread; errors as `wait`."""
+        thread, self._thread = self._thread, None
+        try:
+            self.wait()
+        finally:
+            if thread is not None:
+                thread.shutdown()
+
+    def _rotate(self, newest: Path) -> None:
+        damage = find_damage(newest, from_disk=True)
+        if damage:
+            _tell(
+                f"{newest} was written, but reads back differently: {damage}; older ones are kept"
+            )
+            return
+        self._whole.add(newest.name)
+        older = [path for path in list_checkpoints(self._run) if path.name <= newest.name]
+        whole = 0
+        for path in reversed(older):
+            if whole >= self._keep and is_ours(path):
+                remove(path)
+                self._whole.discard(path.name)
+            whole += path.name in self._whole
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint under the name that we gave it: one that may be removed."""
+    if path.is_symlink():
+        return False
+    try:
+        return _number(path) == read_about(path).step
+    except CheckpointError:
+        return False
+
+
+def _newest_whole(run: Path, checkpoints: Iterable[Path]) -> Path | None:
+    refused: list[str] = []
+    for checkpoint in checkpoints:
+        reason = _why_not(checkpoint)
+        if reason is None:
+            _tell_unverified(checkpoint, say=True)
+            return checkpoint
+        refused.append(f"{checkpoint.name}: {reason}")
+        _tell(f"passed over {checkpoint}: {reason}")
+    return _none_whole(run, refused)
+
+
+def _none_whole(run: Path, refused: list[str]) -> None:
+    if refused:
+        raise CheckpointError(f"no checkpoint in {run / FOLDER} is whole; {'; '.join(refused)}")
+
+
+def _why_not(checkpoint: Path) -> str | None:
+    """Why a run is not resumed from a folder that is named as a checkpoint; None if it may be."""
+    try:
+        about = read_about(checkpoint)
+        check_whole(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    if about.step != _number(checkpoint):
+        return f"its {STATE} says step {about.step}: it was renamed"
+    return None
+
+
+def _tell_unverified(checkpoint: Path, *, say: bool) -> None:
+    if say and read_about(checkpoint).manifest is None:
+        _tell(f"{checkpoint} has no {MANIFEST} (an earlier version wrote none): not verified")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _names(folder: Path, pattern: str) -> Iterator[str]:
+    return (path.name for path in sorted(folder.glob(pattern)))
+
+
+def _check_header(file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} is not a whole checkpoint: {file.name} is missing")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
