@@ -1,14 +1,15 @@
 """The calls whose kernels `aot_report.py` compiles: every objective, and what launches differ in.
 
-Each is a public call on tensors that hold nothing; the launch table, the layout and the
-specialization are those of a real call.
+Each is a public call; the launch table, the layout and the specialization are those of a real one.
+`calls` names them without their tensors, so that they can be made in any size and on any numbers:
+`cases` makes them on tensors that hold nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,11 @@ class Case:
     strided: bool = False
 
 
+def channels_last(t: Tensor) -> Tensor:
+    """As a channels-last denoiser answers."""
+    return t.to(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tensors of one case.
@@ -54,17 +60,24 @@ class Batch:
         pairs: number of pairs.
         dims: of a sample.
         dtype: of the predictions.
-        layout: applied to the policy and what is like it.
+        layout: of the policy and what is like it: `contiguous`, `channels-last` or `sliced`.
     """
 
     pairs: int
     dims: tuple[int, ...]
     dtype: torch.dtype
-    layout: Callable[[Tensor], Tensor] = lambda t: t
+    layout: str = "contiguous"
 
     def rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """One row a sample, in the layout."""
-        return self.layout(torch.empty(2 * self.pairs, *self.dims, dtype=dtype or self.dtype))
+        *dims, width = self.dims
+        sliced = self.layout == "sliced"
+        whole = torch.empty(
+            2 * self.pairs, *dims, 2 * width if sliced else width, dtype=dtype or self.dtype
+        )
+        if self.layout == "channels-last":
+            return channels_last(whole)
+        return whole[..., ::2] if sliced else whole
 
     def shared(self, dtype: torch.dtype | None = None) -> Tensor:
         """One row a pair, contiguous."""
@@ -86,57 +99,126 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
 ALONE = {"sft": fl.sft, "mapo": fl.mapo}
 
 
-def loss_case(
-    variant: str,
-    dtype: str,
-    call: Callable[..., Any],
-    batch: Batch,
-    *,
-    target: Tensor | None = None,
-    sources: Sequence[Tensor] = (),
-    heavy: bool = False,
-    **options: Any,
-) -> Case:
-    """A loss and its gradient; `sources` are the reference and, last, annotators."""
-    policy = batch.rows().requires_grad_()
-    target = batch.shared() if target is None else target
-    reference, annotators = list(sources[:1]), list(sources[1:])
-    if annotators:
-        options["annotators"] = annotators
-    size, read = policy.itemsize, target.itemsize * len(target) // batch.pairs
-    full = sum(s.ndim > 1 for s in sources)
+@dataclass(frozen=True)
+class LossTensors:
+    """What a loss is called on.
 
-    def run() -> object:
-        out = call(policy, *reference, target, impl="triton", **options)
+    Attributes:
+        policy: predictions, one row a sample.
+        target: one row a pair or a sample.
+        sources: reference and annotators, as many as there are.
+        vectors: one number a pair each, by the call's names for them.
+    """
+
+    policy: Tensor
+    target: Tensor
+    sources: list[Tensor]
+    vectors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """A loss and its gradient.
+
+    Attributes:
+        variant: what sets it apart.
+        dtype: a name in `DTYPES`.
+        objective: the public function, with its numbers.
+        batch: sizes and layout.
+        streams: how many predictions besides the policy's there are: reference, then annotators.
+        ready: whether the reference's are not read, but its errors known.
+        separate: whether the sides of a pair have targets of their own.
+        vectors: names of options that hold one number a pair.
+        options: others.
+        heavy: whether it keeps most in registers of all that are like it.
+    """
+
+    variant: str
+    dtype: str
+    objective: Callable[..., Any]
+    batch: Batch
+    streams: int = 0
+    ready: bool = False
+    separate: bool = False
+    vectors: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    heavy: bool = False
+
+    def empty(self, batch: Batch) -> LossTensors:
+        """Tensors that hold nothing, of a batch like the call's own."""
+        sources = [batch.rows() for _ in range(self.streams)]
+        if self.ready:
+            sources = [torch.empty(2 * batch.pairs)]
+        contiguous = Batch(batch.pairs, batch.dims, batch.dtype)
+        target = contiguous.rows() if self.separate else contiguous.shared()
+        vectors = {name: torch.empty(batch.pairs) for name in self.vectors}
+        return LossTensors(batch.rows(), target, sources, vectors)
+
+    def __call__(self, x: LossTensors, impl: str) -> Any:
+        """The objective's result."""
+        options = {**self.options, **x.vectors}
+        if x.sources[1:]:
+            options["annotators"] = x.sources[1:]
+        return self.objective(x.policy, *x.sources[:1], x.target, impl=impl, **options)
+
+    def gradient(self, x: LossTensors, impl: str = "triton") -> tuple[Any, Tensor]:
+        """The result, and the gradient of its sum, by the policy."""
+        policy = x.policy.detach().requires_grad_()
+        out = self(LossTensors(policy, x.target, x.sources, x.vectors), impl)
         total = out if isinstance(out, Tensor) else out.loss
-        return torch.autograd.grad(total.sum(), policy)
+        return out, torch.autograd.grad(total.sum(), policy)[0]
 
-    forward, backward = 2 * size * (1 + full) + read, 4 * size + read
-    strided = not policy.is_contiguous()
-    return Case(variant, dtype, run, forward, backward, heavy, strided)
-
-
-def noise_case(dtype: str, prediction: Any, *, drawn: bool, layout: Any = None) -> Case:
-    """The noise kernel's one launch."""
-    batch = Batch(16, SDXL, DTYPES[dtype], layout or (lambda t: t))
-    latents, logvar = batch.rows(), batch.rows() if drawn else None
-    keys, table = torch.zeros(batch.pairs, dtype=torch.int64), torch.ones(1000)
-
-    def run() -> object:
-        return noised_pair(
-            latents, keys, keys, table, table, seed=1, low=0, high=1000, prediction=prediction,
-            logvar=logvar, dtype=torch.bfloat16, impl="triton",
+    def case(self, x: LossTensors | None = None) -> Case:
+        """The call on tensors that hold nothing, unless others are given."""
+        x = self.empty(self.batch) if x is None else x
+        size, read = x.policy.itemsize, x.target.itemsize * len(x.target) // self.batch.pairs
+        full = sum(s.ndim > 1 for s in x.sources)
+        forward, backward = 2 * size * (1 + full) + read, 4 * size + read
+        strided = self.batch.layout != "contiguous"
+        return Case(
+            self.variant, self.dtype, lambda: self.gradient(x), forward, backward, self.heavy,
+            strided,
         )  # fmt: skip
 
-    size = 2 * latents.itemsize * (2 if drawn else 1) + 2 * 2
-    size += 4 if prediction == "epsilon" else 8
-    way = "posterior drawn" if drawn else "means"
-    variant = f"{prediction}, {way}" + (", channels-last" if layout else "")
-    heavy = drawn and prediction == "flow"
-    return Case(variant, dtype, run, size, heavy=heavy, strided=layout is not None)
+
+@dataclass(frozen=True)
+class NoiseCall:
+    """The noise kernel's one launch: with `drawn`, the latents are drawn from their posterior."""
+
+    prediction: Any
+    dtype: str
+    batch: Batch
+    drawn: bool
+
+    @property
+    def variant(self) -> str:
+        """What sets it apart."""
+        way = "posterior drawn" if self.drawn else "means"
+        layout = self.batch.layout
+        return f"{self.prediction}, {way}" + ("" if layout == "contiguous" else f", {layout}")
+
+    def __call__(self, latents: Tensor, logvar: Tensor | None, tables: Any, impl: str) -> Any:
+        """The noised pair; `tables` are keys, visits, and a schedule's two."""
+        return noised_pair(
+            latents, *tables, seed=1, low=0, high=len(tables[2]), prediction=self.prediction,
+            logvar=logvar if self.drawn else None, dtype=torch.bfloat16, impl=impl,
+        )  # fmt: skip
+
+    def case(self) -> Case:
+        """The call on tensors that hold nothing."""
+        batch = self.batch
+        latents, logvar = batch.rows(), batch.rows() if self.drawn else None
+        keys, table = torch.zeros(batch.pairs, dtype=torch.int64), torch.ones(1000)
+        tables = (keys, keys, table, table)
+        size = 2 * latents.itemsize * (2 if self.drawn else 1) + 2 * 2
+        size += 4 if self.prediction == "epsilon" else 8
+        return Case(
+            self.variant, self.dtype, lambda: self(latents, logvar, tables, "triton"), size,
+            heavy=self.drawn and self.prediction == "flow", strided=batch.layout != "contiguous",
+        )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
+def calls() -> Iterator[LossCall | NoiseCall]:
     """All of them."""
     yield from _objectives()
     yield from _launches()
@@ -144,76 +226,64 @@ def cases() -> Iterator[Case]:
     yield from _layouts()
     for dtype, drawn in itertools.product(DTYPES, (False, True)):
         for prediction in ("epsilon", "v_prediction", "flow"):
-            yield noise_case(dtype, prediction, drawn=drawn)
+            yield NoiseCall(prediction, dtype, Batch(16, SDXL, DTYPES[dtype]), drawn)
 
 
-def _objectives() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
+    """All of them, ready to be made."""
+    return (call.case() for call in calls())
+
+
+def _objectives() -> Iterator[LossCall]:
     batch = Batch(16, SDXL, torch.bfloat16)
-    for name, call in OBJECTIVES.items():
-        yield loss_case(name, "bf16", call, batch, sources=[batch.rows()])
-    for name, call in ALONE.items():
-        yield loss_case(name, "bf16", call, batch)
-    yield loss_case("pair_errors", "bf16", fl.pair_errors, batch)
+    for name, objective in OBJECTIVES.items():
+        yield LossCall(name, "bf16", objective, batch, 1)
+    for name, objective in ALONE.items():
+        yield LossCall(name, "bf16", objective, batch)
+    yield LossCall("pair_errors", "bf16", fl.pair_errors, batch)
 
 
-def _launches() -> Iterator[Case]:
+def _launches() -> Iterator[LossCall]:
     """Both tile sizes, both dtypes, and everything that changes what a program holds."""
     dpo, adaptive = OBJECTIVES["dpo"], OBJECTIVES["adaptive_dpo"]
     for dtype, (pairs, dims) in itertools.product(DTYPES, ((1, SD15), (16, SDXL))):
         batch = Batch(pairs, dims, DTYPES[dtype])
         where = count_of(pairs)
-        one, three = [batch.rows()], [batch.rows() for _ in range(3)]
-        errors = torch.empty(2 * pairs)
-        yield loss_case(f"dpo, {where}", dtype, dpo, batch, sources=one)
-        yield loss_case(f"mapo, {where}", dtype, fl.mapo, batch)
-        yield loss_case(f"cached reference, {where}", dtype, dpo, batch, sources=[errors])
-        yield loss_case(f"sdpo, {where}", dtype, OBJECTIVES["sdpo"], batch, sources=one)
-        yield loss_case(
-            f"separate targets, {where}", dtype, dpo, batch, sources=one, target=batch.rows()
-        )
-        yield loss_case(
-            f"two annotators, {where}", dtype, adaptive, batch, sources=three, heavy=pairs > 1
-        )
-        yield loss_case(
-            f"ledger, pair weights, {where}", dtype, adaptive, batch, sources=one,
-            minority=torch.empty(pairs), weight_kind="gate", pair_weight=torch.empty(pairs),
+        yield LossCall(f"dpo, {where}", dtype, dpo, batch, 1)
+        yield LossCall(f"mapo, {where}", dtype, fl.mapo, batch)
+        yield LossCall(f"cached reference, {where}", dtype, dpo, batch, ready=True)
+        yield LossCall(f"sdpo, {where}", dtype, OBJECTIVES["sdpo"], batch, 1)
+        yield LossCall(f"separate targets, {where}", dtype, dpo, batch, 1, separate=True)
+        yield LossCall(f"two annotators, {where}", dtype, adaptive, batch, 3, heavy=pairs > 1)
+        yield LossCall(
+            f"ledger, pair weights, {where}", dtype, adaptive, batch, 1,
+            vectors=("minority", "pair_weight"), options={"weight_kind": "gate"},
         )  # fmt: skip
-        yield loss_case(
-            f"two annotators, all processes, {where}", dtype, adaptive, batch, sources=three,
-            reduce=lambda sums: sums,
+        yield LossCall(
+            f"two annotators, all processes, {where}", dtype, adaptive, batch, 3,
+            options={"reduce": lambda sums: sums},
         )  # fmt: skip
 
 
-def _many_pairs() -> Iterator[Case]:
+def _many_pairs() -> Iterator[LossCall]:
     """The last program holds vectors of all pairs."""
     adaptive = OBJECTIVES["adaptive_dpo"]
     for pairs in (256, 2048):
         batch = Batch(pairs, (4, 32, 32), torch.bfloat16)
-        three = [batch.rows() for _ in range(3)]
         for name, options in {"": {}, ", all processes": {"reduce": lambda sums: sums}}.items():
-            yield loss_case(
-                f"two annotators, {pairs} pairs{name}", "bf16", adaptive, batch, sources=three,
-                heavy=pairs > 256 and bool(options), **options,
+            yield LossCall(
+                f"two annotators, {pairs} pairs{name}", "bf16", adaptive, batch, 3,
+                options=options, heavy=pairs > 256 and bool(options),
             )  # fmt: skip
 
 
-def channels_last(t: Tensor) -> Tensor:
-    """As a channels-last denoiser answers."""
-    return t.to(memory_format=torch.channels_last)
-
-
-def _layouts() -> Iterator[Case]:
+def _layouts() -> Iterator[LossCall | NoiseCall]:
     """Predictions that lie otherwise than their target; these need no wide loads."""
     dpo, adaptive = OBJECTIVES["dpo"], OBJECTIVES["adaptive_dpo"]
-    layouts = {"channels-last": channels_last, "sliced": lambda t: t[..., ::2]}
-    for (name, layout), dtype in itertools.product(layouts.items(), DTYPES):
-        dims = (*SDXL[:2], 2 * SDXL[2]) if name == "sliced" else SDXL
-        batch = Batch(16, dims, DTYPES[dtype], layout)
-        target = Batch(16, SDXL, DTYPES[dtype]).shared()
-        three = [batch.rows() for _ in range(3)]
-        yield loss_case(f"dpo, {name}", dtype, dpo, batch, sources=three[:1], target=target)
-        yield loss_case(
-            f"two annotators, {name}", dtype, adaptive, batch, sources=three, target=target,
-            heavy=(name, dtype) == ("channels-last", "bf16"),
-        )  # fmt: skip
-    yield noise_case("bf16", "v_prediction", drawn=True, layout=channels_last)
+    for layout, dtype in itertools.product(("channels-last", "sliced"), DTYPES):
+        batch = Batch(16, SDXL, DTYPES[dtype], layout)
+        yield LossCall(f"dpo, {layout}", dtype, dpo, batch, 1)
+        heavy = (layout, dtype) == ("channels-last", "bf16")
+        yield LossCall(f"two annotators, {layout}", dtype, adaptive, batch, 3, heavy=heavy)
+    batch = Batch(16, SDXL, torch.bfloat16, "channels-last")
+    yield NoiseCall("v_prediction", "bf16", batch, drawn=True)

@@ -1,69 +1,37 @@
 """Every kernel of the ahead-of-time table, executed on the PTX machine as it ships.
 
-    PTX_MACHINE_SCHEDULES=1 python -m pytest -p tests.kernels.on_machine \
-        tests/kernels/compiled_cases.py
+    python -m pytest -p tests.kernels.on_machine tests/kernels/compiled_cases.py
+    PTX_MACHINE_FULL=1 python -m pytest -p tests.kernels.on_machine tests/kernels/compiled_cases.py
 
-The calls of `benchmarks/aot_cases.py` with their sizes, layouts and launch configurations, on
-random tensors, against float64 within the budget of the kernel tests. `test_compiled.py` runs the
-smallest of them.
+The calls of `benchmarks/aot_cases.py` on random tensors, against float64 within the budget of the
+kernel tests. By default on a few pairs of two and a half tiles, by two programs a pair, with the
+code of the full size, which is compared; with PTX_MACHINE_FULL in the full size, which takes hours.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import os
+from dataclasses import replace
 
-import aot_cases
 import pytest
 import torch
+from aot_cases import LossCall, LossTensors, NoiseCall, calls
+from aot_small import compiled_as, full_shape, small
 from torch import Tensor
 
-from fastpo_kernels.pair_noise import noised_pair
 from fastpo_kernels.testing import PairInputs, assert_within_budget, rounding_scales
 
-
-@dataclass
-class Loss:
-    """A loss of the table.
-
-    Attributes:
-        call: the objective, with its options bound but for those below.
-        x: its inputs.
-        options: of the call.
-    """
-
-    call: Any
-    x: PairInputs
-    has_reference: bool
-    options: dict[str, Any]
-
-    def __call__(self, x, **more):
-        sources = [x.reference] if self.has_reference else []
-        annotators = {"annotators": x.annotators} if x.annotators else {}
-        return self.call(x.policy, *sources, x.target, **annotators, **self.options, **more)
+FULL = bool(os.environ.get("PTX_MACHINE_FULL"))
 
 
-def collected():
-    """The table's losses and noise kernels by their names, as functions that make the tensors."""
-    losses, noises = {}, {}
-
-    def loss_case(variant, dtype, call, batch, *, target=None, sources=(), heavy=False, **options):
-        shared = batch.shared() if target is None else target
-        losses[f"{variant}, {dtype}"] = lambda: filled(call, batch, shared, sources, options)
-
-    def noise_case(dtype, prediction, *, drawn, layout=None):
-        laid = ", channels-last" if layout else ""
-        noises[f"{prediction}, {'drawn' if drawn else 'means'}{laid}, {dtype}"] = (
-            dtype, prediction, drawn, layout or (lambda t: t),
-        )  # fmt: skip
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aot_cases, "loss_case", loss_case)
-        patch.setattr(aot_cases, "noise_case", noise_case)
-        for _ in aot_cases.cases():
-            pass
-    return losses, noises
+def name_of(call):
+    """As `-k` takes it."""
+    return f"{call.variant}-{call.dtype}".replace(", ", "-").replace(" ", "_")
 
 
-def filled(call, batch, target, sources, options):
+LOSSES = [call for call in calls() if isinstance(call, LossCall)]
+NOISES = [call for call in calls() if isinstance(call, NoiseCall)]
+
+
+def filled(x):
     """Predictions near their targets, ready errors near those of predictions, other vectors."""
     rng = torch.Generator().manual_seed(0)
 
@@ -74,74 +42,104 @@ def filled(call, batch, target, sources, options):
         out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
         return out.copy_(values)
 
-    target = like(target).to(target.dtype)
-    policy = batch.rows()
-    center = target.float().repeat(len(policy) // len(target), *[1] * (target.ndim - 1))
-    policy_values = center + 0.3 * like(policy)
-    full = [
-        beside(s, policy_values + 0.1 * like(s)) if s.ndim > 1 else 0.09 + 0.002 * like(s)
-        for s in sources
+    target = like(x.target).to(x.target.dtype)
+    repeats = len(x.policy) // len(target)
+    policy = target.float().repeat(repeats, *[1] * (target.ndim - 1)) + 0.3 * like(x.policy)
+    sources = [
+        beside(s, policy + 0.1 * like(s)) if s.ndim > 1 else 0.09 + 0.002 * like(s)
+        for s in x.sources
     ]
-    numbers = {
-        k: torch.rand(v.shape, generator=rng) if isinstance(v, Tensor) else v
-        for k, v in options.items()
-    }
-    first, *others = full or [policy]
-    x = PairInputs(beside(policy, policy_values), first, target, others)
-    return Loss(call, x, bool(full), numbers)
+    vectors = {name: torch.rand(v.shape, generator=rng) for name, v in x.vectors.items()}
+    return LossTensors(beside(x.policy, policy), target, sources, vectors)
 
 
-LOSSES, NOISES = collected()
+class Loss:
+    """A call of the table as a loss of `PairInputs`, which the budget's helpers take."""
+
+    def __init__(self, call, x):
+        self.call, self.vectors = call, x.vectors
+        first, *others = x.sources or [x.policy]
+        self.x, self.has_reference = PairInputs(x.policy, first, x.target, others), bool(x.sources)
+
+    def __call__(self, x, impl="reference"):
+        sources = [x.reference, *x.annotators] if self.has_reference else []
+        return self.call(LossTensors(x.policy, x.target, sources, self.vectors), impl)
 
 
-def name_of(name):
-    """As `-k` takes it."""
-    return name.replace(", ", "-").replace(" ", "_")
-
-
-def run(call, x, impl):
+def run(loss, x, impl):
     policy = x.policy.detach().requires_grad_()
-    out = call(PairInputs(policy, x.reference, x.target, x.annotators), impl=impl)
+    out = loss(PairInputs(policy, x.reference, x.target, x.annotators), impl=impl)
     total = out if isinstance(out, Tensor) else out.loss
     return out, torch.autograd.grad(3.25 * total.sum(), policy)[0]
 
 
-@pytest.mark.parametrize("name", LOSSES, ids=name_of)
-def test_loss_within_budget(name):
-    call = LOSSES[name]()
-    x = call.x
-    truth, truth_grad = run(call, x.double(), "reference")
-    eager, eager_grad = run(call, x, "reference")
-    actual, grad = run(call, x, "triton")
+def check(loss, actual, grad):
+    """What the kernels gave, against float64 beside what eager does."""
+    x = loss.x
+    truth, truth_grad = run(loss, x.double(), "reference")
+    eager, eager_grad = run(loss, x, "reference")
     assert grad.dtype == x.policy.dtype
     if isinstance(truth, Tensor):
         assert_within_budget(actual, [eager], truth, name="errors")
         assert_within_budget(grad, [eager_grad], truth_grad, name="gradient")
         return
-    scales = rounding_scales(call, x.double(), truth_grad)
+    scales = rounding_scales(loss, x.double(), truth_grad)
     for field, a, e, t in zip(truth._fields, actual, eager, truth, strict=True):
         if t is not None:
             assert_within_budget(a, [e], t, name=field, scale=scales[field])
     assert_within_budget(grad, [eager_grad], truth_grad, name="gradient", scale=scales["gradient"])
 
 
-@pytest.mark.parametrize("name", NOISES, ids=name_of)
-def test_noise_is_the_references(name):
-    dtype, prediction, drawn, layout = NOISES[name]
+def texts_of(hook, run):
+    """Names and texts of the kernels that `run` launches, and its result."""
+    found = []
+    hook.edit = lambda name, text: found.append((name, text)) or text
+    result = run()
+    return found, result
+
+
+def assert_same_code(small, full):
+    """Without the texts in the message."""
+    assert [name for name, _ in small] == [name for name, _ in full]
+    for (name, text), (_, expected) in zip(small, full, strict=True):
+        assert hash(text) == hash(expected), name
+
+
+@pytest.mark.parametrize("call", LOSSES, ids=name_of)
+def test_loss_within_budget(call, hook, without_executing):
+    if FULL:
+        loss = Loss(call, filled(call.empty(call.batch)))
+        check(loss, *run(loss, loss.x, "triton"))
+        return
+    with without_executing():
+        full, _ = texts_of(hook, lambda: call.gradient(call.empty(call.batch)))
+    shape = full_shape(call)
+    batch = small(call.batch, 5 * shape.config.block_size // 2)
+    loss = Loss(call, filled(call.empty(batch)))
+    with compiled_as(shape, 2):
+        texts, result = texts_of(hook, lambda: run(loss, loss.x, "triton"))
+    assert_same_code(texts, full)
+    check(loss, *result)
+
+
+@pytest.mark.parametrize("call", NOISES, ids=name_of)
+def test_noise_is_the_references(call, hook, without_executing):
+    if not FULL:
+        with without_executing():
+            full, _ = texts_of(hook, call.case().run)
+        call = replace(call, batch=small(call.batch, 2560))
     rng = torch.Generator().manual_seed(0)
     latents, logvar = (
-        layout(torch.randn(32, *aot_cases.SDXL, generator=rng).to(aot_cases.DTYPES[dtype]))
-        for _ in range(2)
+        like.copy_(torch.randn(like.shape, generator=rng))
+        for like in (call.batch.rows(), call.batch.rows())
     )
-    keys = torch.randint(0, 2**62, (16,), generator=rng)
+    keys = torch.randint(0, 2**62, (call.batch.pairs,), generator=rng)
     power = torch.linspace(0.99, 0.005, 1000)
-    found, expected = (
-        noised_pair(
-            latents, keys, keys % 7, power.sqrt(), (1 - power).sqrt(), seed=1, low=0, high=1000,
-            prediction=prediction, logvar=logvar - 3 if drawn else None, impl=impl,
-        )
-        for impl in ("triton", "reference")
-    )  # fmt: skip
+    tables = (keys, keys % 7, power.sqrt(), (1 - power).sqrt())
+    texts, found = texts_of(hook, lambda: call(latents, logvar - 3, tables, "triton"))
+    if not FULL:
+        assert_same_code(texts, full)
+    expected = call(latents, logvar - 3, tables, "reference")
     assert torch.equal(found.timesteps, expected.timesteps)
-    for a, e in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(a, e, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(found.target, expected.target, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(found.noisy_latents, expected.noisy_latents)

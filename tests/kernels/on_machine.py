@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -41,6 +42,28 @@ MACHINE = _Machine(
     schedules=int(os.environ.get("PTX_MACHINE_SCHEDULES", "3")),
 )
 HOOK = LaunchHook(GPU.library, MACHINE)
+
+
+class _Nothing(Machine):
+    """Executes nothing: launches compile, and outputs hold what their memory held."""
+
+    def launch(self, *given, **named):
+        pass
+
+
+@pytest.fixture
+def without_executing():
+    """A context in which launches only compile."""
+
+    @contextmanager
+    def only_compiling():
+        HOOK.machine = _Nothing()
+        try:
+            yield
+        finally:
+            HOOK.machine = MACHINE
+
+    return only_compiling
 
 
 @pytest.fixture

@@ -40,13 +40,13 @@ def test_a_stream_that_is_read_in_pieces_is_found(run_compiling):
 
 
 UNALIGNED = """
-import aot_cases, aot_report, torch
+import aot_cases, aot_report, dataclasses, torch
 batch = aot_cases.Batch(16, aot_cases.SDXL, torch.bfloat16)
+call = aot_cases.LossCall("dpo", "bf16", aot_cases.OBJECTIVES["dpo"], batch, 1)
 whole = torch.empty(16 * 65536 + 1, dtype=torch.bfloat16)
+targets = [whole[first:first + 16 * 65536].view(16, *aot_cases.SDXL) for first in (0, 1)]
 aot_cases.cases = lambda: [
-    aot_cases.loss_case("dpo", "bf16", aot_cases.OBJECTIVES["dpo"], batch, sources=[batch.rows()],
-                        target=whole[first:first + 16 * 65536].view(16, *aot_cases.SDXL))
-    for first in (0, 1)
+    call.case(dataclasses.replace(call.empty(batch), target=target)) for target in targets
 ]
 rows = list(aot_report.rows_of("sm_90", heaviest=False))
 assert [row.good for row in rows] == [True, True, False, False], rows
@@ -75,10 +75,11 @@ KEEPS_NAN = """
 import re
 import aot_cases, fake_gpu
 gpu = fake_gpu.install("sm_90")
-judged = [case for case in aot_cases._launches() if case.variant == 'two annotators, 16 pairs']
-for case in (*aot_cases._objectives(), *judged[:1]):
-    case.run()
-assert judged
+names = [*aot_cases.OBJECTIVES, *aot_cases.ALONE, "pair_errors", "two annotators, 16 pairs"]
+chosen = [c for c in aot_cases.calls() if c.variant in names and c.dtype == "bf16"]
+assert len(chosen) == len(names)
+for call in chosen:
+    call.case().run()
 for made in gpu.compiled:
     found = re.findall(r"(?:max|min)[.\\w]*[.]f32", made.kernel.asm["ptx"])
     assert all(".NaN" in name for name in found), (made.name, found)

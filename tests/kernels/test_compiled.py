@@ -62,9 +62,9 @@ def test_other_targets(target):
 
 
 @pytest.mark.slow
-def test_launches_as_they_ship():
-    """Of the ahead-of-time table, those of one pair, in its size and launch configuration."""
-    assert on_machine("sm_90", "1_pair-bf16", "compiled_cases.py") >= 8
+def test_every_kernel_of_the_ahead_of_time_table():
+    """The code of each call's own size and launch configuration, on a few pairs."""
+    assert on_machine("sm_90", "", "compiled_cases.py") >= 70
 
 
 @pytest.mark.slow
