@@ -53,3 +53,12 @@ class DifferingRanksError(FastPOError):
     """The processes of a run were started with different settings, data, models or versions."""
 
     everywhere = True
+
+
+class LostProcessError(FastPOError):
+    """A process of the run hangs, has ended, or has stopped with an error; the text names it."""
+
+    exit_code = 76
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; go on from the last checkpoint with --resume")

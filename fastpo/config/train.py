@@ -90,6 +90,9 @@ class TrainConfig(Section):
     loss_impl: Annotated[Literal["triton", "cpu", "reference"] | None, decides("run")] = None
     # threads that read ahead; 0 reads when the step asks
     loader_workers: Annotated[Count, decides("nothing")] = 2
+    # seconds without progress of a process, or a sign of life, after which the others name it and
+    # end; six times as long while starting, compiling, saving
+    hang_timeout: Annotated[Positive, decides("nothing")] = 300.0
 
     @property
     def needs_reference(self) -> bool:

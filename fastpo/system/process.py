@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from fastpo.errors import ConfigError
@@ -57,6 +58,14 @@ class Rank:
         if device.type == "cpu":
             return device
         return torch.device(device.type, self.local_rank % torch.cuda.device_count())
+
+
+def named_ranks(ranks: list[int]) -> str:
+    """Returns `rank 3`, or `ranks 0-2, 5`; the numbers must be sorted."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    runs = [[r for _, r in run] for _, run in groupby(enumerate(ranks), lambda k: k[1] - k[0])]
+    return "ranks " + ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def default_device() -> torch.device:

@@ -8,7 +8,6 @@ own path, if the content is the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from fastpo._version import __version__
 from fastpo.config import Config, as_text, flatten
 from fastpo.errors import DifferingRanksError
 from fastpo.models.folder import ModelFolder, component_files
+from fastpo.system.process import named_ranks
 from fastpo.train.data import TrainingData
 
 if TYPE_CHECKING:
@@ -88,14 +88,6 @@ def differences(values: list[dict[str, str]]) -> list[str]:
             shown = ", ".join(f"{value} on {named_ranks(where)}" for value, where in ranks.items())
             texts.append(f"{name} is {shown}")
     return texts
-
-
-def named_ranks(ranks: list[int]) -> str:
-    """Returns `rank 3`, or `ranks 0-2, 5`; the numbers must be sorted."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    runs = [[r for _, r in run] for _, run in groupby(enumerate(ranks), lambda k: k[1] - k[0])]
-    return "ranks " + ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 def model_sample(model: ModelFolder) -> str:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpo.config import TrainConfig
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, LostProcessError
 from fastpo.precision import autocast
 from fastpo.system.process import default_device
 from fastpo.train import zero
+from fastpo.train.heartbeat import beating, collective_limit
 from fastpo.train.optimizer import setup_optimizer
+from fastpo.train.progress import Progress
 from fastpo.train.weights import PolicyWeights
 
 Gathered = TypeVar("Gathered")
@@ -59,11 +60,15 @@ class Processes:
     Args:
         accelerator: accelerate's handle on them.
         config: The run.
+
+    Attributes:
+        progress: Where this one stands; its heartbeat tells the others.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
         self._accelerator = accelerator
         self._config = config
+        self.progress = Progress()
 
     @property
     def count(self) -> int:
@@ -185,6 +190,11 @@ class Processes:
         weights = zero.ZeroWeights(trainable, engine, stage, device=self.device, main=self.main)
         return wrapped, prepared, weights
 
+    def heartbeat(self) -> AbstractContextManager[None]:
+        """Around a run: tells the others how far this one is, and watches them."""
+        limit = self._config.hang_timeout
+        return beating(self.progress, rank=self.rank, count=self.count, timeout=limit)
+
     def leave(self, *, keep_group: bool) -> None:
         """Closes the trackers, and the process group unless it was there before the run."""
         for tracker in self._accelerator.trackers:
@@ -205,13 +215,18 @@ def joined(config: TrainConfig) -> Iterator[Processes]:
 
     Raises:
         ConfigError: As `setup_accelerator`.
+        LostProcessError: One did not come, or its connection was lost, as the text says.
     """
     keep_group = torch.distributed.is_initialized()
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     try:
-        processes = Processes(setup_accelerator(config), config)
+        processes = Processes(_come_together(config), config)
         try:
-            yield processes
+            with processes.heartbeat():
+                yield processes
+        except LostProcessError:
+            keep_group = True  # to leave a broken group may take for ever
+            raise
         finally:
             processes.leave(keep_group=keep_group)
     finally:
@@ -220,6 +235,14 @@ def joined(config: TrainConfig) -> Iterator[Processes]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _come_together(config: TrainConfig) -> Accelerator:
+    try:
+        return setup_accelerator(config)
+    except torch.distributed.DistError as error:
+        line = str(error).partition("\n")[0]
+        raise LostProcessError(f"not all processes of the launch came together: {line}") from error
 
 
 def setup_accelerator(config: TrainConfig) -> Accelerator:
@@ -248,9 +271,8 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
     plugin = _deepspeed_plugin(config)
     handlers: list[KwargsHandler] = []
     if "WORLD_SIZE" in os.environ and (plugin or int(os.environ["WORLD_SIZE"]) > 1):
-        # The others wait while the main process saves, which may take long on shared storage.
-        backend = "gloo" if on_cpu else "nccl"
-        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30))]
+        backend, limit = "gloo" if on_cpu else "nccl", collective_limit(config.hang_timeout)
+        handlers = [InitProcessGroupKwargs(backend=backend, timeout=limit)]
     accelerator = Accelerator(
         cpu=on_cpu and plugin is None,  # accelerate takes `cpu` for "no DeepSpeed"
         deepspeed_plugins=plugin,

@@ -124,6 +124,7 @@ def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment
     model = ModelFolder.resolve(config.model)
     data = setup_data(config, model, processes)
     require_same(processes, settings_of(config, model, data))
+    processes.progress.at("loading the model")
     trainer = setup_trainer(config, model, data, processes)
     keep = config.train.keep_checkpoints
     rotation = Rotation(folder.path, keep=keep, main=processes.main)
@@ -179,12 +180,15 @@ def run_steps(
 ) -> None:
     """The loop over optimizer steps `start..total_steps-1`."""
     trainer, data, folder, config = run.trainer, run.data, run.folder, run.config.train
+    place = run.processes.progress
     for observer in observers:
+        place.at("an observer's work")
         observer.on_start(trainer, start)
-    loader = data.loader(run.processes, start, workers=config.loader_workers)
+    loader = place.reading(data.loader(run.processes, start, workers=config.loader_workers))
     bar = step_progress(data.total_steps, start, show=progress and folder.main)
     with TimedIterator(loader) as batches, bar as advance:
         for step in range(start, data.total_steps):
+            place.step(step + 1, slow=config.compile or step == start)
             began = time.perf_counter()
             table = trainer.optimizer_step(batches, step).read()
             check_finite(run, table, step)
@@ -201,6 +205,7 @@ def run_steps(
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == data.total_steps:
                 checkpoint(run, step + 1)
             for observer in observers:
+                place.at("an observer's work")
                 observer.on_step(step + 1, table, metrics)
 
 
@@ -229,6 +234,7 @@ def check_finite(run: Experiment, table: StepTable, step: int) -> None:
 
 def checkpoint(run: Experiment, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
+    run.processes.progress.at("saving")
     run.folder.flush()
     run.rotation.wait()
     saved = save_checkpoint(run.folder.path, step, run.trainer.state, run.origin)
@@ -243,6 +249,7 @@ def finish(run: Experiment) -> None:
     """
     folder, state, method = run.folder, run.trainer.state, run.config.train.method
     denoisers = run.trainer.denoisers
+    run.processes.progress.at("writing the results")
     for name, parts in exported_weights(state.weights, state.averages).items():
         whole = state.weights.gather(parts)
         if folder.main:

@@ -35,7 +35,7 @@ RAW = {
 # A checkpoint may be resumed with other values of these; found in release 0.1.0.
 FREE_ON_RESUME = {
     *(f"train.{key}" for key in ("output_dir", "checkpoint_every", "keep_checkpoints")),
-    *(f"train.{key}" for key in ("trackers", "loader_workers", "deepspeed")),
+    *(f"train.{key}" for key in ("trackers", "loader_workers", "deepspeed", "hang_timeout")),
     *(f"train.{key}" for key in ("accumulation_steps", "reference")),
     *(f"prepare.{key}" for key in ("cache_dir", "batch_size", "workers")),
 }

@@ -1,7 +1,15 @@
 """Two processes of one run: what they must agree on, and what happens when one hangs or dies."""
 
+import itertools
+import os
+import signal
+import threading
+
 import pytest
 
+from fastpo.cli import main
+from fastpo.errors import DataError
+from fastpo.train.trainer import Trainer
 from tests.faults.two_ranks import two_ranks
 
 DIFFERENT = {
@@ -32,3 +40,88 @@ def test_different_settings_are_named(experiment, tmp_path, key, mode):
         assert "Traceback" not in ranks.text(0) + ranks.text(1)
         assert "error:" not in ranks.text(1)
     assert not (tmp_path / "run").exists()
+
+
+def acting_at(step, rank, act):
+    """The command line, in which one rank calls `act` when it has computed a step."""
+
+    def run(words):
+        if os.environ["RANK"] == str(rank):
+            record, steps = Trainer.record, itertools.count(1)
+
+            def recorded(trainer, table):
+                record(trainer, table)
+                if next(steps) == step:
+                    act()
+
+            Trainer.record = recorded
+        main(words)
+
+    return run
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_death_of_a_process_is_named_and_the_run_goes_on(
+    experiment, tmp_path, mode, victim, read_metrics
+):
+    path = experiment(max_steps=6)
+    other = 1 - victim
+
+    def words(rank):
+        return ["train", path, *settings_for(mode), "--resume"]
+
+    kill = acting_at(3, victim, send(signal.SIGKILL))
+    with two_ranks(tmp_path / "out", words, act=kill) as ranks:
+        codes, text = ranks.exit_codes(), ranks.text(other)
+    assert (codes[victim], codes[other]) == (-signal.SIGKILL, 76), text
+    assert text.count("error:") == 1
+    assert f"rank {victim}" in text and "has ended; last seen at" in text
+    assert "Traceback" not in text
+    with two_ranks(tmp_path / "again", words) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_named(experiment, tmp_path, victim):
+    """Under rank 0's control the store stops as well, for which torch waits without a limit."""
+    path = experiment(max_steps=6, hang_timeout=3.0)
+    stop, other = acting_at(3, victim, send(signal.SIGSTOP)), 1 - victim
+    with two_ranks(tmp_path / "out", lambda _: ["train", path], act=stop) as ranks:
+        ranks[other].join(60)
+        text = ranks.text(other)
+        assert ranks[other].exitcode == 76, text
+        assert ranks[victim].exitcode is None
+    assert text.count("error:") == 1
+    assert f"rank {victim}" in text and "gives no sign of life" in text
+    assert "stopped by a signal" in text
+
+
+def test_a_process_that_waits_for_ever_is_named_by_itself_and_by_the_other(experiment, tmp_path):
+    path = experiment(max_steps=6, hang_timeout=2.0)
+    wait = acting_at(3, 1, threading.Event().wait)
+    with two_ranks(tmp_path / "out", lambda _: ["train", path], act=wait) as ranks:
+        assert ranks.exit_codes() == [76, 76], ranks.text(0) + ranks.text(1)
+        for rank in (0, 1):
+            text = ranks.text(rank)
+            assert "no progress for" in text and "step 3, computing" in text, text
+            assert text.count("error:") == 1
+    assert "rank 1 (process" in ranks.text(0)
+
+
+def test_an_error_of_one_process_reaches_the_others(experiment, tmp_path):
+    path = experiment(max_steps=6)
+
+    def fail():
+        raise DataError("shard-00003 cannot be read")
+
+    with two_ranks(tmp_path / "out", lambda _: ["train", path], act=acting_at(3, 1, fail)) as ranks:
+        assert ranks.exit_codes() == [76, 2], ranks.text(0) + ranks.text(1)
+        assert "rank 1 stopped: shard-00003 cannot be read" in ranks.text(0)
+        assert "error: shard-00003 cannot be read" in ranks.text(1)
+        assert "Traceback" not in ranks.text(0) + ranks.text(1)
