@@ -62,3 +62,15 @@ class LostProcessError(FastPOError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; go on from the last checkpoint with --resume")
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's text in one line; of pydantic's many lines the first complaint."""
+    try:
+        from pydantic import ValidationError
+    except ImportError:  # the kernels and losses need none
+        return " ".join(str(error).split())
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split())
