@@ -18,6 +18,12 @@ from fastpo.config.messages import explain
 from fastpo.config.sections import DataConfig, EvaluateConfig, ModelConfig, PrepareConfig
 from fastpo.config.train import TrainConfig
 from fastpo.errors import ConfigError
+from fastpo.system.json_text import read_bounded
+
+MOST_BYTES = 1 << 18
+"""Of a YAML file."""
+MOST_DEPTH = 32
+MOST_ALIASES = 32
 
 
 class Config(Section):
@@ -39,19 +45,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             twice, is unknown, ill-typed or out of range; the text names the key and the nearest
             valid one.
     """
+    raw = read_yaml(path)
+    for text in overrides:
+        raw = with_keys(raw, _read_override(text), where=f"--set {text}")
+    return parse_config(raw, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping, bounded in size, depth and aliases.
+
+    Raises:
+        ConfigError: It is missing, too large, no YAML or no mapping, or a key occurs twice.
+    """
     try:
-        raw = _read_yaml(path.read_text())
+        raw = parse_yaml(read_bounded(path, MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except IsADirectoryError:
         raise ConfigError(f"expected a YAML file, got a folder: {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(raw).__name__}")
-    for text in overrides:
-        raw = with_keys(raw, _read_override(text), where=f"--set {text}")
-    return parse_config(raw, where=str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
@@ -107,13 +125,55 @@ def _read_override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set takes key.path=value, got {text!r}")
     try:
-        return {key.strip(): _number(_read_yaml(value)) if value else None}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+        return {key.strip(): _number(parse_yaml(value)) if value else None}
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {why}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may occur once: of two, the first would be ignored silently."""
+    """YAML in which a key may occur once: of two, the first would be ignored silently.
+
+    Depth and aliases are bounded: a few lines of aliases of aliases stand for any amount of text.
+    """
+
+    def __init__(self, stream: str) -> None:
+        """Begins at the outermost level."""
+        super().__init__(stream)
+        self._depth = self._aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Builds one node.
+
+        Raises:
+            YAMLError: It lies too deep, or is one alias too many, or an alias of what it lies in.
+        """
+        if self.check_event(yaml.AliasEvent):
+            self._aliases += 1
+            if self._aliases > MOST_ALIASES:
+                raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases")
+        if self._depth == MOST_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MOST_DEPTH} levels deep")
+        self._depth += 1
+        try:
+            node = super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Builds one mapping; its anchor counts behind it alone, so that it cannot hold itself."""
+        node = super().compose_mapping_node(None)
+        if anchor is not None:
+            self.anchors[anchor] = node
+        return node
+
+    def compose_sequence_node(self, anchor: str | None) -> yaml.SequenceNode:
+        """Builds one sequence, as `compose_mapping_node`."""
+        node = super().compose_sequence_node(None)
+        if anchor is not None:
+            self.anchors[anchor] = node
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Builds one mapping.
@@ -122,7 +182,7 @@ class _Loader(yaml.SafeLoader):
             YAMLError: A key occurs in it twice.
         """
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     line = key.start_mark.line + 1
@@ -131,8 +191,38 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def parse_yaml(text: str) -> Any:
+    """Parses YAML of plain values.
+
+    Raises:
+        ValueError: It is none, is too deep, has too many aliases, or a key occurs twice.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # PyYAML passes on what `int`, `datetime` and the like raise for a value.
+        raise ValueError(str(error)) from None
+    _check_text(value)
+    return value
+
+
+def _check_text(value: Any) -> None:
+    """Refuses text that neither a file nor a path can hold; escapes in quotes can name it.
+
+    Raises:
+        ValueError: It has a zero byte, or half of a character.
+    """
+    if isinstance(value, str):
+        value.encode("utf-8")
+        if "\0" in value:
+            raise ValueError("a text has a zero byte")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_text(key)
+            _check_text(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_text(inner)
 
 
 def _number(value: Any) -> Any:

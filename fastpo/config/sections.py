@@ -25,6 +25,7 @@ from fastpo.config.fields import (
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
+Verify = Literal["always", "first", "never"]
 ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -51,6 +52,10 @@ class DataConfig(Section):
     # share of the labels that are exchanged on purpose, to study noisy labels
     flip_rate: Annotated[Rate, decides("reference", "run")] = 0.0
     flip_seed: Annotated[Count, decides("reference", "run")] = 0  # which labels these are
+    # whether a listing may name images outside of data.path, by its text or by links
+    allow_outside: Annotated[bool, decides("nothing")] = False
+    # when prepared files are checked: a row when it is first read, all at the start, or sizes alone
+    verify: Annotated[Verify, decides("nothing")] = "first"
 
 
 class PrepareConfig(Section):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpo.config import dump_config, load_config, parse_config
@@ -156,6 +156,28 @@ def test_anchors_and_merges_are_read(tmp_path):
         load_config(tmp_path / "merged.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: " + "[" * 33, "nested more than 32 levels deep"),
+        ("a: &x y\nb: [" + "*x, " * 33 + "]", "more than 32 aliases"),
+        ("a: &x {b: *x}", "undefined alias 'x'"),
+        ("a: 2001-13-01", "month must be in 1..12"),
+        ('a: "\\ud800"', "surrogates not allowed"),
+        ('a: "\\0"', "a text has a zero byte"),
+        ("a: !!python/object:collections.OrderedDict {}", "could not determine a constructor"),
+        ("#" + "x" * (1 << 18), "it has 262,145 bytes, at most 262,144 are read"),
+    ],
+    ids=["depth", "aliases", "itself", "date", "surrogate", "zero", "object", "size"],
+)
+def test_yaml_is_bounded(tmp_path, text, complaint):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as refusal:
+        load_config(path)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_memory_format_that_an_optimizer_undoes_is_refused():
     raw = changed("train.optim", {"name": "adamw_8bit"})
     raw["train"] |= {"channels_last": True, "method": "full"}
@@ -219,6 +241,7 @@ def test_files_that_are_no_configuration_are_refused(tmp_path):
         load_config(tmp_path / "bad.yaml")
 
 
+@settings(deadline=None)
 @given(
     st.floats(1e-12, 1e3), st.integers(0, 2**31), st.floats(0, 1), st.sampled_from(["fp32", "bf16"])
 )
