@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_PROMPT = 20_000
+"""Characters of a prompt; text encoders read the first few hundred."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
     """One labeled comparison of two images made for the same prompt.

@@ -12,13 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastpo.models.geometry import Geometry
 
 ASPECT_TOLERANCE = 2
 """Largest difference of the two images' aspect ratios, in percent."""
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What is decoded; of several frames the first. Other formats' decoders are never called."""
+MOST_PIXELS = 80_000_000
+"""Of one image, told by its header before anything is decoded; three bytes each."""
+MOST_SIDE = 65_535
+"""Pixels of width or height; a JPEG has no more."""
+MOST_ENLARGED = 4
+"""How many times the target's pixels a whole resized image may have before it is cut first."""
 
 
 class UnusableImageError(Exception):
@@ -47,7 +57,9 @@ def load_pair(
     The bucket follows from the mean aspect ratio. The original size is the smaller image's.
 
     Raises:
-        UnusableImageError: An image is missing or corrupt, or the aspect ratios differ too much.
+        UnusableImageError: An image is missing, corrupt or too large, or the aspect ratios differ
+            too much.
+        MemoryError: There is none left for them.
     """
     images = [_decode(read, name) for read, name in ((first, "winner"), (second, "loser"))]
     one, other = images
@@ -76,10 +88,16 @@ def decode(data: bytes) -> Image.Image:
     """Decodes an image to RGB: EXIF orientation applied, transparency laid over white.
 
     Raises:
-        UnusableImageError: The bytes are not a whole image.
+        UnusableImageError: The bytes are not a whole image of `FORMATS`, or it is too large.
+        MemoryError: There is none left for it.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS or max(image.size) > MOST_SIDE:
+            raise ValueError(
+                f"{image.width}x{image.height} are more than {MOST_PIXELS / 1e6:g} megapixels, or "
+                f"than {MOST_SIDE} on a side"
+            )
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -89,8 +107,13 @@ def decode(data: bytes) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+    except MemoryError:  # of the machine, not of the image
+        raise
+    except UnidentifiedImageError:
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UnusableImageError(f"UnidentifiedImageError: no {kinds} image") from None
     except Exception as error:  # PIL's plug-ins raise anything on broken data
-        reason = str(error).split("<_io", maxsplit=1)[0].strip()
+        reason = " ".join(str(error).split("<_io", maxsplit=1)[0].split())
         raise UnusableImageError(f"{type(error).__name__}: {reason}") from error
 
 
@@ -112,8 +135,18 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 def _resize_crop(
     image: Image.Image, size: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]
 ) -> np.ndarray:
-    """Resizes to `size`, then cuts `target` at `corner`; all as (vertical, horizontal)."""
-    if image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    top, left = corner
+    """Resizes to `size` and cuts `target` at `corner`; all as (vertical, horizontal).
+
+    Of a long strip, which would become very large, only what is kept is resized.
+    """
+    (height, width), (top, left) = size, corner
+    if height * width > MOST_ENLARGED * target[0] * target[1]:
+        across, down = image.width / width, image.height / height
+        right, bottom = left + target[1], top + target[0]
+        box = (left * across, top * down, right * across, bottom * down)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        shape = (target[1], target[0])
+        return np.asarray(image.resize(shape, Image.Resampling.LANCZOS, box=box))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image.crop((left, top, left + target[1], top + target[0])))

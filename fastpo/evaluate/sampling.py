@@ -29,6 +29,7 @@ from fastpo.precision import DTYPES
 from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
 from fastpo.system.process import default_device
 from fastpo.system.progress import progress_bar
+from fastpo.types import MOST_PROMPT
 
 # Keys whose content the fingerprint holds instead: weights, prompts, seeds, and the images' size.
 BY_CONTENT = (
@@ -65,7 +66,7 @@ def plan_samples(config: Config) -> list[Sample]:
     that samples of different prompts are independent, which their intervals rest on.
 
     Raises:
-        ConfigError: No prompt is given, or the file of prompts is missing.
+        ConfigError: No prompt is given, the file of prompts is missing, or one is too long.
     """
     options = config.evaluate
     prompts = list(options.prompts)
@@ -80,6 +81,12 @@ def plan_samples(config: Config) -> list[Sample]:
             "nothing to sample: give evaluate.prompts (a list) or evaluate.prompts_file (a text "
             "file, one prompt per line)"
         )
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > MOST_PROMPT:
+            raise ConfigError(
+                f"evaluate.prompts: prompt {number} (from 0) has {len(prompt):,} characters, at "
+                f"most {MOST_PROMPT:,} are taken"
+            )
     each = options.seeds_per_prompt
     return [
         Sample(p, prompt, options.first_seed + p * each + k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,9 @@ import numpy as np
 
 from fastpo.config import DataConfig
 from fastpo.errors import DataError
-from fastpo.types import PreferencePair, pair_key
+from fastpo.types import MOST_PROMPT, PreferencePair, pair_key
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -106,15 +109,27 @@ class PairSource(ABC):
         """Returns every distinct prompt and each pair's, from the text alone.
 
         Raises:
-            DataError: A prompt is not text.
+            DataError: A prompt is not text, or too long.
         """
         known = {"": 0}
         numbers = np.fromiter(
-            (known.setdefault(prompt, len(known)) for prompt in self._captions()),
+            (
+                known.setdefault(self._checked_prompt(number, prompt), len(known))
+                for number, prompt in enumerate(self._captions())
+            ),
             dtype=np.int32,
             count=len(self),
         )
         return PromptTable(list(known), numbers)
+
+    def _checked_prompt(self, number: int, prompt: str) -> str:
+        """Returns a prompt; no longer one reaches a tokenizer, whose time grows with it."""
+        if len(prompt) > MOST_PROMPT:
+            raise DataError(
+                f"data.path {self.config.path}: pair {number} (from 0): its prompt has "
+                f"{len(prompt):,} characters, at most {MOST_PROMPT:,} are taken"
+            )
+        return prompt
 
     def _full(self) -> bool:
         """Tells whether the limit is reached."""
@@ -146,6 +161,22 @@ class PairSource(ABC):
 def numbered(name: str, occurrence: int) -> str:
     """Returns the name of a pair whose name occurs for the n-th time, n from 1 on."""
     return name if occurrence == 1 else f"{name}#{occurrence}"
+
+
+def printable(text: str) -> str:
+    """Returns a text as errors show it: as it is, quoted where it would not stay in one line."""
+    return text if text.isprintable() else ascii(text)
+
+
+def shown(value: object) -> str:
+    """Returns a wrong value as errors show it: in one line, of bounded length."""
+    text = ascii(value) if not isinstance(value, int) or value.bit_length() < 200 else "a number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def plain_text(value: object) -> bool:
+    """Tells whether a value is text that UTF-8 can write; JSON can name halves of characters."""
+    return isinstance(value, str) and (value.isascii() or _SURROGATE.search(value) is None)
 
 
 def content_hash(*parts: bytes | str) -> str:

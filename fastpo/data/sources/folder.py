@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
+from fastpo.data.sources.base import (
+    PairSource,
+    content_hash,
+    digest_file,
+    found_in,
+    plain_text,
+    printable,
+    shown,
+)
+from fastpo.data.sources.files import DataFolder
 from fastpo.errors import DataError
+from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
 
 SCHEMA = '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional)}'
+MOST_LINE = 1 << 20
+"""Bytes of a line of the listing."""
 
 
 class FolderSource(PairSource):
@@ -26,6 +38,7 @@ class FolderSource(PairSource):
 
     Image paths are relative to the folder. Without an id a pair is named after its image paths
     (in alphabetical order, so that turning the label round keeps the name) and the prompt's hash.
+    Images lie in the folder unless `data.allow_outside` says that they need not.
     """
 
     def _scan(self) -> None:
@@ -36,13 +49,17 @@ class FolderSource(PairSource):
                 f"missing file: {self._file}; expected one line per pair: {SCHEMA} "
                 f"(found: {found_in(folder)})"
             )
+        self._images = DataFolder(folder, allow_outside=self.config.allow_outside)
         places: list[int] = []
         for number, place, entry in listed(self._file):
             for side in ("winner", "loser"):
-                if not (folder / entry[side]).is_file():
+                complaint = self._images.complaint(entry[side])
+                if complaint is not None:
+                    raise DataError(f"{self._file}: line {number}: {side} image {complaint}")
+                if not _is_file(folder, entry[side]):
+                    missing = printable(str(folder / entry[side]))
                     raise DataError(
-                        f"{self._file}: line {number}: {side} image not found: "
-                        f"{folder / entry[side]}"
+                        f"{self._file}: line {number}: {side} image not found: {missing}"
                     )
             places.append(place)
             self.report.rows += 1
@@ -58,7 +75,7 @@ class FolderSource(PairSource):
         lines = listed(self._file, int(self._places[start]))
         for _, _, entry in islice(lines, stop - start):
             sides = (entry["winner"], entry["loser"])
-            winner, loser = (partial(Path.read_bytes, self._file.parent / side) for side in sides)
+            winner, loser = (partial(self._images.read, side) for side in sides)
             name = entry.get("id")
             if name is None:
                 name = ":".join([*sorted(sides), content_hash(entry["prompt"])[:8]])
@@ -83,33 +100,54 @@ class FolderSource(PairSource):
                     yield os.path.join(listing.parent, entry[side])
 
 
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+            return False
+        path = printable(str(folder / name))
+        raise DataError(f"{path} cannot be looked at: {error.strerror}") from None
+
+
 def listed(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yields number, place in bytes and content of a listing's lines from `place` on.
 
     Raises:
-        DataError: A line is not what `SCHEMA` says.
+        DataError: A line is not what `SCHEMA` says, or too long, or the file cannot be read.
     """
-    with path.open("rb") as file:
-        file.seek(place)
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, place, _parse(path, number, line)
-            place += len(line)
+    try:
+        with path.open("rb") as file:
+            file.seek(place)
+            for number in count(1):
+                line = file.readline(MOST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > MOST_LINE:
+                    text = f"has more than {MOST_LINE:,} bytes"
+                    raise DataError(f"{path}: line {number} {text}; expected {SCHEMA}")
+                if line.strip():
+                    yield number, place, _parse(path, number, line)
+                place += len(line)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     where = f"{path}: line {number}"
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where} is not valid JSON: {error}; expected {SCHEMA}") from None
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected {SCHEMA}, got {type(entry).__name__}")
     for key in ("prompt", "winner", "loser"):
         if key not in entry:
-            raise DataError(f"{where}: missing key {key}; expected {SCHEMA}; found {[*entry]}")
-        if not isinstance(entry[key], str):
-            raise DataError(f"{where}: {key} is {entry[key]!r}; expected {SCHEMA}")
-    if not isinstance(entry.get("id"), str | int | None):
-        raise DataError(f"{where}: id is {entry['id']!r}; expected {SCHEMA}")
+            found = shown([*entry])
+            raise DataError(f"{where}: missing key {key}; expected {SCHEMA}; found {found}")
+        if not plain_text(entry[key]):
+            raise DataError(f"{where}: {key} is {shown(entry[key])}; expected {SCHEMA}")
+    name = entry.get("id")
+    if not (name is None or isinstance(name, int) or plain_text(name)):
+        raise DataError(f"{where}: id is {shown(name)}; expected {SCHEMA}")
     return entry

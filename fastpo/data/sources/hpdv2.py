@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from array import array
 from collections.abc import Iterator
@@ -14,10 +13,24 @@ from typing import Any
 import numpy as np
 
 from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, content_hash, digest_file, found_in
+from fastpo.data.sources.base import (
+    PairSource,
+    content_hash,
+    digest_file,
+    found_in,
+    plain_text,
+    printable,
+    shown,
+)
+from fastpo.data.sources.files import DataFolder
 from fastpo.errors import DataError
+from fastpo.system.json_text import read_json
 from fastpo.types import PreferencePair
 
+MOST_BYTES = 1 << 32
+"""Of a listing; HPDv2's have some hundred megabytes."""
+MOST_IMAGES = 1000
+"""Of one entry, which gives every pair of them."""
 _KEYS = {"train": ("file_path", "human_preference"), "test": ("image_path", "rank")}
 
 
@@ -45,13 +58,17 @@ class HPDv2Source(PairSource):
         self._kept = np.array(kept, dtype=np.int32).reshape(-1, 3)
         if self.report.rows:
             self._root = self._image_root()
+        self._images = DataFolder(self._root, allow_outside=self.config.allow_outside)
 
     def _comparisons(self) -> Iterator[tuple[int, int, int, float]]:
         """Yields entry, two images of it and a number that is > 0 if the first is preferred."""
         paths_key, scores_key = _KEYS[self.config.split]
         sign = -1 if scores_key == "rank" else 1
+        folder = DataFolder(self._root, allow_outside=self.config.allow_outside)
         for number, entry in enumerate(self._entries):
-            _, scores = _checked(self._listing, number, entry, paths_key, scores_key)
+            paths, scores = _checked(self._listing, number, entry, paths_key, scores_key)
+            for complaint in filter(None, map(folder.name_complaint, paths)):
+                raise DataError(f"{self._listing}: entry {number}: image {complaint}")
             for i in range(len(scores)):
                 for j in range(i + 1, len(scores)):
                     yield number, i, j, sign * (scores[i] - scores[j])
@@ -66,7 +83,7 @@ class HPDv2Source(PairSource):
             first, second = (paths[image] for image in sorted((winner, loser)))
             name = f"{first}:{second}:{content_hash(prompt)[:8]}"
             read_winner, read_loser = (
-                partial(Path.read_bytes, self._root / paths[image]) for image in (winner, loser)
+                partial(self._images.read, paths[image]) for image in (winner, loser)
             )
             yield PreferencePair(name, prompt, read_winner, read_loser)
 
@@ -79,7 +96,7 @@ class HPDv2Source(PairSource):
             if (root / first).is_file():
                 return root
         raise DataError(
-            f"{self._listing}: entry 0: image {first} is neither in {roots[0]} nor in {roots[1]}; "
+            f"{self._listing}: entry 0: image {printable(first)} is neither in {roots[0]} nor in {roots[1]}; "
             f"unpack HPDv2's image archives there (found: {found_in(self._root)})"
         )
 
@@ -119,7 +136,10 @@ def _listing(config: DataConfig) -> Path:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = json.loads(path.read_bytes())
+        # Entries are flat lists; the parser's own bound on depth is enough for a listing this long.
+        entries = read_json(path, most_bytes=MOST_BYTES, depth=None)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
@@ -141,20 +161,29 @@ def _checked(
         raise DataError(f"{where}: {expected}, got {type(entry).__name__}")
     missing = [key for key in ("prompt", paths_key, scores_key) if key not in entry]
     if missing:
-        raise DataError(f"{where}: missing key {', '.join(missing)}; {expected}; found {[*entry]}")
+        found = shown([*entry])
+        raise DataError(f"{where}: missing key {', '.join(missing)}; {expected}; found {found}")
     paths, scores = entry[paths_key], entry[scores_key]
-    if not isinstance(entry["prompt"], str):
-        raise DataError(f"{where}: prompt is {entry['prompt']!r}; {expected}")
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise DataError(f"{where}: {paths_key} is {paths!r}; {expected}")
-    numbers = isinstance(scores, list) and all(
-        isinstance(s, int | float) and not isinstance(s, bool) for s in scores
-    )
-    if not numbers or len(scores) != len(paths) or len(paths) < 2:
+    if not plain_text(entry["prompt"]):
+        raise DataError(f"{where}: prompt is {shown(entry['prompt'])}; {expected}")
+    if not isinstance(paths, list) or not all(map(plain_text, paths)):
+        raise DataError(f"{where}: {paths_key} is {shown(paths)}; {expected}")
+    if not isinstance(scores, list) or not all(map(_is_score, scores)):
+        raise DataError(f"{where}: {scores_key} is {shown(scores)}; {expected}")
+    if len(scores) != len(paths) or not 2 <= len(paths) <= MOST_IMAGES:
         raise DataError(
-            f"{where}: {scores_key} is {scores!r} for {len(paths)} images; {expected} of equal "
-            f"length, at least two"
+            f"{where}: {scores_key} is {shown(scores)} for {len(paths)} images; {expected} of "
+            f"equal length, two to {MOST_IMAGES}"
         )
     if scores_key == "human_preference" and (len(scores) != 2 or not set(scores) <= {0, 1}):
-        raise DataError(f"{where}: human_preference is {scores!r}; expected two values of 0 and 1")
+        raise DataError(
+            f"{where}: human_preference is {shown(scores)}; expected two values of 0 and 1"
+        )
     return paths, scores
+
+
+def _is_score(value: Any) -> bool:
+    """Whether a value is a finite number of ordinary size, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 1e9

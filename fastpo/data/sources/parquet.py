@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, content_hash, found_in
 from fastpo.errors import DataError
 from fastpo.models.folder import is_hub_id
+from fastpo.system.retry import is_transient, retrying
 from fastpo.types import PreferencePair
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -55,8 +56,8 @@ class RowGroups:
         with self._lock:
             table = self._groups.get((path, group))
             if table is None:
-                with pq.ParquetFile(path) as file:
-                    table = file.read_row_group(group, columns=list(IMAGES), use_threads=False)
+                with _open(path) as file:
+                    table = _read_group(path, file, group, IMAGES)
                 self.reads += 1
                 self._groups[path, group] = table
                 if len(self._groups) > self._keep:
@@ -134,7 +135,7 @@ class ParquetSource(PairSource):
                     group, before = self._groups[k][1], int(self._starts[k])
                     rows = np.flatnonzero(self._winners[k] >= 0)
                     rows = rows[max(0, start - before) : stop - before]
-                    table = file.read_row_group(group, columns=present, use_threads=False)
+                    table = _read_group(path, file, group, present)
                     table = table.take(rows)
                     _check_captions(path, group, rows, table["caption"])
                     yield k, rows, table
@@ -175,7 +176,7 @@ _TIE, _UNLABELED = -1, -2
 def _winners(path: Path, file: pq.ParquetFile, group: int, start: int) -> np.ndarray:
     """Returns per row which image won (0 or 1), or `_TIE`, or `_UNLABELED`."""
     has = ["has_label"] if "has_label" in file.schema_arrow.names else []
-    table = file.read_row_group(group, columns=[*LABELS, *has])
+    table = _read_group(path, file, group, [*LABELS, *has])
     labels = np.stack([_numbers(table[name]) for name in LABELS])
     labeled = np.ones(table.num_rows, dtype=bool)
     if has:
@@ -225,6 +226,9 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
         bytes_like = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         if not bytes_like and not pa.types.is_struct(kind):
             raise DataError(f"{path}: column {name} is {kind}; expected the image's bytes (binary)")
+    if "has_label" in schema.names and not pa.types.is_boolean(schema.field("has_label").type):
+        kind = schema.field("has_label").type
+        raise DataError(f"{path}: column has_label is {kind}; expected true or false")
     for name in LABELS:
         kind = schema.field(name).type
         if not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
@@ -233,9 +237,29 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return retrying(partial(pq.ParquetFile, path, page_checksum_verification=True))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+        if is_transient(error):
+            raise
+        text = " ".join(str(error).split())
+        raise DataError(f"{path} is not a readable parquet file: {text}") from error
+
+
+def _read_group(path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    """Reads columns of a row group.
+
+    Raises:
+        DataError: It is damaged.
+        OSError: A fault of the machine that did not pass.
+    """
+    read = partial(file.read_row_group, group, columns=list(columns), use_threads=False)
+    try:
+        return retrying(read)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if is_transient(error):
+            raise
+        text = " ".join(str(error).split())
+        raise DataError(f"{path}: row group {group} is damaged: {text}") from error
 
 
 def _files(config: DataConfig) -> Iterator[Path]:

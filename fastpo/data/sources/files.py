@@ -1,0 +1,99 @@
+"""Reading what a listing names: inside of the data set's folder, and no more than an image has."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from fastpo.data.sources.base import shown
+from fastpo.errors import DataError
+
+HINT = "set data.allow_outside: true if it is meant"
+MOST_IMAGE_BYTES = 1 << 28
+"""Of one encoded image."""
+
+
+class DataFolder:
+    """The folder whose files a listing may name."""
+
+    def __init__(self, folder: Path, *, allow_outside: bool) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            folder: The folder that names are relative to.
+            allow_outside: `data.allow_outside`: names and links may lead elsewhere.
+        """
+        self.folder = folder
+        self._allow_outside = allow_outside
+        self._root: str | None = None
+        self._parents: dict[str, bool] = {"": True}
+
+    def complaint(self, name: str) -> str | None:
+        """Says why a name is not to be read, or returns None; a missing file is no complaint.
+
+        Plain names in plain folders cost one look at the file system each.
+        """
+        complaint = self.name_complaint(name)
+        if complaint is not None or self._allow_outside:
+            return complaint
+        parent = name.rpartition("/")[0]
+        if self._is_plain(parent) and not os.path.islink(self.folder / name):
+            return None
+        target = os.path.realpath(self.folder / name)
+        if self._root is None:
+            self._root = os.path.realpath(self.folder)
+        if os.path.commonpath((target, self._root)) == self._root:
+            return None
+        return f"{shown(name)} is, or lies behind, a link out of {self.folder}, to {target}; {HINT}"
+
+    def name_complaint(self, name: str) -> str | None:
+        """As `complaint`, from the text alone."""
+        if "\0" in name:
+            return f"{shown(name)} has a zero byte in its name"
+        if not self._allow_outside and (name.startswith("/") or ".." in name.split("/")):
+            return f"{shown(name)} leads out of {self.folder}; {HINT}"
+        return None
+
+    def _is_plain(self, parent: str) -> bool:
+        """Whether no folder on the way is a link; asked once for each folder."""
+        known = self._parents.get(parent)
+        if known is None:
+            above = parent.rpartition("/")[0]
+            known = self._is_plain(above) and not os.path.islink(self.folder / parent)
+            self._parents[parent] = known
+        return known
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes.
+
+        Raises:
+            OSError: It is missing or cannot be read, is no regular file, or is too large.
+            DataError: It lies outside of the folder.
+        """
+        complaint = self.complaint(name)
+        if complaint is not None:
+            raise DataError(f"{self.folder}: image {complaint}")
+        return read_image_file(self.folder / name)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Returns the bytes of a regular file of at most `MOST_IMAGE_BYTES`.
+
+    Raises:
+        OSError: It is missing or cannot be read, is no regular file, or is too large.
+    """
+    try:
+        # Opening a pipe would wait for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a zero byte in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    with open(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        if about.st_size > MOST_IMAGE_BYTES:
+            text = f"it has {about.st_size:,} bytes, at most {MOST_IMAGE_BYTES:,} are read"
+            raise OSError(errno.EFBIG, text, str(path))
+        return file.read()
