@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
-from fastpo.models.folder import ModelFolder, component_variant
+from fastpo.models.folder import ModelFolder, component_variant, halvings, loading
 from fastpo.system.process import default_device
 
 
@@ -116,9 +116,13 @@ class Encoders(ABC):
         return conditions
 
 
-def vae_factor(vae_config: dict[str, Any]) -> int:
-    """Returns how many image pixels one latent pixel spans on each side."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+def vae_factor(vae_config: Mapping[str, Any]) -> int:
+    """Returns how many image pixels one latent pixel spans on each side.
+
+    Raises:
+        ModelError: The configuration does not say.
+    """
+    return halvings(vae_config, "the VAE")
 
 
 def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
@@ -130,10 +134,8 @@ def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     chosen = component_variant(folder, variant)
-    try:
+    with loading(f"{folder}: the VAE could not be loaded"):
         return AutoencoderKL.from_pretrained(folder, variant=chosen, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the VAE could not be loaded: {error}") from error
 
 
 def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -155,9 +157,8 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
 
     part = folder.path / name
     chosen = component_variant(part, folder.variant)
-    try:
+    with loading(f"{part} could not be loaded"):
         encoder = kind.from_pretrained(part, variant=chosen, dtype=dtype)
-        part = folder.path / name.replace("text_encoder", "tokenizer")
+    part = folder.path / name.replace("text_encoder", "tokenizer")
+    with loading(f"{part} could not be loaded"):
         return CLIPTokenizer.from_pretrained(part), encoder
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{part} could not be loaded: {error}") from error

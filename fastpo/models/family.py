@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
-from fastpo.errors import ModelError
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae, vae_factor
 from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, with_weights
-from fastpo.models.folder import ModelFolder, component_variant, read_json
+from fastpo.models.folder import ModelFolder, component_variant, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
 from fastpo.types import NoisedPair
@@ -121,18 +120,17 @@ class ModelFamily(ABC):
             ModelError: The folder has none, or one that diffusers cannot load.
         """
         part = folder.component(self.denoiser)
+        what = f"{part} holds no {self.title} that diffusers loads"
         if not weights:
-            return empty_denoiser(self.denoiser_class, read_json(part / "config.json"))
-        try:
+            config = read_json(part / "config.json")
+            with loading(what):
+                return empty_denoiser(self.denoiser_class, config)
+        with loading(what):
             loaded = self.denoiser_class.from_pretrained(
                 folder.path,
                 subfolder=self.denoiser,
                 variant=component_variant(part, folder.variant),
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{part} holds no {self.title} that diffusers loads: {error}"
-            ) from None
         # diffusers' own `to` warns about modules that ask to stay in float32.
         nn.Module.to(loaded, torch.float32)
         return loaded
@@ -180,12 +178,10 @@ class ModelFamily(ABC):
         options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
         if folder.other_vae is not None:
             options["vae"] = load_vae(folder.vae, None, dtype)
-        try:
+        with loading(f"{folder.path} could not be loaded"):
             return self.pipeline_class.from_pretrained(
                 folder.path, variant=folder.variant, **options
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder.path} could not be loaded: {error}") from error
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """Puts adapters that `save` wrote into a pipeline."""

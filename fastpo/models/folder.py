@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from fastpo.config import ModelConfig
-from fastpo.errors import ModelError
+from fastpo.errors import FastPOError, ModelError
 from fastpo.models.registry import detect
+from fastpo.system import json_text
 from fastpo.system.files import listing
 
 if TYPE_CHECKING:
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+MOST_JSON_BYTES = 1 << 26
+"""Of a model's JSON file."""
+MOST_LEVELS = 10
+MOST_REASON = 600
+"""Characters of a library's message that are passed on."""
 _VOLATILE_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
@@ -126,6 +135,7 @@ def resolve_model_folder(
             f"{folder} is not a diffusers pipeline: it has no model_index.json "
             f"(found: {listing(folder)})"
         )
+    check_index(folder)
     return folder
 
 
@@ -151,17 +161,75 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the mapping a JSON file of a model folder holds.
 
     Raises:
-        ModelError: The file is missing, is not JSON or is not a mapping.
+        ModelError: The file is missing, too large, is not JSON or is not a mapping.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json_text.read_json(path, most_bytes=MOST_JSON_BYTES)
     except FileNotFoundError:
         raise ModelError(f"missing file: {path}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
+
+
+def halvings(config: Mapping[str, Any], part: str) -> int:
+    """Returns by how much a UNet or VAE reduces a side: 2 for each level but the first.
+
+    Raises:
+        ModelError: Its configuration does not list its levels.
+    """
+    levels = config.get("block_out_channels")
+    if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
+        raise ModelError(
+            f"block_out_channels of {part} must be a list of 1 to {MOST_LEVELS} sizes, got "
+            f"{ascii(levels)[:80]}"
+        )
+    return 2 ** (len(levels) - 1)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever a library raises over a broken folder into a `ModelError` of one line.
+
+    Args:
+        what: Which part, and that it could not be loaded; the reason is put behind it.
+
+    Raises:
+        ModelError: The block failed.
+    """
+    try:
+        yield
+    except (FastPOError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:MOST_REASON]
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ModelError(f"{what}: {kind}{text}") from error
+
+
+def check_index(folder: Path) -> None:
+    """Checks which libraries `model_index.json` names: the loader would import any.
+
+    Raises:
+        ModelError: It names another than diffusers' and transformers' own, or code of its own.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelError(f"{path}: _class_name must be the name of one of diffusers' pipelines")
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        known = len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
+        if not known or value[0] not in (None, *_LIBRARIES):
+            raise ModelError(
+                f"{path}: {name} is {ascii(value)[:80]}; expected a class of "
+                f"{', '.join(_LIBRARIES)}: FastPO runs no code of a model's own"
+            )
 
 
 def component_variant(folder: Path, variant: str | None) -> str | None:

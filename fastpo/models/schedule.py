@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from fastpo.errors import ModelError
-from fastpo.models.folder import ModelFolder, read_json
+from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo_kernels.pair_noise import Prediction
 
 
@@ -60,8 +60,11 @@ def read_ddpm_schedule(folder: ModelFolder) -> NoiseSchedule:
     Raises:
         ModelError: As `ddpm_schedule`, or a configuration file is missing.
     """
-    config: Any = read_json(folder.component("scheduler") / "scheduler_config.json")
-    return ddpm_schedule(DDPMScheduler.from_config(config), read_json(folder.vae / "config.json"))
+    path = folder.component("scheduler") / "scheduler_config.json"
+    config: Any = read_json(path)
+    with loading(f"{path}: no schedule could be made of it"):
+        scheduler = DDPMScheduler.from_config(config)
+    return ddpm_schedule(scheduler, read_json(folder.vae / "config.json"))
 
 
 def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
@@ -86,9 +89,23 @@ def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
         sigma=(1.0 - kept).sqrt(),
         timesteps=torch.arange(len(kept)),
         prediction=prediction,
-        latent_scale=vae_config.get("scaling_factor", 0.18215),
-        latent_shift=vae_config.get("shift_factor") or 0.0,
+        latent_scale=_number(vae_config, "scaling_factor", 0.18215),
+        latent_shift=_number(vae_config, "shift_factor", 0.0),
     )
+
+
+def _number(config: dict[str, Any], key: str, default: float) -> float:
+    """Returns a finite number of the VAE's configuration, the default where it is null or missing.
+
+    Raises:
+        ModelError: It is none.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
+        raise ModelError(f"the VAE's {key} must be a number, got {ascii(value)[:80]}")
+    return value
 
 
 def flow_schedule(

@@ -26,7 +26,7 @@ from fastpo.models.attention import AttentionName, use_processors
 from fastpo.models.encoders import Encoders, load_clip, load_vae
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
-from fastpo.models.folder import ModelFolder, read_json
+from fastpo.models.folder import ModelFolder, halvings, read_json
 from fastpo.models.schedule import NoiseSchedule, read_ddpm_schedule
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
@@ -84,7 +84,7 @@ class UNetFamily(ModelFamily):
     def denoiser_factor(self, folder: ModelFolder) -> int:
         """Latent pixels per pixel of the UNet's coarsest level."""
         config = read_json(folder.component("unet") / "config.json")
-        return 2 ** (len(config["block_out_channels"]) - 1)
+        return halvings(config, "the UNet")
 
     def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
         """`DDPMScheduler`'s table of the pipeline's settings, at every resolution."""
