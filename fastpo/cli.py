@@ -136,6 +136,9 @@ def prepare(
         int | None,
         typer.Option(min=1, help="For --reference auto: processes that will train [this launch's]"),
     ] = None,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try the pairs again that were left out.")
+    ] = False,
 ) -> None:
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.config import load_config
@@ -147,9 +150,12 @@ def prepare(
         raise typer.BadParameter("--processes is for --reference auto alone")
     resolved = load_config(config, overrides or ())
     model = ModelFolder.resolve(resolved.model)
-    cache, tell = prepare(resolved, model=model), Rank.of_launch().rank == 0
+    cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
+    tell = Rank.of_launch().rank == 0
     if tell:
         print(f"{len(cache)} pairs in {cache.folder}")
+        if left_out := cache.left_out():
+            print(left_out)
     if reference is not None:
         from fastpo.reference_cache import prepare_reference
 

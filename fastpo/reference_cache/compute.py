@@ -22,6 +22,7 @@ from torch import nn
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
+from fastpo.data.prepare.encode import enough_memory
 from fastpo.data.prepare.work import share_work
 from fastpo.data.sampler import PairSampler
 from fastpo.errors import ConfigError, ModelError
@@ -34,9 +35,9 @@ from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.open import needed_pairs, run_steps
 from fastpo.reference_cache.store import (
     ReferenceErrors,
+    has_part,
     merge_parts,
     open_reference_errors,
-    part_path,
     reference_folder,
     reference_root,
     write_part,
@@ -166,11 +167,14 @@ class _Task:
 
     def _still_missing(self, block: Block, positions: np.ndarray) -> np.ndarray:
         """What no process has computed since the blocks were cut."""
-        if part_path(self.folder, *block).exists():
+        if has_part(self.folder, *block):
             return positions[:0]
         with self.locks.manifest():
             errors = open_reference_errors(
-                self.config.prepare.cache_dir, self.identity, command="fastpo prepare"
+                self.config.prepare.cache_dir,
+                self.identity,
+                command="fastpo prepare",
+                content=False,
             )
         return errors.missing(block[0], positions)
 
@@ -189,7 +193,8 @@ class _Task:
         read = read_ahead(lambda pairs: self.cache.read(pairs.tolist(), visit), batches, threads=1)
         with contextlib.closing(read):
             for batch in read:
-                errors.append(self._errors(batch))
+                with enough_memory(f"{len(batch)} pairs", self.config.prepare.batch_size):
+                    errors.append(self._errors(batch))
                 advance(len(batch))
         table = np.concatenate(errors)
         bad = positions[~np.isfinite(table).all(axis=1)]

@@ -12,6 +12,7 @@ from fastpo.models.folder import DigestMemo, ModelFolder
 from fastpo.noise import PairNoise
 from fastpo.reference_cache.store import reference_root
 from fastpo.system.files import write_text
+from fastpo.system.json_text import read_json, seal, unseal
 
 
 def reference_identity(
@@ -51,10 +52,11 @@ def _denoiser_digest(config: Config, model: ModelFolder) -> str:
     """Hashes the denoiser, or recalls it from beside the errors while its files are untouched."""
     name = model.family.denoiser
     path, known = reference_root(config.prepare.cache_dir) / f"{name}.json", None
-    with contextlib.suppress(OSError, ValueError):
-        known = DigestMemo.model_validate_json(path.read_text())
+    if config.data.verify != "always":
+        with contextlib.suppress(OSError, ValueError):
+            known = DigestMemo.model_validate(unseal(read_json(path, most_bytes=1 << 16)))
     memo = model.digest(name, known)
     if memo != known:
         with contextlib.suppress(OSError):  # where it cannot be kept, it is hashed again
-            write_text(path, memo.model_dump_json())
+            write_text(path, seal(memo.model_dump()))
     return memo.sha256

@@ -72,7 +72,10 @@ def open_for_run(
     needed = needed_pairs(sampler, len(cache), steps * micro_batches)
     whole = f"fastpo prepare CONFIG --reference {len(needed)}"
     errors = open_reference_errors(
-        config.prepare.cache_dir, reference_identity(config, model, cache, noise), command=whole
+        config.prepare.cache_dir,
+        reference_identity(config, model, cache, noise),
+        command=whole,
+        content=config.data.verify != "never",
     )
     for visit, pairs in enumerate(needed):
         missing = errors.missing(visit, pairs)

@@ -8,27 +8,38 @@ each identity (weights, seed, schedule, ...):
     <cache_dir>/reference/<first digits of the identity's SHA-256>/
         reference.json              the identity, and the finished tables
         visit-00003-<pairs>.npy     (N, 2) float32, NaN where not computed; mapped, not read
-        part-00003-0000017.safetensors   a finished block of pairs, until it is merged
+        part-00003-0000017-<XXH3>.safetensors   a finished block of pairs, until it is merged
 
-Columns are the sides that the data set calls winner and loser: flips are applied on reading.
+Every file is checked when it is opened: tables by the checksum in `reference.json`, which carries
+one of itself, and a block by the one in its name. Columns are the sides that the data set calls
+winner and loser: flips are applied on reading.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from safetensors.numpy import load_file, save_file
+import xxhash
+from safetensors.numpy import load, save
 from torch import Tensor
 
-from fastpo.data.cache.manifest import FileRecord, Record, differing_fields, write_recorded
-from fastpo.errors import CacheError
-from fastpo.system.files import remove, whole_file, write_text
+from fastpo.data.cache.manifest import (
+    MOST_BYTES,
+    FileRecord,
+    Record,
+    damage_of,
+    differing_fields,
+    write_recorded,
+)
+from fastpo.errors import CacheError, one_line
+from fastpo.system.files import remove, write_bytes, write_text
+from fastpo.system.json_text import read_json, seal, unseal
 from fastpo.types import PairBatch
 
 FORMAT = 1
@@ -67,14 +78,19 @@ class ReferenceErrors:
         visits: How many visits have any entry.
     """
 
-    def __init__(self, folder: Path, manifest: ReferenceManifest) -> None:
+    def __init__(self, folder: Path, manifest: ReferenceManifest, *, content: bool = True) -> None:
         """Maps the tables; use `open_reference_errors`.
+
+        Args:
+            folder: Where they lie.
+            manifest: What it says of them.
+            content: Whether they are read once, and their checksums compared.
 
         Raises:
             CacheError: A file is missing or is not what the manifest says.
         """
         self.folder = folder
-        self._tables = [_map_table(folder, record) for record in manifest.visits]
+        self._tables = [_map_table(folder, record, content=content) for record in manifest.visits]
 
     @property
     def visits(self) -> int:
@@ -128,7 +144,7 @@ def reference_folder(cache_dir: Path, identity: Mapping[str, str]) -> Path:
 
 
 def open_reference_errors(
-    cache_dir: Path, identity: Mapping[str, str], *, command: str
+    cache_dir: Path, identity: Mapping[str, str], *, command: str, content: bool = True
 ) -> ReferenceErrors:
     """Opens the errors that were computed with this identity.
 
@@ -136,6 +152,7 @@ def open_reference_errors(
         cache_dir: Folder of the cache of latents.
         identity: What they must have been computed with, by name.
         command: What computes them; named in errors.
+        content: Whether the tables' checksums are compared, or their sizes alone.
 
     Raises:
         CacheError: There are none, or they are damaged. If some were computed otherwise, the text
@@ -144,7 +161,7 @@ def open_reference_errors(
     folder = reference_folder(cache_dir, identity)
     manifest = load_reference_manifest(folder)
     if manifest is not None and manifest.identity == dict(identity):
-        return ReferenceErrors(folder, manifest)
+        return ReferenceErrors(folder, manifest, content=content)
     others = [
         (len(lines), str(path.parent), lines)
         for path in sorted(reference_root(cache_dir).glob(f"*/{MANIFEST}"))
@@ -169,11 +186,12 @@ def load_reference_manifest(folder: Path) -> ReferenceManifest | None:
     """
     path = folder / MANIFEST
     try:
-        manifest = ReferenceManifest.model_validate_json(path.read_text())
+        raw = unseal(read_json(path, most_bytes=MOST_BYTES))
+        manifest = ReferenceManifest.model_validate(raw)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, ValidationError) as error:
-        raise CacheError(f"{path} is damaged ({error}); delete {folder}") from None
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({one_line(error)}); delete {folder}") from None
     if manifest.format != FORMAT:
         raise CacheError(
             f"{path} has layout version {manifest.format}, this FastPO reads {FORMAT}; "
@@ -182,9 +200,9 @@ def load_reference_manifest(folder: Path) -> ReferenceManifest | None:
     return manifest
 
 
-def part_path(folder: Path, visit: int, block: int) -> Path:
-    """Returns the file of a finished block that is not merged yet."""
-    return folder / f"part-{visit:05d}-{block:07d}.safetensors"
+def has_part(folder: Path, visit: int, block: int) -> bool:
+    """Tells whether a block is finished and not merged yet."""
+    return any(folder.glob(f"part-{visit:05d}-{block:07d}*.safetensors"))
 
 
 def write_part(
@@ -204,15 +222,17 @@ def write_part(
         "positions": np.ascontiguousarray(positions, dtype=np.int64),
         "errors": np.ascontiguousarray(errors, dtype=np.float32),
     }
-    with whole_file(part_path(folder, visit, block)) as path:
-        save_file(content, path)
+    data = save(content)
+    name = f"part-{visit:05d}-{block:07d}-{xxhash.xxh3_64_hexdigest(data)}.safetensors"
+    write_bytes(folder / name, data)
 
 
 def merge_parts(folder: Path, identity: Mapping[str, str], num_pairs: int) -> ReferenceErrors:
     """Enters all finished blocks into the tables; one process at a time, others may write blocks.
 
     A table is complete on disk before the manifest names it, and a block's file is removed after
-    that: a kill at any moment loses nothing.
+    that: a kill at any moment loses nothing. A damaged table is left out, so that it is computed
+    again.
 
     Args:
         folder: The identity's folder.
@@ -225,34 +245,33 @@ def merge_parts(folder: Path, identity: Mapping[str, str], num_pairs: int) -> Re
     parts: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("part-*.safetensors")):
         parts.setdefault(int(path.name.split("-")[1]), []).append(path)
-    records = list(manifest.visits)
-    for visit in range(max(parts, default=-1) + 1):
-        before = records[visit] if visit < len(records) else None
+    records: list[VisitRecord] = []
+    for visit in range(max(len(manifest.visits), max(parts, default=-1) + 1)):
+        before = manifest.visits[visit] if visit < len(manifest.visits) else None
+        if before and (what := damage_of(folder / before.name, before.file, content=True)):
+            print(f"computed again: {what}", file=sys.stderr)
+            before = None
         if before is None or visit in parts:
-            record = _merge_visit(folder, visit, before, parts.get(visit, []), num_pairs)
-            records[visit : visit + 1] = [record]
+            before = _merge_visit(folder, visit, before, parts.get(visit, []), num_pairs)
+        records.append(before)
     manifest.visits = tuple(records)
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
+    write_text(folder / MANIFEST, seal(manifest.model_dump(mode="json")))
     kept = {record.name for record in records}
     merged = [path for paths in parts.values() for path in paths]
     for path in [*merged, *(p for p in folder.glob("visit-*.npy") if p.name not in kept)]:
         remove(path)
-    return ReferenceErrors(folder, manifest)
+    return ReferenceErrors(folder, manifest, content=False)
 
 
 def _merge_visit(
     folder: Path, visit: int, before: VisitRecord | None, parts: Sequence[Path], num_pairs: int
 ) -> VisitRecord:
-    known = np.empty((0, 2), np.float32) if before is None else _map_table(folder, before)
-    found, rows = [], max(num_pairs, len(known))
-    for path in parts:
-        try:
-            part = load_file(path)
-            found.append((part["positions"], part["errors"]))
-        except Exception as error:  # safetensors raises its own type
-            raise CacheError(f"{path} is damaged ({error}); delete it") from error
-        # A run with a larger data.limit may have left it.
-        rows = max(rows, int(part["positions"].max()) + 1)
+    known = np.empty((0, 2), np.float32)
+    if before is not None:
+        known = _map_table(folder, before, content=False)
+    found, rows = [_read_part(path) for path in parts], max(num_pairs, len(known))
+    for positions, _ in found:  # a run with a larger data.limit may have left it
+        rows = max(rows, int(positions.max()) + 1)
     table = np.full((rows, 2), np.nan, dtype=np.float32)
     table[: len(known)] = known
     for positions, errors in found:
@@ -268,14 +287,32 @@ def _merge_visit(
     return VisitRecord(name=name, pairs=len(table), computed=computed, file=file)
 
 
-def _map_table(folder: Path, record: VisitRecord) -> np.ndarray:
-    path = folder / record.name
-    if not path.is_file():
-        raise CacheError(f"missing file: {path}; delete {folder} and compute it again")
-    size = path.stat().st_size
-    if size != record.file.bytes:
-        raise CacheError(f"{path} is damaged: {size} bytes, expected {record.file.bytes}")
-    table = np.load(path, mmap_mode="r", allow_pickle=False)
+def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a block's positions `(n,)` int64 and errors `(n, 2)` float32.
+
+    Raises:
+        CacheError: It is not what was written, as its name tells.
+    """
+    try:
+        data = path.read_bytes()
+        digest = path.stem.split("-")[3:]  # none in names of before
+        if digest and digest[0] != xxhash.xxh3_64_hexdigest(data):
+            raise ValueError("its checksum is another than its name says")
+        part = load(data)
+        return part["positions"], part["errors"]
+    except Exception as error:  # safetensors raises its own type
+        raise CacheError(f"{path} is damaged ({one_line(error)}); delete it") from error
+
+
+def _map_table(folder: Path, record: VisitRecord, *, content: bool) -> np.ndarray:
+    path, again = folder / record.name, "`fastpo prepare CONFIG --reference K` computes it again"
+    what = damage_of(path, record.file, content=content)
+    if what is not None:
+        raise CacheError(f"{what}; {again}")
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({one_line(error)}); {again}") from None
     if table.shape != (record.pairs, 2) or table.dtype != np.float32:
         raise CacheError(f"{path} is damaged: it holds {table.dtype} of shape {table.shape}")
     return table

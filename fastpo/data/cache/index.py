@@ -19,10 +19,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fastpo.data.cache.manifest import FileRecord, Manifest, Quarantined, write_recorded
-from fastpo.data.cache.parts import INDEX, PROMPTS, CachePart, parts_of, read_table
+from fastpo.data.cache.checks import ROWS
+from fastpo.data.cache.manifest import (
+    REMAKE,
+    FileRecord,
+    Manifest,
+    Quarantined,
+    file_record,
+    write_recorded,
+)
+from fastpo.data.cache.parts import INDEX, PROMPTS, RECORD, CachePart, parts_of
 from fastpo.data.sources.base import numbered
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, one_line
 from fastpo.system.files import write_text
 from fastpo.types import pair_key
 
@@ -90,7 +98,7 @@ def open_arrow(path: Path) -> pa.RecordBatch:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages))).get_batch(0)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise CacheError(f"{path} is damaged: {error}") from error
+        raise CacheError(f"{path} is damaged: {one_line(error)}; {REMAKE}") from error
 
 
 def column(batch: pa.RecordBatch, name: str) -> Tensor:
@@ -129,14 +137,19 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
     left_out = [quarantined[position] for position in sorted(quarantined)]
     lines = "".join(pair.model_dump_json() + "\n" for pair in left_out)
     write_text(folder / QUARANTINE, lines)
-    prompts = [read_table(folder / u.name / PROMPTS)["prompt"] for u in records if u.kind == "text"]
+    prompts = [u.table(folder, PROMPTS)["prompt"] for u in records if u.kind == "text"]
     texts = pa.chunked_array([c for p in prompts for c in p.chunks], pa.string())
     texts = texts.cast(pa.large_string()).combine_chunks()
-    manifest.files = {
+    recorded = {
         f"{part.name}/{name}": file
         for part, record in records.items()
         for name, file in record.files.items()
     }
+    beside = [f"{part.name}/{RECORD}" for part in records] + [QUARANTINE]
+    rows = [name for name in recorded if name.endswith(f"/{ROWS}")]
+    manifest.files = {name: file for name, file in recorded.items() if name not in set(rows)}
+    manifest.beside = {name: recorded[name] for name in rows}
+    manifest.beside |= {name: file_record(folder / name) for name in beside}
     manifest.files[INDEX_FILE] = write_arrow(folder / INDEX_FILE, index)
     prompts = pa.record_batch([texts], names=["prompt"])
     manifest.files[PROMPTS_FILE] = write_arrow(folder / PROMPTS_FILE, prompts)
@@ -150,7 +163,7 @@ def _merge_index(
     quarantined: dict[int, Quarantined],
 ) -> tuple[pa.RecordBatch, list[tuple[int, int]], int]:
     """Returns the index, the latent shapes, and how many names occurred before."""
-    tables = [read_table(folder / part.name / INDEX) for part in shards]
+    tables = [part.table(folder, INDEX) for part in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(table) for table in tables])
     table = pa.concat_tables(tables).combine_chunks()
     position = table["position"].to_numpy()

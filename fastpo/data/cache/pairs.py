@@ -12,13 +12,29 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config
+from fastpo.data.cache.checks import RowChecks
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
-from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, Texts, column, open_arrow, rows_of
-from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
+from fastpo.data.cache.index import (
+    INDEX_FILE,
+    PROMPTS_FILE,
+    QUARANTINE,
+    Texts,
+    column,
+    open_arrow,
+    rows_of,
+)
+from fastpo.data.cache.manifest import (
+    REMAKE,
+    Manifest,
+    Quarantined,
+    check_files,
+    check_identity,
+    load_manifest,
+)
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, one_line
 from fastpo.models.folder import ModelFolder
 from fastpo.types import PairBatch
 
@@ -63,7 +79,8 @@ class PairCache:
         self.report = dict(manifest.report)
         self.quarantined = manifest.quarantined
         self.latent_shapes = list(manifest.shapes)
-        self._files = TensorFiles(folder)
+        checks = RowChecks(folder, manifest.files | manifest.beside, config.data.verify)
+        self._files = TensorFiles(folder, checks=checks)
         self.prompts: Sequence[str] = Texts(open_arrow(folder / PROMPTS_FILE).column("prompt"))
         self._text_starts = np.array([span.start for span in manifest.texts])
         index = open_arrow(folder / INDEX_FILE)
@@ -104,7 +121,7 @@ class PairCache:
         Args:
             config: The configuration; `prepare.cache_dir` names the folder. `data.limit` may be
                 smaller than the prepared one, the flip settings may be any.
-            verify: Also hash every file and compare.
+            verify: Also hash every file and compare, as with `data.verify: always`.
             model: The folder of the configuration's model; by default it is looked for.
 
         Raises:
@@ -117,7 +134,8 @@ class PairCache:
         if manifest is None:
             raise CacheError(f"no prepared cache in {folder}: run `fastpo prepare` first")
         model = model or ModelFolder.resolve(config.model)
-        identity = cache_fingerprint(config, model, manifest.weights)
+        known = None if config.data.verify == "always" else manifest.weights
+        identity = cache_fingerprint(config, model, known)
         check_identity(folder, identity.fields, manifest.identity)
         if not manifest.complete:
             raise CacheError(
@@ -131,7 +149,12 @@ class PairCache:
                 f"gives {config.data.limit}, the cache was made with {manifest.limit}. Run "
                 f"`fastpo prepare` again, it adds the missing pairs"
             )
-        check_files(folder, manifest.files, verify=verify)
+        files, when = manifest.files | manifest.beside, config.data.verify
+        check_files(folder, files, verify=verify or when == "always")
+        if when == "first" and not verify:
+            merged = (INDEX_FILE, PROMPTS_FILE, QUARANTINE)
+            whole = {name: files[name] for name in merged if name in files}
+            check_files(folder, whole, verify=True)
         return cls(folder, manifest, config, model.family.pair_conditions)
 
     def __len__(self) -> int:
@@ -173,6 +196,22 @@ class PairCache:
     def empty_prompt(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Returns the conditions that the empty prompt gives, each `(1, ...)`."""
         return {name: tensor.to(device) for name, tensor in self._text([0]).items()}
+
+    def left_out(self) -> str | None:
+        """Says how many pairs of the data set are in quarantine, and why the first one is."""
+        if not self.quarantined:
+            return None
+        path = self.folder / QUARANTINE
+        try:
+            with path.open(encoding="utf-8") as file:
+                first = Quarantined.model_validate_json(file.readline())
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{path} is damaged ({one_line(error)}); {REMAKE}") from None
+        total = len(self._all_pair_ids) + self.quarantined
+        return (
+            f"{self.quarantined} of {total} pairs left out: {path}, first reason "
+            f"({first.pair_id}): {first.reason}"
+        )
 
     def write_flip_mask(self, otherwise: Path | None = None) -> Path:
         """Writes which pairs are flipped beside the cache, those beyond `data.limit` included.

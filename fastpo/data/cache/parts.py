@@ -6,7 +6,8 @@
 - `text-k` holds `text.safetensors`: the conditions that prompts give, each `(prompts, ...)`, under
   the names of the model's family; and `prompts.parquet`, their text in the same order.
 
-Both hold `record.json`: the files' sizes and hashes, and the pairs in quarantine.
+Both hold `rows.json`, the checksums of the tensors' rows (see `fastpo.data.cache.checks`), and
+`record.json`: the files' sizes and hashes, and the pairs in quarantine.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastpo.data.cache.checks import rows_text
 from fastpo.data.cache.manifest import (
+    MOST_BYTES,
+    REMAKE,
     FileRecord,
     Manifest,
     Quarantined,
     Range,
     Record,
+    damage_of,
     file_record,
 )
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, one_line
 from fastpo.system.files import whole_folder
+from fastpo.system.json_text import read_json, seal, unseal
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -120,7 +125,7 @@ class CachePart:
                     quarantined=dict(quarantined or {}),
                     contents=contents,
                 )
-                (temporary / RECORD).write_text(record.model_dump_json(indent=1))
+                (temporary / RECORD).write_text(seal(record.model_dump(mode="json")))
         except OSError:
             if not self.done(folder):
                 raise
@@ -133,15 +138,32 @@ class CachePart:
         """
         path = folder / self.name / RECORD
         try:
-            record = PartRecord.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise CacheError(f"{path} is damaged ({error}); delete {path.parent}") from None
+            raw = unseal(read_json(path, most_bytes=MOST_BYTES))
+            record = PartRecord.model_validate(raw)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{path} is damaged ({one_line(error)}); {REMAKE}") from None
         if record.span != self.span:
             raise CacheError(
                 f"{path} covers {record.span.start} to {record.span.stop}, the manifest says "
                 f"{self.span.start} to {self.span.stop}; delete {path.parent}"
             )
         return record
+
+    def table(self, folder: Path, name: str) -> pa.Table:
+        """Reads one of its parquet files, once its checksum was found to be as recorded.
+
+        Raises:
+            CacheError: It is damaged.
+        """
+        path = folder / self.name / name
+        recorded = self.record(folder).files
+        what = damage_of(path, recorded[name], content=True) if name in recorded else "no record"
+        try:
+            if what is None:
+                return pq.read_table(path, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            what = f"{path} is damaged: {one_line(error)}"
+        raise CacheError(f"{what}; {REMAKE}")
 
 
 def part_name(kind: Kind, number: int) -> str:
@@ -160,21 +182,14 @@ def tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
     return lambda path: save_file(tensors, path)
 
 
+def rows_writer(name: str, tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
+    """Returns what writes the rows' checksums of the file `name`, which is written before."""
+    return lambda path: path.write_text(rows_text(path.with_name(name), tensors))
+
+
 def table_writer(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Callable[[Path], Any]:
     """Returns what writes rows as parquet."""
     return lambda path: pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
-
-
-def read_table(path: Path) -> pa.Table:
-    """Reads a parquet file.
-
-    Raises:
-        CacheError: It is damaged.
-    """
-    try:
-        return pq.read_table(path, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise CacheError(f"{path} is damaged: {error}") from error
 
 
 def finished_parts(folder: Path, manifest: Manifest) -> int:

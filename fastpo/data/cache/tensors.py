@@ -8,7 +8,6 @@ file's header says is kept, so a file that is opened again is not parsed again.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
@@ -17,13 +16,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastpo.errors import CacheError
+from fastpo.system.json_text import parse_json
+from fastpo.system.retry import retrying
 
 _DTYPES = {
     "F32": torch.float32,
@@ -34,6 +36,20 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+MOST_HEADER_BYTES = 1 << 20
+"""Of a part's file; a header has some hundred bytes for each latent shape."""
+
+
+class Checks(Protocol):
+    """What looks at everything that is read; `fastpo.data.cache.checks.RowChecks` is one."""
+
+    def header(self, name: str, header: bytes) -> None:
+        """Looks at a file's header before it is parsed."""
+
+    def row(self, name: str, key: str, row: int, parts: Sequence[memoryview]) -> None:
+        """Looks at a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +81,31 @@ class TensorFiles:
     pickle starts afresh.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, folder: Path, keep: int | None = None, checks: Checks | None = None) -> None:
         """Opens nothing yet.
 
         Args:
             folder: The folder.
             keep: Most files open at a time; by default half of what the process may open, 64 to
                 4096.
+            checks: Looks at everything that is read; None: nobody.
         """
-        self._folder = folder
+        self._folder, self._checks = folder, checks
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._keep = keep or min(max(limit // 2, 64), 4096)
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._headers: dict[str, dict[str, Rows]] = {}
+        self._parsing: dict[str, threading.Lock] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the open files out."""
-        return {"folder": self._folder, "keep": self._keep}
+        return {"folder": self._folder, "keep": self._keep, "checks": self._checks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Starts with no open file."""
-        self.__init__(state["folder"], state["keep"])
+        self.__init__(state["folder"], state["keep"], state["checks"])
 
     @property
     def open_files(self) -> int:
@@ -113,10 +131,16 @@ class TensorFiles:
             return sorted(self._header(name))
 
     def _header(self, name: str) -> dict[str, Rows]:
-        header = self._headers.get(name)
-        if header is None:
-            header = self._headers[name] = _header(self._file(name))
-        return header
+        if name not in self._headers:
+            file = retrying(partial(self._file, name))
+            with self._parsing.setdefault(name, threading.Lock()):  # once, however many ask
+                if name not in self._headers:
+                    raw = _raw_header(file.descriptor)
+                    if self._checks is not None:
+                        self._checks.header(name, raw)
+                    size = os.fstat(file.descriptor).st_size
+                    self._headers[name] = _parsed(raw, size)
+        return self._headers[name]
 
     @contextmanager
     def _damage(self, name: str, what: str) -> Iterator[None]:
@@ -146,16 +170,22 @@ class TensorFiles:
                 raise ValueError(f"it has {rows.count} rows")
             if sum(part.nbytes for part in parts) != rows.size:
                 raise ValueError(f"a row has {rows.size} bytes, {rows.shape} {rows.dtype}")
-            file, place = self._file(name), rows.start + row * rows.size
-            if os.preadv(file.descriptor, parts, place) != rows.size:
-                _read_slowly(file, parts, place)
+            retrying(partial(self._read, name, parts, rows.start + row * rows.size))
+            if self._checks is not None:
+                self._checks.row(name, key, row, parts)
         except (OSError, ValueError) as error:
             raise CacheError(f"{self._folder / name}: cannot read {key}[{row}]: {error}") from error
+
+    def _read(self, name: str, parts: Sequence[memoryview], place: int) -> None:
+        file = self._file(name)
+        if os.preadv(file.descriptor, parts, place) != sum(part.nbytes for part in parts):
+            _read_slowly(file, parts, place)
 
     def _file(self, name: str) -> _File:
         """Returns an open file; one that is let go stays open until its last reader is done."""
         if self._process != os.getpid():  # another thread of the parent may have held the lock
             self._process, self._open, self._lock = os.getpid(), OrderedDict(), threading.Lock()
+            self._parsing = {}
         with self._lock:
             file = self._open.get(name)
             if file is None:
@@ -186,19 +216,45 @@ class _File:
             os.close(self.descriptor)
 
 
-def _header(file: _File) -> dict[str, Rows]:
-    """Parses a safetensors header: eight bytes of length, then JSON."""
-    size = os.fstat(file.descriptor).st_size
-    length = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
-    if length > size - 8:
+def header_of(path: Path) -> bytes:
+    """Returns a safetensors file's header as it stands there, with the eight bytes of its length.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no safetensors file.
+    """
+    file = _File(path)
+    return _raw_header(file.descriptor)
+
+
+def _raw_header(descriptor: int) -> bytes:
+    start = os.pread(descriptor, 8, 0)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > os.fstat(descriptor).st_size - 8:
         raise ValueError("no safetensors file")
+    if length > MOST_HEADER_BYTES:
+        raise ValueError(f"its header has {length:,} bytes, at most {MOST_HEADER_BYTES:,} are read")
+    return start + os.pread(descriptor, length, 8)
+
+
+def _parsed(raw: bytes, size: int) -> dict[str, Rows]:
+    """Parses a safetensors header: eight bytes of length, then JSON.
+
+    Raises:
+        ValueError: It is wrong, or the tensors do not fit into a file of this size.
+    """
     found = {}
-    for key, entry in json.loads(os.pread(file.descriptor, length, 8)).items():
+    entries = parse_json(raw[8:])
+    if not isinstance(entries, dict):
+        raise ValueError("no safetensors file")
+    for key, entry in entries.items():
         if key == "__metadata__":
             continue
         count, *shape = entry["shape"]
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        start, stop = (len(raw) + offset for offset in entry["data_offsets"])
         rows = Rows(start, count, tuple(shape), _DTYPES[entry["dtype"]])
+        if min(count, *shape, 0) < 0 or start < len(raw):
+            raise ValueError(f"{key} has a negative size or place")
         if stop - start != count * rows.size or stop > size:
             raise ValueError(f"{key} does not fit into the file")
         found[key] = rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config
+from fastpo.data.cache.checks import ROWS
 from fastpo.data.cache.manifest import Quarantined
 from fastpo.data.cache.parts import (
     INDEX,
@@ -20,13 +22,15 @@ from fastpo.data.cache.parts import (
     PROMPTS,
     TEXT,
     CachePart,
+    rows_writer,
     table_writer,
     tensor_writer,
 )
 from fastpo.data.images import PairImages, UnusableImageError, to_model_range
-from fastpo.errors import CacheError, ModelError, NonFiniteLatentsError
+from fastpo.errors import CacheError, ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.models.encoders import Encoders
 from fastpo.precision import DTYPES
+from fastpo.system.retry import is_out_of_memory
 from fastpo.types import PreferencePair
 
 
@@ -100,7 +104,11 @@ class ShardBuilder:
         for size in list(self._waiting):
             self._encode(size)
         latents = {name: torch.cat(parts) for name, parts in self._latents.items()}
-        writers = {LATENTS: tensor_writer(latents), INDEX: table_writer(self._rows, INDEX_SCHEMA)}
+        writers = {
+            LATENTS: tensor_writer(latents),
+            ROWS: rows_writer(LATENTS, latents),
+            INDEX: table_writer(self._rows, INDEX_SCHEMA),
+        }
         part.write(folder, writers, self._quarantined, "".join(self._contents))
 
     def _encode(self, size: tuple[int, int]) -> None:
@@ -111,7 +119,10 @@ class ShardBuilder:
         for number, part in enumerate(pixels.split(self._batch_size)):
             images = to_model_range(part.to(self._encoders.device))
             try:
-                encoded.append(self._encoders.encode_images(images))
+                with enough_memory(
+                    f"{len(images)} images of {size[1]}x{size[0]}", self._batch_size
+                ):
+                    encoded.append(self._encoders.encode_images(images))
             except NonFiniteLatentsError as error:
                 rows = (number * self._batch_size + row for row in error.rows)
                 bad = ", ".join(dict.fromkeys(names[row // 2] for row in rows))
@@ -131,11 +142,42 @@ def write_text(
     size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
     encoded: dict[str, list[Tensor]] = defaultdict(list)
     for start in range(0, len(prompts), size):
-        for name, values in encoders.encode_prompts(prompts[start : start + size]).items():
+        batch = prompts[start : start + size]
+        with enough_memory(f"{len(batch)} prompts", size):
+            conditions = encoders.encode_prompts(batch)
+        for name, values in conditions.items():
             encoded[name].append(store(values, dtype, name))
     text = {name: torch.cat(parts) for name, parts in encoded.items()}
     rows = [{"prompt": prompt} for prompt in prompts]
-    part.write(folder, {TEXT: tensor_writer(text), PROMPTS: table_writer(rows, PROMPT_SCHEMA)})
+    writers = {
+        TEXT: tensor_writer(text),
+        ROWS: rows_writer(TEXT, text),
+        PROMPTS: table_writer(rows, PROMPT_SCHEMA),
+    }
+    part.write(folder, writers)
+
+
+@contextmanager
+def enough_memory(what: str, batch_size: int) -> Iterator[None]:
+    """Says what to lower where there is too little memory; finished parts stay.
+
+    Args:
+        what: What is computed.
+        batch_size: `prepare.batch_size`.
+
+    Raises:
+        ConfigError: Memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"prepare.batch_size: out of memory over {what}; lower it (it is {batch_size}), or set "
+            "prepare.vae_precision and prepare.text_precision to bf16. What is finished is kept, "
+            "and the same command continues"
+        ) from error
 
 
 def store(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:

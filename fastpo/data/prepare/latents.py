@@ -27,7 +27,13 @@ from fastpo.data.cache.parts import CachePart, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
 from fastpo.data.prepare.partition import partition
-from fastpo.data.prepare.verify_source import check_contents, pair_content, read_image
+from fastpo.data.prepare.remake import find_lost, take_back
+from fastpo.data.prepare.verify_source import (
+    check_contents,
+    naming,
+    pair_content,
+    read_image,
+)
 from fastpo.data.prepare.work import share_work
 from fastpo.data.sources import PairSource, open_source, source_stamp
 from fastpo.data.sources.base import PromptTable
@@ -40,22 +46,29 @@ from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
+from fastpo.system.retry import retrying
 from fastpo.types import PreferencePair
 
 
 def prepare(
-    config: Config, *, progress: bool = True, model: ModelFolder | None = None
+    config: Config,
+    *,
+    progress: bool = True,
+    model: ModelFolder | None = None,
+    retry_quarantined: bool = False,
 ) -> PairCache:
     """Makes the cache of a configuration, continues an unfinished one, or finds it done.
 
     Returns when the whole cache is there, also the parts that other processes make. A pair with a
     corrupt or missing image, or with images of different aspect ratio, is left out and listed in
-    `quarantine.jsonl` with the reason.
+    `quarantine.jsonl` with the reason. Parts of a finished cache that are missing or damaged are
+    made again; wrong bytes inside of a file are looked for with `data.verify: always`.
 
     Args:
         config: Everything but `train` and `evaluate` is used.
         progress: Show a progress bar with images/s and time left, in the process of rank 0.
         model: The folder of the configuration's model; by default it is looked for.
+        retry_quarantined: Make those parts of a finished cache again of which pairs were left out.
 
     Returns:
         The opened cache.
@@ -74,16 +87,21 @@ def prepare(
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
     manifest = load_manifest(folder)
     model = model or ModelFolder.resolve(config.model)
-    identity = cache_fingerprint(config, model, manifest.weights if manifest else None)
+    memo = manifest.weights if manifest and config.data.verify != "always" else None
+    identity = cache_fingerprint(config, model, memo)
     if manifest is not None:
         check_identity(folder, identity.fields, manifest.identity)
     show = progress and process.rank == 0
     with FolderLocks(folder) as locks:
         locks.sweep()
         stamp = _compare(config, locks, show=show)
-        if manifest is None or not (manifest.complete and manifest.covers(config.data.limit)):
+        lost = find_lost(folder, manifest, config.data.verify, retry_quarantined=retry_quarantined)
+        done = manifest is not None and manifest.complete and manifest.covers(config.data.limit)
+        if lost.reasons or not done:
             source = open_source(config.data)
             prompts = source.prompt_table()
+            if lost.reasons:
+                take_back(folder, lost, locks, source_pairs=len(source), tell=process.rank == 0)
             manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
             work = _Work(config, model, identity, manifest, source, prompts, process)
             with progress_bar(
@@ -92,7 +110,7 @@ def prepare(
                 work.make_parts(locks, advance)
             with locks.manifest():
                 _finish(config, manifest, locks)
-        elif manifest.weights != identity.weights:
+        elif manifest is not None and manifest.weights != identity.weights:
             _remember(folder, identity, locks)
     cache = PairCache.open(config, model=model)
     if config.data.flip_rate > 0 and process.rank == 0:
@@ -211,11 +229,18 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
 def _load(
     pair: PreferencePair, geometry: Geometry
 ) -> tuple[PreferencePair, str, PairImages | UnusableImageError]:
-    """Reads and decodes a pair's images, or says why they are unusable; with its content."""
-    winner, loser = read_image(pair.winner), read_image(pair.loser)
+    """Reads and decodes a pair's images, or says why they are unusable; with its content.
+
+    Raises:
+        DataError: A fault of the machine did not pass.
+    """
+    with naming(pair, "reading its images"):
+        winner, loser = read_image(pair.winner), read_image(pair.loser)
     content = pair_content(pair, winner, loser)
+    give = partial(_give, winner), partial(_give, loser)
     try:
-        images = load_pair(partial(_give, winner), partial(_give, loser), geometry)
+        with naming(pair, "decoding its images"):
+            images = retrying(partial(load_pair, *give, geometry))
     except UnusableImageError as error:
         return pair, content, error
     return pair, content, images

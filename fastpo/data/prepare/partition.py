@@ -90,7 +90,7 @@ def _extend(
             remove(folder / name)
     manifest.source_pairs = len(source)
     manifest.limit = config.data.limit
-    manifest.complete, manifest.files = False, {}
+    manifest.complete, manifest.files, manifest.beside = False, {}, {}
 
 
 def partition_ranges(

@@ -9,16 +9,19 @@ read once and held against the digest that was written down when it was encoded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastpo.data.cache.manifest import Manifest
 from fastpo.data.cache.parts import parts_of
 from fastpo.data.sources import PairSource
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, DataError, one_line
 from fastpo.system.progress import progress_bar
 from fastpo.system.read_ahead import read_ahead
+from fastpo.system.retry import is_out_of_memory, retrying
 from fastpo.types import PreferencePair
 
 DIGITS = 16
@@ -33,12 +36,51 @@ def pair_content(pair: PreferencePair, winner: bytes | OSError, loser: bytes | O
     return digest.hexdigest()
 
 
+BAD = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EFBIG,
+        errno.EINVAL,
+    )
+)
+"""What is wrong with a data set, and stays so; everything else is of the machine."""
+
+
 def read_image(read: Callable[[], bytes]) -> bytes | OSError:
-    """Returns an image's bytes, or why it cannot be read."""
+    """Returns an image's bytes, or why there is no such file; faults that may pass are retried.
+
+    Raises:
+        OSError: A fault of the machine that did not pass, or a file that may not be read.
+        MemoryError: There is none left for it.
+    """
     try:
-        return read()
+        return retrying(read)
     except OSError as error:
+        if error.errno not in BAD:
+            raise
         return error
+
+
+@contextmanager
+def naming(pair: PreferencePair, what: str) -> Iterator[None]:
+    """Turns a fault of the machine into an error that names the pair it was met at.
+
+    Raises:
+        DataError: Nothing was left out for it; the same command goes on.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        text = one_line(error) or "out of memory"
+        advice = "; lower prepare.workers" if is_out_of_memory(error) else ""
+        raise DataError(
+            f"pair {pair.pair_id}: {what} failed and went on failing: {text}{advice}. The pair was "
+            f"not left out; run the same command again, it continues"
+        ) from error
 
 
 def check_contents(
@@ -46,7 +88,8 @@ def check_contents(
 ) -> None:
     """Reads the pairs of the finished shards and holds them against what was encoded.
 
-    Pairs beyond the source's limit, and shards of versions that kept no digests, are passed over.
+    Passed over are pairs beyond the source's limit, pairs in quarantine, of which the cache holds
+    nothing, and shards of versions that kept no digests.
 
     Args:
         folder: The cache's folder.
@@ -62,13 +105,15 @@ def check_contents(
     done = [u for u in parts_of(manifest) if u.kind == "shard" and u.done(folder)]
     with progress_bar("comparing images", len(source), unit="pairs", show=show) as advance:
         for part in done:
-            known, start = part.record(folder).contents, part.span.start
+            record, start = part.record(folder), part.span.start
+            known = record.contents
             stop = min(part.span.stop, len(source))
             if not known or start >= stop:
                 continue
             pairs = read_ahead(_content_of, source.pairs(start, stop), threads=workers)
             for place, (name, content) in enumerate(pairs):
-                if content != known[DIGITS * place :][:DIGITS]:
+                same = content == known[DIGITS * place :][:DIGITS]
+                if not same and start + place not in record.quarantined:
                     changed.append(name)
                 advance(1)
     if changed:
@@ -81,4 +126,6 @@ def check_contents(
 
 
 def _content_of(pair: PreferencePair) -> tuple[str, str]:
-    return pair.pair_id, pair_content(pair, read_image(pair.winner), read_image(pair.loser))
+    with naming(pair, "reading its images"):
+        winner, loser = read_image(pair.winner), read_image(pair.loser)
+    return pair.pair_id, pair_content(pair, winner, loser)

@@ -1,0 +1,98 @@
+"""Parts of a finished cache that must be made again: damaged ones, and those with pairs left out.
+
+Everything else of the cache stays. On the machine that made it a part gets the bytes that it had;
+where another machine rounds differently, the cache's fingerprint changes with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastpo.config.sections import Verify
+from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, QUARANTINE
+from fastpo.data.cache.manifest import Manifest, damages, load_manifest
+from fastpo.data.cache.parts import CachePart, parts_of
+from fastpo.errors import CacheError
+from fastpo.system.files import remove
+from fastpo.system.locks import FolderLocks
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a finished cache lacks.
+
+    Attributes:
+        reasons: Why, one line each; empty if nothing is lacking.
+        parts: The parts to make again; none where only merging is to be done again.
+    """
+
+    reasons: tuple[str, ...] = ()
+    parts: tuple[CachePart, ...] = ()
+
+
+def find_lost(
+    folder: Path, manifest: Manifest | None, verify: Verify, *, retry_quarantined: bool
+) -> Lost:
+    """Looks for damage, and for parts with pairs in quarantine if they are to be tried again.
+
+    Sizes tell a missing or shortened file; with `data.verify: always` all contents are read too.
+
+    Raises:
+        CacheError: A part's record, which lists its quarantine, is damaged.
+    """
+    if manifest is None or not manifest.complete:
+        return Lost()
+    files = manifest.files | manifest.beside
+    found = damages(folder, files, content=verify == "always")
+    if verify == "first":
+        merged = [name for name in (INDEX_FILE, PROMPTS_FILE, QUARANTINE) if name in files]
+        found |= damages(folder, {name: files[name] for name in merged}, content=True)
+    broken = {name.partition("/")[0] for name in found}
+    parts = [part for part in parts_of(manifest) if part.name in broken]
+    reasons = [*found.values()]
+    if retry_quarantined:
+        sound = [p for p in parts_of(manifest) if p.kind == "shard" and p.name not in broken]
+        for part in sound:
+            if count := len(part.record(folder).quarantined):
+                parts.append(part)
+                reasons.append(f"{folder / part.name}: {count} pair(s) in quarantine, tried again")
+    return Lost(tuple(reasons), tuple(parts))
+
+
+def take_back(
+    folder: Path, lost: Lost, locks: FolderLocks, *, source_pairs: int, tell: bool
+) -> None:
+    """Removes lost parts and marks the cache as unfinished; once, however many processes ask.
+
+    Args:
+        folder: The cache's folder.
+        lost: What it lacks.
+        locks: Its locks.
+        source_pairs: Pairs of the data set within the configuration's limit.
+        tell: Whether to say on standard error what is made again.
+
+    Raises:
+        CacheError: The configuration's limit leaves out pairs that the cache holds.
+    """
+    with locks.manifest():
+        manifest = load_manifest(folder)
+        if manifest is None or not manifest.complete:  # another process was here before
+            return
+        if source_pairs < manifest.source_pairs:
+            raise CacheError(
+                f"{lost.reasons[0]}; it is made again with the data.limit that the cache was made "
+                f"with ({manifest.limit}), here it is smaller"
+            )
+        if tell:
+            for reason in lost.reasons:
+                print(f"made again: {reason}", file=sys.stderr)
+        for part in lost.parts:
+            if locks.acquire(part.lock_number):
+                try:
+                    remove(folder / part.name)
+                finally:
+                    locks.release(part.lock_number)
+        manifest.complete, manifest.files, manifest.beside = False, {}, {}
+        manifest.save(folder)
