@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sklearn.metrics import roc_curve
 
 from fastpo.report.runs import MINORITY_NAMES, Array, Run
@@ -214,8 +215,10 @@ def roc_figure(runs: Sequence[Run]) -> bytes | None:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Returns the figure as a PNG that is the same each time."""
+    """Returns the figure as a PNG that is the same each time; a `$` in a text is no formula."""
     FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()

@@ -14,12 +14,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastpo.errors import DataError
+from fastpo.errors import DataError, one_line
 from fastpo.report.figures import BASE_COLOR, INK, color, to_png
 from fastpo.report.runs import EvaluationData, Run
 
 COLUMNS = 8
 SMALL = 128  # images up to this side are enlarged without smoothing
+MOST_PIXELS = 80_000_000  # of an image, told by its header before it is decoded
 LARGE = 288  # larger ones are reduced to this side on the page; the full ones stay in the run
 
 
@@ -151,11 +152,21 @@ def _cell(
 
 
 def _open(path: Path) -> Image.Image:
+    """Reads an image that `fastpo evaluate` wrote.
+
+    Raises:
+        DataError: It is no PNG, too large, or cannot be read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{path} has {image.width}x{image.height} pixels")
             return image.convert("RGB")
-    except OSError as error:
-        raise DataError(f"an evaluated image cannot be read: {error}; evaluate again") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plug-ins raise anything on broken data
+        text = one_line(error)
+        raise DataError(f"an evaluated image cannot be read: {text}; evaluate again") from None
 
 
 def _is_small(image: Image.Image) -> bool:

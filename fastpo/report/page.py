@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from fastpo._version import __version__
@@ -236,7 +237,7 @@ def _row(run: Run, index: int) -> dict[str, Any]:
         "metrics": metrics,
         "bars": {name: _bar(metric) for name, metric in metrics.items()},
         "areas": [(MINORITY_NAMES[annotator], area) for annotator, area in areas.items()],
-        "steps": None if steps is None or not len(steps) else int(steps[-1]),
+        "steps": None if steps is None or not np.isfinite(steps[-1:]).any() else int(steps[-1]),
         "rate": None if rate is None or not len(rate) else float(sorted(rate)[len(rate) // 2]),
     }
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import csv
-import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 from sklearn.metrics import roc_auc_score
 
 from fastpo.config import OBJECTIVES
-from fastpo.errors import DataError
+from fastpo.config.load import read_yaml
+from fastpo.errors import DataError, one_line
 from fastpo.evaluate.win_rate import MetricSummary
+from fastpo.system.json_text import parse_json, read_json
 
 Array = NDArray[np.float64]
+MOST_BYTES = 1 << 27
+"""Of an evaluation's JSON file."""
+MOST_LINE = 1 << 20
+"""Characters of a line of metrics."""
 MINORITY_COLUMNS = {"ledger": "ledger_minority", "ema": "metric_minority"}
 MINORITY_NAMES = {"ledger": "ledger", "ema": "moving averages"}
 
@@ -134,11 +141,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
             f"{path} is no run of FastPO: {what} without config.yaml and metrics.jsonl, which "
             "`fastpo train` writes into train.output_dir"
         )
-    file = path / "config.yaml"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    config = yaml.safe_load(text) if text else {}
-    if not isinstance(config, dict):
-        raise DataError(f"{file} must hold a mapping, got {type(config).__name__}")
+    text, config = _load_config(path / "config.yaml")
     return Run(
         path=path,
         name=name or path.resolve().name,
@@ -148,6 +151,20 @@ def load_run(path: Path, name: str | None = None) -> Run:
         minority=load_minority(path),
         evaluation=load_evaluation(path),
     )
+
+
+def _load_config(file: Path) -> tuple[str, dict[str, Any]]:
+    """Returns a configuration's text and content, both empty where there is none."""
+    if not file.is_file() or not file.stat().st_size:
+        return "", {}
+    config = read_yaml(file)
+    train = config.get("train") or {}
+    if isinstance(train, dict):
+        parts = [train.get(name) or {} for name in ("objective", "annotators")]
+        named = zip(parts, ("name", "kind"), strict=True)
+        if all(isinstance(p, dict) and isinstance(p.get(key, ""), str) for p, key in named):
+            return file.read_text(encoding="utf-8"), config
+    raise DataError(f"{file}: train, its objective and annotators must be mappings with names")
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -180,17 +197,26 @@ def load_metrics(run: Path) -> dict[str, Array]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"no metrics: {path} does not exist; train first") from None
-    rows: list[dict[str, Any]] = []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
+    rows: list[dict[str, float]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({k: v for k, v in row.items() if isinstance(v, int | float)})
+            if len(line) > MOST_LINE:
+                raise ValueError(f"more than {MOST_LINE:,} characters")
+            row = parse_json(line)
+            rows.append({k: _plotted(v) for k, v in row.items() if isinstance(v, int | float)})
         except (ValueError, AttributeError) as error:
             if number == len(lines):
                 break
             raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
     keys = dict.fromkeys(key for row in rows for key in row)
     return {key: np.array([row.get(key, np.nan) for row in rows], dtype=float) for key in keys}
+
+
+def _plotted(value: float) -> float:
+    """Returns a number as the figures take it: infinite where it has no place on an axis."""
+    return float(value) if -1e100 < value < 1e100 else math.copysign(math.inf, value)
 
 
 def load_minority(run: Path) -> Minority | None:
@@ -204,17 +230,17 @@ def load_minority(run: Path) -> Minority | None:
     path = Path(run) / "minority.csv"
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         flipped = np.array([row["flipped"].lower() in ("1", "true") for row in rows], dtype=bool)
         visits = np.array([float(row["visits"]) for row in rows])
         metrics = {
             annotator: np.array([float(row.get(column) or "nan") for row in rows], dtype=float)
             for annotator, column in MINORITY_COLUMNS.items()
         }
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}") from None
+    except (OSError, KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}") from None
     metrics["ledger"] = np.where(visits > 0, metrics["ledger"], np.nan)
     return Minority(flipped, visits, {k: v for k, v in metrics.items() if not np.isnan(v).all()})
 
@@ -251,11 +277,17 @@ def load_evaluation(run: Path) -> EvaluationData | None:
     if not (folder / "summary.json").is_file():
         return None
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        found = {k: MetricSummary.from_json(v) for k, v in summary["metrics"].items()}
-        primary = summary["primary"]
+        raw = read_json(folder / "summary.json", most_bytes=MOST_BYTES)
+        about = _About.model_validate(read_json(folder / "samples.json", most_bytes=MOST_BYTES))
+        summary = _Summary.model_validate(raw)
+        primary, found = summary.primary, summary.metrics
         metrics = {primary: found[primary], **found} if primary else found
+        samples = [sample.model_dump() for sample in about.samples]
+        if not samples:
+            raise ValueError("samples.json lists no sample")
+        for sample in samples:
+            for model in ("base", "aligned"):
+                _check_inside(folder, sample[model])
         with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
             scores = {
                 (row["model"], int(row["prompt_index"]), int(row["seed"])): {
@@ -263,7 +295,47 @@ def load_evaluation(run: Path) -> EvaluationData | None:
                 }
                 for row in csv.DictReader(file)
             }
-        base = about["fingerprints"]["base"]
-        return EvaluationData(folder, summary, metrics, about["samples"], base, scores)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is damaged ({error!r}); evaluate again") from None
+        return EvaluationData(folder, raw, metrics, samples, about.fingerprints["base"], scores)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"{folder} is damaged ({text}); evaluate again") from None
+
+
+class _Sample(BaseModel):
+    """A row of `samples.json`: one prompt and seed, and the two images' files."""
+
+    prompt_index: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    prompt: str
+    base: str
+    aligned: str
+
+
+class _About(BaseModel):
+    """What `samples.json` holds."""
+
+    fingerprints: dict[str, str]
+    samples: list[_Sample]
+
+
+class _Summary(BaseModel):
+    """What `summary.json` holds."""
+
+    primary: str | None
+    comparisons: int
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    metrics: dict[str, MetricSummary]
+    notes: dict[str, str] = {}
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Refuses a path that leads out of the evaluation's folder, by its text or by a link.
+
+    Raises:
+        ValueError: It does.
+    """
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"samples.json names {ascii(name)[:200]}, which lies outside")
+    target = os.path.realpath(folder / name)
+    if os.path.commonpath((target, os.path.realpath(folder))) != os.path.realpath(folder):
+        raise ValueError(f"samples.json names {ascii(name)[:200]}, a link out of it to {target}")
