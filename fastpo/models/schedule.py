@@ -84,6 +84,8 @@ def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
             f"'v_prediction', got {prediction!r}"
         )
     kept = scheduler.alphas_cumprod.cpu().float()
+    if kept.ndim != 1 or not len(kept):
+        raise ModelError("scheduler/scheduler_config.json: trained_betas must be a list of numbers")
     return NoiseSchedule(
         signal=kept.sqrt(),
         sigma=(1.0 - kept).sqrt(),

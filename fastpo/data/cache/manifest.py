@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastpo.errors import CacheError, one_line
 from fastpo.models.folder import DigestMemo
@@ -104,6 +104,16 @@ class Manifest(Record):
     quarantined: int = 0
     files: dict[str, FileRecord] = {}
     beside: dict[str, FileRecord] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for name, spans in (("shards", self.shards), ("texts", self.texts)):
+            edges = [0, *(edge for span in spans for edge in (span.start, span.stop))]
+            if edges != sorted(edges) or edges[:-1:2] != edges[1::2]:
+                raise ValueError(f"{name} do not follow one another from 0 on")
+        if self.complete and not (self.shards and self.texts and self.shapes):
+            raise ValueError("it is complete and has no part")
+        return self
 
     @property
     def fingerprint(self) -> str:

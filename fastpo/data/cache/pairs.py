@@ -97,6 +97,12 @@ class PairCache:
         self.prompt_index = column(index, "prompt")
         self.bucket = column(index, "bucket")
         self._shard, self._slot = column(index, "shard"), column(index, "slot")
+        known = (len(self.latent_shapes), len(manifest.shards), len(self.prompts))
+        for numbers, count in zip(
+            (self.bucket, self._shard, self.prompt_index), known, strict=True
+        ):
+            if int(numbers.min()) < 0 or int(numbers.max()) >= count:
+                raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
         self._pair_conditions = {name: rows_of(index, name) for name in pair_conditions}
         rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
         flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)

@@ -96,8 +96,8 @@ class HPDv2Source(PairSource):
             if (root / first).is_file():
                 return root
         raise DataError(
-            f"{self._listing}: entry 0: image {printable(first)} is neither in {roots[0]} nor in {roots[1]}; "
-            f"unpack HPDv2's image archives there (found: {found_in(self._root)})"
+            f"{self._listing}: entry 0: image {printable(first)} is neither in {roots[0]} nor in "
+            f"{roots[1]}; unpack HPDv2's image archives there (found: {found_in(self._root)})"
         )
 
     @classmethod
