@@ -178,6 +178,13 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the folder.")] = False,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="With --resume: change a key from here on, e.g. train.optim.lr=1e-6; repeat.",
+        ),
+    ] = None,
 ) -> None:
     """Align the model with the prepared preferences."""
     from fastpo.config import load_config
@@ -185,7 +192,7 @@ def train(
     resolved = load_config(config, overrides or ())  # a mistake is told before torch is imported
     from fastpo.train import train
 
-    train(resolved, resume=resume, overwrite=overwrite)
+    train(resolved, resume=resume, overwrite=overwrite, changes=change or ())
 
 
 @app.command()

@@ -49,6 +49,16 @@ class NonFiniteLossError(FastPOError):
     """The loss became NaN or infinite; the last good checkpoint was kept."""
 
 
+class NonFiniteWeightsError(FastPOError):
+    """A weight or an average became NaN or infinite; it was not saved."""
+
+    everywhere = True
+
+
+class DifferingRunError(FastPOError):
+    """A run that was trained again is not the run that it should be."""
+
+
 class DifferingRanksError(FastPOError):
     """The processes of a run were started with different settings, data, models or versions."""
 

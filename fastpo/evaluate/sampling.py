@@ -22,7 +22,7 @@ from PIL import Image
 
 from fastpo.config import Config, decided_values
 from fastpo.errors import CheckpointError, ConfigError
-from fastpo.models.export import LORA_FILE
+from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.precision import DTYPES
@@ -264,8 +264,13 @@ def check_aligned(folder: Path, family: ModelFamily) -> Path:
     """Returns `folder` if it holds what training exports.
 
     Raises:
-        CheckpointError: It does not exist or holds neither a LoRA nor a denoiser.
+        CheckpointError: It does not exist or holds neither a LoRA nor a denoiser, or a file of it
+            is not as it was exported.
     """
+    if (folder / EXPORT_MANIFEST).is_file() and (damage := export_damage(folder)):
+        raise CheckpointError(
+            f"{damage}; `fastpo train CONFIG --resume` writes it again from the last checkpoint"
+        )
     if (folder / LORA_FILE).is_file() or (folder / family.denoiser / "config.json").is_file():
         return folder
     nothing = f"holds neither {LORA_FILE} nor {family.denoiser}/"

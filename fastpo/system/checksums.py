@@ -46,6 +46,11 @@ def checksum(path: Path) -> Checksum:
     return Checksum(bytes=size, xxh3=digest.hexdigest())
 
 
+def checksum_of(content: bytes) -> Checksum:
+    """Returns the checksum of bytes in memory."""
+    return Checksum(bytes=len(content), xxh3=xxhash.xxh3_128_hexdigest(content))
+
+
 def forget(path: Path) -> None:
     """Drops the system's copy of a flushed file, so that the next read comes from the disk.
 

@@ -14,7 +14,6 @@ memory: 21 GB at a time for SDXL's 2.57 billion weights under AdamW, and 31 GB o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from fastpo.config import Config, decides_result, flatten
+from fastpo.config import Config, flatten
+from fastpo.data.cache.fingerprint import MODEL_KEYS
 from fastpo.errors import CheckpointError
 from fastpo.system.checksums import Checksum, checksum
 from fastpo.system.files import flush, whole_folder
 from fastpo.system.manifest import MANIFEST, write_manifest
+from fastpo.train.changes import CHANGEABLE, Change, differing_keys
 from fastpo.train.checkpoint_folders import (
     HISTORY,
     OPTIMIZER,
@@ -42,11 +43,8 @@ from fastpo.train.checkpoint_folders import (
     checkpoint_folder,
     read_about,
 )
-from fastpo.train.run_folder import METRICS
+from fastpo.train.metrics_log import METRICS
 from fastpo.train.state import TrainingState
-
-# Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
-CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,15 @@ class Origin:
         config: The resolved configuration.
         cache: The prepared cache's fingerprint.
         micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+        model: The model's fingerprint, empty if it is not known.
+        changes: Keys that were changed on the way, oldest first.
     """
 
     config: Config
     cache: str
     micro_batches_per_step: int
+    model: str = ""
+    changes: tuple[Change, ...] = ()
 
 
 def save_checkpoint(run: Path, step: int, state: TrainingState, origin: Origin) -> Path:
@@ -111,6 +113,8 @@ def _files(
         config=origin.config.model_dump(mode="json"),
         manifest=MANIFEST,
         metrics=checksum(metrics) if metrics.exists() else None,
+        model=origin.model or None,
+        changes=list(origin.changes),
     )
     text = about.model_dump_json(indent=1)
     yield STATE, lambda path: path.write_text(text)
@@ -188,20 +192,50 @@ def load_checkpoint(
         lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
     )
     state.weights.load_optimizer_state(rest["optimizer"])
-    state.schedule.load_state_dict(rest["schedule"])
-    rates = state.schedule.get_last_lr()
-    for options, rate in zip(state.schedule.optimizer.param_groups, rates, strict=True):
-        options["lr"] = rate
+    _load_schedule(state.schedule, rest["schedule"])
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])
     return about
 
 
+def _load_schedule(schedule: LRScheduler, saved: dict[str, Any]) -> None:
+    """Sets how many updates were made; rate and curve are those of the configuration."""
+    assert isinstance(schedule, LambdaLR), "diffusers' schedules are factors of the rate"
+    counts = {name: saved[name] for name in ("last_epoch", "_step_count")}
+    factors = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [rate * factor(saved["last_epoch"]) for rate, factor in factors]
+    schedule.load_state_dict({**schedule.state_dict(), **counts, "_last_lr": rates})
+    for options, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        options["lr"] = rate
+
+
 def _check_origin(folder: Path, about: About, origin: Origin) -> None:
     """Compares what a checkpoint and this run are computed from; errors as `load_checkpoint`."""
-    differing = differing_keys(about.config, origin.config)
+    here = flatten(origin.config.model_dump(mode="json"))
+    current = {change.key: change.after for change in origin.changes}
+    same = {key for key, value in current.items() if here.get(key) == value}
+    if about.model and about.model == origin.model:
+        same.update(MODEL_KEYS)
+    if about.cache == origin.cache:
+        same.add("data.path")
+    differing = differing_keys(about.config, origin.config, same=same)
     if differing:
-        raise CheckpointError(f"{folder} belongs to another configuration: " + "; ".join(differing))
+        hint = (
+            ""
+            if not any(text.startswith(CHANGEABLE) for text in differing)
+            else (
+                "; to go on with another value, restore the old one and give the new one by "
+                "--change KEY=VALUE"
+            )
+        )
+        raise CheckpointError(
+            f"{folder} belongs to another configuration: {'; '.join(differing)}{hint}"
+        )
+    if about.model and origin.model and about.model != origin.model:
+        raise CheckpointError(
+            f"{folder} was trained from other weights than {origin.config.model.path} holds now "
+            f"(fingerprint {about.model[:12]}, this one is {origin.model[:12]})"
+        )
     if about.cache != origin.cache:
         raise CheckpointError(
             f"{folder} was trained on another prepared cache "
@@ -213,51 +247,6 @@ def _check_origin(folder: Path, about: About, origin: Origin) -> None:
             f"accumulation), this run has {origin.micro_batches_per_step}; resume on as many "
             "processes, or keep the product"
         )
-
-
-def differing_keys(saved: dict, config: Config) -> list[str]:
-    """Returns `key: saved -> current` for every key on which results depend.
-
-    A key that the saved configuration is too old to have counts as its default, and one that is
-    gone by now differs.
-    """
-    saved = _completed(saved)
-    prolonged = config.train.optim.schedule in CONSTANT_SCHEDULES
-    free = ("train.epochs", "train.max_steps") if prolonged else ()
-    before, now = flatten(saved), flatten(config.model_dump(mode="json"))
-    return [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in free and decides_result(key, "run")
-    ]
-
-
-def _completed(saved: dict) -> dict:
-    """A saved configuration with the defaults of the keys that it lacks."""
-    try:
-        return _with_defaults(saved)
-    except ValidationError as error:
-        extra = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
-    known = copy.deepcopy(saved)
-    gone = [(path, _section(known, path).pop(path[-1])) for path in extra]
-    try:
-        filled = _with_defaults(known)
-    except ValidationError:
-        return saved
-    for path, value in gone:
-        _section(filled, path)[path[-1]] = value
-    return filled
-
-
-def _with_defaults(saved: dict) -> dict:
-    return Config.model_validate(saved).model_dump(mode="json")
-
-
-def _section(tree: dict, path: tuple[int | str, ...]) -> dict:
-    """The mapping with a path's last key; a path also names a union's tag, which is no key."""
-    for key in path[:-1]:
-        tree = tree.get(key, tree)
-    return tree
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

@@ -21,6 +21,7 @@ from fastpo.errors import CheckpointError
 from fastpo.system.checksums import Checksum
 from fastpo.system.files import remove
 from fastpo.system.manifest import MANIFEST, find_damage
+from fastpo.train.changes import Change
 
 if TYPE_CHECKING:
     from fastpo.train.distributed import Processes
@@ -43,6 +44,8 @@ class About(BaseModel):
         config: The configuration, as nested mappings.
         manifest: The manifest's file; None in a checkpoint of a version that wrote none.
         metrics: `metrics.jsonl` as it was then, if the version recorded it.
+        model: The model's fingerprint, if the version recorded it.
+        changes: Keys that were changed on the way, oldest first.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -53,11 +56,18 @@ class About(BaseModel):
     config: dict[str, Any]
     manifest: str | None = None
     metrics: Checksum | None = None
+    model: str | None = None
+    changes: list[Change] = []
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Returns where a run keeps the checkpoint of a step."""
     return run / FOLDER / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -128,7 +138,7 @@ def agree_on_newest_whole(run: Path, processes: Processes) -> Path | None:
     The main process proposes one after the other, until one is whole for all: it may lie on a
     storage of which they see different states.
     """
-    candidates = [_number(path) for path in reversed(list_checkpoints(run))]
+    candidates = [step_of(path) for path in reversed(list_checkpoints(run))]
     refused: list[str] = []
     while True:
         step = processes.tell(candidates.pop(0) if candidates else -1)
@@ -215,7 +225,7 @@ def is_ours(path: Path) -> bool:
     if path.is_symlink():
         return False
     try:
-        return _number(path) == read_about(path).step
+        return step_of(path) == read_about(path).step
     except CheckpointError:
         return False
 
@@ -244,7 +254,7 @@ def _why_not(checkpoint: Path) -> str | None:
         check_whole(checkpoint)
     except CheckpointError as error:
         return str(error)
-    if about.step != _number(checkpoint):
+    if about.step != step_of(checkpoint):
         return f"its {STATE} says step {about.step}: it was renamed"
     return None
 
@@ -256,10 +266,6 @@ def _tell_unverified(checkpoint: Path, *, say: bool) -> None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _names(folder: Path, pattern: str) -> Iterator[str]:

@@ -100,6 +100,10 @@ class Processes:
         """Whether the last update was left out, because the scaler found a gradient not finite."""
         return self._accelerator.optimizer_step_was_skipped
 
+    def follow(self, config: TrainConfig) -> None:
+        """Goes on with a configuration in which keys of the optimizer were changed on resuming."""
+        self._config = config
+
     def autocast(self) -> torch.autocast:
         """The precision in which denoisers run; accelerate's own does nothing under DeepSpeed."""
         return autocast(self.device, self._config.precision)

@@ -1,6 +1,6 @@
 """Preference alignment of diffusion models, read from top to bottom: setup, steps, finish.
 
-    fastpo train CONFIG [--set a.b=c] [--resume]
+    fastpo train CONFIG [--set a.b=c] [--resume [--change a.b=c]]
     python -m fastpo.train CONFIG
     torchrun --nproc_per_node 2 -m fastpo.train CONFIG
     accelerate launch -m fastpo.train CONFIG
@@ -23,18 +23,22 @@ from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.data.loader import TimedIterator
-from fastpo.errors import CheckpointError, NonFiniteLossError
-from fastpo.models.export import export_policy
+from fastpo.errors import CheckpointError, ConfigError, NonFiniteLossError, NonFiniteWeightsError
+from fastpo.models.export import export_damage, export_policy
 from fastpo.models.folder import ModelFolder
-from fastpo.train.agreement import require_same, settings_of
+from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
-from fastpo.train.checkpoint_folders import Rotation, agree_on_newest_whole, list_checkpoints
+from fastpo.train.checkpoint_folders import Rotation, list_checkpoints, step_of
 from fastpo.train.data import TrainingData, setup_data
 from fastpo.train.distributed import Processes, joined
 from fastpo.train.ema import exported_weights
+from fastpo.train.finite import non_finite_weights
+from fastpo.train.history import describe_start, write_record
 from fastpo.train.metrics import StepTable
+from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
+from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
 from fastpo.train.trainer import Trainer, setup_trainer
 
@@ -50,6 +54,8 @@ class Experiment:
         data: What is read, and how many steps that makes.
         trainer: What a step uses.
         rotation: Removes old checkpoints.
+        model: The model's fingerprint.
+        point: Where the run goes on; None if it begins.
     """
 
     config: Config
@@ -58,12 +64,17 @@ class Experiment:
     data: TrainingData
     trainer: Trainer
     rotation: Rotation
+    model: str
+    point: ResumePoint | None
 
     @property
     def origin(self) -> Origin:
         """What a checkpoint of this run is computed from."""
         data = self.data
-        return Origin(self.config, data.cache.fingerprint, data.micro_batches_per_step)
+        changes = () if self.point is None else self.point.changes
+        return Origin(
+            self.config, data.cache.fingerprint, data.micro_batches_per_step, self.model, changes
+        )
 
 
 def train(
@@ -71,6 +82,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    changes: Sequence[str] = (),
     progress: bool = True,
     observers: Sequence[Observer] = (),
 ) -> Path:
@@ -78,9 +90,10 @@ def train(
 
     Args:
         config: The experiment.
-        resume: Go on from the newest checkpoint of the run's folder, if it has one; a finished run
-            is left as it is.
+        resume: Go on from the newest whole checkpoint of the run's folder, if it has one; a
+            finished run is left as it is.
         overwrite: Replace an earlier run in the same folder.
+        changes: Keys to change from there on, each `key=value`; see `fastpo.train.changes`.
         progress: Show the banner and a progress bar.
         observers: Objects that look on, see `fastpo.train.observers.Observer`: `on_start` is
             called before the first step, `on_step` after every one. Each process calls its own; an
@@ -93,13 +106,16 @@ def train(
         FastPOError: A user's error: in the configuration, the cache or the model, a checkpoint of
             another run or of more steps, a run already in the folder, or a non-finite loss.
     """
+    if changes and not resume:
+        raise ConfigError(f"--change {changes[0]} is for --resume; a run that begins takes --set")
     with joined(config.train) as processes:
         folder = RunFolder(config.train.output_dir, main=processes.main)
         folder.check_free(resume=resume, overwrite=overwrite)
-        run = setup(config, processes, folder)
+        point = find_resume_point(folder.path, config, changes, processes) if resume else None
+        run = setup(config, processes, folder, point)
         if overwrite and not resume:
             folder.clear()
-        start = restore(run) if resume else 0
+        start = restore(run, point) if point is not None else 0
         require_same(processes, {"the steps done before": str(start)})
         folder.sweep()
         processes.wait()
@@ -115,12 +131,17 @@ def train(
         return folder.path
 
 
-def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment:
+def setup(
+    config: Config, processes: Processes, folder: RunFolder, point: ResumePoint | None = None
+) -> Experiment:
     """Finds the model, opens the cache, and makes the trainer.
 
     Raises:
         FastPOError: One of them does not serve the configuration, or differs between processes.
     """
+    if point is not None:
+        config = point.config
+        processes.follow(config.train)
     model = ModelFolder.resolve(config.model)
     data = setup_data(config, model, processes)
     require_same(processes, settings_of(config, model, data))
@@ -128,21 +149,24 @@ def setup(config: Config, processes: Processes, folder: RunFolder) -> Experiment
     trainer = setup_trainer(config, model, data, processes)
     keep = config.train.keep_checkpoints
     rotation = Rotation(folder.path, keep=keep, main=processes.main)
-    return Experiment(config, processes, folder, data, trainer, rotation)
+    return Experiment(
+        config, processes, folder, data, trainer, rotation, model_sample(model), point
+    )
 
 
-def restore(run: Experiment) -> int:
-    """Loads the newest whole checkpoint, if there is any; returns the finished steps.
+def restore(run: Experiment, point: ResumePoint) -> int:
+    """Loads the checkpoint from which the run goes on; returns the finished steps.
 
     Raises:
-        CheckpointError: None is whole, or the newest that is belongs to another run, or has done
-            more steps than are asked for; the text names the key.
+        CheckpointError: It belongs to another run, or has done more steps than are asked for, or
+            the metrics up to it cannot be read; the text names the key or the line.
     """
-    checkpoint = agree_on_newest_whole(run.folder.path, run.processes)
-    if checkpoint is None:
-        return 0
-    start = load_checkpoint(checkpoint, run.trainer.state, run.origin, verified=True).step
-    run.rotation.trust(checkpoint)
+    about = load_checkpoint(point.checkpoint, run.trainer.state, run.origin, verified=True)
+    run.rotation.trust(point.checkpoint)
+    start = about.step
+    warning = check_metrics(run.folder.path / METRICS, start, about.metrics)
+    if warning and run.folder.main:
+        print(warning)
     if start > run.data.total_steps:
         train = run.config.train
         key = "train.epochs" if train.max_steps is None else "train.max_steps"
@@ -157,15 +181,28 @@ def is_finished(run: Experiment, start: int) -> bool:
     """Whether all steps are done and the results written; every process gets the same answer."""
     if start < run.data.total_steps:
         return False
-    state = run.trainer.state
+    state, folder = run.trainer.state, run.folder
     exports = exported_weights(state.weights, state.averages)
-    return run.processes.agree(run.folder.has_results(exports))
+    whole = folder.main and folder.has_results(exports)
+    damage = [text for name in exports if whole and (text := export_damage(folder.path / name))]
+    for text in damage:
+        print(f"{text}: it is written again from the last checkpoint")
+    return run.processes.agree(whole and not damage)
 
 
 def begin(run: Experiment, start: int, *, progress: bool) -> None:
     """Prepares the run's folder, and tells what is about to run."""
     folder, cache = run.folder, run.data.cache
     folder.begin(run.config, start)
+    if folder.main:
+        started = describe_start(
+            step=start,
+            device=run.processes.device,
+            processes=run.processes.count,
+            cache=cache.fingerprint,
+            model=run.model,
+        )
+        write_record(folder.path, started, list(run.origin.changes))
     if folder.main and run.config.data.flip_rate > 0:
         mask = cache.write_flip_mask(otherwise=folder.path)
         if mask.parent != cache.folder:
@@ -223,18 +260,43 @@ def check_finite(run: Experiment, table: StepTable, step: int) -> None:
         return
     names = [run.data.cache.pair_ids[i] for i in bad[:8]]
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-    kept = list_checkpoints(run.folder.path)
     raise NonFiniteLossError(
         f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
-        f"{', '.join(names)}{more}; "
-        + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet")
-        + ". A lower train.optim.lr or slope usually helps."
+        f"{', '.join(names)}{more}; {_way_back(run, step + 1)}"
+    )
+
+
+def check_finite_weights(run: Experiment, step: int) -> None:
+    """Stops before weights or averages that are not finite are written (collective).
+
+    Raises:
+        NonFiniteWeightsError: The text names the first of them and the last good checkpoint.
+    """
+    bad = non_finite_weights(run.trainer.state, run.processes)
+    if not bad:
+        return
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise NonFiniteWeightsError(
+        f"after step {step}, {bad[0]}{more} is not finite and was not saved; {_way_back(run, step)}"
+    )
+
+
+def _way_back(run: Experiment, step: int) -> str:
+    """What helps after NaN in step `step`."""
+    kept = [path for path in list_checkpoints(run.folder.path) if step_of(path) < step]
+    lower = f"--change train.optim.lr={run.config.train.optim.lr / 2:g}"
+    if not kept:
+        return "no checkpoint was written yet. A lower train.optim.lr or slope usually helps."
+    return (
+        f"the last good checkpoint is {kept[-1]}. A lower rate usually helps: go on from there "
+        f"with --resume {lower} (a lower slope needs a new run)."
     )
 
 
 def checkpoint(run: Experiment, step: int) -> None:
     """Saves after `step` finished steps; called by all processes."""
     run.processes.progress.at("saving")
+    check_finite_weights(run, step)
     run.folder.flush()
     run.rotation.wait()
     saved = save_checkpoint(run.folder.path, step, run.trainer.state, run.origin)
@@ -250,6 +312,7 @@ def finish(run: Experiment) -> None:
     folder, state, method = run.folder, run.trainer.state, run.config.train.method
     denoisers = run.trainer.denoisers
     run.processes.progress.at("writing the results")
+    check_finite_weights(run, run.data.total_steps)
     for name, parts in exported_weights(state.weights, state.averages).items():
         whole = state.weights.gather(parts)
         if folder.main:

@@ -18,14 +18,24 @@ from torch import Tensor
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError
 from fastpo.ledger import PairLedger
-from fastpo.system.files import append_text, flush, make_folder, remove, sweep, write_text
+from fastpo.system.files import (
+    append_text,
+    flush,
+    make_folder,
+    remove,
+    sweep,
+    write_bytes,
+    write_text,
+)
 from fastpo.system.progress import progress_bar
+from fastpo.train.history import RECORD
+from fastpo.train.metrics_log import METRICS, kept_metrics
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
 
-METRICS, MINORITY = "metrics.jsonl", "minority.csv"
-RESULTS = (METRICS, "config.yaml", MINORITY)
+MINORITY = "minority.csv"
+RESULTS = (METRICS, "config.yaml", MINORITY, RECORD)
 Metrics = dict[str, float]
 FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
@@ -94,8 +104,7 @@ class RunFolder:
         remove(self.path / MINORITY)
         write_text(self.path / "config.yaml", dump_config(config))
         path = self.path / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(f"{line}\n" for line in lines[:start]))
+        write_bytes(path, kept_metrics(path, start))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`."""

@@ -18,7 +18,7 @@ from fastpo.config import (
     parse_config,
 )
 from fastpo.config.fields import Decides, Positive
-from fastpo.train.checkpoint import differing_keys
+from fastpo.train.changes import differing_keys
 
 RAW = {
     "model": {"path": "m"},

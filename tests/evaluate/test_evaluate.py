@@ -22,6 +22,9 @@ from fastpo.evaluate import win_rate
 from fastpo.evaluate.compare import evaluate, score_folder, score_images
 from fastpo.evaluate.sampling import LORA_FILE, ImageSampler, plan_samples
 from fastpo.evaluate.win_rate import bootstrap_mean, compare_scores, wilson_interval
+from fastpo.models.export import EXPORT_MANIFEST
+from fastpo.system.checksums import checksum_of
+from fastpo.system.manifest import write_manifest
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 
 PROMPTS = ["a cat", "two dogs", "seven"]
@@ -157,6 +160,10 @@ def test_an_untrained_run_says_so(sdxl: Path, tmp_path: Path) -> None:
         evaluate(make_config(sdxl, tmp_path), progress=False)
     (tmp_path / "final").mkdir()
     with pytest.raises(CheckpointError, match="holds neither"):
+        evaluate(make_config(sdxl, tmp_path), progress=False)
+    write_manifest(tmp_path / "final", {"lora": checksum_of(b"1")}, EXPORT_MANIFEST)
+    (tmp_path / "final" / "lora").write_bytes(b"0")
+    with pytest.raises(CheckpointError, match=r"final/lora is damaged.*--resume"):
         evaluate(make_config(sdxl, tmp_path), progress=False)
     assert not (tmp_path / "evaluation").exists()
 

@@ -28,7 +28,7 @@ def make_state(value):
         trainable={"weight": weight},
         weights=PolicyWeights({"weight": weight}, optimizer, main=True),
         optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.ConstantLR(optimizer),
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0),
         ledger=ledger,
         last_minority=torch.full((2,), float(value)),
         averages={},

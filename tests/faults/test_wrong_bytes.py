@@ -8,10 +8,12 @@ import torch
 
 from fastpo.config import load_config
 from fastpo.errors import CheckpointError
+from fastpo.system.checksums import checksum
 from fastpo.train import train
 from fastpo.train.checkpoint import load_checkpoint, save_checkpoint
 from fastpo.train.checkpoint_folders import Rotation, check_whole, list_checkpoints, newest_whole
 from fastpo.train.consolidate import consolidate
+from fastpo.train.metrics_log import check_metrics, kept_metrics
 from tests.faults.test_checkpoint import make_state, origin_of
 
 FILES = ("trainable.safetensors", "ledger.safetensors", "optimizer.pt", "state.json")
@@ -216,3 +218,50 @@ def test_consolidating_takes_the_newest_whole_checkpoint(run, tmp_path, capsys):
     newest = contents(consolidate(folder, tmp_path / "newest"))
     assert "passed over" in capsys.readouterr().err
     assert newest == contents(consolidate(two, tmp_path / "two"))
+
+
+def test_a_damaged_export_is_written_again_from_the_last_checkpoint(run, capsys):
+    config, folder = run
+    file = folder / "final" / "pytorch_lora_weights.safetensors"
+    whole, exported = file.read_bytes(), contents(folder / "final")
+    for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        train(config, resume=True, progress=False)
+        assert "final/pytorch_lora_weights.safetensors" in capsys.readouterr().out
+        assert contents(folder / "final") == exported
+    train(config, resume=True, progress=False)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_metrics_are_kept_up_to_the_step_by_what_the_lines_say(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"step": 6, "lo')
+    assert kept_metrics(path, 3).decode() == "".join(lines[:3])
+    assert kept_metrics(path, 9).decode() == "".join(lines)
+    assert kept_metrics(path, 0) == b""
+    assert kept_metrics(tmp_path / "none", 3) == b""
+    path.write_text("".join(lines[1:]))  # the first line is missing
+    assert kept_metrics(path, 3).decode() == "".join(lines[1:3])
+    for broken in ("", "[1]", '{"loss": 1}', '{"step": 2, "lo', '{"step": "2"}'):
+        path.write_text(lines[0] + broken + "\n" + "".join(lines[2:]))
+        assert kept_metrics(path, 1).decode() == lines[0]
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2 is no metrics"):
+            kept_metrics(path, 3)
+
+
+def test_metrics_that_changed_since_the_checkpoint_are_told_of(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n')
+    recorded = checksum(path)
+    assert check_metrics(path, 2, recorded) is None
+    with path.open("a") as file:
+        file.write('{"step": 3, "loss": 0.5}\n')
+    assert check_metrics(path, 2, recorded) is None
+    assert check_metrics(path, 2, None) is None
+    path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.5}\n')
+    assert "is not as it was when step 2 was saved" in str(check_metrics(path, 2, recorded))
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step"')
+    assert "it has 1 whole lines" in str(check_metrics(path, 2, recorded))
+    path.unlink()
+    assert "it has 0 whole lines" in str(check_metrics(path, 2, recorded))
