@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
-from aot_cases import Batch, LossCall
+from aot_cases import Batch, LossCall, LossTensors, NoiseCall
+from torch import Tensor
 
 from fastpo_kernels._shared.launch_cache import CachedLaunch
 from fastpo_kernels._shared.layout import joint_layout
@@ -77,3 +79,47 @@ def compiled_as(full: FullShape, programs: int) -> Iterator[None]:
     ):
         yield
     launch._launches.clear()
+
+
+def filled(x: LossTensors) -> LossTensors:
+    """Predictions near their targets, ready errors near those of predictions, other vectors."""
+    rng = torch.Generator().manual_seed(0)
+
+    def like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=rng)
+
+    def beside(t: Tensor, values: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(values)
+
+    target = like(x.target).to(x.target.dtype)
+    repeats = len(x.policy) // len(target)
+    policy = target.float().repeat(repeats, *[1] * (target.ndim - 1)) + 0.3 * like(x.policy)
+    sources = [
+        beside(s, policy + 0.1 * like(s)) if s.ndim > 1 else 0.09 + 0.002 * like(s)
+        for s in x.sources
+    ]
+    vectors = {name: torch.rand(v.shape, generator=rng) for name, v in x.vectors.items()}
+    return LossTensors(beside(x.policy, policy), target, sources, vectors)
+
+
+def noise_inputs(batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Latents, log-variances, and keys, visits and a schedule."""
+    rng = torch.Generator().manual_seed(0)
+    latents, logvar = (
+        like.copy_(torch.randn(like.shape, generator=rng)) for like in (batch.rows(), batch.rows())
+    )
+    keys = torch.randint(0, 2**62, (batch.pairs,), generator=rng)
+    power = torch.linspace(0.99, 0.005, 1000)
+    return latents, logvar - 3, (keys, keys % 7, power.sqrt(), (1 - power).sqrt())
+
+
+def small_run(call: LossCall | NoiseCall, programs: int) -> None:
+    """A launch of so many programs a pair, each with as many tiles as in the full size."""
+    if isinstance(call, NoiseCall):
+        call(*noise_inputs(small(call.batch, 1024 * programs)), "triton")
+        return
+    full = full_shape(call)
+    tiles = -(-full.elements // full.config.block_size) // full.config.programs_per_pair
+    batch = small(call.batch, programs * tiles * full.config.block_size)
+    with compiled_as(full, programs):
+        call.gradient(filled(call.empty(batch)))

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from aot_cases import LossCall, LossTensors, NoiseCall, calls
-from aot_small import compiled_as, full_shape, small
+from aot_small import compiled_as, filled, full_shape, noise_inputs, small
 from torch import Tensor
 
 from fastpo_kernels.testing import PairInputs, assert_within_budget, rounding_scales
@@ -29,28 +29,6 @@ def name_of(call):
 
 LOSSES = [call for call in calls() if isinstance(call, LossCall)]
 NOISES = [call for call in calls() if isinstance(call, NoiseCall)]
-
-
-def filled(x):
-    """Predictions near their targets, ready errors near those of predictions, other vectors."""
-    rng = torch.Generator().manual_seed(0)
-
-    def like(t):
-        return torch.randn(t.shape, generator=rng)
-
-    def beside(t, values):
-        out = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-        return out.copy_(values)
-
-    target = like(x.target).to(x.target.dtype)
-    repeats = len(x.policy) // len(target)
-    policy = target.float().repeat(repeats, *[1] * (target.ndim - 1)) + 0.3 * like(x.policy)
-    sources = [
-        beside(s, policy + 0.1 * like(s)) if s.ndim > 1 else 0.09 + 0.002 * like(s)
-        for s in x.sources
-    ]
-    vectors = {name: torch.rand(v.shape, generator=rng) for name, v in x.vectors.items()}
-    return LossTensors(beside(x.policy, policy), target, sources, vectors)
 
 
 class Loss:
@@ -128,18 +106,11 @@ def test_noise_is_the_references(call, hook, without_executing):
         with without_executing():
             full, _ = texts_of(hook, call.case().run)
         call = replace(call, batch=small(call.batch, 2560))
-    rng = torch.Generator().manual_seed(0)
-    latents, logvar = (
-        like.copy_(torch.randn(like.shape, generator=rng))
-        for like in (call.batch.rows(), call.batch.rows())
-    )
-    keys = torch.randint(0, 2**62, (call.batch.pairs,), generator=rng)
-    power = torch.linspace(0.99, 0.005, 1000)
-    tables = (keys, keys % 7, power.sqrt(), (1 - power).sqrt())
-    texts, found = texts_of(hook, lambda: call(latents, logvar - 3, tables, "triton"))
+    inputs = noise_inputs(call.batch)
+    texts, found = texts_of(hook, lambda: call(*inputs, "triton"))
     if not FULL:
         assert_same_code(texts, full)
-    expected = call(latents, logvar - 3, tables, "reference")
+    expected = call(*inputs, "reference")
     assert torch.equal(found.timesteps, expected.timesteps)
     torch.testing.assert_close(found.target, expected.target, rtol=2e-6, atol=4e-6)
     torch.testing.assert_close(found.noisy_latents, expected.noisy_latents)

@@ -85,3 +85,40 @@ for made in gpu.compiled:
     assert all(".NaN" in name for name in found), (made.name, found)
 print(len(gpu.compiled), "kernels without")
 """
+
+
+def test_counts_are_those_of_the_full_size(run_compiling):
+    """Counts come from two small launches; of one pair, the full one can be executed beside them.
+
+    What the code says of wide accesses is what is executed.
+    """
+    assert "as executed" in run_compiling("-c", COUNTED)
+
+
+COUNTED = """
+import aot_counts
+hook = aot_counts.counting()
+import aot_cases
+names = ["dpo, 1 pair", "two annotators, all processes, 1 pair", "epsilon, posterior drawn"]
+calls = [c for c in aot_cases.calls() if c.variant in names and c.dtype == "bf16"]
+rows = list(aot_counts.rows_of(hook, calls))
+kernels = [aot_counts.NAMES[k] for k in ("pair_loss_fwd_kernel", "pair_loss_bwd_kernel")]
+assert [r.kernel for r in rows] == [*kernels, kernels[0], "pair_loss_finish", "noised_pair"], rows
+for row in rows:
+    (call,) = [c for c in calls if c.variant == row.variant]
+    case = call.case()
+    if row.kernel != "pair_loss_finish":
+        wide = case.backward if row.kernel == "pair_loss_bwd" else case.forward
+        assert row.bytes["ld_16"] + row.bytes["st_16"] == wide, row
+        assert row.bytes["st_2"] == row.bytes["ld_2"] == 0, row
+for call in calls[:2]:
+    for name, counts in aot_counts.executed(hook, call).items():
+        (row,) = [r for r in rows if (r.kernel, r.variant) == (aot_counts.NAMES[name], call.variant)
+                  or r.kernel == aot_counts.NAMES[name] == "pair_loss_bwd"]
+        elements = call.batch.rows()[0].numel()
+        of = {k: elements * n for k, n in row.instructions.items()}
+        assert sum(of.values()) + row.finish_instructions == counts.executed.total(), row
+        assert elements * row.bytes["ld_16"] == counts.moved["global", "ld", 16], row
+        assert (row.shared_requests, row.bank_conflicts) == (counts.requests, counts.conflicts)
+print("as executed")
+"""
