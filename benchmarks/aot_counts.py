@@ -3,9 +3,10 @@
     python benchmarks/aot_counts.py --out benchmarks/results/aot_counts.csv
 
 A forward launch is its programs, all alike, and what the last of them does to finish. Both are
-found from two small launches of the same code, of one and of two programs a pair: `aot_small.py`.
+found from two small launches of the same code, one of twice the programs: `aot_small.py`.
 Instructions and bytes are those of threads, per pair-element (winner and loser); what the last
-program adds, and requests and conflicts of shared memory, are of a whole launch.
+program adds, and requests and conflicts of shared memory, are of a whole launch. Beside the table's
+calls there are those of one of them by other tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.ptx_machine.launch import LaunchHook
 
 TARGET = "sm_90"
 WIDTHS = (16, 8, 4, 2)
+TILES = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
 Launches = dict[str, tuple[int, Counts]]  # by kernel: programs, and what they executed
 
 
@@ -88,12 +90,14 @@ class _Counting(Machine):
         super().launch(text, grid, *given)
 
 
-def _small_launches(hook: LaunchHook, call: Any, programs: int, texts: dict[str, str]) -> Launches:
-    """Launches of so many programs a pair, each with as much to do as in the full size."""
+def _small_launches(
+    hook: LaunchHook, call: Any, size: int, full: Any, texts: dict[str, str]
+) -> Launches:
+    """The call's launches by `aot_small.small_run`."""
     from aot_small import small_run
 
     hook.machine = machine = _Counting()
-    small_run(call, programs)
+    small_run(call, size, full)
     if machine.noted.texts != texts:
         raise AssertionError(f"{call.variant}, {call.dtype}: other code than in the full size")
     return {name: (machine.noted.programs[name], machine.counts[name]) for name in texts}
@@ -123,26 +127,50 @@ def row_of(
     def moved(instruction: str, width: int) -> Any:
         return lambda counts: counts.moved["global", instruction, width]
 
+    finish = NAMES[name] in ("pair_loss_fwd", "pair_loss_finish")
     return Row(
         NAMES[name], call.variant, call.dtype,
         {k: per_element * each(lambda c, k=k: c.by_kind()[k]) for k in KINDS},
         {f"{i}_{w}": per_element * each(moved(i, w)) for i in ("ld", "st") for w in WIDTHS},
-        round(last(lambda c: c.executed.total())), whole(lambda c: c.requests),
+        round(last(lambda c: c.executed.total())) if finish else 0, whole(lambda c: c.requests),
         whole(lambda c: c.conflicts), about["triton"], about["commit"], about["date"],
     )  # fmt: skip
 
 
 def rows_of(hook: LaunchHook, calls: list[Any]) -> Iterator[Row]:
     """Counts of every kernel of these calls, the first time that its code comes up."""
+    from aot_cases import NoiseCall
+    from aot_small import full_shape
+
     about, seen = environment(), set()
     for call in calls:
         hook.machine = noted = _Programs()
         call.case().run()
         new = {name: text for name, text in noted.texts.items() if text not in seen}
         seen |= set(new.values())
-        small = [_small_launches(hook, call, n, noted.texts) for n in (1, 2)] if new else []
+        full = None if isinstance(call, NoiseCall) else full_shape(call)
+        small = [_small_launches(hook, call, n, full, noted.texts) for n in (1, 2) if new]
         for name in new:
             yield row_of(call, name, noted.programs[name], [s[name] for s in small], about)
+
+
+def rows_by_tile(hook: LaunchHook, call: Any) -> Iterator[Row]:
+    """The forward kernel of a call by tiles and warps, a program a tile."""
+    from aot_small import FullShape, compiled_as, full_shape
+
+    from fastpo_kernels.pair_loss.gpu.launch import LaunchConfig
+
+    about, own = environment(), full_shape(call)
+    for block, warps in TILES:
+        programs = -(-own.elements // block)
+        full = FullShape(own.pairs, own.elements, LaunchConfig(block, programs, warps))
+        hook.machine = noted = _Programs()
+        with compiled_as(full, programs):
+            call.case().run()
+        small = [_small_launches(hook, call, n, full, noted.texts) for n in (1, 2)]
+        named = replace(call, variant=f"{call.variant}, tiles of {block} by {warps} warps")
+        name = "pair_loss_fwd_kernel"
+        yield row_of(named, name, noted.programs[name], [s[name] for s in small], about)
 
 
 def executed(hook: LaunchHook, call: Any) -> dict[str, Counts]:
@@ -172,7 +200,7 @@ def table(records: list[dict[str, Any]]) -> str:
         cells += [f"{n:.2f}" if kinds[0] else "" for n in kinds]
         for name in ("ld", "st"):
             widths = {w: float(r[f"{name}_{w}"]) for w in WIDTHS}
-            cells.append(", ".join(f"{n:.4g} by {w}" for w, n in widths.items() if n >= 0.005))
+            cells.append(", ".join(f"{n:.3g} by {w}" for w, n in widths.items() if n >= 0.005))
         cells += [f"{int(r[c]):,}" for c in COLUMNS[-6:-3]]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
@@ -202,6 +230,9 @@ def main() -> None:
 
     chosen = [call for call in calls() if args.only in call.variant]
     records = [row.record() for row in rows_of(hook, chosen)]
+    if not args.only:
+        (tiled,) = (c for c in chosen if (c.variant, c.dtype) == ("dpo, 16 pairs", "bf16"))
+        records += [row.record() for row in rows_by_tile(hook, tiled)]
     if args.out:
         write_records(records, COLUMNS, args.out)
         write_text(args.out.with_suffix(".md"), document(records))

@@ -53,10 +53,11 @@ def full_shape(call: LossCall) -> FullShape:
     return FullShape(call.batch.pairs, elements, config)
 
 
-def small(batch: Batch, elements: int) -> Batch:
-    """Few pairs, but as many as leave every address as far aligned, of so many elements."""
-    assert elements % (4 * WIDTH) == 0
-    return replace(batch, pairs=min(batch.pairs, 4), dims=(4, elements // (4 * WIDTH), WIDTH))
+def small(batch: Batch, elements: int, pairs: int = 4) -> Batch:
+    """Few pairs, in fours, which leave every address as far aligned, of so many elements."""
+    assert elements % (4 * WIDTH) == 0 and pairs % 4 == 0
+    dims = (4, elements // (4 * WIDTH), WIDTH)
+    return replace(batch, pairs=min(batch.pairs, pairs), dims=dims)
 
 
 @contextmanager
@@ -113,13 +114,19 @@ def noise_inputs(batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     return latents, logvar - 3, (keys, keys % 7, power.sqrt(), (1 - power).sqrt())
 
 
-def small_run(call: LossCall | NoiseCall, programs: int) -> None:
-    """A launch of so many programs a pair, each with as many tiles as in the full size."""
+def small_run(call: LossCall | NoiseCall, size: int, full: FullShape | None) -> None:
+    """A launch of `size` times as many programs as the smallest, each with as much to do.
+
+    There are more programs a pair, or more pairs where the full size has one program a pair.
+    """
     if isinstance(call, NoiseCall):
-        call(*noise_inputs(small(call.batch, 1024 * programs)), "triton")
+        call(*noise_inputs(small(call.batch, 1024 * size)), "triton")
         return
-    full = full_shape(call)
-    tiles = -(-full.elements // full.config.block_size) // full.config.programs_per_pair
-    batch = small(call.batch, programs * tiles * full.config.block_size)
-    with compiled_as(full, programs):
+    assert full is not None
+    programs = full.config.programs_per_pair
+    tiles = -(-full.elements // full.config.block_size) // programs
+    elements = tiles * full.config.block_size
+    batch = small(call.batch, elements, 4 * size) if programs == 1 else None
+    batch = batch or small(call.batch, elements * size)
+    with compiled_as(full, size):
         call.gradient(filled(call.empty(batch)))
