@@ -1,4 +1,4 @@
-"""The commands `fastpo plan | prepare | train | consolidate | evaluate | report | demo | bench`.
+"""The commands: `fastpo --help` lists them.
 
 User errors are reported in one line, with exit code 2, and leave nothing half-written behind;
 `--debug` shows the traceback instead.
@@ -193,6 +193,22 @@ def train(
     from fastpo.train import train
 
     train(resolved, resume=resume, overwrite=overwrite, changes=change or ())
+
+
+@app.command()
+def rerun(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The new run's folder [RUN-rerun]", show_default=False)
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare weights, metrics and tables bit by bit.")
+    ] = False,
+) -> None:
+    """Train a run again from what it recorded, and say whether the result is equal."""
+    from fastpo.train.rerun import rerun
+
+    print(rerun(run, out, check=check))
 
 
 @app.command()

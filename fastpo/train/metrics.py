@@ -21,6 +21,8 @@ COLUMNS = (
     "minority",
     "weight",
 )
+TIMES = ("pairs_per_second", "data/wait")
+"""Metrics that differ between equal runs."""
 
 
 @dataclass(frozen=True)
