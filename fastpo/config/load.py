@@ -78,7 +78,8 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         lines = [explain(e, Config) for e in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+        text = f"{where}: " + "; ".join(dict.fromkeys(lines))
+        raise ConfigError(" ".join(text.splitlines())) from None
 
 
 def dump_config(config: Config) -> str:

@@ -65,7 +65,7 @@ def source_stamp(config: DataConfig) -> str | None:
         try:
             stat = os.stat(file)
             text = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        except OSError:
+        except (OSError, ValueError):  # of a name with a zero byte
             text = f"{file}\0missing\n"
         digest.update(text.encode())
     return digest.hexdigest()
