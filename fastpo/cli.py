@@ -1,16 +1,18 @@
 """The commands: `fastpo --help` lists them.
 
 User errors are reported in one line, with exit code 2, and leave nothing half-written behind;
-`--debug` shows the traceback instead.
+`--debug` shows the traceback instead. A command that a signal ends exits with 75 if the same
+command goes on (`train` with `--resume`), see `fastpo.system.signals`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -25,6 +27,15 @@ except ImportError as error:
 from fastpo._version import __version__
 from fastpo.errors import FastPOError
 from fastpo.system.process import Rank
+from fastpo.system.signals import (
+    EXIT_INTERRUPTED,
+    EXIT_KEYBOARD,
+    Interrupted,
+    catch_signals,
+)
+
+if TYPE_CHECKING:
+    from fastpo.config import Config
 
 OLD_SPELLINGS = {"--utilisation": "--utilization"}
 """Options as they were called, and their names now; the old ones are accepted for one release."""
@@ -49,6 +60,12 @@ class Commands(TyperGroup):
             if not error.everywhere or Rank.of_launch().rank == 0:
                 _tell("[bold red]error:[/]", str(error))
             ctx.exit(error.exit_code)
+        except (Interrupted, KeyboardInterrupt) as ending:
+            if ctx.params["debug"]:
+                raise
+            if Rank.of_launch().rank == 0:
+                _tell("[bold yellow]ended:[/]", str(ending) or "by Ctrl-C")
+            ctx.exit(EXIT_INTERRUPTED if isinstance(ending, Interrupted) else EXIT_KEYBOARD)
 
 
 def _spelled_anew(argument: str) -> str:
@@ -77,6 +94,17 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. train.optim.lr=1e-6."),
 ]
+
+
+@contextmanager
+def _configured(path: Path, overrides: list[str] | None) -> Iterator[Config]:
+    """Reads a command's configuration, keeps it off all files named there, and ends it cleanly."""
+    from fastpo.config import input_paths, load_config
+    from fastpo.system.ownership import protecting
+
+    config = load_config(path, overrides or ())
+    with catch_signals(), protecting([path, *input_paths(config)]):
+        yield config
 
 
 @app.callback(invoke_without_command=True)
@@ -141,27 +169,26 @@ def prepare(
     ] = False,
 ) -> None:
     """Encode images and prompts once, into a cache that training reads."""
-    from fastpo.config import load_config
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
-    resolved = load_config(config, overrides or ())
-    model = ModelFolder.resolve(resolved.model)
-    cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
-    tell = Rank.of_launch().rank == 0
-    if tell:
-        print(f"{len(cache)} pairs in {cache.folder}")
-        if left_out := cache.left_out():
-            print(left_out)
-    if reference is not None:
-        from fastpo.reference_cache import prepare_reference
-
-        errors = prepare_reference(resolved, visits, processes=processes, model=model)
+    with _configured(config, overrides) as resolved:
+        model = ModelFolder.resolve(resolved.model)
+        cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
+        tell = Rank.of_launch().rank == 0
         if tell:
-            print(f"the reference's errors on them in {errors.folder}")
+            print(f"{len(cache)} pairs in {cache.folder}")
+            if left_out := cache.left_out():
+                print(left_out)
+        if reference is not None:
+            from fastpo.reference_cache import prepare_reference
+
+            errors = prepare_reference(resolved, visits, processes=processes, model=model)
+            if tell:
+                print(f"the reference's errors on them in {errors.folder}")
 
 
 def _visits(reference: str | None) -> int | None:
@@ -187,12 +214,10 @@ def train(
     ] = None,
 ) -> None:
     """Align the model with the prepared preferences."""
-    from fastpo.config import load_config
+    with _configured(config, overrides) as resolved:  # a mistake is told before torch is imported
+        from fastpo.train import train
 
-    resolved = load_config(config, overrides or ())  # a mistake is told before torch is imported
-    from fastpo.train import train
-
-    train(resolved, resume=resume, overwrite=overwrite, changes=change or ())
+        train(resolved, resume=resume, overwrite=overwrite, changes=change or ())
 
 
 @app.command()
@@ -230,12 +255,10 @@ def consolidate(
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
-    from fastpo.config import load_config
+    with _configured(config, overrides) as resolved:
+        from fastpo.evaluate import evaluate
 
-    resolved = load_config(config, overrides or ())
-    from fastpo.evaluate import evaluate
-
-    evaluate(resolved)
+        evaluate(resolved)
 
 
 @app.command()

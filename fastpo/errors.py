@@ -45,6 +45,14 @@ class CheckpointError(FastPOError):
     """A checkpoint is damaged or belongs to another configuration."""
 
 
+class ForeignPathError(FastPOError):
+    """What a command would replace or remove is not proven to be its own earlier work."""
+
+
+class BusyFolderError(FastPOError):
+    """Another process writes into the folder."""
+
+
 class NonFiniteLossError(FastPOError):
     """The loss became NaN or infinite; the last good checkpoint was kept."""
 

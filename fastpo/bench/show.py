@@ -14,7 +14,7 @@ from rich.table import Table
 from fastpo.bench.cases import Case, count_of
 from fastpo.bench.measure import device
 from fastpo.bench.run import Run
-from fastpo.bench.table import Row, write_csv
+from fastpo.bench.table import Row, check_csv, write_csv
 from fastpo.errors import FastPOError
 
 
@@ -26,9 +26,12 @@ def show(run: Run, out: Path | None, console: Console | None = None) -> None:
     """Measures and prints; writes the rows so far after every case where `out` is given.
 
     Raises:
+        ForeignPathError: `out` is there and is no such table.
         BenchmarkError: a provider failed or disagreed; the others' rows are printed and written.
     """
     console = console or Console()
+    if out is not None:
+        check_csv(out)
     if device() == "cpu":
         console.print("no GPU: eager and compiled CPU path, and ours, the default on a CPU")
     where = run.where

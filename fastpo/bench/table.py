@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import statistics
 from collections import defaultdict
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from fastpo.bench.cases import count_of
 from fastpo.bench.measure import Timing
+from fastpo.errors import ForeignPathError
 from fastpo.system.files import make_folder, write_text
 
 Number = float | str
@@ -111,6 +113,23 @@ def write_records(
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Writes all rows anew, whole or not at all."""
     write_records((asdict(row) for row in rows), [f.name for f in fields(Row)], path)
+
+
+def check_csv(path: Path) -> None:
+    """Refuses to write over anything but a table of an earlier run.
+
+    Raises:
+        ForeignPathError: The path is there and is no such table.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error):
+        columns = None
+    if columns is None or (columns and not {"provider", "direction"} <= set(columns)):
+        raise ForeignPathError(f"{path} is there and is no table of `fastpo bench`: give another")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Typed configuration: one frozen model per stage, read from YAML, changed by `--set a.b=c`."""
 
 from fastpo.config.fields import Precision, Section, decides
+from fastpo.config.inputs import input_paths
 from fastpo.config.keys import as_text, decided_values, decides_result
 from fastpo.config.load import Config, dump_config, flatten, load_config, parse_config, with_keys
 from fastpo.config.objectives import OBJECTIVES, AdaptiveOptions, Objective, ObjectiveConfig
@@ -44,6 +45,7 @@ __all__ = [
     "decides_result",
     "dump_config",
     "flatten",
+    "input_paths",
     "load_config",
     "parse_config",
     "with_keys",

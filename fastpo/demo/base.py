@@ -29,12 +29,18 @@ from torch import Tensor
 from fastpo.demo.base_training import BaseRecipe, Captioned, train_unet, train_vae
 from fastpo.demo.digits import SIZE, WORDS, load_scans, prompts
 from fastpo.demo.text import WIDTH, build_text_encoders, build_tokenizer, encode
-from fastpo.system.files import whole_folder
+from fastpo.system.ownership import Kind, check_replaceable, owned_folder
 
 LAYOUT = 1  # raise when the architecture or the data of the base changes
 SHORT = BaseRecipe(vae_steps=4, unet_steps=4)
 SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-MARKER = "demo_base.json"
+ABOUT = "demo_base.json"
+DEMO_BASE = Kind(
+    "the demo's base model",
+    r"(demo_base|model_index)\.json"
+    r"|(vae|unet|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)/[\w.-]+",
+    lambda folder: (folder / ABOUT).is_file(),
+)
 
 
 def build_base(
@@ -50,19 +56,23 @@ def build_base(
 
     Returns:
         `out`.
+
+    Raises:
+        ForeignPathError: `out` holds something else.
     """
     recipe = recipe or BaseRecipe()
     about = {"layout": LAYOUT, "seed": seed, "recipe": asdict(recipe)}
     about["fingerprint"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    marker = out / MARKER
+    marker = out / ABOUT
     if marker.is_file() and json.loads(marker.read_text()) == about:
         return out
+    check_replaceable(out, DEMO_BASE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = _train(recipe, progress)
-    with whole_folder(out) as folder:
+    with owned_folder(out, DEMO_BASE) as folder:
         pipeline.save_pretrained(folder)
-        (folder / MARKER).write_text(json.dumps(about))
+        (folder / ABOUT).write_text(json.dumps(about))
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import pyarrow.parquet as pq
 
 from fastpo.demo.digits import Gray, Scans, ink, load_scans, prompts, to_image
 from fastpo.system.files import make_folder, whole_file
+from fastpo.system.ownership import Kind, claim
 
 JUST_NOTICEABLE = 0.01  # of ink; an annotator who sees no difference calls it a tie
 FILE = "train-00000-of-00001.parquet"
+MODEL = "a person's hand"
 SCHEMA = pa.schema(
     {
         "are_different": pa.bool_(),
@@ -46,6 +49,18 @@ SCHEMA = pa.schema(
 )
 
 
+def _holds_scans(folder: Path) -> bool:
+    """Pick-a-Pic's own files have this name and schema too, but other models."""
+    try:
+        models = pq.read_table(folder / "data" / FILE, columns=["model_0"])["model_0"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return set(models.unique().to_pylist()) == {MODEL}
+
+
+PREFERENCES = Kind("the demo's preferences", re.escape(f"data/{FILE}"), _holds_scans)
+
+
 def write_preferences(folder: Path, *, n_pairs: int, seed: int) -> Path:
     """Writes `data/train-00000-of-00001.parquet`.
 
@@ -63,12 +78,14 @@ def write_preferences(folder: Path, *, n_pairs: int, seed: int) -> Path:
 
     Raises:
         ValueError: `n_pairs` is not positive.
+        ForeignPathError: The folder holds other things.
     """
     if n_pairs < 1:
         raise ValueError(f"n_pairs must be positive, got {n_pairs}")
     rng = np.random.default_rng(seed)
     scans = load_scans()
     rows = [_row(i, scans, rng) for i in range(n_pairs)]
+    claim(folder, PREFERENCES)
     make_folder(folder / "data")
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     with whole_file(folder / "data" / FILE) as path:
@@ -101,8 +118,8 @@ def _row(number: int, scans: Scans, rng: np.random.Generator) -> dict[str, Any]:
         "jpg_1": encoded[1],
         "label_0": label,
         "label_1": 1.0 - label,
-        "model_0": "a person's hand",
-        "model_1": "a person's hand",
+        "model_0": MODEL,
+        "model_1": MODEL,
         "ranking_id": number,
         "user_id": int(rng.integers(50)),
         "num_example_per_prompt": 1,

@@ -19,13 +19,14 @@ from rich.console import Console
 
 from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
+from fastpo.demo.base import ABOUT, build_base
 from fastpo.demo.base import SHORT as SHORT_BASE
-from fastpo.demo.base import build_base
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
 from fastpo.evaluate.compare import Evaluation, evaluate
 from fastpo.report import load_metrics, minority_auroc, write_report
 from fastpo.system.files import write_json
+from fastpo.system.ownership import Kind, claim
 from fastpo.train import train
 
 N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped
@@ -48,6 +49,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "adaptive_dpo_released": {"train": RELEASED},
     "adaptive_dpo_ledger": {"train": LEDGER},
 }
+DEMO = Kind(
+    "a demo",
+    "",
+    lambda folder: any((folder / base / ABOUT).is_file() for base in ("base", "base-short")),
+)
 SHORT = {"train": {"epochs": None, "max_steps": 4}, "evaluate": {"seeds_per_prompt": 1}}
 
 
@@ -62,7 +68,11 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
 
     Returns:
         What `summary.json` holds.
+
+    Raises:
+        ForeignPathError: `out` holds other things, and no demo.
     """
+    claim(out, DEMO)
     console, started = Console(stderr=True), time.perf_counter()
     console.rule("1 base: a tiny SDXL that draws handwritten digits")
     base = build_base(

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from fastpo.config import Config
 from fastpo.errors import ConfigError
+from fastpo.evaluate.folders import EVALUATION, SAMPLE_LIST, SAMPLES, SCORES, SUMMARY
 from fastpo.evaluate.sampling import (
     ImageSampler,
     Sample,
@@ -36,8 +37,10 @@ from fastpo.evaluate.sampling import (
 )
 from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
 from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
-from fastpo.system.files import make_folder, whole_folder, write_json, write_text
+from fastpo.system.files import write_json, write_text
+from fastpo.system.ownership import check_replaceable, claim, owned_folder
 from fastpo.system.progress import progress_bar
+from fastpo.system.writer_lock import sole_writer
 
 SCORE_TOGETHER = 64  # images held in memory at once
 
@@ -90,6 +93,8 @@ def evaluate(
         ConfigError: No prompts, an unknown scorer, or two scorers with one metric's name.
         CheckpointError: There is no aligned model to evaluate.
         ModelError: The base pipeline or a scorer's model is not available.
+        ForeignPathError: The folder `evaluation` is none that an evaluation made.
+        BusyFolderError: Another process evaluates there.
     """
     folder = config.train.output_dir / "evaluation"
     samples = plan_samples(config)
@@ -97,9 +102,32 @@ def evaluate(
     source = check_aligned(aligned or config.train.output_dir / "final", sampler.family)
     if scorers is None:
         scorers = build_scorers(config.evaluate.scorers)
-    make_folder(folder)
-    _fill_base(sampler, folder / "base", samples, base_samples)
-    sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
+    claim(folder, EVALUATION)
+    for name in ("base", "aligned"):
+        check_replaceable(folder / name, SAMPLES)
+    with sole_writer(folder):
+        _fill_base(sampler, folder / "base", samples, base_samples)
+        sampler.fill(folder / "aligned", samples, label="aligned", aligned=source)
+        result = _score(config, scorers, folder, samples, progress=progress)
+        fingerprints = {
+            "base": sampler.fingerprint(samples),
+            "aligned": sampler.fingerprint(samples, source),
+        }
+        _write(result, config, sampler.settings, fingerprints)
+    if progress:
+        _show(result)
+    return result
+
+
+def _score(
+    config: Config,
+    scorers: Sequence[Scorer],
+    folder: Path,
+    samples: Sequence[Sample],
+    *,
+    progress: bool,
+) -> Evaluation:
+    """Scores both models' images and compares them; errors as in `score_images`."""
     base = score_folder(scorers, folder / "base", samples, progress=progress)
     after = score_folder(scorers, folder / "aligned", samples, progress=progress)
     index = [sample.prompt_index for sample in samples]
@@ -107,15 +135,7 @@ def evaluate(
         name: compare_scores(base[name], after[name], index, confidence=config.evaluate.confidence)
         for name in base
     }
-    result = Evaluation(folder, tuple(samples), base, after, metrics, next(iter(metrics), None))
-    fingerprints = {
-        "base": sampler.fingerprint(samples),
-        "aligned": sampler.fingerprint(samples, source),
-    }
-    _write(result, config, sampler.settings, fingerprints)
-    if progress:
-        _show(result)
-    return result
+    return Evaluation(folder, tuple(samples), base, after, metrics, next(iter(metrics), None))
 
 
 def score_folder(
@@ -172,7 +192,7 @@ def _fill_base(
     store = shared / fingerprint[:16]
     sampler.fill(store, samples, label="base")
     if not holds_samples(folder, samples, fingerprint):
-        with whole_folder(folder) as copy:
+        with owned_folder(folder, SAMPLES) as copy:
             shutil.copytree(store, copy, dirs_exist_ok=True)
 
 
@@ -184,8 +204,8 @@ def _write(
         for s in result.samples
     ]
     about = {"settings": settings, "fingerprints": fingerprints, "samples": listed}
-    write_json(result.folder / "samples.json", about)
-    write_text(result.folder / "scores.csv", _scores_csv(result))
+    write_json(result.folder / SAMPLE_LIST, about)
+    write_text(result.folder / SCORES, _scores_csv(result))
     summary = {
         "primary": result.primary,
         "prompts": len({sample.prompt_index for sample in result.samples}),
@@ -194,7 +214,7 @@ def _write(
         "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
         "notes": NOTES,
     }
-    write_json(result.folder / "summary.json", summary)
+    write_json(result.folder / SUMMARY, summary)
 
 
 def _scores_csv(result: Evaluation) -> str:

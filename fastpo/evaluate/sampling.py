@@ -22,11 +22,19 @@ from PIL import Image
 
 from fastpo.config import Config, decided_values
 from fastpo.errors import CheckpointError, ConfigError
+from fastpo.evaluate.folders import SAMPLES, SET, partial_folder
 from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.precision import DTYPES
-from fastpo.system.files import make_folder, remove, replace_folder, sweep, whole_file, write_json
+from fastpo.system.files import is_temporary, sweep, whole_file, write_json
+from fastpo.system.ownership import (
+    check_replaceable,
+    claim,
+    is_ours,
+    put_in_place,
+    remove_owned,
+)
 from fastpo.system.process import default_device
 from fastpo.system.progress import progress_bar
 from fastpo.types import MOST_PROMPT
@@ -179,22 +187,27 @@ class ImageSampler:
 
         Returns:
             Whether anything had to be sampled.
+
+        Raises:
+            ForeignPathError: `folder` holds something else, or more than images sampled earlier.
         """
         fingerprint = self.fingerprint(samples, aligned)
         if folder.parent.is_dir():
             sweep(folder.parent)
         if holds_samples(folder, samples, fingerprint):
             return False
-        partial = folder.with_name(f".{folder.name}.partial-{fingerprint[:16]}")
-        make_folder(partial)
+        check_replaceable(folder, SAMPLES)
+        partial = partial_folder(folder, fingerprint)
+        claim(partial, SAMPLES)
         missing = [sample for sample in samples if not (partial / sample.file).exists()]
         if missing:
             self._sample(partial, missing, len(samples), label, aligned)
         marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
-        write_json(partial / "set.json", marker)
-        replace_folder(partial, folder)
+        write_json(partial / SET, marker)
+        put_in_place(partial, folder, SAMPLES)
         for stale in folder.parent.glob(f".{folder.name}.partial-*"):
-            remove(stale)
+            if not is_temporary(stale.name) and is_ours(stale, SAMPLES):
+                remove_owned(stale, SAMPLES)
         return True
 
     def _sample(
@@ -283,7 +296,7 @@ def check_aligned(folder: Path, family: ModelFamily) -> Path:
 def holds_samples(folder: Path, samples: Sequence[Sample], fingerprint: str) -> bool:
     """Tells whether `folder` holds all images made under `fingerprint`."""
     try:
-        marker = json.loads((folder / "set.json").read_text())
+        marker = json.loads((folder / SET).read_text())
     except (OSError, ValueError):
         return False
     whole = all((folder / sample.file).is_file() for sample in samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastpo.system.checksums import folder_checksums
-from fastpo.system.files import whole_folder
 from fastpo.system.manifest import find_damage, write_manifest
+from fastpo.system.ownership import Kind, owned_folder, strangers
 
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser, ModelFamily
@@ -26,6 +27,18 @@ EXPORT_MANIFEST = "fastpo-manifest.json"
 """Sizes and checksums of what was exported; no program that loads the weights reads it."""
 
 
+def _lies_in_a_run(folder: Path) -> bool:
+    """Other programs write such folders too; earlier versions' own lie beside a run's metrics."""
+    return (folder.parent / "metrics.jsonl").is_file() and not strangers(folder, EXPORT)
+
+
+EXPORT = Kind(
+    "an export",
+    rf"{re.escape(LORA_FILE)}|{re.escape(EXPORT_MANIFEST)}|[\w-]+/(config\.json|diffusion_pytorch_model[\w.-]*)",
+    _lies_in_a_run,
+)
+
+
 def export_policy(
     family: ModelFamily,
     denoiser: Denoiser,
@@ -33,7 +46,7 @@ def export_policy(
     method: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes the trained weights whole or not at all.
+    """Writes the trained weights whole or not at all, in the place of an earlier run's own.
 
     Args:
         family: The model's family.
@@ -47,8 +60,11 @@ def export_policy(
 
     Returns:
         `target`. Equal weights give equal bytes. `fastpo-manifest.json` in it holds checksums.
+
+    Raises:
+        ForeignPathError: `target` is there, and not as a run wrote it.
     """
-    with whole_folder(target) as folder:
+    with owned_folder(target, EXPORT) as folder:
         family.save(denoiser, folder, method, weights)
         for file in folder.rglob("*.safetensors"):
             _sort_metadata(file)

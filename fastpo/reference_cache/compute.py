@@ -34,6 +34,7 @@ from fastpo.precision import autocast
 from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.open import needed_pairs, run_steps
 from fastpo.reference_cache.store import (
+    REFERENCE,
     ReferenceErrors,
     has_part,
     merge_parts,
@@ -42,8 +43,9 @@ from fastpo.reference_cache.store import (
     reference_root,
     write_part,
 )
-from fastpo.system.files import make_folder, sweep
+from fastpo.system.files import sweep
 from fastpo.system.locks import FolderLocks
+from fastpo.system.ownership import claim
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
@@ -81,6 +83,7 @@ def prepare_reference(
         CacheError: The latents are not prepared, or a file of earlier work is damaged.
         ConfigError: fp16 was asked for without a GPU.
         ModelError: The denoiser is missing, or answers with NaN or infinity.
+        ForeignPathError: The folder `reference` of the cache is none that this made.
     """
     process = Rank.of_launch()
     device = process.device()
@@ -96,10 +99,10 @@ def prepare_reference(
         steps = run_steps(config, sampler, micro_batches)
         needed = needed_pairs(sampler, len(cache), steps * micro_batches)
     root = reference_root(config.prepare.cache_dir)
-    make_folder(root)  # the denoiser's digest is noted there
+    claim(root, REFERENCE)  # the denoiser's digest is noted there
     identity = reference_identity(config, model, cache, noise)
     target = reference_folder(config.prepare.cache_dir, identity)
-    make_folder(target)
+    claim(target, REFERENCE)
     sweep(root)
     with FolderLocks(target) as locks:
         locks.sweep()

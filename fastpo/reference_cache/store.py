@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,12 +39,28 @@ from fastpo.data.cache.manifest import (
     write_recorded,
 )
 from fastpo.errors import CacheError, one_line
-from fastpo.system.files import remove, write_bytes, write_text
+from fastpo.system.files import write_bytes, write_text
 from fastpo.system.json_text import read_json, seal, unseal
+from fastpo.system.ownership import Kind, remove_file
 from fastpo.types import PairBatch
 
 FORMAT = 1
 MANIFEST = "reference.json"
+
+
+def _holds_errors(folder: Path) -> bool:
+    """One identity's folder, or the folder of all of them."""
+    if (folder / MANIFEST).is_file() or re.fullmatch(r"[0-9a-f]{16}", folder.name):
+        return True
+    names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return all(re.fullmatch(r"[0-9a-f]{16}|\w+\.json", name) for name in names)
+
+
+REFERENCE = Kind(
+    "a cache of reference errors",
+    r"([0-9a-f]{16}/)?(\w+\.json|\.claims|(visit|part)-[\d-]+\.(npy|safetensors))",
+    _holds_errors,
+)
 
 
 class VisitRecord(Record):
@@ -259,7 +276,7 @@ def merge_parts(folder: Path, identity: Mapping[str, str], num_pairs: int) -> Re
     kept = {record.name for record in records}
     merged = [path for paths in parts.values() for path in paths]
     for path in [*merged, *(p for p in folder.glob("visit-*.npy") if p.name not in kept)]:
-        remove(path)
+        remove_file(path, REFERENCE)
     return ReferenceErrors(folder, manifest, content=False)
 
 

@@ -25,10 +25,22 @@ from fastpo.report.figures import (
 )
 from fastpo.report.grids import build_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
-from fastpo.system.files import make_folder, write_bytes, write_text
+from fastpo.system.files import write_bytes, write_text
+from fastpo.system.ownership import Kind, claim
 
 PAGE = "report.html"
 TEMPLATE = "page.html"
+
+
+def _holds_a_page(folder: Path) -> bool:
+    """Whether FastPO made the page in a folder, as its last line says."""
+    try:
+        return "Made by FastPO" in (folder / PAGE).read_text(encoding="utf-8")[-500:]
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+REPORT = Kind("a report", r"report\.html|(curves|roc|(grid|minority)-.+)\.png", _holds_a_page)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,7 @@ def write_report(
 
     Raises:
         DataError: A folder is no run, or one of its files is damaged.
+        ForeignPathError: `out` holds other things, and no report.
     """
     loaded = load_runs(runs)
     pictures = _pictures(loaded)
@@ -95,7 +108,7 @@ def write_report(
         differences=config_differences(loaded),
         extra=[_section(heading, content) for heading, content in (extra or {}).items()],
     )
-    make_folder(out)
+    claim(out, REPORT)
     for name, png in pictures.items():
         write_bytes(out / name, png)
     write_text(out / PAGE, html)

@@ -34,11 +34,11 @@ from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
-from fastpo.demo.preferences import FILE, write_preferences
+from fastpo.demo.preferences import FILE, PREFERENCES, write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.models.folder import ModelFolder
-from fastpo.system.files import remove
+from fastpo.system.ownership import Kind, is_ours, remove_owned
 from fastpo.train import Observer, train
 from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, setup_accelerator
@@ -72,6 +72,9 @@ FIELDS = (
     "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "worst", "gain",
     "kept", "step_ratio", "device", "threads", "torch", "commit", "date",
 )  # fmt: skip
+CASE = Kind(
+    "a case of the study", ".*", lambda folder: is_ours(folder / "preferences", PREFERENCES)
+)
 PARTS = ("methods", "cost", "cases", "variants")
 Label = Callable[[dict[str, Any]], bool]
 
@@ -297,7 +300,7 @@ def run_cases(place: Place, seed: int, results: Results) -> None:
         labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
         if results.has(**labels):
             continue
-        remove(place.root / f"case-{number}-{seed}")
+        remove_owned(place.root / f"case-{number}-{seed}", CASE)
         work = place.work(f"case-{number}-{seed}", seed=seed)
         found = relabel(work / "preferences", case)
         config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)

@@ -164,6 +164,16 @@ def make_folder(path: Path) -> None:
     flush(path.parent)
 
 
+def move(old: Path, new: Path) -> None:
+    """Renames a file or folder, or a link itself, within one file system.
+
+    Raises:
+        OSError: It cannot be renamed, or `new` is there and not an empty folder or a file.
+    """
+    _rename(old, new)
+    flush(old.parent)
+
+
 def remove(path: Path) -> None:
     """Removes a file or folder, if it exists; a folder's name is gone before its first file."""
     if not path.is_dir() or path.is_symlink():
@@ -201,6 +211,11 @@ def sweep(folder: Path, *, sole_writer: bool = False) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's or folder's name is one under which something is written or replaced."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _temporary(target: Path, kind: Literal["partial", "old"]) -> Path:

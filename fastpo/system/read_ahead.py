@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -15,6 +16,8 @@ from typing import Generic, TypeVar
 
 AHEAD = 4
 """Items that each thread may be ahead of the one that is asked for."""
+PATIENCE = 10.0
+"""Seconds that a process which ends waits for its reading threads: storage may hang."""
 
 Drawn = TypeVar("Drawn")
 Read = TypeVar("Read")
@@ -94,10 +97,11 @@ class _Threads(Generic[Drawn, Read]):
         self._room.release()
 
     def close(self) -> None:
-        """Ends the threads, each behind the item it reads."""
+        """Ends the threads, each behind the item it reads; one that is stuck is left behind."""
         self._closed = True
         atexit.unregister(self.close)
         for _ in self._threads:
             self._room.release()
+        deadline = time.monotonic() + PATIENCE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -30,10 +30,12 @@ from fastpo.config import Config, flatten
 from fastpo.data.cache.fingerprint import MODEL_KEYS
 from fastpo.errors import CheckpointError
 from fastpo.system.checksums import Checksum, checksum
-from fastpo.system.files import flush, whole_folder
+from fastpo.system.files import flush
 from fastpo.system.manifest import MANIFEST, write_manifest
+from fastpo.system.ownership import owned_folder
 from fastpo.train.changes import CHANGEABLE, Change, differing_keys
 from fastpo.train.checkpoint_folders import (
+    CHECKPOINT,
     HISTORY,
     OPTIMIZER,
     STATE,
@@ -86,7 +88,7 @@ def save_checkpoint(run: Path, step: int, state: TrainingState, origin: Origin) 
         for _ in _parts(state):
             pass
         return target
-    with whole_folder(target) as folder, ThreadPoolExecutor(1, "checksums") as thread:
+    with owned_folder(target, CHECKPOINT) as folder, ThreadPoolExecutor(1, "checksums") as thread:
         checksums: dict[str, Future[Checksum]] = {}
         for name, write in _files(run, step, state, origin):
             write(folder / name)

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from fastpo.errors import CheckpointError
 from fastpo.system.checksums import Checksum
-from fastpo.system.files import remove
 from fastpo.system.manifest import MANIFEST, find_damage
+from fastpo.system.ownership import Kind, remove_owned, strangers
 from fastpo.train.changes import Change
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ STATE, WEIGHTS, OPTIMIZER = "state.json", "trainable.safetensors", "optimizer.pt
 HISTORY = "ledger.safetensors"
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
+CHECKPOINT = Kind(
+    "a checkpoint",
+    r"(trainable|ledger|average-[\w-]+)\.safetensors|optimizer\.pt|(state|manifest)\.json",
+    lambda folder: not strangers(folder, CHECKPOINT),
+)
 
 
 class About(BaseModel):
@@ -215,17 +220,25 @@ class Rotation:
         whole = 0
         for path in reversed(older):
             if whole >= self._keep and is_ours(path):
-                remove(path)
+                remove_owned(path, CHECKPOINT)
                 self._whole.discard(path.name)
             whole += path.name in self._whole
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint under the name that we gave it: one that may be removed."""
-    if path.is_symlink():
+    """Whether a folder is a checkpoint under the name that we gave it, and holds nothing else."""
+    if path.is_symlink() or strangers(path, CHECKPOINT):
         return False
     try:
         return step_of(path) == read_about(path).step
+    except CheckpointError:
+        return False
+
+
+def was_renamed(path: Path) -> bool:
+    """Whether a checkpoint says that it is of another step than its name."""
+    try:
+        return step_of(path) != read_about(path).step
     except CheckpointError:
         return False
 

@@ -36,7 +36,7 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     Args:
         source: A run's folder, whose newest whole checkpoint is taken, or a checkpoint's folder.
         target: The folder to make; its layout is `fastpo.models.export.export_policy`'s. It may be
-            there if it is empty: nothing is replaced.
+            there if it is empty: nothing is replaced, not even an earlier export.
         average: Export the moving average of `train.ema_decay` instead of the last weights.
 
     Returns:

@@ -17,6 +17,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
+    ProjectConfiguration,
     gather_object,
 )
 from torch import Tensor, nn
@@ -286,7 +287,9 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
         ),
         kwargs_handlers=handlers,
         log_with=list(config.trackers) or None,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir), logging_dir=str(config.output_dir / "tensorboard")
+        ),
         step_scheduler_with_optimizer=False,
     )
     if plugin is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:

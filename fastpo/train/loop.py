@@ -20,12 +20,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from fastpo.config import Config
+from fastpo.config import Config, input_paths
 from fastpo.data.loader import TimedIterator
 from fastpo.errors import CheckpointError, ConfigError, NonFiniteLossError, NonFiniteWeightsError
 from fastpo.models.export import export_damage, export_policy
 from fastpo.models.folder import ModelFolder
+from fastpo.system.ownership import protecting
+from fastpo.system.signals import EndingSignals, Interrupted, catch_signals
 from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
@@ -40,7 +43,7 @@ from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
 from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
-from fastpo.train.trainer import Trainer, setup_trainer
+from fastpo.train.trainer import StepLeftError, Trainer, setup_trainer
 
 
 @dataclass(frozen=True)
@@ -105,30 +108,35 @@ def train(
     Raises:
         FastPOError: A user's error: in the configuration, the cache or the model, a checkpoint of
             another run or of more steps, a run already in the folder, or a non-finite loss.
+        Interrupted: SIGTERM, SIGHUP, SIGUSR1 or SIGINT ended it, after a save: `resume` goes on.
     """
     if changes and not resume:
         raise ConfigError(f"--change {changes[0]} is for --resume; a run that begins takes --set")
-    with joined(config.train) as processes:
+    with catch_signals() as signals, joined(config.train) as processes:
         folder = RunFolder(config.train.output_dir, main=processes.main)
-        folder.check_free(resume=resume, overwrite=overwrite)
-        point = find_resume_point(folder.path, config, changes, processes) if resume else None
-        run = setup(config, processes, folder, point)
-        if overwrite and not resume:
-            folder.clear()
-        start = restore(run, point) if point is not None else 0
-        require_same(processes, {"the steps done before": str(start)})
-        folder.sweep()
-        processes.wait()
-        if is_finished(run, start):
-            if folder.main:
-                print(f"{folder.path} is finished: all {start} steps are done")
+        with (
+            protecting(input_paths(config)),
+            folder.taken(config, processes, resume=resume, overwrite=overwrite),
+        ):
+            point = find_resume_point(folder.path, config, changes, processes) if resume else None
+            run = setup(config, processes, folder, point)
+            if overwrite and not resume:
+                folder.set_aside()
+            start = restore(run, point) if point is not None else 0
+            require_same(processes, {"the steps done before": str(start)})
+            folder.sweep()
+            processes.wait()
+            if is_finished(run, start):
+                if folder.main:
+                    print(f"{folder.path} is finished: all {start} steps are done")
+                return folder.path
+            begin(run, start, progress=progress)
+            with closing(run.rotation):
+                with signals.deferred():
+                    run_steps(run, start, signals, observers, progress=progress)
+                finish(run)
+            processes.wait()
             return folder.path
-        begin(run, start, progress=progress)
-        with closing(run.rotation):
-            run_steps(run, start, observers, progress=progress)
-            finish(run)
-        processes.wait()
-        return folder.path
 
 
 def setup(
@@ -213,9 +221,18 @@ def begin(run: Experiment, start: int, *, progress: bool) -> None:
 
 
 def run_steps(
-    run: Experiment, start: int, observers: Sequence[Observer], *, progress: bool
+    run: Experiment,
+    start: int,
+    signals: EndingSignals,
+    observers: Sequence[Observer],
+    *,
+    progress: bool,
 ) -> None:
-    """The loop over optimizer steps `start..total_steps-1`."""
+    """The loop over optimizer steps `start..total_steps-1`.
+
+    Raises:
+        Interrupted: A signal has ended it; the last finished step is saved.
+    """
     trainer, data, folder, config = run.trainer, run.data, run.folder, run.config.train
     place = run.processes.progress
     for observer in observers:
@@ -227,7 +244,10 @@ def run_steps(
         for step in range(start, data.total_steps):
             place.step(step + 1, slow=config.compile or step == start)
             began = time.perf_counter()
-            table = trainer.optimizer_step(batches, step).read()
+            try:
+                table = trainer.optimizer_step(batches, step, signals.asked).read()
+            except StepLeftError:
+                end(run, start, step, signals)
             check_finite(run, table, step)
             trainer.record(table)
             metrics = table.metrics(
@@ -237,6 +257,8 @@ def run_steps(
                 waited=batches.taken(),
             )
             folder.log(metrics)
+            if step == 0:
+                folder.begun()
             run.processes.log(metrics, step + 1)
             advance(metrics)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == data.total_steps:
@@ -244,6 +266,29 @@ def run_steps(
             for observer in observers:
                 place.at("an observer's work")
                 observer.on_step(step + 1, table, metrics)
+            if table.ending and step + 1 < data.total_steps:
+                end(run, start, step + 1, signals)
+
+
+def end(run: Experiment, start: int, step: int, signals: EndingSignals) -> NoReturn:
+    """Saves, unless that was done, and ends the run as a signal asks; called by all processes.
+
+    Args:
+        run: The experiment.
+        start: Steps that were done before this call of the run.
+        step: Steps that are done now.
+        signals: What this process has received.
+
+    Raises:
+        Interrupted: Always; `--resume` goes on.
+    """
+    if step > start and step % run.config.train.checkpoint_every:
+        checkpoint(run, step)
+    cause = signals.received or "a signal to another process"
+    done = f"after {step} of {run.data.total_steps} steps, which are saved"
+    raise Interrupted(
+        f"ended by {cause} {done if step else 'before the first step'}: go on with --resume"
+    )
 
 
 def check_finite(run: Experiment, table: StepTable, step: int) -> None:

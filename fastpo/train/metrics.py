@@ -24,6 +24,8 @@ COLUMNS = (
 TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
+ENDING = -2.0
+
 
 @dataclass(frozen=True)
 class StepTable:
@@ -34,12 +36,14 @@ class StepTable:
         grad_norm: Norm of the gradient before clipping.
         learning_rate: The rate this step used.
         moved: Whether an earlier update has changed the weights.
+        ending: Whether a signal has asked one of several processes to end.
     """
 
     rows: Tensor
     grad_norm: float
     learning_rate: float
     moved: bool
+    ending: bool = False
 
     def __getitem__(self, column: str) -> Tensor:
         """Returns one column, `(N,)` float64."""
@@ -103,7 +107,8 @@ class StepResult:
     """What an optimizer step leaves on the device; the step's one wait is `read`.
 
     Attributes:
-        rows: `(M, K)` float64 by `COLUMNS`, of all processes; padding has the index -1.
+        rows: `(M, K)` float64 by `COLUMNS`, of all processes; padding has the index -1, and the
+            row that a process which must end adds to its own the index `ENDING`.
         grad_norm: Norm of the gradient before clipping.
         learning_rate: The rate this step used.
         moved: Whether an earlier update has changed the weights.
@@ -120,7 +125,14 @@ class StepResult:
         norm = torch.as_tensor(self.grad_norm, dtype=rows.dtype, device=rows.device)
         host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
         rows, norm = host[:-1], host[-1, 0]
-        return StepTable(rows[rows[:, 0] >= 0], norm.item(), self.learning_rate, self.moved)
+        ending = bool((rows[:, 0] == ENDING).any())
+        pairs = rows[rows[:, 0] >= 0]
+        return StepTable(pairs, norm.item(), self.learning_rate, self.moved, ending)
+
+
+def with_ending(rows: Tensor, ending: bool) -> Tensor:
+    """Adds a row to one of several processes' table: whether a signal asks it to end."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 1), value=ENDING if ending else -1.0)
 
 
 def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:

@@ -6,9 +6,8 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,28 +15,21 @@ import numpy as np
 from torch import Tensor
 
 from fastpo.config import Config, dump_config
-from fastpo.errors import CheckpointError
+from fastpo.errors import CheckpointError, FastPOError
 from fastpo.ledger import PairLedger
-from fastpo.system.files import (
-    append_text,
-    flush,
-    make_folder,
-    remove,
-    sweep,
-    write_bytes,
-    write_text,
-)
+from fastpo.system.files import append_text, flush, make_folder, sweep, write_bytes, write_text
+from fastpo.system.ownership import MARKER, claim, remove_file, write_marker
 from fastpo.system.progress import progress_bar
-from fastpo.train.history import RECORD
+from fastpo.system.writer_lock import WriterLock, sole_writer
+from fastpo.train import takeover
 from fastpo.train.metrics_log import METRICS, kept_metrics
+from fastpo.train.takeover import CONFIG, EVENTS, MINORITY, RUN
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
+    from fastpo.train.distributed import Processes
 
-MINORITY = "minority.csv"
-RESULTS = (METRICS, "config.yaml", MINORITY, RECORD)
 Metrics = dict[str, float]
-FOLDERS = ("checkpoints", "final", "ema", "evaluation")
 
 
 class RunFolder:
@@ -51,35 +43,61 @@ class RunFolder:
     def __init__(self, path: Path, *, main: bool) -> None:
         self.path = path
         self.main = main
+        self._lock: WriterLock | None = None
 
-    def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuses to mix two runs, and to replace what no run has written.
+    @contextmanager
+    def taken(
+        self, config: Config, processes: Processes, *, resume: bool, overwrite: bool
+    ) -> Iterator[None]:
+        """Takes the folder for a run; called by all processes, of which the main one looks.
+
+        A run that was moved aside, by this call or by one that was killed, is put back unless the
+        new one has begun.
 
         Raises:
-            CheckpointError: The folder holds a run and neither flag was given, or a folder of a
-                name that a run would write, without the metrics that every run has.
+            BusyFolderError: Another process writes there.
+            CheckpointError: The folder holds a run and neither flag was given, or cannot be
+                written.
+            ForeignPathError: What the run would replace is not proven to be a run's.
         """
-        foreign = [name for name in FOLDERS if os.path.lexists(self.path / name)]
-        if foreign and not (self.path / METRICS).exists():
-            raise CheckpointError(
-                f"{self.path / foreign[0]} is there, but no {METRICS} of a run that could have "
-                "written it, so it would not be replaced: set another train.output_dir"
-            )
-        if resume or overwrite or not any((self.path / name).exists() for name in RESULTS):
-            return
-        raise CheckpointError(
-            f"{self.path} already holds a run: go on with --resume, replace it with --overwrite, "
-            "or set another train.output_dir"
-        )
+        with ExitStack() as stack:
 
-    def clear(self) -> None:
-        """Removes an earlier run's results, and nothing else that lies in the folder."""
-        if not self.main:
-            return
-        for name in ("tensorboard", "fastpo"):
-            _remove_events(self.path / name)
-        for name in (*FOLDERS, *RESULTS):
-            remove(self.path / name)
+            def look() -> None:
+                self._lock = stack.enter_context(sole_writer(self.path))
+                takeover.put_back(self.path)
+                takeover.check_folder(self.path, config, resume=resume, overwrite=overwrite)
+
+            self._on_main(processes, look)
+            try:
+                yield
+            finally:
+                if self.main:
+                    takeover.put_back(self.path)
+
+    def _on_main(self, processes: Processes, act: Callable[[], None]) -> None:
+        """Does something in the main process; its refusal ends all of them."""
+        refusal: FastPOError | None = None
+        if self.main:
+            try:
+                act()
+            except FastPOError as error:
+                refusal = error
+            except OSError as error:
+                refusal = CheckpointError(f"train.output_dir {self.path} cannot be used: {error}")
+        if not processes.agree(refusal is None):
+            raise refusal or CheckpointError(
+                f"the main process does not take {self.path}; its own message says why"
+            )
+
+    def set_aside(self) -> None:
+        """Moves an earlier run aside, until `begun` or to the end of `taken`."""
+        if self.main:
+            takeover.set_aside(self.path)
+
+    def begun(self) -> None:
+        """Notes that this run has done a step: what was moved aside is removed."""
+        if self.main:
+            takeover.drop_aside(self.path)
 
     def sweep(self) -> None:
         """Makes the folder, or tidies up what a killed process left there."""
@@ -101,8 +119,13 @@ class RunFolder:
         """Saves the resolved configuration and drops what steps that come will write anew."""
         if not self.main:
             return
-        remove(self.path / MINORITY)
-        write_text(self.path / "config.yaml", dump_config(config))
+        if not (self.path / MARKER).exists():
+            write_marker(self.path, RUN)
+        if "tensorboard" in config.train.trackers:
+            claim(self.path / "tensorboard", EVENTS)
+        remove_file(self.path / MINORITY, RUN)
+        if takeover.may_write_config(self.path):
+            write_text(self.path / CONFIG, dump_config(config))
         path = self.path / METRICS
         write_bytes(path, kept_metrics(path, start))
 
@@ -114,8 +137,14 @@ class RunFolder:
             append_text(self.path / METRICS, json.dumps(finite) + "\n")
 
     def flush(self) -> None:
-        """Waits until the disk holds the metrics; a checkpoint goes on from lines that last."""
+        """Waits until the disk holds the metrics; a checkpoint goes on from lines that last.
+
+        Raises:
+            BusyFolderError: Another host has taken this process for dead, and the folder from it.
+        """
         if self.main:
+            if self._lock is not None:
+                self._lock.confirm()
             flush(self.path / METRICS)
 
     def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
@@ -128,22 +157,6 @@ class RunFolder:
         for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
             writer.writerow([pair_id, *("" if v != v else v for v in values)])
         write_text(self.path / MINORITY, text.getvalue())
-
-
-def _remove_events(folder: Path) -> None:
-    """Removes what a tracker wrote into a folder, and the folders that are then empty.
-
-    Trackers name their folder after the project: beside a checkout it is the package's own.
-    """
-    if folder.is_symlink():
-        return
-    for pattern in ("events.out.tfevents.*", "hparams.yml"):
-        for file in sorted(folder.rglob(pattern)):
-            remove(file)
-    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
-    for empty in (*inner, folder):
-        with suppress(OSError):
-            empty.rmdir()
 
 
 @contextmanager

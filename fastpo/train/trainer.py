@@ -6,7 +6,7 @@ Read `Trainer.training_step` first: it is the whole algorithm on one micro-batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from fastpo.train.batch_statistics import RunningStatistics, make_statistics
 from fastpo.train.data import TrainingData
 from fastpo.train.distributed import Processes
 from fastpo.train.ema import setup_averages
-from fastpo.train.metrics import StepResult, StepTable, table_rows
+from fastpo.train.metrics import StepResult, StepTable, table_rows, with_ending
 from fastpo.train.objective import LossFunction, build_loss
 from fastpo.train.optimizer import has_moved, setup_schedule
 from fastpo.train.state import TrainingState
@@ -42,6 +42,10 @@ class ErrorLookup(Protocol):
     def visits(self) -> int:
         """Visits of the pairs that it covers, from the first."""
         ...
+
+
+class StepLeftError(Exception):
+    """A signal ends the run between two micro-batches; the state is that of before the step."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,30 @@ class Trainer:
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return out.loss * (len(batch) / config.micro_batch_size), rows
 
-    def optimizer_step(self, batches: Iterator[PairBatch], step: int) -> StepResult:
+    def optimizer_step(
+        self,
+        batches: Iterator[PairBatch],
+        step: int,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
         """Forward and backward over the step's micro-batches, then one update of the weights.
 
         Args:
             batches: This process's micro-batches, in host memory.
             step: Finished optimizer steps.
+            must_end: Whether a signal asks this process to end.
+
+        Raises:
+            StepLeftError: A single process must end, and has not begun the step's last micro-batch.
+                Several processes tell one another in the result instead.
         """
         processes, config, state = self.processes, self.config, self.state
         moved = has_moved(state.schedule)
         tables: list[Tensor] = []
         norm: Tensor | float | None = None
         for micro in range(config.accumulation_steps):
+            if processes.count == 1 and must_end():
+                raise StepLeftError
             with processes.accumulate(self.policy):
                 if config.lora.dropout > 0.0:
                     self._seed_dropout(step * config.accumulation_steps + micro)
@@ -130,7 +146,10 @@ class Trainer:
             state.schedule.step()
             for averages in state.averages.values():
                 averages.update(step + 1)
-        return StepResult(processes.gather(torch.cat(tables)), norm, rate, moved)
+        rows = torch.cat(tables)
+        if processes.count > 1:
+            rows = processes.gather(with_ending(rows, must_end()))
+        return StepResult(rows, norm, rate, moved)
 
     def _seed_dropout(self, local: int) -> None:
         """Keys dropout by the micro-batch's number in the stream: a resumed run repeats it."""

@@ -11,7 +11,7 @@ import fastpo.data.prepare.latents as prepare_module
 from fastpo.data.cache import PairCache
 from fastpo.data.images import decode, to_model_range
 from fastpo.data.prepare import prepare
-from fastpo.errors import CacheError, DataError, ModelError
+from fastpo.errors import CacheError, DataError, ForeignPathError, ModelError
 from fastpo.models.encoders import Encoders
 from fastpo.testing import pickapic_row, tiny_sdxl_folder, write_folder, write_pickapic
 
@@ -19,9 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def content(folder):
-    """Everything that the cache holds, by path; but for the lock and the memo of the weights."""
+    """Everything that the cache holds, by path; but for lock, marker and memo of the weights."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    kept = {n: p.read_bytes() for n, p in files.items() if n not in (".claims", "manifest.json")}
+    others = (".claims", ".fastpo", "manifest.json")
+    kept = {n: p.read_bytes() for n, p in files.items() if n not in others}
     manifest = json.loads((folder / "manifest.json").read_text())
     return kept | {"manifest": {k: v for k, v in manifest.items() if k != "weights"}}
 
@@ -273,5 +274,5 @@ def test_the_progress_bar_shows_the_speed(config_for, tmp_path, capsys):
 
 def test_a_file_in_the_place_of_the_cache_is_an_error(config_for, tmp_path):
     (tmp_path / "cache").touch()
-    with pytest.raises(CacheError, match=r"prepare\.cache_dir: cannot create the folder"):
+    with pytest.raises(ForeignPathError, match="cache is no folder, not a cache"):
         prepare(config_for(), progress=False)

@@ -86,9 +86,10 @@ def config_for(tiny_pipelines, data, tmp_path):
 
 
 def content(folder):
-    """Every file but the lock; the manifest with everything it says."""
+    """Every file but the lock and the marker; the manifest with everything it says."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if name != ".claims"}
+    hidden = (".claims", ".fastpo")
+    return {name: path.read_bytes() for name, path in files.items() if name not in hidden}
 
 
 def start(config, rank, world_size, change=lambda: None):

@@ -96,7 +96,8 @@ def test_what_a_killed_save_left_is_swept_up(experiment):
 
 
 def contents(folder):
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".writer"]
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def test_a_finished_run_is_left_alone_and_a_shorter_one_refused(experiment, capsys):

@@ -10,8 +10,9 @@ from tests.faults.crash_points import end_everywhere
 
 
 def content(folder):
-    """Every file but the lock, which holds nothing."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".claims")
+    """Every file but the lock, which holds nothing, and the marker, whose id is the folder's."""
+    hidden = (".claims", ".fastpo")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in hidden)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -15,7 +15,7 @@ def content(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in files
-        if path.name not in (".claims", "unet.json")  # the memo holds times of change
+        if path.name not in (".claims", ".fastpo", "unet.json")  # the memo holds times of change
     }
 
 

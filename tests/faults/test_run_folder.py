@@ -38,7 +38,7 @@ def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_
         begin(path, config, done)
         lines = (path / "metrics.jsonl").read_text()
         assert lines == '{"step": 1}\n{"step": 2}\n'[: 12 * done]
-        names = {".", "checkpoints", "config.yaml", "metrics.jsonl"}
+        names = {".fastpo", "checkpoints", "config.yaml", "metrics.jsonl"}
         assert {p.name for p in path.iterdir()} <= names
         seen.add(done)
         begin(tmp_path / str(number + 1), config, 0)

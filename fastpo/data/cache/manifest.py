@@ -17,12 +17,15 @@ from fastpo.models.folder import DigestMemo
 from fastpo.system.checksums import checksum
 from fastpo.system.files import whole_file, write_text
 from fastpo.system.json_text import read_json, seal, unseal
+from fastpo.system.ownership import Kind
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 MOST_BYTES = 1 << 28
 """Of a manifest or record; that of a million pairs has a few megabytes."""
 REMAKE = "`fastpo prepare CONFIG --set data.verify=always` makes what is damaged again"
+# A manifest.json that is none of ours has been refused where it was read.
+CACHE = Kind("a cache", "", lambda folder: load_manifest(folder) is not None)
 
 
 class Record(BaseModel):

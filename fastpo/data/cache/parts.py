@@ -35,6 +35,7 @@ from fastpo.data.cache.manifest import (
     file_record,
 )
 from fastpo.errors import CacheError, one_line
+from fastpo.system import ownership
 from fastpo.system.files import whole_folder
 from fastpo.system.json_text import read_json, seal, unseal
 
@@ -53,6 +54,12 @@ PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
 LATENTS, INDEX = "latents.safetensors", "index.parquet"
 TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
 RECORD = "record.json"
+# The record is a part's marker.
+PART = ownership.Kind(
+    "a part of a cache",
+    r"record\.json|(latents|text)\.safetensors|(index|prompts)\.parquet",
+    lambda folder: (folder / RECORD).is_file(),
+)
 
 Kind = Literal["shard", "text"]
 

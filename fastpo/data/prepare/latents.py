@@ -22,7 +22,13 @@ from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.fingerprint import CacheFingerprint, cache_fingerprint
 from fastpo.data.cache.index import QUARANTINE, merge
-from fastpo.data.cache.manifest import Manifest, check_files, check_identity, load_manifest
+from fastpo.data.cache.manifest import (
+    CACHE,
+    Manifest,
+    check_files,
+    check_identity,
+    load_manifest,
+)
 from fastpo.data.cache.parts import CachePart, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_text
@@ -41,8 +47,9 @@ from fastpo.errors import CacheError, DataError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
-from fastpo.system.files import make_folder, sweep
+from fastpo.system.files import sweep
 from fastpo.system.locks import FolderLocks
+from fastpo.system.ownership import claim
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
@@ -77,15 +84,16 @@ def prepare(
         CacheError: The folder holds a cache made from something else (also from other images under
             the same names), a damaged one, or another process is preparing it with another
             `data.limit`.
+        ForeignPathError: The folder holds other things, and no cache.
         DataError: The data set is missing, wrong, or has no usable pair.
         ModelError: The model is missing, unsupported, or answers with NaN.
     """
     folder, process = config.prepare.cache_dir, Rank.of_launch()
+    manifest = load_manifest(folder)
     try:
-        make_folder(folder)
+        claim(folder, CACHE)
     except OSError as error:
         raise CacheError(f"prepare.cache_dir: cannot create the folder {folder}: {error}") from None
-    manifest = load_manifest(folder)
     model = model or ModelFolder.resolve(config.model)
     memo = manifest.weights if manifest and config.data.verify != "always" else None
     identity = cache_fingerprint(config, model, memo)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from fastpo.config import Config
 from fastpo.data.cache.fingerprint import CacheFingerprint
 from fastpo.data.cache.manifest import Manifest, Range, check_identity, load_manifest
-from fastpo.data.cache.parts import parts_of
+from fastpo.data.cache.parts import PART, parts_of
 from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError
-from fastpo.system.files import remove
 from fastpo.system.locks import FolderLocks
+from fastpo.system.ownership import remove_owned
 
 
 def partition(
@@ -87,7 +87,7 @@ def _extend(
                 manifest.texts = spans
         kept = {part.name for part in parts_of(manifest)}
         for name in done - kept:
-            remove(folder / name)
+            remove_owned(folder / name, PART)
     manifest.source_pairs = len(source)
     manifest.limit = config.data.limit
     manifest.complete, manifest.files, manifest.beside = False, {}, {}

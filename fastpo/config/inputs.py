@@ -1,0 +1,19 @@
+"""The files and folders that a configuration reads: no command may replace or remove them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastpo.config.load import Config
+
+
+def input_paths(config: Config) -> list[Path]:
+    """Returns what a configuration reads on this machine; a hub id names a path too, if none."""
+    named = (
+        config.model.path,
+        config.model.vae,
+        config.data.path,
+        config.train.deepspeed,
+        config.evaluate.prompts_file,
+    )
+    return [Path(path).expanduser() for path in named if path is not None]

@@ -1,0 +1,48 @@
+"""The folders that an evaluation makes, and how those of earlier versions are recognized."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fastpo.system.ownership import Kind, is_ours
+
+SET = "set.json"
+SUMMARY, SAMPLE_LIST, SCORES = "summary.json", "samples.json", "scores.csv"
+
+
+def partial_folder(folder: Path, fingerprint: str) -> Path:
+    """Returns where images of a fingerprint are collected until all of them are made."""
+    return folder.with_name(f".{folder.name}.partial-{fingerprint[:16]}")
+
+
+def _holds_images(folder: Path) -> bool:
+    if re.fullmatch(r"\..+\.partial-[0-9a-f]{16}", folder.name):
+        return True
+    return "fingerprint" in _mapping(folder / SET)
+
+
+def _holds_an_evaluation(folder: Path) -> bool:
+    if {"metrics", "comparisons"} <= _mapping(folder / SUMMARY):
+        return True
+    if "fingerprints" in _mapping(folder / SAMPLE_LIST):
+        return True
+    return any(is_ours(path, SAMPLES) for path in folder.iterdir())
+
+
+def _mapping(file: Path) -> set[str]:
+    """The keys of a JSON file's mapping; none if it holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
+SAMPLES = Kind("a set of sampled images", r"set\.json|\d{5,}-\d+\.png", _holds_images)
+EVALUATION = Kind(
+    "an evaluation",
+    r"(base|aligned|\.(base|aligned)\.partial-\w+)/.*|samples\.json|scores\.csv|summary\.json",
+    _holds_an_evaluation,
+)
