@@ -58,7 +58,7 @@ def _holds_errors(folder: Path) -> bool:
 
 REFERENCE = Kind(
     "a cache of reference errors",
-    r"([0-9a-f]{16}/)?(\w+\.json|\.claims|(visit|part)-[\d-]+\.(npy|safetensors))",
+    r"([0-9a-f]{16}/)?(\w+\.json|\.claims|(visit|part)-[\da-f-]+\.(npy|safetensors))",
     _holds_errors,
 )
 

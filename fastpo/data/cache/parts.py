@@ -54,11 +54,11 @@ PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
 LATENTS, INDEX = "latents.safetensors", "index.parquet"
 TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
 RECORD = "record.json"
-# The record is a part's marker.
+# The record is a part's marker; one that lost it is known by the names of its files.
 PART = ownership.Kind(
     "a part of a cache",
-    r"record\.json|(latents|text)\.safetensors|(index|prompts)\.parquet",
-    lambda folder: (folder / RECORD).is_file(),
+    r"(record|rows)\.json|(latents|text)\.safetensors|(index|prompts)\.parquet",
+    lambda folder: not ownership.strangers(folder, PART),
 )
 
 Kind = Literal["shard", "text"]

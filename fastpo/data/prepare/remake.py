@@ -13,10 +13,10 @@ from pathlib import Path
 from fastpo.config.sections import Verify
 from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, QUARANTINE
 from fastpo.data.cache.manifest import Manifest, damages, load_manifest
-from fastpo.data.cache.parts import CachePart, parts_of
+from fastpo.data.cache.parts import PART, CachePart, parts_of
 from fastpo.errors import CacheError
-from fastpo.system.files import remove
 from fastpo.system.locks import FolderLocks
+from fastpo.system.ownership import remove_owned
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def take_back(
         tell: Whether to say on standard error what is made again.
 
     Raises:
+        ForeignPathError: A lost part holds a file that is not ours.
         CacheError: The configuration's limit leaves out pairs that the cache holds.
     """
     with locks.manifest():
@@ -91,7 +92,7 @@ def take_back(
         for part in lost.parts:
             if locks.acquire(part.lock_number):
                 try:
-                    remove(folder / part.name)
+                    remove_owned(folder / part.name, PART)
                 finally:
                     locks.release(part.lock_number)
         manifest.complete, manifest.files, manifest.beside = False, {}, {}
