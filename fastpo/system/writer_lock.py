@@ -131,7 +131,7 @@ class WriterLock:
             if error.errno not in (*_NO_LOCKS, errno.EWOULDBLOCK, errno.EACCES):
                 raise
             if error.errno not in _NO_LOCKS:
-                raise self._busy(self._read()) from None
+                raise self._busy(self._named()) from None
             locked = False
         before = self._read()
         if before is not None:
@@ -198,6 +198,14 @@ class WriterLock:
             return Holder.model_validate_json(os.pread(self._file, 1 << 12, 0))
         except ValidationError:
             return None
+
+    def _named(self) -> Holder | None:
+        """Who holds the system's lock; it writes its name right after it has taken it."""
+        for _ in range(40):
+            if (holder := self._read()) is not None:
+                return holder
+            time.sleep(0.05)
+        return None
 
     def _write(self, content: bytes) -> None:
         os.ftruncate(self._file, 0)

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from fastpo.cli import main
 from fastpo.config import load_config
+from fastpo.data.cache import PairCache
 from fastpo.data.prepare import prepare
 from fastpo.data.prepare.encode import ShardBuilder
 from fastpo.evaluate.sampling import ImageSampler
+from fastpo.models.folder import ModelFolder
 from fastpo.system.signals import Interrupted, catch_signals
 from fastpo.testing import write_folder
 from fastpo.train import Observer, train
-from fastpo.train.trainer import Trainer
 from tests.faults.test_prepare import content
 from tests.faults.test_ranks import acting_at, send
 from tests.faults.two_ranks import two_ranks
@@ -83,19 +84,20 @@ def test_a_training_that_each_signal_has_ended_is_the_whole_one(
 
 def test_a_signal_amid_a_step_leaves_the_step_out(experiment, equal, one_thread, monkeypatch):
     options = {**RUN, "max_steps": 3, "accumulation_steps": 3, "micro_batch_size": 1}
+    options |= {"loader_workers": 0}
     options |= {"objective": {"name": "kto", "beta": 500.0}, "statistics": "running"}
     whole = train(load_config(experiment(name="whole", **options)), progress=False)
     config = load_config(experiment(**options))
-    compute, calls = Trainer.training_step, []
+    read, calls = PairCache.read, []
 
-    def ended_in_the_fifth(trainer, batch, step):
-        calls.append(step)
+    def ended_in_the_fifth(cache, indices, visit):
+        calls.append(visit)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return compute(trainer, batch, step)
+        return read(cache, indices, visit)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after 1 of 3 steps"):
-        patch.setattr(Trainer, "training_step", ended_in_the_fifth)
+        patch.setattr(PairCache, "read", ended_in_the_fifth)
         train(config, progress=False)
     assert len(calls) == 5 and steps_of(config.train.output_dir) == [1]
     train(config, resume=True, progress=False)
@@ -105,7 +107,7 @@ def test_a_signal_amid_a_step_leaves_the_step_out(experiment, equal, one_thread,
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
 def test_a_signal_before_the_first_step_ends_at_once(experiment, monkeypatch, number):
     config = load_config(experiment())
-    monkeypatch.setattr("fastpo.train.loop.setup_trainer", lambda *_: send(number)())
+    monkeypatch.setattr(ModelFolder, "resolve", lambda *_: send(number)())
     expected = KeyboardInterrupt if number == signal.SIGINT else Interrupted
     with pytest.raises(expected):
         train(config, resume=True, progress=False)
@@ -225,7 +227,9 @@ def test_an_evaluation_ends_and_goes_on(experiment, monkeypatch, capsys):
     path = experiment(max_steps=1)
     folder = train(load_config(path), progress=False) / "evaluation"
     images, batches = ImageSampler._images, []
-    words = ("evaluate", path, "--set", "evaluate.batch_size=1")
+    words = ["evaluate", path]
+    for change in ("batch_size=1", "seeds_per_prompt=1"):
+        words += ["--set", f"evaluate.{change}"]
 
     def ended_in_the_second(sampler, pipeline, batch):
         batches.append(batch[0].seed)
