@@ -9,11 +9,13 @@ from fastpo.testing.datasets import (
     write_pickapic_columns,
 )
 from fastpo.testing.pipelines import PROMPT_LENGTH, tiny_sd15_folder, tiny_sdxl_folder
+from fastpo.testing.scorers import tiny_clip_folder
 
 __all__ = [
     "PROMPT_LENGTH",
     "image_bytes",
     "pickapic_row",
+    "tiny_clip_folder",
     "tiny_sd15_folder",
     "tiny_sdxl_folder",
     "write_folder",

@@ -37,7 +37,7 @@ def tiny_sdxl_folder(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        tokenizer = clip_tokenizer()
         scheduler: Any = EulerDiscreteScheduler(
             **_schedule(prediction_type), timestep_spacing="leading", steps_offset=1
         )
@@ -46,7 +46,7 @@ def tiny_sdxl_folder(
             text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
             text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=24)),
             tokenizer=tokenizer,
-            tokenizer_2=_tokenizer(pad_token="!"),
+            tokenizer_2=clip_tokenizer(pad_token="!"),
             unet=_unet(
                 cross_attention_dim=40,
                 addition_embed_type="text_time",
@@ -75,7 +75,7 @@ def tiny_sd15_folder(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        tokenizer = clip_tokenizer()
         scheduler: Any = PNDMScheduler(
             **_schedule(prediction_type), skip_prk_steps=True, steps_offset=1
         )
@@ -168,7 +168,7 @@ def _clip_config(tokenizer: Any, *, hidden_size: int) -> Any:
     )
 
 
-def _tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     """A CLIP tokenizer without merges: each byte is a token, once inside and once ending a word."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer

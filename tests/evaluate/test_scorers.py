@@ -8,48 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    AutoProcessor,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-)
+from transformers import AutoProcessor, CLIPModel
 
 from fastpo.errors import ConfigError, ModelError
 from fastpo.evaluate import scorers
 from fastpo.evaluate.scorers import AestheticScorer, ClipScorer, PickScorer, Scorer, build_scorer
+from fastpo.testing import tiny_clip_folder
 
 PROMPTS = ["a cat", "seven", "a very long prompt " * 20, "x", "two dogs"]
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of a few thousand random weights with tokenizer and image processor."""
-    letters = sorted(ByteLevel.alphabet())
-    names = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={n: i for i, n in enumerate(names)}, merges=[])
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = CLIPConfig(
-        text_config=dict(
-            **tower,
-            vocab_size=len(names),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        vision_config=dict(**tower, image_size=16, patch_size=8),
-        projection_dim=12,
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder)
-    return folder
+    return tiny_clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

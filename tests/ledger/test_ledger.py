@@ -374,6 +374,7 @@ def test_the_readmes_example_runs_and_finds_the_wrong_labels():
     example = readme_example()
     assert len(example.strip().splitlines()) <= 10
     scope = {"num_pairs": pairs, "micro_batches": batches, "step_taken": step_taken}
+    scope["accumulation_steps"] = 4
     exec(example, scope)
     ledger = scope["judge"]
     assert ledger.visits.max() > 4
