@@ -1,0 +1,170 @@
+"""Calls in processes that may be ended at any moment, each forked from one that has all imports.
+
+The server that forks them is a process of its own, with nothing running in it: no threads, no
+progress bar, no device.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+from fastpo.errors import FastPOError
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["fastpo.selftest.warm"])
+
+How = Literal["returned", "refused", "failed", "ended", "hung"]
+
+
+@dataclass
+class Ending:
+    """How a call came to its end.
+
+    Attributes:
+        how: It returned, refused (a `FastPOError`), failed (any other exception), was ended from
+            outside or by itself, or did not end in time.
+        status: Exit status of the process, negative for a signal.
+        text: The message of the error, with its traceback for `failed`.
+        notes: What it told on its way, in order.
+        output: What it printed.
+    """
+
+    how: How
+    status: int
+    text: str = ""
+    notes: list[Any] = field(default_factory=list)
+    output: str = ""
+
+    def last(self, key: str, otherwise: int = 0) -> int:
+        """Returns the number told last under a name."""
+        return next((value for name, value in reversed(self.notes) if name == key), otherwise)
+
+
+Tell = Callable[[str, int], None]
+"""Tells the process that waits for the call: `tell("saved", 4)`."""
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A signal from outside.
+
+    Attributes:
+        after: Seconds after the call began.
+        number: The signal.
+    """
+
+    after: float
+    number: int
+
+
+class Call:
+    """A call in a process of its own: `Call(act, 1, 2).result(limit=60)`.
+
+    Args:
+        act: A function of a module; it gets a `Tell` first.
+        arguments: Its other arguments.
+    """
+
+    def __init__(self, act: Callable[..., object], *arguments: Any) -> None:
+        self._output = tempfile.NamedTemporaryFile(prefix="fastpo-selftest-", suffix=".log")
+        self._reading, writing = _SERVER.Pipe(duplex=False)
+        self._process = _SERVER.Process(
+            target=_run, args=(writing, self._output.name, act, arguments), daemon=True
+        )
+        self._process.start()
+        writing.close()
+        self._notes: list[Any] = []
+
+    def result(self, *, limit: float, interruption: Interruption | None = None) -> Ending:
+        """Waits for the end.
+
+        Args:
+            limit: Seconds after which the process is killed.
+            interruption: A signal to send; counted from when the process has begun to act.
+        """
+        end, due = time.monotonic() + limit, None
+        while not self._closed(end if due is None else min(due, end)):
+            now = time.monotonic()
+            if interruption and due is None and ["began", 0] in self._notes:
+                due = now + interruption.after
+            elif interruption and due is not None and now >= due:
+                self._signal(interruption.number)
+                interruption, due = None, None
+            elif now >= end:
+                self._process.kill()
+                self._process.join()
+                return self._ending("hung")
+        self._process.join()
+        return self._ending("ended")
+
+    def _signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def _closed(self, until: float) -> bool:
+        """Takes in what was told until a moment; whether the process has let go of its end."""
+        ready = wait([self._reading], max(0.0, until - time.monotonic()))
+        if not ready:
+            return False
+        try:
+            self._notes.append(json.loads(self._reading.recv_bytes()))
+        except (EOFError, OSError, ValueError):  # a message may be cut by a kill
+            return True
+        return False
+
+    def _ending(self, how: How) -> Ending:
+        told = [note for note in self._notes if note[0] == "end"]
+        notes = [note for note in self._notes if note[0] != "end"]
+        text = ""
+        if how == "ended" and told:
+            how, text = told[-1][1]
+        output = Path(self._output.name).read_text(errors="replace")
+        self._output.close()
+        self._reading.close()
+        return Ending(how, self._process.exitcode or 0, text, notes, output)
+
+
+def call(act: Callable[..., object], *arguments: Any, limit: float = 120) -> Ending:
+    """Calls in a process of its own, and waits for its end."""
+    return Call(act, *arguments).result(limit=limit)
+
+
+def _run(
+    told: Connection, output: str, act: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    """What the forked process does."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same arithmetic everywhere
+    torch.set_num_threads(1)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+    def tell(key: str, value: object) -> None:
+        told.send_bytes(json.dumps([key, value]).encode())
+
+    tell("began", 0)
+    try:
+        act(tell, *arguments)
+        end = ("returned", "")
+    except FastPOError as error:
+        end = ("refused", str(error))
+    except SystemExit:
+        raise
+    except BaseException:
+        end = ("failed", traceback.format_exc())
+    tell("end", end)
