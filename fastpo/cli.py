@@ -318,6 +318,20 @@ def bench(
     show(select(chosen), out, Console())
 
 
+@app.command()
+def selftest(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to try faults.")] = 3.0,
+    folder: Annotated[
+        Path, typer.Option(help="Where to work: its disk is tested; cleaned up at the end.")
+    ] = Path("."),
+) -> None:
+    """Kill, cut off and damage a tiny run here, and see whether anything is lost."""
+    from fastpo.selftest.command import selftest
+
+    if not selftest(folder, minutes=minutes):
+        raise typer.Exit(1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; the process exits with 2 at a user error."""
     # transformers warns of image processors that nothing here uses, at every start.

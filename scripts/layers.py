@@ -15,6 +15,7 @@ PACKAGE = ROOT / "fastpo"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli", "study"),
+    ("selftest",),
     ("demo", "testing"),
     ("plan",),
     ("train",),

@@ -25,6 +25,9 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["fastpo.selftest.warm"])
 
 How = Literal["returned", "refused", "failed", "ended", "hung"]
+# What a command line means by its exit status, and how it begins to tell an error.
+_OF_COMMANDS: dict[int, How] = {0: "returned", 1: "failed", 2: "refused"}
+_ERROR = "error: "
 
 
 @dataclass
@@ -32,8 +35,8 @@ class Ending:
     """How a call came to its end.
 
     Attributes:
-        how: It returned, refused (a `FastPOError`), failed (any other exception), was ended from
-            outside or by itself, or did not end in time.
+        how: It returned, refused (a `FastPOError`, or a command's exit status 2), failed (any
+            other exception), was ended from outside or by itself, or did not end in time.
         status: Exit status of the process, negative for a signal.
         text: The message of the error, with its traceback for `failed`.
         notes: What it told on its way, in order.
@@ -127,13 +130,16 @@ class Call:
     def _ending(self, how: How) -> Ending:
         told = [note for note in self._notes if note[0] == "end"]
         notes = [note for note in self._notes if note[0] != "end"]
-        text = ""
-        if how == "ended" and told:
-            how, text = told[-1][1]
         output = Path(self._output.name).read_text(errors="replace")
+        status, text = self._process.exitcode or 0, ""
         self._output.close()
         self._reading.close()
-        return Ending(how, self._process.exitcode or 0, text, notes, output)
+        if how == "ended" and told:
+            how, text = told[-1][1]
+        elif how == "ended" and status in _OF_COMMANDS:
+            how = _OF_COMMANDS[status]
+            text = output[output.rfind(_ERROR) + len(_ERROR) :] if how == "refused" else output
+        return Ending(how, status, text.strip(), notes, output)
 
 
 def call(act: Callable[..., object], *arguments: Any, limit: float = 120) -> Ending:

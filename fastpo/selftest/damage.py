@@ -17,7 +17,7 @@ from typing import Literal
 
 from fastpo.selftest.child import Tell, call
 from fastpo.selftest.trials import LIMIT, Bench, Test, Trial, Verdict, act, compare
-from fastpo.selftest.world import CHECKPOINT_EVERY, STEPS, TRAININGS, Stage, World, run_stage
+from fastpo.selftest.world import CHECKPOINT_EVERY, STEPS, TRAININGS, Stage, World
 
 STOPPED = {"lora": 5, "full": 4}
 """After how many steps the runs stop whose checkpoints are damaged."""
@@ -109,20 +109,18 @@ DAMAGES: dict[Test, Damage] = {
 
 def stop_runs(world: World) -> None:
     """Makes the runs that stopped half-way, in `stopped/`."""
+    place = world.folder / "stopped"
+    place.mkdir()
     for stage in TRAININGS:
-        call(_stop, world, stage, world.folder / "stopped", limit=LIMIT)
+        call(_stop, world, stage, place, limit=LIMIT)
 
 
 def _stop(tell: Tell, world: World, stage: Stage, place: Path) -> None:
-    class Stop:
-        def on_start(self, trainer: object, start: int) -> None: ...
+    def told(key: str, value: int) -> None:
+        if (key, value) == ("done", STOPPED[stage]):
+            os._exit(0)
 
-        def on_step(self, step: int, table: object, metrics: object) -> None:
-            if step == STOPPED[stage]:
-                os._exit(0)
-
-    place.mkdir(exist_ok=True)
-    run_stage(world, stage, place, [Stop()])
+    act(told, world, stage, place)
 
 
 def damage_trials(count: int) -> Iterator[Trial]:

@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from fastpo.selftest.child import Call, Interruption, Tell
+from fastpo.selftest.child import Interruption
 from fastpo.selftest.disk import ENDED, LOSSES, Loss, end_at
 from fastpo.selftest.trials import (
-    LIMIT,
     Bench,
     Test,
     Trial,
     Verdict,
-    Watch,
     ended_call,
     finish,
     interrupted_call,
 )
-from fastpo.selftest.world import STAGES, TRAININGS, VISITS, Brightness, Stage, World
+from fastpo.selftest.world import STAGES, Stage
 
 TITLES: dict[Stage, str] = {
     "prepare": "prepare",
@@ -95,30 +93,10 @@ def _signalled(stage: Stage, name: str, number: int, bench: Bench, folder: Path)
     place = folder / "place"
     bench.world.lay_out(stage, place)
     after = random.Random(f"{name} {stage} {number}").uniform(0.0, bench.seconds[stage])
-    told = Interruption(after, signal.Signals[name])
-    ending = Call(run_command, bench.world, stage, place).result(limit=LIMIT, interruption=told)
+    ending = interrupted_call(bench, stage, place, Interruption(after, signal.Signals[name]))
     if ending.how != "ended":
         return Verdict("missed" if ending.how == "returned" else "failed", ending.text)
-    if ending.status == 0:
-        return Verdict("missed")
     if ending.status not in (*EXIT_CODES, -signal.Signals[name]):
         return Verdict("failed", f"exit status {ending.status}: {ending.output[-500:]}")
     verdict = finish(bench, stage, place, ending.last("done"))
     return Verdict(verdict.outcome, f"exit status {ending.status}; {verdict.detail}")
-
-
-def run_command(tell: Tell, world: World, stage: Stage, place: Path) -> None:
-    """Runs a command as `fastpo` on a command line, which ends the process."""
-    import fastpo.train
-    from fastpo.cli import main
-    from fastpo.config import dump_config
-    from fastpo.evaluate.scorers import SCORERS, ScorerEntry
-    from fastpo.train.loop import train
-
-    SCORERS[Brightness.name] = ScorerEntry("fastpo.selftest.world:Brightness", takes_argument=False)
-    fastpo.train.train = partial(train, observers=[Watch(tell, stage)], progress=False)
-    config = place.with_name("config.yaml")
-    config.write_text(dump_config(world.config(stage, place)))
-    options = {"reference": ["--reference", str(VISITS)], "lora": ["--resume"], "full": ["--resume"]}
-    command = "train" if stage in TRAININGS else stage.replace("reference", "prepare")
-    main([command, str(config), *options.get(stage, [])])

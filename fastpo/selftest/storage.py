@@ -59,7 +59,7 @@ def _refused_then_finished(
     ending = run(place)
     if ending.how != "refused":
         return compare(bench, stage, place, ending)
-    if "\n" in ending.text.strip():
+    if "\n" in ending.text:
         return Verdict("unclear", ending.text)
     verdict = finish(bench, stage, place, ending.last("saved"))
     return Verdict("refused", ending.text) if verdict.outcome == "equal" else verdict
@@ -153,7 +153,9 @@ def _two_writers(stage: Stage, number: int, bench: Bench, folder: Path) -> Verdi
     if len(done) == 2 and all(ending.last("start", -1) == 0 for ending in done):
         return Verdict("different", "both have trained from the first step")
     verdict = compare(bench, stage, place, done[0])
-    return Verdict("refused", refused[0].text) if refused and verdict.outcome == "equal" else verdict
+    return (
+        Verdict("refused", refused[0].text) if refused and verdict.outcome == "equal" else verdict
+    )
 
 
 def _wait(seconds: float) -> None:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from fastpo.config import dump_config
 from fastpo.selftest.child import Call, Ending, Interruption, Tell, call
 from fastpo.selftest.results import Results, differing, results
-from fastpo.selftest.world import CHECKPOINT_EVERY, STEPS, TRAININGS, Stage, World, run_stage
+from fastpo.selftest.world import (
+    CHECKPOINT_EVERY,
+    STEPS,
+    TRAININGS,
+    Brightness,
+    Stage,
+    World,
+    command_line,
+)
 
 Outcome = Literal[
     "equal", "older", "refused", "unclear", "different", "lost", "failed", "hung", "missed"
@@ -114,7 +126,7 @@ class Watch:
     """Tells from where training began, and what it has done and saved."""
 
     def __init__(self, tell: Tell, stage: Stage) -> None:
-        self._tell, self._steps = tell, STEPS[stage]
+        self._tell, self._steps = tell, STEPS.get(stage)
 
     def on_start(self, trainer: Any, start: int) -> None:
         """Tells the first step."""
@@ -135,7 +147,7 @@ def act(
     fault: Callable[..., object] | None = None,
     *options: Any,
 ) -> None:
-    """Runs a command as it is run again after a fault, in a process of its own.
+    """Runs a command as `python -m fastpo` does, which ends the process.
 
     Args:
         tell: Gets what training tells.
@@ -145,12 +157,19 @@ def act(
         fault: Is called before it, with the `options`; brings the fault about.
         options: See `fault`.
     """
+    import fastpo.train
+    from fastpo.evaluate.scorers import SCORERS, ScorerEntry
+    from fastpo.train.loop import train
+
+    SCORERS[Brightness.name] = ScorerEntry("fastpo.selftest.world:Brightness", takes_argument=False)
+    fastpo.train.train = partial(train, observers=[Watch(tell, stage)], progress=False)
+    config = place.with_name(f"{stage}.yaml")
+    if not config.exists():
+        config.write_text(dump_config(world.config(stage, place)))
+    sys.argv = ["fastpo", *command_line(stage, config)]
     if fault is not None:
         fault(*options)
-    if stage in TRAININGS:
-        run_stage(world, stage, place, [Watch(tell, stage)], resume=True)
-    else:
-        run_stage(world, stage, place)
+    runpy.run_module("fastpo", run_name="__main__")
 
 
 def ended_call(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastpo.config import Config
-    from fastpo.train.observers import Observer
 
 Stage = Literal["prepare", "reference", "lora", "full", "evaluate"]
 STAGES: tuple[Stage, ...] = ("prepare", "reference", "lora", "full", "evaluate")
@@ -130,32 +129,10 @@ def make_model_and_data(folder: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:100])
 
 
-def run_stage(
-    world: World, stage: Stage, place: Path, observers: Sequence[Observer] = (), **options: bool
-) -> None:
-    """Runs a user's command on a place.
-
-    Args:
-        world: The world.
-        stage: The command.
-        place: What it reads and writes.
-        observers: What looks on at training.
-        options: `resume` and `overwrite`, of training.
-    """
-    config = world.config(stage, place)
+def command_line(stage: Stage, config: Path) -> list[str]:
+    """Returns the words behind `fastpo`; an interrupted command is repeated with the same."""
     if stage in TRAININGS:
-        from fastpo.train import train
-
-        train(config, progress=False, observers=observers, **options)
-    elif stage == "evaluate":
-        from fastpo.evaluate import evaluate
-
-        evaluate(config, scorers=[Brightness()], progress=False)
-    elif stage == "prepare":
-        from fastpo.data.prepare import prepare
-
-        prepare(config, progress=False)
-    else:
-        from fastpo.reference_cache import prepare_reference
-
-        prepare_reference(config, VISITS, progress=False)
+        return ["train", str(config), "--resume"]
+    if stage == "reference":
+        return ["prepare", str(config), "--reference", str(VISITS)]
+    return [stage, str(config)]
