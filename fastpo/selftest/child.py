@@ -7,6 +7,7 @@ progress bar, no device.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,7 @@ class Ending:
         text: The message of the error, with its traceback for `failed`.
         notes: What it told on its way, in order.
         output: What it printed.
+        seconds: What it took, from when its process began to act.
     """
 
     how: How
@@ -48,6 +50,7 @@ class Ending:
     text: str = ""
     notes: list[Any] = field(default_factory=list)
     output: str = ""
+    seconds: float = 0.0
 
     def last(self, key: str, otherwise: int = 0) -> int:
         """Returns the number told last under a name."""
@@ -88,6 +91,7 @@ class Call:
         self._process.start()
         writing.close()
         self._notes: list[Any] = []
+        self._began = 0.0
 
     def result(self, *, limit: float, interruption: Interruption | None = None) -> Ending:
         """Waits for the end.
@@ -96,14 +100,14 @@ class Call:
             limit: Seconds after which the process is killed.
             interruption: A signal to send; counted from when the process has begun to act.
         """
-        end, due = time.monotonic() + limit, None
-        while not self._closed(end if due is None else min(due, end)):
+        end, due = time.monotonic() + limit, math.inf
+        while not self._closed(min(due, end)):
             now = time.monotonic()
-            if interruption and due is None and ["began", 0] in self._notes:
-                due = now + interruption.after
-            elif interruption and due is not None and now >= due:
+            if interruption and self._began and due == math.inf:
+                due = self._began + interruption.after
+            if interruption and now >= due:
                 self._signal(interruption.number)
-                interruption, due = None, None
+                interruption, due = None, math.inf
             elif now >= end:
                 self._process.kill()
                 self._process.join()
@@ -123,6 +127,7 @@ class Call:
             return False
         try:
             self._notes.append(json.loads(self._reading.recv_bytes()))
+            self._began = self._began or time.monotonic()
         except (EOFError, OSError, ValueError):  # a message may be cut by a kill
             return True
         return False
@@ -139,7 +144,8 @@ class Call:
         elif how == "ended" and status in _OF_COMMANDS:
             how = _OF_COMMANDS[status]
             text = output[output.rfind(_ERROR) + len(_ERROR) :] if how == "refused" else output
-        return Ending(how, status, text.strip(), notes, output)
+        seconds = time.monotonic() - self._began
+        return Ending(how, status, text.strip(), notes, output, seconds)
 
 
 def call(act: Callable[..., object], *arguments: Any, limit: float = 120) -> Ending:

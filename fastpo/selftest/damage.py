@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +138,7 @@ def damage_trials(count: int) -> Iterator[Trial]:
 def _damaged(kind: Kind, damage: str, number: int, bench: Bench, folder: Path) -> Verdict:
     place, chance = folder / "place", random.Random(f"{damage} {kind.title} {number}")
     for name in kind.folders:
-        shutil.copytree(bench.world.folder / kind.source / name, place / name)
+        bench.world.copy(kind.source, name, place)
     files = [path for path in sorted(place.glob(kind.pattern)) if path.stat().st_size]
     if not files:
         return Verdict("missed", f"no {kind.pattern}")

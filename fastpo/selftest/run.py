@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastpo.errors import FastPOError
-from fastpo.selftest.child import Tell, call
+from fastpo.selftest.child import Ending, Tell, call
 from fastpo.selftest.damage import damage_trials, stop_runs
 from fastpo.selftest.disk import count_steps
-from fastpo.selftest.endings import random_kills, signal_trials, step_trials
+from fastpo.selftest.endings import TITLES, random_kills, signal_trials, step_trials
 from fastpo.selftest.results import Results, results
 from fastpo.selftest.storage import (
     descriptor_trials,
@@ -66,16 +66,14 @@ def make_bench(folder: Path, advance: Callable[[], object] = lambda: None) -> Be
     """
     world = World(folder)
     world.whole.mkdir()
-    _made("a tiny model and its data", _make_parts, folder)
+    _made("a tiny model with its data", _make_parts, folder)
     advance()
     steps: dict[Stage, int] = {}
     seconds: dict[Stage, float] = {}
     expected: dict[Stage, Results] = {}
     for stage in STAGES:
-        began = time.monotonic()
-        told = _made(stage, _counting, world, stage)
-        seconds[stage] = time.monotonic() - began
-        steps[stage] = told + 1
+        ending = _made(TITLES[stage], _counting, world, stage)
+        steps[stage], seconds[stage] = ending.last("step", -1) + 1, ending.seconds
         expected[stage] = results(stage, world.whole)
         advance()
     stop_runs(world)
@@ -83,13 +81,13 @@ def make_bench(folder: Path, advance: Callable[[], object] = lambda: None) -> Be
     return Bench(world, expected, steps, seconds)
 
 
-def _made(what: str, make: Callable[..., object], *arguments: object) -> int:
-    """Calls in a process of its own; returns the number of its last durable step."""
+def _made(what: str, make: Callable[..., object], *arguments: object) -> Ending:
+    """Calls in a process of its own what must succeed."""
     ending = call(make, *arguments, limit=10 * LIMIT)
     if ending.how != "returned":
         last = (ending.text or ending.output).strip().splitlines()[-1:] or [ending.how]
-        raise SelftestError(f"{what} cannot be made here, without any fault: {last[0]}")
-    return ending.last("step", -1)
+        raise SelftestError(f"{what} does not work here, without any fault: {last[0]}")
+    return ending
 
 
 def _make_parts(tell: Tell, folder: Path) -> None:

@@ -5,6 +5,7 @@ import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl
 import peft.tuners.lora.bnb
 import pyarrow.compute
 import torch
+import tqdm.auto
 import transformers
 from diffusers import KarrasDiffusionSchedulers
 
@@ -36,3 +37,6 @@ LOADED = (
     fastpo.train.loop.train,
 )
 """What transformers and diffusers import only when it is asked for by name."""
+
+# Made by each process that shows a bar, it would outlive those that are killed.
+tqdm.auto.tqdm.get_lock()

@@ -57,6 +57,10 @@ class World:
         cache = own if makes_it or own.exists() else self.whole / "cache"
         return parse_config(_raw_config(self.folder, cache, place / method, method))
 
+    def copy(self, source: str, part: str, place: Path) -> None:
+        """Copies a part of `whole` or `stopped` into a place: `cache`, `lora` or `full`."""
+        shutil.copytree(self.folder / source / part, place / part)
+
     def lay_out(self, stage: Stage, place: Path) -> None:
         """Copies into an empty place what a command writes beside."""
         place.mkdir(parents=True)
