@@ -106,7 +106,7 @@ class Call:
             if interruption and self._began and due == math.inf:
                 due = self._began + interruption.after
             if interruption and now >= due:
-                self._signal(interruption.number)
+                self.send(interruption.number)
                 interruption, due = None, math.inf
             elif now >= end:
                 self._process.kill()
@@ -115,7 +115,8 @@ class Call:
         self._process.join()
         return self._ending("ended")
 
-    def _signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
+        """Sends a signal, if the process still runs."""
         assert self._process.pid is not None
         if self._process.is_alive():
             os.kill(self._process.pid, number)

@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpo.selftest.machine import Finding, check_machine
-from fastpo.selftest.run import Result, SelftestError, all_trials, make_bench, run_trials
+from fastpo.selftest.run import (
+    Result,
+    SelftestError,
+    all_trials,
+    flaws,
+    make_bench,
+    run_trials,
+)
 from fastpo.selftest.trials import GOOD
 from fastpo.system.progress import progress_bar
 
@@ -60,11 +67,6 @@ def _run(own: Path, seconds: float, *, show: bool) -> list[Result]:
         return run_trials(
             bench, all_trials(bench, repeats=20), seconds=seconds, on_result=on_result
         )
-
-
-def flaws(found: Sequence[Result]) -> list[Result]:
-    """Returns the results that should not be."""
-    return [result for result in found if result.outcome not in (*GOOD, "missed")]
 
 
 def show_findings(machine: Sequence[Finding], found: Sequence[Result], console: Console) -> None:

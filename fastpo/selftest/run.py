@@ -23,7 +23,7 @@ from fastpo.selftest.storage import (
     two_writers,
     write_error_trials,
 )
-from fastpo.selftest.trials import LIMIT, Bench, Trial, Verdict, act
+from fastpo.selftest.trials import GOOD, LIMIT, Bench, Trial, Verdict, act
 from fastpo.selftest.world import STAGES, Stage, World, make_model_and_data
 
 Item = TypeVar("Item")
@@ -183,6 +183,11 @@ def _timed(bench: Bench, trial: Trial) -> Result:
     seconds = round(time.monotonic() - began, 2)
     detail = verdict.detail.replace(str(bench.world.folder), "")
     return Result(trial.test, trial.row, trial.name, verdict.outcome, detail, seconds)
+
+
+def flaws(found: Sequence[Result]) -> list[Result]:
+    """Returns the results that should not be."""
+    return [result for result in found if result.outcome not in (*GOOD, "missed")]
 
 
 def append_result(log: Path, result: Result) -> None:
