@@ -163,7 +163,7 @@ def act(
 
     SCORERS[Brightness.name] = ScorerEntry("fastpo.selftest.world:Brightness", takes_argument=False)
     fastpo.train.train = partial(train, observers=[Watch(tell, stage)], progress=False)
-    config = place.with_name(f"{stage}.yaml")
+    config = place / f"{stage}.yaml"
     if not config.exists():
         config.write_text(dump_config(world.config(stage, place)))
     sys.argv = ["fastpo", *command_line(stage, config)]

@@ -88,7 +88,7 @@ def _lay_out(stage, bench, disk):
     """A place on the disk, with the command's configuration beside it."""
     bench.world.lay_out(stage, disk / "place")
     config = bench.world.config(stage, disk / "place")
-    (disk / f"{stage}.yaml").write_text(dump_config(config))
+    (disk / "place" / f"{stage}.yaml").write_text(dump_config(config))
 
 
 def _copy_at_one_moment(image, copy):
