@@ -1,4 +1,4 @@
-"""Writes docs/reliability.md from docs/reliability.json, which the long form of the fault tests made.
+"""Writes docs/reliability.md from docs/reliability.json, made by the long form of the fault tests.
 
 python scripts/update_reliability.py
 """
