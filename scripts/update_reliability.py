@@ -13,6 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 OUTCOMES = {
     "equal": "went on, equal",
     "older": "from an older checkpoint, said so",
+    "said": "log damaged, said so",
     "refused": "refused, named",
 }
 FLAWS = ("unclear", "different", "lost", "failed", "hung")

@@ -80,7 +80,8 @@ def show_findings(machine: Sequence[Finding], found: Sequence[Result], console: 
         counts = Counter(result.outcome for result in found if result.test == test)
         counts.pop("missed", None)
         bad = sum(count for outcome, count in counts.items() if outcome not in GOOD)
-        numbers = counts.total(), counts["equal"] + counts["older"], counts["refused"], bad
+        refused = counts["refused"]
+        numbers = counts.total(), counts.total() - refused - bad, refused, bad
         table.add_row(test, *map(str, numbers), style="bold red" if bad else None)
     console.print(table)
     for flaw in flaws(found):

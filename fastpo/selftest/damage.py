@@ -184,7 +184,8 @@ def _judge(bench: Bench, kind: Kind, place: Path, file: Path) -> Verdict:
         return _mend(bench, kind, place, text) if MENDS in text else Verdict("refused", text)
     verdict = compare(bench, kind.stage, place, ending)
     if verdict.outcome != "equal":
-        return Verdict(verdict.outcome, f"{where}: {verdict.detail}")
+        only = where.endswith(f"/{verdict.detail}") and str(file) in ending.output
+        return Verdict("said" if only else verdict.outcome, f"{where}: {verdict.detail}")
     stopped = STOPPED.get(kind.stage, 0) if kind.source == "stopped" else 0
     if ending.last("start", STEPS.get(kind.stage, 0)) >= stopped // CHECKPOINT_EVERY * 2:
         return verdict

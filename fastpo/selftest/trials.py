@@ -28,12 +28,13 @@ from fastpo.selftest.world import (
 )
 
 Outcome = Literal[
-    "equal", "older", "refused", "unclear", "different", "lost", "failed", "hung", "missed"
+    "equal", "older", "said", "refused", "unclear", "different", "lost", "failed", "hung", "missed"
 ]
 """How a trial ended:
 
 - `equal`: the command went on and made what it would have made without the fault.
 - `older`: the same, from an older checkpoint than the newest, which it said.
+- `said`: the damaged file itself, a log, is not as it was; it said so, and all else is equal.
 - `refused`: it ended with one clear error that names what is damaged; nothing was replaced.
 - `unclear`: it refused without naming the file, or took an older checkpoint without a word.
 - `different`: it ended well, with other results.
@@ -54,7 +55,7 @@ Test = Literal[
     "write error",
     "few descriptors",
 ]
-GOOD: tuple[Outcome, ...] = ("equal", "older", "refused")
+GOOD: tuple[Outcome, ...] = ("equal", "older", "said", "refused")
 LIMIT = 120.0
 """Seconds that a command on the small world may take, on a busy machine."""
 

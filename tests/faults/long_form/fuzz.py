@@ -2,9 +2,8 @@
 
 from collections import Counter
 
-from tests.faults.fuzz.cases import KINDS, case
-
 from fastpo.selftest.child import Call
+from tests.faults.fuzz.cases import KINDS, case
 
 CHUNK, LIMIT = 250, 900.0
 # How many of a thousand cases; one of these kinds takes as long as a hundred others.
