@@ -1,42 +1,30 @@
-"""Imports everything that a trial needs, for the process that all trials are forked from."""
+"""Imports everything that a trial needs, in the process that all trials are forked from."""
 
-import diffusers.models.unets.unet_2d_condition
-import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl
-import peft.tuners.lora.bnb
-import pyarrow.compute
-import torch
+from importlib import import_module
+
 import tqdm.auto
-import transformers
-from diffusers import KarrasDiffusionSchedulers
 
-import fastpo.data.prepare
-import fastpo.evaluate.compare
-import fastpo.models.unet
-import fastpo.reference_cache.compute
-import fastpo.selftest.storage
-import fastpo.testing.pipelines
-import fastpo.train.consolidate
-import fastpo.train.loop
-
-LOADED = (
-    torch.nn.Module,
-    diffusers.models.unets.unet_2d_condition.UNet2DConditionModel,
-    diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl.StableDiffusionXLPipeline,
-    KarrasDiffusionSchedulers,
-    peft.LoraConfig,
-    pyarrow.compute.take,
-    transformers.CLIPTextModel,
-    transformers.CLIPTextModelWithProjection,
-    transformers.CLIPTokenizer,
-    fastpo.data.prepare.prepare,
-    fastpo.evaluate.compare.evaluate,
-    fastpo.models.unet.SDXL,
-    fastpo.reference_cache.compute.prepare_reference,
-    fastpo.testing.pipelines.tiny_sdxl_folder,
-    fastpo.train.consolidate.consolidate,
-    fastpo.train.loop.train,
-)
-"""What transformers and diffusers import only when it is asked for by name."""
+# diffusers, transformers, peft and FastPO's own packages import these when they are first used.
+for module in (
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.schedulers.scheduling_euler_discrete",
+    "fastpo.cli",
+    "fastpo.data.prepare.latents",
+    "fastpo.evaluate.compare",
+    "fastpo.models.unet",
+    "fastpo.reference_cache.compute",
+    "fastpo.selftest.machine",
+    "fastpo.selftest.run",
+    "fastpo.testing.pipelines",
+    "fastpo.train.loop",
+    "peft.tuners.lora.bnb",
+    "pyarrow.compute",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+):
+    import_module(module)
 
 # Made by each process that shows a bar, it would outlive those that are killed.
 tqdm.auto.tqdm.get_lock()
