@@ -53,6 +53,12 @@ class BusyFolderError(FastPOError):
     """Another process writes into the folder."""
 
 
+class NoWholeCheckpointError(CheckpointError):
+    """A run has checkpoints, but each is damaged."""
+
+    everywhere = True
+
+
 class NonFiniteLossError(FastPOError):
     """The loss became NaN or infinite; the last good checkpoint was kept."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from fastpo.errors import CheckpointError
+from fastpo.errors import CheckpointError, NoWholeCheckpointError
 from fastpo.system.checksums import Checksum
 from fastpo.system.manifest import MANIFEST, find_damage
 from fastpo.system.ownership import Kind, remove_owned, strangers
@@ -150,14 +150,15 @@ def agree_on_newest_whole(run: Path, processes: Processes) -> Path | None:
         if step < 0:
             return _none_whole(run, refused)
         checkpoint = checkpoint_folder(run, step)
-        reason = _why_not(checkpoint)
-        if processes.count_of(reason is None) == processes.count:
+        reasons = processes.gather_objects(_why_not(checkpoint))
+        rank = next((rank for rank, reason in enumerate(reasons) if reason), None)
+        if rank is None:
             _tell_unverified(checkpoint, say=processes.main)
             return checkpoint
-        reason = reason or "another process found it damaged"
+        reason = f"{reasons[rank]}{f' (on rank {rank})' if rank else ''}"
         refused.append(f"{checkpoint.name}: {reason}")
-        if processes.main or "another process" not in reason:
-            _tell(f"rank {processes.rank} passed over {checkpoint}: {reason}")
+        if processes.main:
+            _tell(f"passed over {checkpoint}: {reason}")
 
 
 class Rotation:
@@ -257,7 +258,9 @@ def _newest_whole(run: Path, checkpoints: Iterable[Path]) -> Path | None:
 
 def _none_whole(run: Path, refused: list[str]) -> None:
     if refused:
-        raise CheckpointError(f"no checkpoint in {run / FOLDER} is whole; {'; '.join(refused)}")
+        raise NoWholeCheckpointError(
+            f"no checkpoint in {run / FOLDER} is whole; {'; '.join(refused)}"
+        )
 
 
 def _why_not(checkpoint: Path) -> str | None:

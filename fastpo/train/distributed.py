@@ -155,10 +155,6 @@ class Processes:
             mine += number
         return int(self.sum(mine))
 
-    def count_of(self, answer: bool) -> int:
-        """Returns how many processes answer yes (collective)."""
-        return int(self.sum(torch.tensor([int(answer)], device=self.device)))
-
     def wait(self) -> None:
         """Waits until all processes are here."""
         self._accelerator.wait_for_everyone()

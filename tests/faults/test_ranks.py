@@ -125,3 +125,27 @@ def test_an_error_of_one_process_reaches_the_others(experiment, tmp_path):
         assert "rank 1 stopped: shard-00003 cannot be read" in ranks.text(0)
         assert "error: shard-00003 cannot be read" in ranks.text(1)
         assert "Traceback" not in ranks.text(0) + ranks.text(1)
+
+
+def test_both_processes_go_on_from_the_newest_whole_checkpoint_with_the_change(
+    experiment, tmp_path, read_metrics
+):
+    path, checkpoints = experiment(family="sd15"), tmp_path / "run" / "checkpoints"
+
+    def resumed(*words):
+        with two_ranks(tmp_path / "out", lambda rank: ["train", path, *words]) as ranks:
+            return ranks.exit_codes(), ranks.text(0), ranks.text(1)
+
+    assert resumed()[0] == [0, 0]
+    weights = checkpoints / "step-00000004" / "trainable.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    codes, first, second = resumed("--resume", "--change", "train.optim.lr=5e-4")
+    assert codes == [0, 0], first + second
+    assert first.count("passed over") == 1 and "passed over" not in second
+    assert [line["lr"] for line in read_metrics(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    for folder in checkpoints.iterdir():
+        (folder / "optimizer.pt").write_bytes(b"")
+    codes, first, second = resumed("--resume")
+    assert codes == [2, 2], first + second
+    assert "is whole; step-00000004: " in first and "; step-00000002: " in first
+    assert "error:" not in second
