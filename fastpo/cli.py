@@ -33,6 +33,7 @@ from fastpo.system.signals import (
     Interrupted,
     catch_signals,
 )
+from fastpo.system.storage import storage_errors
 
 if TYPE_CHECKING:
     from fastpo.config import Config
@@ -53,7 +54,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         """Runs a command; a user error ends the process with exit code 2."""
         try:
-            return super().invoke(ctx)
+            with storage_errors():
+                return super().invoke(ctx)
         except FastPOError as error:
             if ctx.params["debug"]:
                 raise

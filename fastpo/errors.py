@@ -98,3 +98,15 @@ def one_line(error: BaseException) -> str:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return " ".join(str(error).split())
+
+
+class StorageError(FastPOError, OSError):
+    """The system refused to write or read a file: disk full, read-only, too many files open, ...
+
+    Attributes:
+        errno: The system's number of the error, as in the module `errno`.
+    """
+
+    def __init__(self, message: str, number: int | None) -> None:
+        super().__init__(message)
+        self.errno = number

@@ -27,6 +27,7 @@ from fastpo.evaluate.compare import Evaluation, evaluate
 from fastpo.report import load_metrics, minority_auroc, write_report
 from fastpo.system.files import write_json
 from fastpo.system.ownership import Kind, claim
+from fastpo.system.storage import storage_errors
 from fastpo.train import train
 
 N_PAIRS, N_PAIRS_SHORT = 1400, 100  # with ties, which are dropped
@@ -57,6 +58,7 @@ DEMO = Kind(
 SHORT = {"train": {"epochs": None, "max_steps": 4}, "evaluate": {"seeds_per_prompt": 1}}
 
 
+@storage_errors()
 def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]:
     """Runs the demo and prints where its page is.
 

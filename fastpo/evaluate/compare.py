@@ -40,6 +40,7 @@ from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
 from fastpo.system.files import write_json, write_text
 from fastpo.system.ownership import check_replaceable, claim, owned_folder
 from fastpo.system.progress import progress_bar
+from fastpo.system.storage import storage_errors
 from fastpo.system.writer_lock import sole_writer
 
 SCORE_TOGETHER = 64  # images held in memory at once
@@ -66,6 +67,7 @@ class Evaluation:
     primary: str | None
 
 
+@storage_errors()
 def evaluate(
     config: Config,
     *,

@@ -49,12 +49,14 @@ from fastpo.system.ownership import claim
 from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
+from fastpo.system.storage import storage_errors
 from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number
 BLOCK_PAIRS = 512  # what a kill can lose, per process
 
 
+@storage_errors()
 def prepare_reference(
     config: Config,
     visits: int | None = None,

@@ -27,6 +27,7 @@ from fastpo.report.grids import build_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 from fastpo.system.files import write_bytes, write_text
 from fastpo.system.ownership import Kind, claim
+from fastpo.system.storage import storage_errors
 
 PAGE = "report.html"
 TEMPLATE = "page.html"
@@ -54,6 +55,7 @@ class Bar:
     interval: str
 
 
+@storage_errors()
 def write_report(
     runs: Sequence[Path], out: Path, *, title: str, extra: Mapping[str, Any] | None = None
 ) -> Path:

@@ -15,9 +15,12 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from fastpo.errors import StorageError
+from fastpo.system.storage import explain
 
 Step = Literal["make", "flush", "rename", "remove", "append"]
 
@@ -40,20 +43,42 @@ def _commit(step: Step, path: Path) -> None:
 
 
 @contextmanager
+def _naming(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes a refusal of the system a `StorageError` that names what the user knows.
+
+    Args:
+        target: What was to be written.
+        temporary: Its name until then, of which the user knows nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = error if isinstance(error, StorageError) else explain(error, target, anything=False)
+        if told is None:
+            raise
+        text = str(told) if temporary is None else str(told).replace(str(temporary), str(target))
+        if text == str(error):
+            raise
+        raise StorageError(text, told.errno) from error
+
+
+@contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Gives a temporary path beside `target` that takes its place if the block ends well.
 
     Raises:
-        OSError: It cannot be written; `target` is as it was.
+        StorageError: It cannot be written; `target` is as it was.
     """
     temporary = _temporary(target, "partial")
     _in_progress.add(temporary.name)
     try:
-        yield temporary
-        flush(temporary)
-        _rename(temporary, target)
+        with _naming(target, temporary):
+            yield temporary
+            flush(temporary)
+            _rename(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the place is read-only, or gone
+            temporary.unlink(missing_ok=True)
         _in_progress.discard(temporary.name)
 
 
@@ -72,19 +97,21 @@ def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
         replace: Takes the place of an existing folder. False leaves one that is not empty.
 
     Raises:
-        OSError: It cannot be written, or `target` stays as `replace` says.
+        StorageError: It cannot be written; `target` is as it was.
+        OSError: `target` stays as `replace` says.
     """
     make_folder(target.parent)
     temporary = _temporary(target, "partial")
     _in_progress.add(temporary.name)
-    temporary.mkdir()
     try:
-        yield temporary
-        if replace:
-            replace_folder(temporary, target)
-        else:
-            _flush_tree(temporary)
-            _rename(temporary, target)
+        with _naming(target, temporary):
+            temporary.mkdir()
+            yield temporary
+            if replace:
+                replace_folder(temporary, target)
+            else:
+                _flush_tree(temporary)
+                _rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _in_progress.discard(temporary.name)
@@ -132,36 +159,40 @@ def write_json(target: Path, value: Any) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Appends to a text file; survives a kill, and a power cut after the next `flush`."""
-    _commit("append", path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with _naming(path):
+        _commit("append", path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def flush(path: Path) -> None:
     """Waits until the disk holds a file's content, or a folder's names."""
-    _commit("flush", path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems flush no folders
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
+    with _naming(path):
+        _commit("flush", path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:  # some network file systems flush no folders
+            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
     """Makes a folder and its missing parents.
 
     Raises:
-        OSError: It cannot be made, or a file has its name.
+        StorageError: It cannot be made.
+        FileExistsError: A file has its name.
     """
     if path.is_dir():
         return
     make_folder(path.parent)
-    _commit("make", path)
-    path.mkdir(exist_ok=True)
-    flush(path.parent)
+    with _naming(path):
+        _commit("make", path)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
 
 
 def move(old: Path, new: Path) -> None:

@@ -18,6 +18,7 @@ from fastpo.errors import CheckpointError
 from fastpo.models.denoisers import add_lora
 from fastpo.models.export import export_policy
 from fastpo.models.folder import ModelFolder
+from fastpo.system.storage import storage_errors
 from fastpo.train.checkpoint_folders import (
     STATE,
     WEIGHTS,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastpo.models.family import Denoiser
 
 
+@storage_errors()
 def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     """Exports a checkpoint as training exports its end.
 

@@ -27,6 +27,7 @@ from fastpo.config import TrainConfig
 from fastpo.errors import ConfigError, LostProcessError
 from fastpo.precision import autocast
 from fastpo.system.process import default_device
+from fastpo.system.storage import storage_errors
 from fastpo.train import zero
 from fastpo.train.heartbeat import beating, collective_limit
 from fastpo.train.optimizer import setup_optimizer
@@ -161,11 +162,13 @@ class Processes:
 
     def start_trackers(self) -> None:
         """Opens the trackers of `train.trackers`."""
-        self._accelerator.init_trackers("fastpo")
+        with storage_errors(self._config.output_dir):
+            self._accelerator.init_trackers("fastpo")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Hands a step's metrics to the trackers."""
-        self._accelerator.log(metrics, step=step)
+        with storage_errors(self._config.output_dir):
+            self._accelerator.log(metrics, step=step)
 
     def choose_optimizer(self, trainable: dict[str, nn.Parameter], *, seed: int) -> Optimizer:
         """The configured optimizer; DeepSpeed's AdamW where its state stays in host memory."""
@@ -199,7 +202,8 @@ class Processes:
     def leave(self, *, keep_group: bool) -> None:
         """Closes the trackers, and the process group unless it was there before the run."""
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            with storage_errors(self._config.output_dir):
+                tracker.finish()
         if keep_group or not torch.distributed.is_initialized():
             return
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:

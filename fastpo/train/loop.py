@@ -29,6 +29,7 @@ from fastpo.models.export import export_damage, export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.system.ownership import protecting
 from fastpo.system.signals import EndingSignals, Interrupted, catch_signals
+from fastpo.system.storage import storage_errors
 from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
@@ -80,6 +81,7 @@ class Experiment:
         )
 
 
+@storage_errors()
 def train(
     config: Config,
     *,

@@ -54,9 +54,11 @@ from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
 from fastpo.system.retry import retrying
+from fastpo.system.storage import storage_errors
 from fastpo.types import PreferencePair
 
 
+@storage_errors()
 def prepare(
     config: Config,
     *,
