@@ -100,6 +100,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+class MemoryShortageError(FastPOError):
+    """Memory ran out while training, on a GPU or in the host; checkpoints are kept."""
+
+
 class StorageError(FastPOError, OSError):
     """The system refused to write or read a file: disk full, read-only, too many files open, ...
 

@@ -39,6 +39,7 @@ from fastpo.train.distributed import Processes, joined
 from fastpo.train.ema import exported_weights
 from fastpo.train.finite import non_finite_weights
 from fastpo.train.history import describe_start, write_record
+from fastpo.train.memory import memory_errors
 from fastpo.train.metrics import StepTable
 from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
@@ -114,7 +115,11 @@ def train(
     """
     if changes and not resume:
         raise ConfigError(f"--change {changes[0]} is for --resume; a run that begins takes --set")
-    with catch_signals() as signals, joined(config.train) as processes:
+    with (
+        catch_signals() as signals,
+        joined(config.train) as processes,
+        memory_errors(config.train),
+    ):
         folder = RunFolder(config.train.output_dir, main=processes.main)
         with (
             protecting(input_paths(config)),
