@@ -164,14 +164,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Builds one mapping; its anchor counts behind it alone, so that it cannot hold itself."""
-        node = super().compose_mapping_node(None)
+        node = super().compose_mapping_node(None)  # pyright: ignore[reportArgumentType]
         if anchor is not None:
             self.anchors[anchor] = node
         return node
 
     def compose_sequence_node(self, anchor: str | None) -> yaml.SequenceNode:
         """Builds one sequence, as `compose_mapping_node`."""
-        node = super().compose_sequence_node(None)
+        node = super().compose_sequence_node(None)  # pyright: ignore[reportArgumentType]
         if anchor is not None:
             self.anchors[anchor] = node
         return node

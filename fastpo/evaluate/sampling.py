@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 
 from fastpo.config import Config, decided_values
-from fastpo.errors import CheckpointError, ConfigError
+from fastpo.errors import CheckpointError, ConfigError, DataError, one_line
 from fastpo.evaluate.folders import SAMPLES, SET, partial_folder
 from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.precision import DTYPES
 from fastpo.system.files import is_temporary, sweep, whole_file, write_json
+from fastpo.system.json_text import read_bounded, read_json
 from fastpo.system.ownership import (
     check_replaceable,
     claim,
@@ -45,6 +46,10 @@ BY_CONTENT = (
     *("evaluate.prompts", "evaluate.prompts_file", "evaluate.seeds_per_prompt"),
     *("evaluate.first_seed", "evaluate.height", "evaluate.width"),
 )
+
+
+MOST_PROMPTS_BYTES = 1 << 26
+"""Of `evaluate.prompts_file`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +85,9 @@ def plan_samples(config: Config) -> list[Sample]:
     prompts = list(options.prompts)
     if options.prompts_file is not None:
         try:
-            lines = options.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(options.prompts_file, MOST_PROMPTS_BYTES).decode("utf-8")
+            lines = text.splitlines()
+        except (OSError, ValueError) as error:
             raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
@@ -296,19 +302,33 @@ def check_aligned(folder: Path, family: ModelFamily) -> Path:
 def holds_samples(folder: Path, samples: Sequence[Sample], fingerprint: str) -> bool:
     """Tells whether `folder` holds all images made under `fingerprint`."""
     try:
-        marker = json.loads((folder / SET).read_text())
+        marker = read_json(folder / SET, most_bytes=1 << 20)
     except (OSError, ValueError):
+        return False
+    if not isinstance(marker, dict):
         return False
     whole = all((folder / sample.file).is_file() for sample in samples)
     return marker.get("fingerprint") == fingerprint and whole
 
 
 def read_images(folder: Path, samples: Sequence[Sample]) -> list[Image.Image]:
-    """Returns the images of a filled folder, in order."""
+    """Returns the images of a filled folder, in order.
+
+    Raises:
+        DataError: One is damaged.
+    """
     images = []
     for sample in samples:
-        with Image.open(folder / sample.file) as image:
-            images.append(image.convert("RGB"))
+        try:
+            with Image.open(folder / sample.file, formats=("PNG",)) as image:
+                images.append(image.convert("RGB"))
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL's plug-ins raise anything on broken data
+            raise DataError(
+                f"{folder / sample.file} cannot be read ({one_line(error)}); remove {folder}, and "
+                "evaluate again"
+            ) from None
     return images
 
 

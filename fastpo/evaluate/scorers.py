@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastpo.errors import ConfigError, ModelError
+from fastpo.errors import ConfigError, ModelError, one_line
 from fastpo.models.folder import is_hub_id
 from fastpo.system.process import default_device
 
@@ -256,11 +256,14 @@ def _load_processor(scorer: str, path: str) -> Any:
     return _load(scorer, path, AutoProcessor.from_pretrained)
 
 
-def _load(scorer: str, path: str, loader: Callable[[str], Any]) -> Any:
+def _load(scorer: str, path: str, loader: Callable[..., Any]) -> Any:
     folder = Path(path).expanduser()
     try:
-        return loader(str(folder) if folder.is_dir() else path)
-    except (OSError, ValueError) as error:
+        # Without the choice transformers asks on the terminal about code that comes with a model.
+        return loader(str(folder) if folder.is_dir() else path, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # loaders raise anything on a broken folder
         reason = str(error).strip().partition("\n")[0]
         hub_id = path if is_hub_id(path) else PICKSCORE if scorer == PickScorer.name else CLIP
         raise ModelError(
@@ -283,7 +286,8 @@ def _load_head(path: Path, width: int) -> list[tuple[Tensor, Tensor]]:
         order = sorted(int(match[1]) for match in found if match)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in order]
     except Exception as error:
-        raise ModelError(f"scorer aesthetic: {path} is no such head: {error}") from error
+        text = one_line(error)[:300]
+        raise ModelError(f"scorer aesthetic: {path} is no such head: {text}") from error
     widths = [width, *(len(weight) for weight, _ in layers)]
     if (
         not layers
