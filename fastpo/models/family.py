@@ -67,6 +67,18 @@ class ModelFamily(ABC):
             ModelError: It holds one of this kind that FastPO cannot train; the text says why.
         """
 
+    def check(self, folder: ModelFolder) -> None:
+        """Refuses a model of this family that could not be trained right, before hours of encoding.
+
+        Raises:
+            ModelError: A component is of another kind than the family's; the text names its file.
+        """
+        self.vae_factor(folder)
+
+    def latent_notes(self, folder: ModelFolder) -> dict[str, str]:
+        """Returns what else decides the cached latents, by name, beside weights and settings."""
+        return {}
+
     @abstractmethod
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device

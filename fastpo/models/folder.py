@@ -77,9 +77,11 @@ class ModelFolder:
         """The family, read from the folder when it is first asked for.
 
         Raises:
-            ModelError: As `fastpo.models.registry.detect`.
+            ModelError: As `fastpo.models.registry.detect`, and the family's own `check`.
         """
-        return detect(self.path)
+        family = detect(self.path)
+        family.check(self)
+        return family
 
     @cached_property
     def vae(self) -> Path:

@@ -18,6 +18,28 @@ from fastpo.errors import ModelError
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo_kernels.pair_noise import Prediction
 
+# Samplers of models that were trained with DDPM's noise. Others (flow matching, EDM, consistency
+# distillation) belong to models that learned another target or another scale of the noise.
+_DDPM_SAMPLERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -55,13 +77,23 @@ class NoiseSchedule:
 def read_ddpm_schedule(folder: ModelFolder) -> NoiseSchedule:
     """Reads a diffusion schedule and the VAE's scale from a pipeline's folder.
 
-    Whatever sampler the folder names, training takes `DDPMScheduler`'s table of its settings.
+    Whatever sampler of such models the folder names, training takes `DDPMScheduler`'s table of its
+    settings.
 
     Raises:
-        ModelError: As `ddpm_schedule`, or a configuration file is missing.
+        ModelError: As `ddpm_schedule`, the sampler is one of other models, or a configuration file
+            is missing.
     """
     path = folder.component("scheduler") / "scheduler_config.json"
     config: Any = read_json(path)
+    name = config.get("_class_name")
+    if name not in _DDPM_SAMPLERS or config.get("use_flow_sigmas"):
+        flow = " with use_flow_sigmas" if config.get("use_flow_sigmas") else ""
+        raise ModelError(
+            f"{path}: {ascii(name)[:80]}{flow} does not sample a model that was trained with "
+            "DDPM's noise, as this family is (flow matching, EDM and consistency models are not); if this "
+            "model was, put its training's scheduler there, such as DDPMScheduler"
+        )
     with loading(f"{path}: no schedule could be made of it"):
         scheduler = DDPMScheduler.from_config(config)
     return ddpm_schedule(scheduler, read_json(folder.vae / "config.json"))

@@ -59,6 +59,18 @@ class UNetFamily(ModelFamily):
             )
         return config.get("addition_embed_type") == self.addition_embed_type
 
+    def check(self, folder: ModelFolder) -> None:
+        """As `ModelFamily.check`: the schedule must be DDPM's, the VAE an `AutoencoderKL`."""
+        read_ddpm_schedule(folder)
+        path = folder.vae / "config.json"
+        config = read_json(path)
+        kind, channels = config.get("_class_name"), config.get("latent_channels", 4)
+        if kind != "AutoencoderKL" or channels != 4:
+            raise ModelError(
+                f"{path}: FastPO trains {self.name} with an AutoencoderKL of 4 channels, got "
+                f"{ascii(kind)[:80]} of {ascii(channels)[:80]}"
+            )
+
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
@@ -113,8 +125,20 @@ class UNetFamily(ModelFamily):
         )
 
 
+_OTHER_CONDITIONING = (
+    "class_embed_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",  # the guidance scale, in consistency-distilled models
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+)
+
+
 def _unsupported(folder: Path, config: dict[str, Any]) -> str | None:
     """Says why a UNet is of no kind that FastPO trains."""
+    kind = config.get("_class_name", "UNet2DConditionModel")
+    if kind != "UNet2DConditionModel":
+        return f"its unet is a {ascii(kind)[:80]}"
     addition = config.get("addition_embed_type")
     channels = config.get("in_channels"), config.get("out_channels")
     if channels != (4, 4):
@@ -123,8 +147,11 @@ def _unsupported(folder: Path, config: dict[str, Any]) -> str | None:
         return "it has no text_encoder (the SDXL refiner is one such model)"
     if addition not in (None, "text_time"):
         return f"its UNet's addition_embed_type is {addition!r}"
-    if config.get("class_embed_type") is not None or config.get("encoder_hid_dim_type"):
-        return "its UNet takes conditioning beside the text"
+    for key in _OTHER_CONDITIONING:
+        if config.get(key) is not None:
+            return f"its UNet takes conditioning beside the text: its {key} is {config[key]!r:.80}"
+    if config.get("attention_type", "default") != "default":
+        return f"its UNet's attention_type is {config['attention_type']!r:.80}"
     if addition and not (folder / "text_encoder_2").is_dir():
         return "its UNet is SDXL's but text_encoder_2 is missing"
     return None
@@ -198,9 +225,51 @@ class ClipEncoders(Encoders):
 
 
 class PenultimateEncoders(ClipEncoders):
-    """SDXL's: the last but one layer's states of both encoders, and the second one's projection."""
+    """SDXL's: the last but one layer's states of both encoders, and the second one's projection.
+
+    Where the VAE's configuration has `latents_mean` and `latents_std`, latents are normalized by
+    channel, `(z - mean) / std`: the inverse of what SDXL's pipelines do before they decode.
+    """
 
     penultimate = True
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Encoders.encode_images`, of the normalized latents."""
+        mean, logvar = super().encode_images(pixels)
+        normalization = latent_normalization(self.vae.config)
+        if normalization is None:
+            return mean, logvar
+        center, spread = (
+            torch.tensor(values, device=mean.device).view(-1, 1, 1) for values in normalization
+        )
+        return (mean - center) / spread, logvar - 2.0 * spread.log()
+
+
+def latent_normalization(config: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
+    """Returns a VAE's mean and standard deviation of each latent channel.
+
+    None where one is missing: SDXL's pipelines then leave latents as they are.
+
+    Raises:
+        ModelError: They are not finite numbers for each channel, or a deviation is not positive.
+    """
+    values = [config.get("latents_mean"), config.get("latents_std")]
+    if None in values:
+        return None
+    center, spread = values
+    for numbers in (center, spread):
+        if (
+            not isinstance(numbers, list | tuple)
+            or len(numbers) != config.get("latent_channels", 4)
+            or not all(isinstance(x, int | float) and abs(x) < 1e6 for x in numbers)
+        ):
+            raise ModelError(
+                "the VAE's latents_mean and latents_std must be a number for each channel, got "
+                f"{ascii(numbers)[:80]}"
+            )
+    if min(spread) <= 0:
+        raise ModelError(f"the VAE's latents_std must be positive, got {ascii(spread)[:80]}")
+    return [float(x) for x in center], [float(x) for x in spread]
 
 
 class SD15(UNetFamily):
@@ -227,6 +296,16 @@ class SDXL(UNetFamily):
     addition_embed_type = "text_time"
     encoders_class = PenultimateEncoders
     text_models = (CLIPTextModel, CLIPTextModelWithProjection)
+
+    def check(self, folder: ModelFolder) -> None:
+        """As `UNetFamily.check`; a VAE's normalization must be usable."""
+        super().check(folder)
+        latent_normalization(read_json(folder.vae / "config.json"))
+
+    def latent_notes(self, folder: ModelFolder) -> dict[str, str]:
+        """The VAE's normalization by channel, if it has one."""
+        normalization = latent_normalization(read_json(folder.vae / "config.json"))
+        return {} if normalization is None else {"latent normalization": repr(normalization)}
 
     def check_vae(self, vae: Any) -> None:
         """Refuses float16 for SDXL's original VAE, which answers with infinities."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpo.config import Config, ModelConfig
 from fastpo.errors import ModelError
-from fastpo.models.folder import is_hub_id, read_json, resolve_vae_folder
+from fastpo.models.folder import ModelFolder, is_hub_id, read_json, resolve_vae_folder
 from fastpo.models.registry import detect
 
 PACKAGED: dict[str, str] = {
@@ -71,7 +71,8 @@ def resolve_architecture(config: Config) -> Architecture:
         cached = found is not None
         folder = found.parent if found is not None else folder
     if folder.is_dir():
-        family = detect(folder).name
+        # Of a hub's model only the files that were asked for are here; its parts are not checked.
+        family = (detect(folder) if cached else ModelFolder(folder).family).name
         unet = read_json(folder / "unet" / "config.json")
         parts = ("text_encoder", "text_encoder_2")[: 2 if family == "sdxl" else 1]
         texts = tuple(read_json(folder / part / "config.json") for part in parts)

@@ -8,9 +8,11 @@ import torch
 from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
 
 from fastpo.config import parse_config
+from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.errors import ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import (
+    ModelFolder,
     component_files,
     digest_files,
     resolve_model_folder,
@@ -134,6 +136,11 @@ def test_families_are_told_apart(tiny_pipelines):
         ({"in_channels": 9}, "maps 9 to 4 channels"),
         ({"addition_embed_type": "image"}, "'image'"),
         ({"class_embed_type": "projection"}, "conditioning beside the text"),
+        ({"num_class_embeds": 10}, "its num_class_embeds is 10"),
+        ({"time_cond_proj_dim": 256}, "its time_cond_proj_dim is 256"),
+        ({"encoder_hid_dim": 768}, "its encoder_hid_dim is 768"),
+        ({"attention_type": "gated"}, "attention_type is 'gated'"),
+        ({"_class_name": "UNetMotionModel"}, "its unet is a 'UNetMotionModel'"),
     ],
 )
 def test_other_unets_are_refused(copy_of, changes, complaint):
@@ -208,3 +215,63 @@ def test_variant_weights_hide_the_plain_ones(copy_of):
     config = folder / "config.json"
     assert component_files(folder, "fp16") == [config, half]
     assert component_files(folder) == component_files(folder, "bf16") == [config, plain]
+
+
+CENTER, SPREAD = [-1.6, 0.7, 2.9, -0.1], [5.2, 4.1, 3.3, 0.5]
+
+
+def test_latents_are_normalized_by_channel_as_the_pipeline_undoes(copy_of):
+    """The last lines of the pipeline's `__call__` make the image again."""
+    folder = copy_of("sdxl", "vae", latents_mean=CENTER, latents_std=SPREAD)
+    encoders = Encoders.load(config_for(folder), device="cpu")
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, logvar = encoders.encode_images(pixels)
+    posterior = encoders.vae.encode(pixels).latent_dist
+    spread = torch.tensor(SPREAD).view(-1, 1, 1)
+    torch.testing.assert_close((0.5 * logvar).exp() * spread, posterior.std)
+
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = mean * pipeline.vae.config.scaling_factor
+    # The last step's result is put in place of the sampled latents.
+    image = pipeline(
+        "x",
+        height=32,
+        width=32,
+        num_inference_steps=1,
+        num_images_per_prompt=2,
+        callback_on_step_end=lambda *_: {"latents": latents},
+        output_type="pt",
+    ).images
+    expected = (encoders.vae.decode(posterior.mode()).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["latents_mean", "latents_std"])
+def test_half_a_normalization_is_none_as_in_the_pipeline(copy_of, missing):
+    values = {"latents_mean": CENTER, "latents_std": SPREAD} | {missing: None}
+    encoders = Encoders.load(config_for(copy_of("sdxl", "vae", **values)), device="cpu")
+    pixels = torch.zeros(1, 3, 32, 32)
+    expected = encoders.vae.encode(pixels).latent_dist.mean
+    torch.testing.assert_close(encoders.encode_images(pixels)[0], expected)
+
+
+def test_sd15_leaves_latents_as_its_pipeline_does(copy_of):
+    values = {"latents_mean": CENTER, "latents_std": SPREAD}
+    encoders = Encoders.load(config_for(copy_of("sd15", "vae", **values)), device="cpu")
+    pixels = torch.zeros(1, 3, 32, 32)
+    expected = encoders.vae.encode(pixels).latent_dist.mean
+    torch.testing.assert_close(encoders.encode_images(pixels)[0], expected)
+
+
+def test_a_cache_says_that_its_latents_are_normalized(copy_of):
+    config = config_for(copy_of("sdxl", "vae", latents_mean=CENTER, latents_std=SPREAD))
+    model = ModelFolder.resolve(config.model)
+    fields = cache_fingerprint(config, model).fields
+    assert fields["latent normalization"] == repr((CENTER, SPREAD))
+
+
+def test_a_cache_of_a_plain_vae_is_the_one_it_was(tiny_pipelines):
+    config = config_for(tiny_pipelines["sdxl"])
+    fields = cache_fingerprint(config, ModelFolder.resolve(config.model)).fields
+    assert "latent normalization" not in fields

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
 import torch
 
+from fastpo.cli import main
 from fastpo.config import ModelConfig
 from fastpo.errors import ModelError
 from fastpo.models import folder as module
@@ -97,3 +99,50 @@ def test_damaged_weights_are_refused_in_one_line(own):
         with pytest.raises(ModelError, match="holds no UNet that diffusers loads") as refusal:
             model.family.load_denoiser(model)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "values", "complaint"),
+    [
+        *(
+            ("scheduler", "scheduler_config.json", {"_class_name": name}, f"{name}.* DDPM's noise")
+            for name in (
+                "FlowMatchEulerDiscreteScheduler",
+                "EDMEulerScheduler",
+                "EDMDPMSolverMultistepScheduler",
+                "CMStochasticIterativeScheduler",
+                "LCMScheduler",
+            )
+        ),
+        ("scheduler", "scheduler_config.json", {"use_flow_sigmas": True}, "with use_flow_sigmas"),
+        ("vae", "config.json", {"_class_name": "AutoencoderTiny"}, "got 'AutoencoderTiny' of 4"),
+        ("vae", "config.json", {"latent_channels": 16}, "got 'AutoencoderKL' of 16"),
+        ("unet", "config.json", {"time_cond_proj_dim": 256}, "its time_cond_proj_dim is 256"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "prepare", "train", "evaluate"])
+def test_every_command_refuses_a_model_of_another_kind(
+    own, experiment, capsys, command, part, file, values, complaint
+):
+    """The experiment's cache is of the unchanged model: only `train` could get any further."""
+    change(own / part / file, **values)
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(experiment("sd15")), "--set", f"model.path={own}"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2
+    assert told.count("error:") == 1
+    assert re.search(complaint, told)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"latents_mean": [0.0], "latents_std": [1.0] * 4}, r"for each channel, got \[0\.0\]"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "must be positive"),
+    ],
+)
+def test_a_normalization_that_means_nothing_is_refused(tiny_pipelines, tmp_path, values, complaint):
+    folder = shutil.copytree(tiny_pipelines["sdxl"], tmp_path / "sdxl")
+    change(folder / "vae" / "config.json", **values)
+    with pytest.raises(ModelError, match=complaint):
+        assert resolved(folder).family

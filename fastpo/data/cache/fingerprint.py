@@ -57,6 +57,7 @@ def cache_fingerprint(
     fields = {
         "model family": model.family.name,
         **{name: record.sha256 for name, record in weights.items()},
+        **model.family.latent_notes(model),
         "data files": source_digest(config.data) or "",
         "image geometry": str(geometry),
         **{key: as_text(value) for key, value in values.items()},
