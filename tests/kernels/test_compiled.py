@@ -46,13 +46,13 @@ def test_layouts_counts_and_noise():
     """Tensors that lie otherwise, one and many pairs, separate targets, and the noise kernel."""
     choice = "(strided and not cpu) or (batch_sizes and sdpo) or (separate_targets and sdpo)"
     choice += " or (equals_the_reference and float32) or half_precision or sides_share"
-    choice += " or whose_product"
-    files = ("test_pair_loss.py", "test_pair_noise_kernel.py", "test_large.py")
-    assert on_machine("sm_90", choice, *files, seed=1) >= 20
+    choice += " or whose_product or test_words or test_normals or test_a_draw"
+    files = ("test_pair_loss.py", "test_pair_noise_kernel.py", "test_large.py", "test_draws.py")
+    assert on_machine("sm_90", choice, *files, seed=1) >= 27
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120"])
 def test_other_targets(target):
     """A few objectives; these targets' instructions differ in how they convert bfloat16."""
     choice = "test_objective_within_budget and bfloat16 and (sdpo or kto or annotators)"
@@ -65,6 +65,23 @@ def test_other_targets(target):
 def test_every_kernel_of_the_ahead_of_time_table():
     """The code of each call's own size and launch configuration, on a few pairs."""
     assert on_machine("sm_90", "", "compiled_cases.py") >= 70
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120"])
+def test_draws_on_other_targets(target):
+    """Integers to the bit, normals within their rounding and the same in every kernel."""
+    assert on_machine(target, "", "test_draws.py", seed=3) >= 7
+
+
+@pytest.mark.slow
+def test_a_hundred_orders_leave_the_same_bits():
+    assert on_machine("sm_90", "", "compiled_orders.py", schedules=100) >= 3
+
+
+@pytest.mark.slow
+def test_as_many_pairs_as_a_call_takes():
+    assert on_machine("sm_90", "", "compiled_many.py", schedules=2) >= 5
 
 
 @pytest.mark.slow

@@ -32,26 +32,51 @@ class Knowledge:
 
     Attributes:
         before: of each program, those before this time.
-        own: of single lanes, those up to this time.
+        lane: of each program, one lane of which more is known, or -1: mostly there is but one.
+        upto: the accesses of that lane up to this time.
+        others: further such lanes, and times.
     """
 
     before: np.ndarray
-    own: dict[int, int] = field(default_factory=dict)
+    lane: np.ndarray
+    upto: np.ndarray
+    others: dict[int, int] = field(default_factory=dict)
 
-    def join(self, other: Knowledge) -> None:
+    @classmethod
+    def none(cls, programs: int) -> Knowledge:
+        zeros = np.zeros(programs, np.int64)
+        return cls(zeros, zeros - 1, zeros.copy())
+
+    def learn(self, program: int, lane: int, time: int) -> None:
+        """Of a lane, accesses up to a time."""
+        if self.lane[program] in (-1, lane):
+            self.lane[program] = lane
+            self.upto[program] = max(time, self.upto[program])
+        else:
+            self.others[lane] = max(time, self.others.get(lane, 0))
+
+    def join(self, other: Knowledge, threads: int) -> None:
         """Learns what the other knows."""
         np.maximum(self.before, other.before, out=self.before)
-        for lane, time in other.own.items():
-            self.own[lane] = max(time, self.own.get(lane, 0))
+        new = self.lane < 0
+        self.lane[new] = other.lane[new]
+        same = (self.lane == other.lane) & (other.lane >= 0)
+        self.upto[same] = np.maximum(self.upto[same], other.upto[same])
+        for program in np.flatnonzero((other.lane >= 0) & ~same):
+            self.learn(program, int(other.lane[program]), int(other.upto[program]))
+        for lane, time in other.others.items():
+            self.learn(lane // threads, lane, time)
 
     def copy(self) -> Knowledge:
-        return Knowledge(self.before.copy(), dict(self.own))
+        return Knowledge(self.before.copy(), self.lane.copy(), self.upto.copy(), dict(self.others))
 
     def covers(self, lane: np.ndarray, time: np.ndarray, threads: int) -> np.ndarray:
         """Which accesses are known."""
-        known = time < self.before[np.minimum(lane // threads, len(self.before) - 1)]
-        for k in np.flatnonzero(~known):
-            known[k] = time[k] <= self.own.get(int(lane[k]), 0)
+        program = np.minimum(lane // threads, len(self.before) - 1)
+        known = time < self.before[program]
+        known |= (lane == self.lane[program]) & (time <= self.upto[program])
+        for k in np.flatnonzero(~known) if self.others else ():
+            known[k] = time[k] <= self.others.get(int(lane[k]), 0)
         return known
 
 
@@ -63,7 +88,8 @@ class Clocks:
         self.time = 1
         self.barrier = np.zeros(programs, np.int64)  # the time of each program's last
         self._shared: dict[int, Knowledge] = {}  # by program: of all its threads
-        self._single: dict[int, Knowledge] = {}  # by lane: acquired since the last barrier
+        # By program and lane: acquired since the last barrier.
+        self._single: dict[int, dict[int, Knowledge]] = {}
         self._released: dict[int, Knowledge] = {}  # by address
 
     def tick(self) -> int:
@@ -74,26 +100,25 @@ class Clocks:
     def pass_barrier(self, program: int) -> None:
         """All threads of the program know what each knew."""
         self.barrier[program] = self.tick()
-        first = program * self.threads
-        for lane in [n for n in self._single if first <= n < first + self.threads]:
-            self._of_program(program).join(self._single.pop(lane))
+        for told in self._single.pop(program, {}).values():
+            self._of_program(program).join(told, self.threads)
 
     def _of_program(self, program: int) -> Knowledge:
         if program not in self._shared:
-            self._shared[program] = Knowledge(np.zeros(self.programs, np.int64))
+            self._shared[program] = Knowledge.none(self.programs)
         return self._shared[program]
 
     def release(self, lane: int, address: int, *, fresh: bool = False) -> None:
         """What the lane knows goes with the address; `fresh` forgets what went with it before."""
         program = lane // self.threads
-        told = Knowledge(np.zeros(self.programs, np.int64))
-        for part in (self._shared.get(program), self._single.get(lane)):
+        told = Knowledge.none(self.programs)
+        for part in (self._shared.get(program), self._single.get(program, {}).get(lane)):
             if part is not None:
-                told.join(part)
+                told.join(part, self.threads)
         told.before[program] = max(told.before[program], self.barrier[program])
-        told.own[lane] = self.time
+        told.learn(program, lane, self.time)
         if not fresh and address in self._released:
-            self._released[address].join(told)
+            self._released[address].join(told, self.threads)
         else:
             self._released[address] = told
 
@@ -102,10 +127,11 @@ class Clocks:
         told = self._released.get(address)
         if told is None:
             return
-        if lane in self._single:
-            self._single[lane].join(told)
+        single = self._single.setdefault(lane // self.threads, {})
+        if lane in single:
+            single[lane].join(told, self.threads)
         else:
-            self._single[lane] = told.copy()
+            single[lane] = told.copy()
 
     def forget(self, addresses: np.ndarray) -> None:
         """A plain store ends what was released there."""
@@ -130,9 +156,10 @@ class Clocks:
                 ask = np.flatnonzero(~known & (program == one))
                 known[ask] = self._shared[one].covers(lane[ask], time[ask], self.threads)
         for thread in np.unique(mine[~known]) if self._single else ():
-            if thread in self._single:
+            told = self._single.get(int(thread) // self.threads, {}).get(int(thread))
+            if told is not None:
                 ask = np.flatnonzero(~known & (mine == thread))
-                known[ask] = self._single[thread].covers(lane[ask], time[ask], self.threads)
+                known[ask] = told.covers(lane[ask], time[ask], self.threads)
         bad[at] = ~known
         return bad
 

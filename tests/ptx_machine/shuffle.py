@@ -18,6 +18,8 @@ def shuffled(
     if (members != 0xFFFFFFFF).any():
         raise Unreached("a shuffle among some lanes of a warp, executed by all")
     lane = np.arange(32)
+    if (by == by[0, 0]).all() and (clamp == clamp[0, 0]).all():  # mostly constants: one row of all
+        by, clamp = by[:1, :1], clamp[:1, :1]
     by, clamp = by.astype(np.int64), clamp.astype(np.int64)
     segment = clamp >> 8 & 31
     largest = (lane & segment) | (clamp & 31 & ~segment)
@@ -34,7 +36,10 @@ def shuffled(
     else:
         source = smallest | (by & 31 & ~segment)
         found = source <= largest
-    return np.take_along_axis(values, np.where(found, source, lane), 1), found
+    at = np.where(found, source, lane)
+    if len(at) == 1:
+        return values[:, at[0]], np.broadcast_to(found, values.shape)
+    return np.take_along_axis(values, at, 1), found
 
 
 def row_addresses(addresses: np.ndarray, which: int) -> np.ndarray:

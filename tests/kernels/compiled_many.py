@@ -1,0 +1,24 @@
+"""As many pairs as a call takes, on the PTX machine; by test_compiled.py.
+
+The last program holds vectors of all pairs. 2,048 fill theirs; of 1,030, half of them are masked.
+Rows are short, so that the calls end; `compiled_cases.py` has long ones.
+"""
+
+import pytest
+import torch
+
+from fastpo_kernels.testing import pair_inputs
+from tests.kernels.objectives import CASES, check
+
+
+CALLS = [("sdpo", 1030), ("adaptive_dpo-annotators", 1030), ("mapo", 2048), ("kto", 2048)]
+
+
+@pytest.mark.parametrize(("name", "n_pairs"), CALLS)
+def test_within_budget(name, n_pairs):
+    check(CASES[name], pair_inputs(n_pairs, (3, 7), torch.bfloat16, n_annotators=2))
+
+
+def test_over_processes():
+    """The launch that only finishes, on sums of all processes."""
+    check(CASES["kto"], pair_inputs(1030, (3, 7), torch.float32), reduce=lambda sums: 2 * sums)
