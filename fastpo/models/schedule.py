@@ -91,8 +91,8 @@ def read_ddpm_schedule(folder: ModelFolder) -> NoiseSchedule:
         flow = " with use_flow_sigmas" if config.get("use_flow_sigmas") else ""
         raise ModelError(
             f"{path}: {ascii(name)[:80]}{flow} does not sample a model that was trained with "
-            "DDPM's noise, as this family is (flow matching, EDM and consistency models are not); if this "
-            "model was, put its training's scheduler there, such as DDPMScheduler"
+            "DDPM's noise, as this family is (flow matching, EDM and consistency models are not); "
+            "if this model was, put its training's scheduler there, such as DDPMScheduler"
         )
     with loading(f"{path}: no schedule could be made of it"):
         scheduler = DDPMScheduler.from_config(config)
