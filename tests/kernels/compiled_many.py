@@ -10,7 +10,6 @@ import torch
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
 
-
 CALLS = [("sdpo", 1030), ("adaptive_dpo-annotators", 1030), ("mapo", 2048), ("kto", 2048)]
 
 
