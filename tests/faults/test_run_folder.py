@@ -5,7 +5,11 @@ import shutil
 import pytest
 
 from fastpo.config import load_config
+from fastpo.models.export import EXPORT
 from fastpo.system.files import sweep, whole_folder
+from fastpo.system.ownership import owned_folder
+from fastpo.train import takeover
+from fastpo.train.checkpoint_folders import CHECKPOINT
 from fastpo.train.run_folder import RunFolder
 from tests.faults.crash_points import end_everywhere
 
@@ -76,3 +80,48 @@ def test_an_export_is_the_old_or_the_new_one(tmp_path, power_cut):
         power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None,
     )
     assert seen == {("old", "old"), ("new", "new")}
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+def test_an_overwriting_leaves_the_old_run_or_the_new_one(experiment, tmp_path, power_cut):
+    """Wherever it was ended: the old run, whole, until the new one has done a step."""
+    config = load_config(experiment())
+
+    def act(number):
+        folder = RunFolder(tmp_path / str(number), main=True)
+        folder.set_aside()
+        folder.begin(config, 0)
+        folder.log({"step": 1, "loss": 9.0})
+        folder.flush()
+        folder.begun()
+
+    def everything(path):
+        files = (p for p in path.rglob("*") if p.is_file())
+        return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+    def check(number):
+        path = tmp_path / str(number)
+        takeover.put_back(path)  # as the next training does
+        sweep(path, sole_writer=True)
+        seen.append(everything(path) == old)
+        if not seen[-1]:
+            assert (path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 9.0}\n'
+            assert {p.name for p in path.iterdir()} == {".fastpo", "config.yaml", "metrics.jsonl"}
+        shutil.copytree(tmp_path / "before", tmp_path / str(number + 1))
+
+    seen = []
+    before = RunFolder(tmp_path / "before", main=True)
+    before.sweep()
+    before.begin(config, 0)
+    before.log({"step": 1, "loss": 1.0})
+    for name in ("checkpoints/step-00000001", "final"):
+        kind = CHECKPOINT if "step" in name else EXPORT
+        with owned_folder(before.path / name, kind) as folder:
+            (folder / "weights").write_text("old")
+    old = everything(before.path)
+    shutil.copytree(before.path, tmp_path / "0")
+    steps = end_everywhere(
+        act, check, power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None
+    )
+    assert steps > 15
+    assert seen == sorted(seen, reverse=True) and seen[0] and not seen[-1]
