@@ -189,7 +189,8 @@ def test_every_durable_write_goes_through_one_module():
     found = {
         (str(path.relative_to(PACKAGE)), name)
         for path in PACKAGE.rglob("*.py")
-        if path != Path(files.__file__)
+        # the selftest's faults go below the durable write on purpose, in a folder of its own
+        if path != Path(files.__file__) and path.parent.name != "selftest"
         for name in writes(ast.parse(path.read_text()))
     }
     assert found <= set(ALLOWED), sorted(found - set(ALLOWED))
