@@ -11,7 +11,7 @@ TEST_FLAGS ?= --numprocesses auto --dist loadscope --no-loadscope-reorder --max-
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint audit install clean
 
 demo: install
 	$(BIN)/fastpo demo $(DEMO_FLAGS)
@@ -23,6 +23,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Known holes and licenses of all dependencies, into docs/audit.md. The tools have a place of their own.
+audit: install
+	test -x $(VENV)/audit/bin/pip-licenses || $(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --requirement scripts/audit-requirements.txt
+	$(BIN)/python scripts/audit.py --tools $(VENV)/audit/bin
 
 install: $(READY)
 
