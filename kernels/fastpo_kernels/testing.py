@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,8 +97,29 @@ def assert_within_budget(
     assert error <= budget, f"{name}: error {error:.3e} over its budget {budget:.3e}"
 
 
+def _one_by_one(errors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Directions in which one error of one source moves, by its own size."""
+    for s, source in enumerate(errors):
+        for row in range(len(source)):
+            moved = [torch.zeros_like(e) for e in errors]
+            moved[s][row] = source[row]
+            yield moved
+
+
+def _together(errors: Sequence[Tensor], probes: int) -> Iterator[list[Tensor]]:
+    """Directions in which all errors move, up or down at random, which share the whole."""
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(probes):
+        signs = [torch.randint(0, 2, e.shape, generator=rng) * 2 - 1 for e in errors]
+        yield [e * s.to(e) / probes for e, s in zip(errors, signs, strict=True)]
+
+
 def rounding_scales(
-    call: Callable[..., PairLoss], x: PairInputs, gradient: Tensor, **options: Any
+    call: Callable[..., PairLoss],
+    x: PairInputs,
+    gradient: Tensor,
+    probes: int | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Per result, what one eps of it is when every error of the batch is rounded once.
 
@@ -111,6 +132,8 @@ def rounding_scales(
         call: the objective.
         x: float64 inputs, the target a tensor.
         gradient: the loss's gradient at `x`, however scaled.
+        probes: instead of moving errors one by one, which takes long where pairs are many, move all
+            of them at random, so often; the mean is smaller than the sum, so the budget is too.
         options: for the call.
 
     Returns:
@@ -131,13 +154,10 @@ def rounding_scales(
 
     base = results(errors)
     moved = {name: torch.zeros_like(t) for name, t in base.items()}
-    for s, source in enumerate(errors):
-        for row in range(len(source)):
-            changed = list(errors)
-            changed[s] = source.clone()
-            changed[s][row] *= 1 + 1e-6
-            for name, t in results(changed).items():
-                moved[name] += (t - base[name]).abs() / 1e-6
+    for move in _one_by_one(errors) if probes is None else _together(errors, probes):
+        changed = [e + 1e-6 * m for e, m in zip(errors, move, strict=True)]
+        for name, t in results(changed).items():
+            moved[name] += (t - base[name]).abs() / 1e-6
     scales = {n: (t.abs() + moved[n] / 2).max().item() for n, t in base.items() if n != "slope"}
     slope = base["slope"].abs()
     sensitivity = torch.where(slope > 0, moved["slope"] / slope / 2, 0.0)

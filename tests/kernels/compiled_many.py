@@ -10,14 +10,16 @@ import torch
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
 
-CALLS = [("sdpo", 1030), ("adaptive_dpo-annotators", 1030), ("mapo", 2048), ("kto", 2048)]
+CALLS = [("dpo", 1030), ("adaptive_dpo-annotators", 1030), ("sdpo", 2048), ("kto", 2048)]
+PROBES = 32  # of the errors' rounding: one by one they are some thousands
 
 
 @pytest.mark.parametrize(("name", "n_pairs"), CALLS)
 def test_within_budget(name, n_pairs):
-    check(CASES[name], pair_inputs(n_pairs, (3, 7), torch.bfloat16, n_annotators=2))
+    check(CASES[name], pair_inputs(n_pairs, (3, 7), torch.bfloat16, n_annotators=2), probes=PROBES)
 
 
 def test_over_processes():
     """The launch that only finishes, on sums of all processes."""
-    check(CASES["kto"], pair_inputs(1030, (3, 7), torch.float32), reduce=lambda sums: 2 * sums)
+    x = pair_inputs(1030, (3, 7), torch.float32)
+    check(CASES["kto"], x, probes=PROBES, reduce=lambda sums: 2 * sums)

@@ -66,12 +66,12 @@ def eager_runs(call, x, **options):
         yield out, grad[:, order.argsort()].reshape(x.policy.shape)
 
 
-def check(call, x, impl="triton", **options):
-    """Every output and the gradient within the budget."""
+def check(call, x, impl="triton", probes=None, **options):
+    """Every output and the gradient within the budget; `probes` as `rounding_scales` takes it."""
     truth, truth_grad = run(call, x.double(), "reference", **options)
     eager = list(eager_runs(call, x, **options))
     actual, grad = run(call, x, impl, **options)
-    scales = rounding_scales(call, x.double(), truth_grad, **options)
+    scales = rounding_scales(call, x.double(), truth_grad, probes, **options)
     for k, (name, a, t) in enumerate(zip(truth._fields, actual, truth, strict=True)):
         assert (a is None) == (t is None), name
         if t is not None:
