@@ -15,6 +15,8 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import setup_noise
 from fastpo.reference_cache import prepare_reference, reference_identity
 from fastpo.reference_cache.store import open_reference_errors, write_part
+from fastpo.system.locks import LOCK_FILE
+from fastpo.system.ownership import MARKER
 from fastpo.testing import write_folder
 
 BESIDE = ("index.parquet", "prompts.parquet", "record.json")
@@ -73,8 +75,9 @@ def read_all(config, model, identity):
 
 
 def files_of(config):
-    folder = config.prepare.cache_dir
-    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".claims"]
+    """The cache's files; not its locks, nor the markers that say whose folders these are."""
+    found = sorted(p for p in config.prepare.cache_dir.rglob("*") if p.is_file())
+    return [path for path in found if path.name not in (LOCK_FILE, MARKER)]
 
 
 def damaged(content):
