@@ -103,7 +103,7 @@ def test_a_stopped_process_is_named(experiment, tmp_path, victim):
 
 
 def test_a_process_that_waits_for_ever_is_named_by_itself_and_by_the_other(experiment, tmp_path):
-    path = experiment(max_steps=6, hang_timeout=2.0)
+    path = experiment(max_steps=6, hang_timeout=6.0)  # longer than a busy machine pauses
     wait = acting_at(3, 1, threading.Event().wait)
     with two_ranks(tmp_path / "out", lambda _: ["train", path], act=wait) as ranks:
         assert ranks.exit_codes() == [76, 76], ranks.text(0) + ranks.text(1)
