@@ -141,6 +141,29 @@ def test_the_ticket_is_zero_again(device):
     assert found[0] == found[1] == call(x).loss.item()
 
 
+def test_the_kernel_works_in_no_more_memory_than_it_writes(device):
+    """One partial a tile's program, side and stream that is read: ready errors need none."""
+    from fastpo_kernels.pair_loss.gpu import launch
+
+    x = pair_inputs(3, (40,), torch.float32, device)
+    errors = torch.rand(6, device=device)
+    plain, guarded = LossSpec("dpo", (20.0,)), LossSpec("dpo", (20.0,), safeguard=0.9)
+    with launch.launches_as(launch.LaunchConfig(16, 2, 4)):
+        found = {
+            (ready, guard): launch._prepare_reduction(
+                PairTensors(x.policy, x.target, errors if ready else x.reference),
+                guarded if guard else plain,
+                finishes=True,
+            ).scratch
+            for ready in (False, True)
+            for guard in (False, True)
+        }
+    one = 2 * 2 * 3
+    assert found == {
+        (False, False): 2 * one, (False, True): 3 * one, (True, False): one, (True, True): 3 * one,
+    }  # fmt: skip
+
+
 def test_limits_of_the_kernel_are_named(device):
     x = pair_inputs(2049, (4,), torch.float32, device)
     with pytest.raises(ValueError, match=r"at most 2048 pairs a call .* got 2049 of 4"):

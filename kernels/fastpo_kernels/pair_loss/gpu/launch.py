@@ -208,9 +208,12 @@ def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) 
     config = forward_config(n_pairs, n_elements, len(full), len(sizes))
     n_chunks = config.programs_per_pair
     strides = tuple(by_id.get(id(s), target_strides) for s in sources)
+    # Partials lie by source, the safeguard's behind all: none behind the last that is written.
+    last = max(k for k, s in enumerate(sources) if s.ndim > 1)
+    n_partials = len(sources) + 1 if spec.flags.safeguard else last + 1
     return CachedLaunch(
         programs=n_pairs * n_chunks,
-        scratch=(len(sources) + 1) * n_chunks * 2 * n_pairs,
+        scratch=n_partials * n_chunks * 2 * n_pairs,
         sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides),
         constexprs={
             "READY": sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
