@@ -67,6 +67,17 @@ def _mixed(opcode: Opcode, seed: int) -> Operation:
     return Operation(apply, (*[16] * n, 32), 32)
 
 
+def _narrow(opcode: Opcode) -> Operation:
+    """`add`, `sub` and `mul` of bfloat16: float32 has bits enough that rounding twice is once."""
+    _modifiers(opcode, "rn")
+    single = _typed("f32", {"add": np.add, "sub": np.subtract, "mul": np.multiply}[opcode[0]])
+
+    def apply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return ar.to_bfloat16(single(ar.from_bfloat16(a), ar.from_bfloat16(b)))
+
+    return Operation(apply, (16, 16), 16)
+
+
 def operation(opcode: Opcode, seed: int) -> Operation:
     """The meaning of an opcode; `seed` says which device it is where the ISA leaves it open.
 
@@ -126,6 +137,8 @@ def _same(n: int, kind: str, function: Callable[..., np.ndarray]) -> Operation:
 def _arithmetic(opcode: Opcode, _: int) -> Operation:
     """`add`, `sub`, and `mul` of floats."""
     name, kind = opcode[0], opcode[-1]
+    if kind == "bf16":
+        return _narrow(opcode)
     function = _typed(kind, {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name])
     if _is_real(kind):
         found = _modifiers(opcode, "rn ftz" if kind == "f32" else "rn")
@@ -187,6 +200,8 @@ def _root_or_reciprocal(opcode: Opcode, seed: int) -> Operation:
     """`sqrt`, `rcp`, exact with `.rn`; `rsqrt`, `ex2`, `lg2`, `sin`, `cos`, `tanh`."""
     name, kind = opcode[0], opcode[-1]
     found = _modifiers(opcode, "rn ftz" if "rn" in opcode else "approx ftz")
+    if kind == "f64" and found == {"rn"} and name in _ROUNDED:
+        return _same(1, kind, _typed(kind, _ROUNDED[name]))
     if name == "tanh" and "ftz" in found:
         raise ValueError(opcode)
     if kind != "f32" or not found & {"rn", "approx"} or ("rn" in found and name not in _ROUNDED):
@@ -197,7 +212,7 @@ def _root_or_reciprocal(opcode: Opcode, seed: int) -> Operation:
     return _same(1, kind, _flushing(function) if "ftz" in found else function)
 
 
-_ROUNDED: dict[str, Callable] = {"sqrt": np.sqrt, "rcp": lambda x: np.float32(1) / x}
+_ROUNDED: dict[str, Callable] = {"sqrt": np.sqrt, "rcp": lambda x: x.dtype.type(1) / x}
 
 
 def _extreme(opcode: Opcode, _: int) -> Operation:

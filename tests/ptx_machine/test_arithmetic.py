@@ -137,6 +137,25 @@ def test_narrow_floats_are_torchs():
     assert (both >> np.uint32(16) == apply("cvt.rn.bf16.f32", x)).all()
 
 
+@pytest.mark.parametrize("name", ["add", "sub", "mul"])
+def test_arithmetic_of_bfloat16_is_torchs(name):
+    a, b = (RNG.integers(0, 1 << 16, 8000).astype(np.uint16) for _ in range(2))
+    mine, x, y = (
+        torch.from_numpy(v.view(np.int16)).view(torch.bfloat16)
+        for v in (apply(f"{name}.rn.bf16", a, b), a, b)
+    )
+    expected = getattr(torch, name)(x, y)
+    assert torch.equal(mine.isnan(), expected.isnan())
+    assert torch.equal(mine[~mine.isnan()], expected[~expected.isnan()])
+
+
+def test_roots_and_reciprocals_of_float64():
+    x = RNG.uniform(0.1, 9, 500)
+    for name, exact in (("sqrt", np.sqrt(x)), ("rcp", 1 / x)):
+        found = apply(f"{name}.rn.f64", x.view(np.uint64)).view(np.float64)
+        assert np.array_equal(found, exact)
+
+
 def test_integers():
     a, b = bits(2000), bits(2000)[::-1].copy()
     for name in ("s32", "u32"):

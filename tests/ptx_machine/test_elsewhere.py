@@ -57,6 +57,13 @@ def sort_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def silu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)
+    tl.store(y_ptr + at, x * tl.sigmoid(x.to(tl.float32)).to(x.dtype), mask=at < n)
+
+
+@triton.jit
 def product_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(x_ptr + at)
@@ -75,6 +82,9 @@ for dtype in (torch.float32, torch.bfloat16):
     kernels.layer_norm_kernel[(5,)](x, w, b, y, 300, 1e-5, BLOCK=512)
     exact = torch.layer_norm(x.double(), (300,), w.double(), b.double(), 1e-5)
     torch.testing.assert_close(y, exact.to(dtype))
+    kernels.silu_kernel[(2,)](x, y, 1500, BLOCK=1024)
+    gate = torch.sigmoid(x.float()).to(dtype)
+    torch.testing.assert_close(y, x * gate)
 
 x, y = torch.randn(5, 300), torch.empty(5, 300)
 kernels.running_sum_kernel[(5,)](x, y, 300, BLOCK=512)
