@@ -72,8 +72,11 @@ KINDS = (
     _of_checkpoint("checkpoint's state and manifest", "lora", "*.json"),
     Kind("metrics", "stopped", ("lora",), "lora/metrics.jsonl", "lora"),
     Kind("run's configuration", "stopped", ("lora",), "lora/config.yaml", "lora"),
-    Kind("exported LoRA, then resumed", "whole", ("lora",), "lora/final/*.*", "lora"),
-    Kind("exported LoRA, then evaluated", "whole", ("lora",), "lora/final/*.*", "evaluate"),
+    Kind("run's history", "stopped", ("lora",), "lora/run.json", "lora"),
+    Kind("run's marker", "stopped", ("lora",), "lora/.fastpo", "lora"),
+    Kind("checkpoint's marker", "stopped", ("full",), "full/checkpoints/*/.fastpo", "full"),
+    Kind("exported LoRA, then resumed", "whole", ("lora",), "lora/final/[a-z]*", "lora"),
+    Kind("exported LoRA, then evaluated", "whole", ("lora",), "lora/final/[a-z]*", "evaluate"),
     Kind("exported UNet, then resumed", "whole", ("full",), "full/final/unet/*", "full"),
     Kind("evaluation's images", "whole", ("lora",), "lora/evaluation/*/*.png", "evaluate"),
 )

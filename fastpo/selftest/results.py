@@ -13,9 +13,10 @@ from fastpo.selftest.world import STEPS, TRAININGS, Stage
 Results = dict[str, str]
 """The digest of each result by its name."""
 
-# Locks hold nothing; the memo of the model's digest holds its files' times of change. Temporaries
-# of ended processes are swept by the command that next writes beside them.
-_IGNORED = (".claims", "unet.json")
+# Locks hold nothing, each folder's marker has a number of its own, and the memo of the model's
+# digest has its files' times of change. Temporaries of ended processes are swept by the command
+# that next writes beside them.
+_IGNORED = (".claims", ".writer", ".fastpo", "unet.json")
 _TIMES = ("pairs_per_second", "data/wait")
 
 
