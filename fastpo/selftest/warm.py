@@ -1,5 +1,6 @@
 """Imports everything that a trial needs, in the process that all trials are forked from."""
 
+import gc
 from importlib import import_module
 
 import tqdm.auto
@@ -28,3 +29,6 @@ for module in (
 
 # Made by each process that shows a bar, it would outlive those that are killed.
 tqdm.auto.tqdm.get_lock()
+
+gc.collect()
+gc.freeze()  # a trial that collects its own garbage need not look at, and so copy, all of this
