@@ -26,6 +26,19 @@ from fastpo.system.progress import progress_bar
 from tests.faults.long_form import fuzz, mounts
 
 ROOT = Path(__file__).parents[3]
+# How many trials of each test, where there is time for no more.
+TARGETS = {
+    "kill": 320,
+    "power cut": 140,
+    "flipped bit": 170,
+    "truncated file": 170,
+    "zeroed block": 60,
+    "signal": 60,
+    "two writers": 16,
+    "read error": 40,
+    "write error": 80,
+    "few descriptors": 20,
+}
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pyarrow")
 
 
@@ -99,7 +112,7 @@ def run_faults(options, log, seconds):
     if options.again == "flaws":
         done -= again
     left = sorted(
-        (trial for trial in spread(trials) if trial.name not in done),
+        (trial for trial in in_proportion(spread(trials)) if trial.name not in done),
         key=lambda trial: trial.name not in again,
     )
     with progress_bar("faults (seconds)", int(seconds), show=True) as advance:
@@ -111,6 +124,16 @@ def run_faults(options, log, seconds):
             advance(0, note=f"{dict(counts)} after {time.monotonic() - began:.0f} s")
 
         run_trials(bench, left, seconds=seconds, processes=options.processes, on_result=on_result)
+
+
+def in_proportion(trials):
+    """Orders trials so that any number of the first ones is shared out as `TARGETS` says."""
+    counts, places = Counter(), []
+    for trial in trials:
+        places.append(counts[trial.test] / TARGETS[trial.test])
+        counts[trial.test] += 1
+    order = sorted(range(len(trials)), key=places.__getitem__)
+    return [trials[number] for number in order]
 
 
 def run_fuzz(options, log, seconds):
