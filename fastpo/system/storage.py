@@ -29,6 +29,7 @@ STORAGE = {
     errno.ENFILE: "this machine has too many files open; close other programs",
     errno.EIO: "the device reports an input/output error; look into the system's log",
     errno.ESTALE: "the file server has lost its handle; mount it again",
+    errno.ENOMEM: "this machine has no memory left for it; close other programs",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter folder",
     errno.ETIMEDOUT: "the file server does not answer; look after the network",
 }

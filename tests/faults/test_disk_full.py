@@ -35,6 +35,7 @@ REFUSALS = {
     errno.EACCES: "permission denied",
     errno.EMFILE: "too many files open",
     errno.EIO: "input/output error",
+    errno.ENOMEM: "no memory left",
 }
 
 

@@ -1,7 +1,9 @@
 """A spread of the faults that `fastpo selftest` and the long form try, and the harness itself."""
 
+import math
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
+from typing import get_args
 
 import pytest
 
@@ -9,12 +11,11 @@ from fastpo.selftest.child import Interruption, call
 from fastpo.selftest.disk import ENDED, Disk
 from fastpo.selftest.results import differing, results
 from fastpo.selftest.run import all_trials, flaws, make_bench, run_trials, spread
-from fastpo.selftest.trials import Trial, Verdict, compare, interrupted_call
+from fastpo.selftest.trials import Test, Trial, Verdict, compare, interrupted_call
 from fastpo.system import files
 
-PER_TEST = {"kill": 8, "power cut": 10}
+PER_TEST = {"kill": 8, "power cut": 10, "flipped bit": 6, "truncated file": 4}
 """Trials of each test; of the others three. The long form runs all."""
-TESTED = {"kill", "power cut", "flipped bit", "truncated file", "zeroed block"}
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +23,25 @@ def bench(tmp_path_factory):
     return make_bench(tmp_path_factory.mktemp("world"))
 
 
-def first_of_each_test(trials):
-    counts = Counter()
+def some_of_each_test(trials):
+    """Trials that lie far apart among one of each row, or the first ones where rows are few."""
+    tests = defaultdict(list)
     for trial in trials:
-        counts[trial.test] += 1
-        if counts[trial.test] <= PER_TEST.get(trial.test, 3):
-            yield trial
+        tests[trial.test].append(trial)
+    for test, found in tests.items():
+        count, rows = PER_TEST.get(test, 3), len({trial.row for trial in found})
+        yield from found[: max(rows, count) : max(1, rows // count)][:count]
 
 
 def test_nothing_is_lost_and_nothing_differs_silently(bench):
-    trials = [trial for trial in all_trials(bench, repeats=1) if trial.test in TESTED]
-    found = run_trials(bench, first_of_each_test(trials), seconds=240)
+    trials = list(some_of_each_test(all_trials(bench, repeats=1)))
+    found = run_trials(bench, trials, seconds=math.inf)
     assert not flaws(found)
-    counts = Counter(result.test for result in found if result.outcome != "missed")
-    assert counts["kill"] >= 6 and counts["power cut"] >= 8
-    assert set(counts) == TESTED
+    counts = Counter(trial.test for trial in trials)
+    assert set(counts) == set(get_args(Test))
+    assert {test: counts[test] for test in PER_TEST} == PER_TEST
+    came_about = Counter(result.test for result in found if result.outcome != "missed")
+    assert came_about["kill"] >= 4 and came_about["power cut"] == PER_TEST["power cut"]
 
 
 def test_a_different_result_is_seen(bench, tmp_path):
