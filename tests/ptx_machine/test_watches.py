@@ -8,6 +8,7 @@ import pytest
 from tests.ptx_machine import (
     Machine,
     Misaligned,
+    OrderMatters,
     OutOfBounds,
     Race,
     ReadOfUnwritten,
@@ -279,6 +280,22 @@ def test_a_ticket_drawn_before_all_have_stored_is_a_race(seed):
     result[0] = 0
     with pytest.raises((Race, ReadOfUnwritten)):
         execute(other.replace("bar.sync 	0;", "", 1), source, result, programs=4, seed=seed)
+
+
+def test_what_depends_on_the_order_of_programs():
+    """Each program stores which number it drew: no race, but other bits in another order."""
+    body = """
+	mov.b32 	%r6, 1;
+	@%p1 atom.global.gpu.acq_rel.add.u32 	%r7, [%rd2], %r6;
+	@%p1 st.global.b32 	[%rd6+{at}], {what};
+"""
+    source, result = arrays(8)
+    result[0] = 0
+    execute(body.format(at=16, what="%r2"), source, result, programs=8)
+    assert result[0] == 8 and result[4:12].tolist() == list(range(8))
+    result[0] = 0
+    with pytest.raises(OrderMatters, match="kernel: result, order 1"):
+        execute(body.format(at=16, what="%r7"), source, result, programs=8)
 
 
 def test_programs_that_write_one_place():
