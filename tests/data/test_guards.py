@@ -149,6 +149,24 @@ def test_a_listing_names_files_in_its_folder_unless_it_may_name_others(tmp_path,
     assert next(iter(allowed)).loser() == outside.read_bytes()
 
 
+def test_a_snapshot_in_the_hubs_cache_is_read(tmp_path):
+    """Its files are links to `blobs`, two levels up; other links out of it are still named."""
+    snapshot = write_folder(tmp_path / "datasets--own--pairs" / "snapshots" / "0123abcd", 2)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    source = opened(snapshot)
+    assert [pair.pair_id for pair in source] == ["p0", "p1"]
+    assert next(iter(source)).winner()
+    (snapshot / "winner0.png").unlink()
+    (snapshot / "winner0.png").symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "elsewhere.png").write_bytes((snapshot / "winner1.png").read_bytes())
+    with pytest.raises(DataError, match=r"winner0\.png'? is, or lies behind, a link out of"):
+        next(iter(opened(snapshot))).winner()
+
+
 def test_links_within_the_folder_are_followed(tmp_path):
     data = write_folder(tmp_path / "data", 2)
     (data / "inner").mkdir()

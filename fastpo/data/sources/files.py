@@ -27,7 +27,7 @@ class DataFolder:
         """
         self.folder = folder
         self._allow_outside = allow_outside
-        self._root: str | None = None
+        self._roots: list[str] = []
         self._parents: dict[str, bool] = {"": True}
 
     def complaint(self, name: str) -> str | None:
@@ -42,9 +42,9 @@ class DataFolder:
         if self._is_plain(parent) and not os.path.islink(self.folder / name):
             return None
         target = os.path.realpath(self.folder / name)
-        if self._root is None:
-            self._root = os.path.realpath(self.folder)
-        if os.path.commonpath((target, self._root)) == self._root:
+        if not self._roots:
+            self._roots = [os.path.realpath(self.folder), *_hub_files(self.folder)]
+        if any(os.path.commonpath((target, root)) == root for root in self._roots):
             return None
         return f"{shown(name)} is, or lies behind, a link out of {self.folder}, to {target}; {HINT}"
 
@@ -76,6 +76,16 @@ class DataFolder:
         if complaint is not None:
             raise DataError(f"{self.folder}: image {complaint}")
         return read_image_file(self.folder / name)
+
+
+def _hub_files(folder: Path) -> list[str]:
+    """Where the hub's cache keeps the files of a snapshot, `snapshots/COMMIT`, which are links."""
+    whole = Path(os.path.abspath(folder))
+    return [
+        os.path.realpath(above.parent / "blobs")
+        for above in whole.parents
+        if above.name == "snapshots" and (above.parent / "blobs").is_dir()
+    ]
 
 
 def read_image_file(path: Path) -> bytes:
