@@ -6,10 +6,12 @@ import signal
 import threading
 
 import pytest
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastpo.cli import main
+from fastpo.data.cache import PairCache
 from fastpo.errors import DataError
-from fastpo.train.trainer import Trainer
 from tests.faults.two_ranks import two_ranks
 
 DIFFERENT = {
@@ -42,19 +44,22 @@ def test_different_settings_are_named(experiment, tmp_path, key, mode):
     assert not (tmp_path / "run").exists()
 
 
+FORWARD_PASSES = 2  # of a step's micro-batch: the policy's and the reference's
+
+
 def acting_at(step, rank, act):
-    """The command line, in which one rank calls `act` when it has computed a step."""
+    """The command line, in which one rank calls `act` as it begins to compute a step."""
 
     def run(words):
         if os.environ["RANK"] == str(rank):
-            record, steps = Trainer.record, itertools.count(1)
+            passes = itertools.count(FORWARD_PASSES)
 
-            def recorded(trainer, table):
-                record(trainer, table)
-                if next(steps) == step:
+            def forward(module, _):
+                computes = isinstance(module, UNet2DConditionModel)
+                if computes and next(passes) == FORWARD_PASSES * step:
                     act()
 
-            Trainer.record = recorded
+            register_module_forward_pre_hook(forward)
         main(words)
 
     return run
@@ -102,14 +107,23 @@ def test_a_stopped_process_is_named(experiment, tmp_path, victim):
     assert "stopped by a signal" in text
 
 
-def test_a_process_that_waits_for_ever_is_named_by_itself_and_by_the_other(experiment, tmp_path):
+def test_a_process_that_waits_for_ever_is_named_by_itself_and_by_the_other(
+    experiment, tmp_path, monkeypatch
+):
     path = experiment(max_steps=6, hang_timeout=6.0)  # longer than a busy machine pauses
-    wait = acting_at(3, 1, threading.Event().wait)
-    with two_ranks(tmp_path / "out", lambda _: ["train", path], act=wait) as ranks:
+    read, reads = PairCache.read, itertools.count(1)
+
+    def read_late(*args, **options):
+        if os.environ.get("RANK") == "1" and next(reads) == 3:
+            threading.Event().wait()
+        return read(*args, **options)
+
+    monkeypatch.setattr(PairCache, "read", read_late)
+    with two_ranks(tmp_path / "out", lambda _: ["train", path]) as ranks:
         assert ranks.exit_codes() == [76, 76], ranks.text(0) + ranks.text(1)
         for rank in (0, 1):
             text = ranks.text(rank)
-            assert "no progress for" in text and "step 3, computing" in text, text
+            assert "no progress for" in text and "step 3, waiting for data" in text, text
             assert text.count("error:") == 1
     assert "rank 1 (process" in ranks.text(0)
 
