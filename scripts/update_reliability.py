@@ -34,7 +34,7 @@ FUZZ_BEFORE = "6,350: 907 other exceptions, 4 crashes in a native reader"
 HEAD = """# What faults do
 
 Written by `scripts/update_reliability.py` from `reliability.json`, which the long form of the fault
-tests counts (`python -m tests.faults.long_form.run WORK`); nothing here is typed. `fastpo selftest`
+tests counts (`python -m tests.faults.long_form WORK`); nothing here is typed. `fastpo selftest`
 runs a spread of the same trials on your machine and your disk.
 
 Each trial brings a fault about in a command on a tiny SDXL with 24 pairs: `prepare`, `prepare

@@ -26,7 +26,7 @@ Stage = Literal["prepare", "reference", "lora", "full", "evaluate"]
 STAGES: tuple[Stage, ...] = ("prepare", "reference", "lora", "full", "evaluate")
 TRAININGS: tuple[Stage, ...] = ("lora", "full")
 PAIRS, VISITS = 24, 2
-STEPS = {"lora": 7, "full": 5}
+STEPS = {"lora": 6, "full": 5}
 CHECKPOINT_EVERY = 2
 
 
@@ -90,6 +90,7 @@ def _raw_config(folder: Path, cache: Path, output: Path, method: str) -> dict[st
         "train": {
             "output_dir": str(output),
             "method": method,
+            **({"lora": {"rank": 4, "target_modules": ["to_q"]}} if lora else {}),
             "objective": adaptive,
             "annotators": annotators,
             "reference": "cached" if lora else "live",

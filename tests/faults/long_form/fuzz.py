@@ -7,7 +7,7 @@ from tests.faults.fuzz.cases import KINDS, case
 
 CHUNK, LIMIT = 250, 900.0
 # How many of a thousand cases; one of these kinds takes as long as a hundred others.
-SHARES = {"report": 2, "model json": 10, "run folder": 15, "manifest": 25, "cache bytes": 25}
+SHARES = {"report": 1, "model json": 10, "run folder": 15, "manifest": 25, "cache bytes": 25}
 
 
 def chunks(total):

@@ -1,6 +1,6 @@
 """The long form of the fault tests: every durable step, many random moments, 100,000 fuzz cases.
 
-    python -m tests.faults.long_form.run WORK --minutes 60
+    python -m tests.faults.long_form WORK --minutes 60
     python scripts/update_reliability.py
 
 WORK is a folder for the small world and for what came of each trial; started again, the same
@@ -188,7 +188,3 @@ def _counts(trials, key):
     for entry in trials:
         found.setdefault(entry[key], Counter())[entry["outcome"]] += 1
     return {name: dict(counts) for name, counts in sorted(found.items())}
-
-
-if __name__ == "__main__":
-    main()
