@@ -338,7 +338,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; the process exits with 2 at a user error."""
     # transformers warns of image processors that nothing here uses, at every start.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app(list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
+    try:
+        app(list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
+    except KeyboardInterrupt:  # before a command had begun
+        _tell("[bold yellow]ended:[/]", "by Ctrl-C")
+        raise SystemExit(EXIT_KEYBOARD) from None
 
 
 if __name__ == "__main__":

@@ -80,6 +80,13 @@ def page(found: dict) -> list[str]:
         "",
         *_fuzz_table(found["fuzz"]),
         "",
+        "## The short form",
+        "",
+        "`pytest tests/faults`, which also holds what no table counts: a rank that stops or dies under",
+        "DDP and ZeRO, commands that would replace foreign folders, checkpoints of strange names.",
+        "",
+        *_files_table(found["files"]),
+        "",
         "## Flaws",
         "",
         *(flaws or ["None."]),
@@ -110,6 +117,15 @@ def _fuzz_table(fuzz: dict[str, dict[str, int]]) -> list[str]:
         numbers = [sum(counts.values()), *(counts.get(kind, 0) for kind in kinds)]
         lines.append(_line([name, *(f"{number:,}" for number in numbers)]))
     return [*lines, "", f"Before: {FUZZ_BEFORE}."]
+
+
+def _files_table(files: dict[str, dict[str, float]]) -> list[str]:
+    kinds = ("passed", "failure", "error", "skipped")
+    lines = [_line(["file", *kinds, "seconds"]), _line(["---"] * 6)]
+    for name, counts in files.items():
+        numbers = (f"{counts.get(kind, 0):,}" for kind in kinds)
+        lines.append(_line([name, *numbers, f"{counts['seconds']:.0f}"]))
+    return lines
 
 
 def _line(cells: list[str]) -> str:

@@ -281,3 +281,14 @@ def test_the_slurm_jobs_requeues_come_to_the_end(experiment, tmp_path, equal):
     assert codes == [75, 0]
     assert asked.read_text() == "requeue 42\n"
     equal(tmp_path / "run", whole)
+
+
+def test_ctrl_c_before_a_command_has_begun_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastpo.cli.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "ended: by Ctrl-C\n"

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
 
 from fastpo.selftest.run import Result, all_trials, make_bench, run_trials, spread
 from fastpo.selftest.trials import GOOD, Bench
@@ -49,6 +50,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--fuzz", type=int, default=100_000, help="cases in all")
     parser.add_argument("--fuzz-share", type=float, default=0.35, help="of the time")
+    parser.add_argument("--tests", action="store_true", help="run pytest tests/faults as well")
     parser.add_argument("--again", choices=("flaws", "none"), default="flaws")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,9 @@ def main():
     log = Log(options.work / "results.jsonl")
     run_faults(options, log, (1 - options.fuzz_share) * seconds)
     run_fuzz(options, log, options.fuzz_share * seconds)
-    summary = summarize(log)
+    if options.tests:
+        run_tests(options.work / "tests.xml")
+    summary = summarize(log) | {"files": count_tests(options.work / "tests.xml")}
     target = ROOT / "docs" / "reliability.json"
     target.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{target}: {len(summary['flaws'])} flaws")
@@ -158,6 +162,24 @@ def run_fuzz(options, log, seconds):
 
 def _name(chunk):
     return f"fuzz {chunk[0]} {chunk[1]}"
+
+
+def run_tests(report):
+    words = ["-m", "pytest", "-q", "tests/faults", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+
+
+def count_tests(report):
+    """Outcomes and seconds of each file of the CI form, from pytest's report."""
+    if not report.exists():
+        return {}
+    files: dict[str, Counter] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        counts = files.setdefault(case.get("classname").rpartition(".")[2], Counter())
+        counts[kinds.pop() if kinds else "passed"] += 1
+        counts["seconds"] += round(float(case.get("time")), 1)
+    return {name: dict(counts) for name, counts in sorted(files.items())}
 
 
 def summarize(log):
