@@ -42,7 +42,7 @@ class Ending:
         text: The message of the error, with its traceback for `failed`.
         notes: What it told on its way, in order.
         output: What it printed.
-        seconds: What it took, from when its process began to act.
+        seconds: What it took, from when it told `began`; 0 if it did not.
     """
 
     how: How
@@ -66,7 +66,7 @@ class Interruption:
     """A signal from outside.
 
     Attributes:
-        after: Seconds after the call began.
+        after: Seconds after the call has told `began`.
         number: The signal.
     """
 
@@ -98,7 +98,7 @@ class Call:
 
         Args:
             limit: Seconds after which the process is killed.
-            interruption: A signal to send; counted from when the process has begun to act.
+            interruption: A signal to send; counted from when the call tells `began`.
         """
         end, due = time.monotonic() + limit, math.inf
         while not self._closed(min(due, end)):
@@ -128,7 +128,8 @@ class Call:
             return False
         try:
             self._notes.append(json.loads(self._reading.recv_bytes()))
-            self._began = self._began or time.monotonic()
+            if self._notes[-1] == ["began", 0]:
+                self._began = time.monotonic()
         except (EOFError, OSError, ValueError):  # a message may be cut by a kill
             return True
         return False
@@ -145,7 +146,7 @@ class Call:
         elif how == "ended" and status in _OF_COMMANDS:
             how = _OF_COMMANDS[status]
             text = output[output.rfind(_ERROR) + len(_ERROR) :] if how == "refused" else output
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._began if self._began else 0.0
         return Ending(how, status, text.strip(), notes, output, seconds)
 
 
@@ -170,7 +171,6 @@ def _run(
     def tell(key: str, value: object) -> None:
         told.send_bytes(json.dumps([key, value]).encode())
 
-    tell("began", 0)
     try:
         act(tell, *arguments)
         end = ("returned", "")

@@ -170,6 +170,7 @@ def act(
     sys.argv = ["fastpo", *command_line(stage, config)]
     if fault is not None:
         fault(*options)
+    tell("began", 0)
     runpy.run_module("fastpo", run_name="__main__")
 
 

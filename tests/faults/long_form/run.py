@@ -29,15 +29,15 @@ from tests.faults.long_form import fuzz, mounts
 ROOT = Path(__file__).parents[3]
 # How many trials of each test, where there is time for no more.
 TARGETS = {
-    "kill": 320,
-    "power cut": 140,
-    "flipped bit": 170,
-    "truncated file": 170,
-    "zeroed block": 60,
-    "signal": 60,
+    "kill": 330,
+    "power cut": 125,
+    "flipped bit": 160,
+    "truncated file": 160,
+    "zeroed block": 40,
+    "signal": 50,
     "two writers": 16,
     "read error": 40,
-    "write error": 80,
+    "write error": 70,
     "few descriptors": 20,
 }
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pyarrow")
