@@ -197,7 +197,7 @@ class NoiseCall:
         layout = self.batch.layout
         return f"{self.prediction}, {way}" + ("" if layout == "contiguous" else f", {layout}")
 
-    def __call__(self, latents: Tensor, logvar: Tensor | None, tables: Any, impl: str) -> Any:
+    def __call__(self, latents: Tensor, logvar: Tensor | None, tables: Any, impl: Any) -> Any:
         """The noised pair; `tables` are keys, visits, and a schedule's two."""
         return noised_pair(
             latents, *tables, seed=1, low=0, high=len(tables[2]), prediction=self.prediction,

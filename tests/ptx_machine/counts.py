@@ -62,7 +62,9 @@ class Counts:
             found[kind_of(opcode)] += times
         return found
 
-    def access(self, space: str, name: str, size: int, offsets: np.ndarray, warp: np.ndarray):
+    def access(
+        self, space: str, name: str, size: int, offsets: np.ndarray, warp: np.ndarray
+    ) -> None:
         """Notes the access of some threads, `size` bytes each, at these offsets in the space."""
         self.moved[space, name, size] += size * len(offsets)
         if space == "shared":

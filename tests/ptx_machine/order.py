@@ -63,7 +63,7 @@ class Knowledge:
         same = (self.lane == other.lane) & (other.lane >= 0)
         self.upto[same] = np.maximum(self.upto[same], other.upto[same])
         for program in np.flatnonzero((other.lane >= 0) & ~same):
-            self.learn(program, int(other.lane[program]), int(other.upto[program]))
+            self.learn(int(program), int(other.lane[program]), int(other.upto[program]))
         for lane, time in other.others.items():
             self.learn(lane // threads, lane, time)
 
