@@ -75,12 +75,11 @@ def test_a_draw_is_the_same_bits_in_every_kernel(device):
     """Also where it is stored in another order, or is the noise of latents and not the target."""
     keys, visits, _, made = drawn(device)
     table = torch.ones(10, device=device)
-    for dtype in (torch.float32, torch.bfloat16):
-        zeros = torch.zeros(8, COUNT, device=device, dtype=dtype)
-        for prediction in ("epsilon", "flow", "v_prediction"):
-            out = noised_pair(
-                zeros, keys, visits, table, table, seed=SEED, low=0, high=10,
-                prediction=prediction, impl="triton",
-            )  # fmt: skip
-            assert torch.equal(out.target[:4], made[:, :COUNT]), prediction
-            assert torch.equal(out.noisy_latents[4:], made[:, :COUNT])
+    calls = (("epsilon", torch.float32), ("flow", torch.bfloat16), ("v_prediction", torch.float16))
+    for prediction, dtype in calls:
+        out = noised_pair(
+            torch.zeros(8, COUNT, device=device, dtype=dtype), keys, visits, table, table,
+            seed=SEED, low=0, high=10, prediction=prediction, impl="triton",
+        )  # fmt: skip
+        assert torch.equal(out.target[:4], made[:, :COUNT]), prediction
+        assert torch.equal(out.noisy_latents[4:], made[:, :COUNT])
