@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from fastpo.errors import FastPOError
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["fastpo.selftest.warm"])
+
+# A process that starts asks how all others have ended, and each answer can be read only once.
+_ONE_AT_A_TIME = threading.Lock()
 
 How = Literal["returned", "refused", "failed", "ended", "hung"]
 # What a command line means by its exit status, and how it begins to tell an error.
@@ -88,7 +92,8 @@ class Call:
         self._process = _SERVER.Process(
             target=_run, args=(writing, self._output.name, act, arguments), daemon=True
         )
-        self._process.start()
+        with _ONE_AT_A_TIME:
+            self._process.start()
         writing.close()
         self._notes: list[Any] = []
         self._began = 0.0
@@ -109,17 +114,16 @@ class Call:
                 self.send(interruption.number)
                 interruption, due = None, math.inf
             elif now >= end:
-                self._process.kill()
-                self._process.join()
+                self.send(signal.SIGKILL)
                 return self._ending("hung")
-        self._process.join()
         return self._ending("ended")
 
     def send(self, number: int) -> None:
         """Sends a signal, if the process still runs."""
         assert self._process.pid is not None
-        if self._process.is_alive():
-            os.kill(self._process.pid, number)
+        with _ONE_AT_A_TIME:
+            if self._process.is_alive():
+                os.kill(self._process.pid, number)
 
     def _closed(self, until: float) -> bool:
         """Takes in what was told until a moment; whether the process has let go of its end."""
@@ -135,6 +139,9 @@ class Call:
         return False
 
     def _ending(self, how: How) -> Ending:
+        wait([self._process.sentinel])
+        with _ONE_AT_A_TIME:
+            self._process.join()
         told = [note for note in self._notes if note[0] == "end"]
         notes = [note for note in self._notes if note[0] != "end"]
         output = Path(self._output.name).read_text(errors="replace")
