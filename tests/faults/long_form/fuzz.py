@@ -5,15 +5,29 @@ from collections import Counter
 from fastpo.selftest.child import Call
 from tests.faults.fuzz.cases import KINDS, case
 
-CHUNK, LIMIT = 250, 900.0
-# How many of a thousand cases; one of these kinds takes as long as a hundred others.
-SHARES = {"report": 1, "model json": 10, "run folder": 15, "manifest": 25, "cache bytes": 25}
+CHUNK, LIMIT = 2000, 900.0
+# How many of a thousand cases. A look at a listing takes two milliseconds, a page a second.
+SHARES = {
+    "pairs.jsonl": 190,
+    "hpdv2": 190,
+    "reference": 150,
+    "manifest": 150,
+    "config values": 90,
+    "part": 60,
+    "cache bytes": 40,
+    "override": 40,
+    "config text": 40,
+    "image": 30,
+    "parquet": 10,
+    "model json": 6,
+    "run folder": 3.2,
+    "report": 0.8,
+}
 
 
 def chunks(total):
     """Returns `(kind, first seed, cases)` for `total` cases, shared out over the kinds."""
-    others = (1000 - sum(SHARES.values())) / (len(KINDS) - len(SHARES))
-    counts = {kind: round(total * SHARES.get(kind, others) / 1000) for kind in KINDS}
+    counts = {kind: round(total * SHARES[kind] / 1000) for kind in KINDS}
     cut = [
         (first / counts[kind], kind, first, min(CHUNK, counts[kind] - first))
         for kind in KINDS

@@ -161,7 +161,7 @@ def run_fuzz(options, log, seconds):
 
 
 def _name(chunk):
-    return f"fuzz {chunk[0]} {chunk[1]}"
+    return f"fuzz {chunk[0]} {chunk[1]} to {chunk[1] + chunk[2]}"
 
 
 def run_tests(report):
