@@ -80,13 +80,7 @@ def page(found: dict) -> list[str]:
         "",
         *_fuzz_table(found["fuzz"]),
         "",
-        "## The short form",
-        "",
-        "`pytest tests/faults`, which also holds what no table counts: a rank that stops or dies,",
-        "commands that would replace foreign folders, checkpoints of strange names.",
-        "",
-        *_files_table(found["files"]),
-        "",
+        *(_short_form(found["files"]) if found["files"] else []),
         "## Flaws",
         "",
         *(flaws or ["None."]),
@@ -119,13 +113,21 @@ def _fuzz_table(fuzz: dict[str, dict[str, int]]) -> list[str]:
     return [*lines, "", f"Before: {FUZZ_BEFORE}."]
 
 
-def _files_table(files: dict[str, dict[str, float]]) -> list[str]:
+def _short_form(files: dict[str, dict[str, float]]) -> list[str]:
     kinds = ("passed", "failure", "error", "skipped")
-    lines = [_line(["file", *kinds, "seconds"]), _line(["---"] * 6)]
+    lines = [
+        "## The short form",
+        "",
+        "`pytest tests/faults`, which also holds what no table counts: a rank that stops or dies,",
+        "commands that would replace foreign folders, checkpoints of strange names.",
+        "",
+        _line(["file", *kinds, "seconds"]),
+        _line(["---"] * 6),
+    ]
     for name, counts in files.items():
         numbers = (f"{counts.get(kind, 0):,}" for kind in kinds)
         lines.append(_line([name, *numbers, f"{counts['seconds']:.0f}"]))
-    return lines
+    return [*lines, ""]
 
 
 def _line(cells: list[str]) -> str:

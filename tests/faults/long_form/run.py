@@ -33,12 +33,12 @@ TARGETS = {
     "power cut": 125,
     "flipped bit": 160,
     "truncated file": 160,
-    "zeroed block": 40,
-    "signal": 50,
-    "two writers": 16,
-    "read error": 40,
-    "write error": 70,
-    "few descriptors": 20,
+    "zeroed block": 25,
+    "signal": 30,
+    "two writers": 10,
+    "read error": 25,
+    "write error": 40,
+    "few descriptors": 12,
 }
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pyarrow")
 
