@@ -153,8 +153,8 @@ def load_manifest(cache_dir: Path) -> Manifest | None:
             f"{path} is damaged ({one_line(error)}); delete {cache_dir} and prepare again"
         ) from None
     raise CacheError(
-        f"{path} has layout version {version}, this FastPO reads {FORMAT}; delete {cache_dir} and "
-        f"prepare again"
+        f"{path} has layout version {version!r:.40}, this FastPO reads {FORMAT}; "
+        f"delete {cache_dir} and prepare again"
     )
 
 

@@ -1,9 +1,13 @@
 """Changed input of every kind is read or refused, and no other exception comes out."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastpo.data.cache.manifest import load_manifest
+from fastpo.errors import CacheError
 from tests.faults.fuzz.cases import KINDS, case
 
 # A page takes a second to draw, a look at a whole cache or model tens of milliseconds.
@@ -21,3 +25,10 @@ def test_changed_input_is_read_or_refused(kind):
 
     run()
     assert "refused" in outcomes
+
+
+def test_a_version_of_two_lines_is_told_in_one(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "a\nb"}))
+    with pytest.raises(CacheError, match="layout version") as refused:
+        load_manifest(tmp_path)
+    assert "\n" not in str(refused.value)
