@@ -1,9 +1,10 @@
 """Imports everything that a trial needs, in the process that all trials are forked from."""
 
 import gc
+import threading
 from importlib import import_module
 
-import tqdm.auto
+import tqdm.std
 
 # diffusers, transformers, peft and FastPO's own packages import these when they are first used.
 for module in (
@@ -27,8 +28,8 @@ for module in (
 ):
     import_module(module)
 
-# Made by each process that shows a bar, it would outlive those that are killed.
-tqdm.auto.tqdm.get_lock()
+# By default bars of all processes share a lock, for which they would wait when its holder is killed.
+tqdm.std.tqdm.set_lock(threading.RLock())
 
 gc.collect()
 gc.freeze()  # a trial that collects its own garbage need not look at, and so copy, all of this

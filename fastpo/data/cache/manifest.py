@@ -231,6 +231,8 @@ def damage_of(path: Path, record: FileRecord, *, content: bool) -> str | None:
         found = checksum(path).xxh3 if record.xxh3 else _sha256(path)
     except FileNotFoundError:
         return f"missing file: {path}"
+    except ValueError:  # a zero byte
+        return f"{str(path)!a} is no name that a file can have"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     if found != expected:

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from fastpo.data.sources.base import shown
+from fastpo.data.sources.base import printable, shown
 from fastpo.errors import DataError
 
 HINT = "set data.allow_outside: true if it is meant"
@@ -107,3 +107,18 @@ def read_image_file(path: Path) -> bytes:
             text = f"it has {about.st_size:,} bytes, at most {MOST_IMAGE_BYTES:,} are read"
             raise OSError(errno.EFBIG, text, str(path))
         return file.read()
+
+
+def is_file(folder: Path, name: str) -> bool:
+    """Tells whether a folder has a file of a name that a listing gives.
+
+    Raises:
+        DataError: The folder cannot be looked at.
+    """
+    try:
+        return (folder / name).is_file()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+            return False
+        path = printable(str(folder / name))
+        raise DataError(f"{path} cannot be looked at: {error.strerror}") from None

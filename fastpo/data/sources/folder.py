@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from fastpo.data.sources.base import (
     printable,
     shown,
 )
-from fastpo.data.sources.files import DataFolder
+from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.errors import DataError
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
@@ -56,7 +55,7 @@ class FolderSource(PairSource):
                 complaint = self._images.complaint(entry[side])
                 if complaint is not None:
                     raise DataError(f"{self._file}: line {number}: {side} image {complaint}")
-                if not _is_file(folder, entry[side]):
+                if not is_file(folder, entry[side]):
                     missing = printable(str(folder / entry[side]))
                     raise DataError(
                         f"{self._file}: line {number}: {side} image not found: {missing}"
@@ -98,16 +97,6 @@ class FolderSource(PairSource):
             for _, _, entry in listed(listing):
                 for side in ("winner", "loser"):
                     yield os.path.join(listing.parent, entry[side])
-
-
-def _is_file(folder: Path, name: str) -> bool:
-    try:
-        return (folder / name).is_file()
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
-            return False
-        path = printable(str(folder / name))
-        raise DataError(f"{path} cannot be looked at: {error.strerror}") from None
 
 
 def listed(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:

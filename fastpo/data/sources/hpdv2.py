@@ -22,7 +22,7 @@ from fastpo.data.sources.base import (
     printable,
     shown,
 )
-from fastpo.data.sources.files import DataFolder
+from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.errors import DataError
 from fastpo.system.json_text import read_json
 from fastpo.types import PreferencePair
@@ -93,7 +93,7 @@ class HPDv2Source(PairSource):
         first = self._entries[number][paths_key][image]
         roots = (self._root, self._root / self.config.split)
         for root in roots:
-            if (root / first).is_file():
+            if is_file(root, first):
                 return root
         raise DataError(
             f"{self._listing}: entry 0: image {printable(first)} is neither in {roots[0]} nor in "
