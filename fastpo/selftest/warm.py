@@ -28,7 +28,7 @@ for module in (
 ):
     import_module(module)
 
-# By default bars of all processes share a lock, for which they would wait when its holder is killed.
+# By default the bars of all processes share one lock, and wait for it when its holder is killed.
 tqdm.std.tqdm.set_lock(threading.RLock())
 
 gc.collect()
