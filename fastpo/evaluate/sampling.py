@@ -27,6 +27,7 @@ from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
 from fastpo.precision import DTYPES
+from fastpo.system.checksums import checksum
 from fastpo.system.files import is_temporary, sweep, whole_file, write_json
 from fastpo.system.json_text import read_bounded, read_json
 from fastpo.system.ownership import (
@@ -208,7 +209,9 @@ class ImageSampler:
         missing = [sample for sample in samples if not (partial / sample.file).exists()]
         if missing:
             self._sample(partial, missing, len(samples), label, aligned)
+        sums = {sample.file: checksum(partial / sample.file).xxh3 for sample in samples}
         marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
+        marker["files"] = sums
         write_json(partial / SET, marker)
         put_in_place(partial, folder, SAMPLES)
         for stale in folder.parent.glob(f".{folder.name}.partial-*"):
@@ -300,15 +303,24 @@ def check_aligned(folder: Path, family: ModelFamily) -> Path:
 
 
 def holds_samples(folder: Path, samples: Sequence[Sample], fingerprint: str) -> bool:
-    """Tells whether `folder` holds all images made under `fingerprint`."""
+    """Tells whether `folder` holds all images made under `fingerprint`, as they were made.
+
+    Sets of versions that wrote no checksums are only looked at.
+    """
     try:
-        marker = read_json(folder / SET, most_bytes=1 << 20)
+        marker = read_json(folder / SET, most_bytes=1 << 26)
     except (OSError, ValueError):
         return False
-    if not isinstance(marker, dict):
+    if not isinstance(marker, dict) or marker.get("fingerprint") != fingerprint:
         return False
-    whole = all((folder / sample.file).is_file() for sample in samples)
-    return marker.get("fingerprint") == fingerprint and whole
+    sums = marker.get("files")
+    files = [sample.file for sample in samples]
+    if not isinstance(sums, dict):
+        return all((folder / file).is_file() for file in files)
+    try:
+        return all(checksum(folder / file).xxh3 == sums.get(file) for file in files)
+    except FileNotFoundError:
+        return False
 
 
 def read_images(folder: Path, samples: Sequence[Sample]) -> list[Image.Image]:

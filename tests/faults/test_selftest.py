@@ -11,7 +11,7 @@ from fastpo.selftest.child import Interruption, call
 from fastpo.selftest.disk import ENDED, Disk
 from fastpo.selftest.results import differing, results
 from fastpo.selftest.run import all_trials, flaws, make_bench, run_trials, spread
-from fastpo.selftest.trials import Test, Trial, Verdict, compare, interrupted_call
+from fastpo.selftest.trials import Test, Trial, Verdict, compare, finish, interrupted_call
 from fastpo.system import files
 
 PER_TEST = {"kill": 8, "power cut": 10, "flipped bit": 6, "truncated file": 4}
@@ -61,6 +61,16 @@ def test_a_different_result_is_seen(bench, tmp_path):
 
 def _nothing(tell):
     pass
+
+
+def test_an_image_with_wrong_bytes_is_made_again(bench, tmp_path):
+    """A PNG with a block of zeros may well be decoded, to other pixels."""
+    place = tmp_path / "place"
+    bench.world.copy("whole", "lora", place)
+    file = place / "lora" / "evaluation" / "aligned" / "00000-0.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:-300] + bytes(300))
+    assert finish(bench, "evaluate", place) == Verdict("equal")
 
 
 def test_a_signal_from_outside_ends_a_command(bench, tmp_path):
