@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpo.data.cache.manifest import load_manifest
+from fastpo.data.cache.manifest import FileRecord, damage_of, load_manifest
 from fastpo.errors import CacheError
 from tests.faults.fuzz.cases import KINDS, case
 
@@ -32,3 +32,10 @@ def test_a_version_of_two_lines_is_told_in_one(tmp_path):
     with pytest.raises(CacheError, match="layout version") as refused:
         load_manifest(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_recorded_checksum_of_two_lines_is_told_in_one(tmp_path):
+    (tmp_path / "table").write_bytes(b"abc")
+    record = FileRecord(bytes=3, sha256="", xxh3="a\nb")
+    assert "\n" not in damage_of(tmp_path / "table", record, content=True)
+    assert "no name" in damage_of(tmp_path / "a\0b", record, content=True)
