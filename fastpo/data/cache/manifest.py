@@ -236,7 +236,8 @@ def damage_of(path: Path, record: FileRecord, *, content: bool) -> str | None:
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     if found != expected:
-        return f"{path} is damaged: {name} {found[:12]}, expected {one_line(expected[:12])}"
+        told = " ".join(expected[:12].split())
+        return f"{path} is damaged: {name} {found[:12]}, expected {told}"
     return None
 
 
