@@ -43,19 +43,20 @@ averages that vote and running statistics), `evaluate`. The same command is then
 everything it makes is compared with what the command makes without a fault: weights, moving
 averages, the optimizer's moments, the ledger, metrics, exported files, images, caches.
 
-- *Kill*: before each durable step (flush, rename, removal) of each command, and SIGKILL at random
-  moments.
+- *Kill*: before a durable step (flush, rename, removal), and SIGKILL at random moments. With more
+  time the long form takes each step of each command; the steps tried so far are spread evenly.
 - *Power cut*: the same steps on a disk that forgets what POSIX lets it forget: the content of files
   that were not flushed, names in folders that were not flushed, both, or each by chance; and an
   ext4 on a loop device, copied in the middle of a run.
 - *Flipped bit, truncated file, zeroed block*: in each kind of file, by chance.
-- *Write error*: disk full, read-only, input/output error, no descriptor left, at each durable step;
+- *Write error*: disk full, read-only, input/output error, no descriptor left, at durable steps;
   a real file system that becomes full. *Read error*: one read or opening fails, once.
 - *Signal*: SIGTERM, SIGUSR1, SIGHUP, SIGINT at random moments; no finished step may be lost.
 
 *Refused, named* is one line that says which file is damaged or what the disk answered; where a
 fault is over, the command then goes on. A flaw is anything else: other results, a finished save
 that is lost, an exception that is not FastPO's, no end in time, or a refusal without the file.
+A trial that showed a flaw was repeated when it was mended: the last result counts.
 """
 
 
