@@ -144,7 +144,7 @@ def damage_trials(count: int) -> Iterator[Trial]:
                 )
 
 
-def _damaged(kind: Kind, damage: str, number: int, bench: Bench, folder: Path) -> Verdict:
+def _damaged(kind: Kind, damage: Test, number: int, bench: Bench, folder: Path) -> Verdict:
     place, chance = folder / "place", random.Random(f"{damage} {kind.title} {number}")
     for name in kind.folders:
         bench.world.copy(kind.source, name, place)

@@ -7,7 +7,7 @@ import runpy
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from fastpo.selftest.world import (
     World,
     command_line,
 )
+from fastpo.train.observers import Observer
 
 Outcome = Literal[
     "equal", "older", "said", "refused", "unclear", "different", "lost", "failed", "hung", "missed"
@@ -123,7 +124,7 @@ def _empty_folder(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Watch:
+class Watch(Observer):
     """Tells from where training began, and what it has done and saved."""
 
     def __init__(self, tell: Tell, stage: Stage) -> None:
@@ -133,7 +134,7 @@ class Watch:
         """Tells the first step."""
         self._tell("start", start)
 
-    def on_step(self, step: int, table: Any, metrics: dict[str, float]) -> None:
+    def on_step(self, step: int, table: Any, metrics: Mapping[str, float]) -> None:
         """Tells the finished step, and whether it was saved: a save comes before this call."""
         self._tell("done", step)
         if step % CHECKPOINT_EVERY == 0 or step == self._steps:
