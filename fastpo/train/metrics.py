@@ -125,7 +125,7 @@ class StepResult:
         norm = torch.as_tensor(self.grad_norm, dtype=rows.dtype, device=rows.device)
         host = torch.cat((rows, norm.expand(1, rows.shape[1]))).cpu()
         rows, norm = host[:-1], host[-1, 0]
-        ending = bool((rows[:, 0] == ENDING).any())
+        ending = bool((rows[:, 0].numpy() == ENDING).any())
         pairs = rows[rows[:, 0] >= 0]
         return StepTable(pairs, norm.item(), self.learning_rate, self.moved, ending)
 

@@ -11,6 +11,7 @@ import pytest
 import fastpo.data.sources.folder as folder_module
 from fastpo.data.cache import PairCache
 from fastpo.data.prepare import prepare, verify_source
+from fastpo.data.sources.files import DataFolder
 from fastpo.errors import CacheError
 from fastpo.models.encoders import Encoders
 from fastpo.testing import pickapic_row, write_folder, write_pickapic
@@ -86,6 +87,7 @@ def scan_without_looking(self):
     self._file = Path(self.config.path) / "pairs.jsonl"
     lines = list(folder_module.listed(self._file))[: self.config.limit]
     self._places = np.array([place for _, place, _ in lines])
+    self._images = DataFolder(Path(self.config.path), allow_outside=False)
     self.report.rows = self.report.pairs = len(lines)
 
 
