@@ -169,6 +169,8 @@ def _run(
     import torch
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # `nohup` has one ignored, and commands leave it so
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same arithmetic everywhere
     torch.set_num_threads(1)
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)

@@ -33,6 +33,16 @@ ENDING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
 RUN = {"max_steps": 5, "checkpoint_every": 4, "ema_decay": 0.9, "lora": {"dropout": 0.2}}
 
 
+@pytest.fixture(autouse=True)
+def as_from_a_terminal():
+    """`nohup` and a shell's background jobs hand ignored signals on, which a command leaves so."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING[:3]}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Sends(Observer):
     """Sends this process signals after a step."""
 
