@@ -253,10 +253,9 @@ def latent_normalization(config: Mapping[str, Any]) -> tuple[list[float], list[f
     Raises:
         ModelError: They are not finite numbers for each channel, or a deviation is not positive.
     """
-    values = [config.get("latents_mean"), config.get("latents_std")]
-    if None in values:
+    center, spread = config.get("latents_mean"), config.get("latents_std")
+    if center is None or spread is None:
         return None
-    center, spread = values
     for numbers in (center, spread):
         if (
             not isinstance(numbers, list | tuple)

@@ -44,6 +44,6 @@ def tiny_clip_folder(path: Path, *, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         CLIPModel(config).save_pretrained(path)
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    size: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(path)
     return path

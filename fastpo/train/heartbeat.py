@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
@@ -76,7 +77,8 @@ class Heartbeat:
         self, progress: Progress, *, rank: int, count: int, number: int, timeout: float
     ) -> None:
         self._progress, self._rank, self._count = progress, rank, count
-        store = _get_default_store().clone()  # a connection of its own
+        shared: Any = _get_default_store()  # torch's stubs do not list `clone`
+        store = shared.clone()  # a connection of its own
         self._store = distributed.PrefixStore(f"fastpo/heartbeat/{number}", store)
         self._interval = max(min(INTERVAL, timeout / 10), count / 32)
         self._grace = min(_GRACE, timeout)
