@@ -49,9 +49,14 @@ def find_damage(folder: Path, name: str = MANIFEST, *, from_disk: bool = False) 
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
     except ValidationError as error:
-        first = error.errors()[0]
-        return f"{path} is damaged ({'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']})"
+        return f"{path} is damaged ({first_mistake(error)})"
     if from_disk:
         for file in manifest.files:
             forget(folder / file)
     return first_difference(folder, manifest.files)
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Says where a record first differs from what it should hold, and how: `files.a.bytes: ...`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"

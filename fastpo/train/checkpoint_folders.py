@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastpo.errors import CheckpointError, NoWholeCheckpointError
 from fastpo.system.checksums import Checksum
-from fastpo.system.manifest import MANIFEST, find_damage
+from fastpo.system.manifest import MANIFEST, find_damage, first_mistake
 from fastpo.system.ownership import Kind, remove_owned, strangers
 from fastpo.train.changes import Change
 
@@ -98,9 +98,7 @@ def read_about(checkpoint: Path) -> About:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
-        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}") from None
+        raise CheckpointError(f"{path} is damaged: {first_mistake(error)}") from None
 
 
 def check_whole(checkpoint: Path) -> bool:
