@@ -17,6 +17,7 @@ import torch
 
 from fastpo.config import load_config
 from fastpo.errors import FastPOError
+from fastpo.system.ownership import MARKER
 from fastpo.train import train
 
 PATIENCE = 1200  # seconds; compiling DeepSpeed's optimizer takes minutes beside other work
@@ -46,8 +47,10 @@ def main(jobs):
 def interrupt(folder, step, target):
     """Copies what a run had left behind when it was killed after a step."""
     name = f"step-{step:08d}"
-    shutil.copytree(Path(folder) / "checkpoints" / name, target / "checkpoints" / name)
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    folder = Path(folder)
+    shutil.copytree(folder / "checkpoints" / name, target / "checkpoints" / name)
+    shutil.copy(folder / MARKER, target)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (target / "metrics.jsonl").write_text("".join(lines[:step]))
 
 
