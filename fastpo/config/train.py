@@ -73,6 +73,12 @@ class TrainConfig(Section):
     sample_latents: Annotated[bool, decides("reference", "run")] = True
     # of the visits, the same for both sides of a pair
     empty_prompt_rate: Annotated[Rate, decides("reference", "run")] = 0.0
+    # What a pair is conditioned on there. pipeline: what the pipeline samples its unconditional
+    # branch with, zeros where model_index.json sets force_zeros_for_empty_prompt (SDXL); encoded:
+    # always the empty prompt's embeddings, as the released trainers
+    empty_prompt: Annotated[Literal["pipeline", "encoded"], decides("reference", "run")] = (
+        "pipeline"
+    )
     min_timestep: Annotated[Count, decides("reference", "run")] = 0  # the first that is drawn
     # exclusive; default: the schedule's length
     max_timestep: Annotated[PositiveInt | None, decides("reference", "run")] = None

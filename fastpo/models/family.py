@@ -79,6 +79,13 @@ class ModelFamily(ABC):
         """Returns what else decides the cached latents, by name, beside weights and settings."""
         return {}
 
+    def zeros_for_empty_prompt(self, folder: ModelFolder) -> bool:
+        """Tells whether the pipeline's unconditional branch is conditioned on zeros.
+
+        Else it is conditioned on what the empty prompt gives.
+        """
+        return False
+
     @abstractmethod
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device

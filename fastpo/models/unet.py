@@ -306,6 +306,11 @@ class SDXL(UNetFamily):
         normalization = latent_normalization(read_json(folder.vae / "config.json"))
         return {} if normalization is None else {"latent normalization": repr(normalization)}
 
+    def zeros_for_empty_prompt(self, folder: ModelFolder) -> bool:
+        """By `force_zeros_for_empty_prompt` of `model_index.json`; diffusers' default is true."""
+        index = read_json(folder.path / "model_index.json")
+        return bool(index.get("force_zeros_for_empty_prompt", True))
+
     def check_vae(self, vae: Any) -> None:
         """Refuses float16 for SDXL's original VAE, which answers with infinities."""
         if vae.dtype == torch.float16 and vae.config.force_upcast:

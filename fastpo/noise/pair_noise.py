@@ -109,7 +109,7 @@ class PairNoise:
         Args:
             batch: The pairs.
             rate: The visits' share.
-            empty: The conditions that the empty prompt gives, each `(1, ...)`.
+            empty: The conditions of a dropped caption, see `dropped_conditions`.
         """
         return drop_captions(batch, self.empty_prompts(batch, rate), empty) if rate else batch
 
@@ -159,12 +159,12 @@ class PairNoise:
 
 
 def drop_captions(batch: PairBatch, dropped: Tensor, empty: Mapping[str, Tensor]) -> PairBatch:
-    """Replaces what prompts give by what the empty one gives; conditions of pairs stay.
+    """Replaces what prompts give by the conditions of a dropped caption; those of pairs stay.
 
     Args:
         batch: The pairs.
         dropped: `(B,)` bool, the pairs that lose their caption.
-        empty: The conditions that the empty prompt gives, each `(1, ...)`.
+        empty: The conditions of a dropped caption, each `(1, ...)`.
     """
     conditions = dict(batch.conditions)
     for name, nothing in empty.items():
@@ -172,6 +172,29 @@ def drop_captions(batch: PairBatch, dropped: Tensor, empty: Mapping[str, Tensor]
         rows = dropped.view(-1, *[1] * (given.ndim - 1))
         conditions[name] = torch.where(rows, nothing.to(given), given)
     return replace(batch, conditions=conditions)
+
+
+def drops_to_zeros(config: Config, model: ModelFolder) -> bool:
+    """Tells whether a run drops captions, and conditions on zeros where it does."""
+    train = config.train
+    if not train.empty_prompt_rate or train.empty_prompt == "encoded":
+        return False
+    return model.family.zeros_for_empty_prompt(model)
+
+
+def dropped_conditions(
+    config: Config, model: ModelFolder, empty: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns what a pair is conditioned on where its caption is dropped; see `train.empty_prompt`.
+
+    Args:
+        config: The run's configuration.
+        model: The folder of its model.
+        empty: The conditions that the empty prompt gives, each `(1, ...)`.
+    """
+    if drops_to_zeros(config, model):
+        return {name: torch.zeros_like(given) for name, given in empty.items()}
+    return dict(empty)
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -29,7 +29,7 @@ from fastpo.errors import ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder
-from fastpo.noise import PairNoise, setup_noise
+from fastpo.noise import PairNoise, dropped_conditions, setup_noise
 from fastpo.precision import autocast
 from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.open import needed_pairs, run_steps
@@ -148,7 +148,7 @@ class _Task:
         self.device, self.identity, self.locks = noise.schedule.signal.device, identity, locks
         self.folder = reference_folder(config.prepare.cache_dir, identity)
         self.model: nn.Module | None = None
-        self.empty = cache.empty_prompt(self.device)
+        self.empty = dropped_conditions(config, source, cache.empty_prompt(self.device))
 
     def make(self, blocks: dict[Block, np.ndarray], process: Rank, *, show: bool) -> None:
         """Computes the blocks that no other process does, and waits until all of them exist."""

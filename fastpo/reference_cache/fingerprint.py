@@ -9,7 +9,7 @@ from fastpo.config import Config, as_text, decided_values
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.fingerprint import MODEL_KEYS
 from fastpo.models.folder import DigestMemo, ModelFolder
-from fastpo.noise import PairNoise
+from fastpo.noise import PairNoise, drops_to_zeros
 from fastpo.reference_cache.store import reference_root
 from fastpo.system.files import write_text
 from fastpo.system.json_text import read_json, seal, unseal
@@ -30,8 +30,10 @@ def reference_identity(
         model.family.title: _denoiser_digest(config, model),
         "prepared latents": cache.fingerprint,
         **noise.identity(),
+        **({"train.empty_prompt": "zeros"} if drops_to_zeros(config, model) else {}),
     }
-    values = decided_values(config, "reference", named=(*MODEL_KEYS, *content))
+    named = (*MODEL_KEYS, "train.empty_prompt", *content)
+    values = decided_values(config, "reference", named=named)
     plain = {key: as_text(value) for key, value in values.items()}
     return content | plain | dict.fromkeys(_idle_keys(config), "")
 

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "train.keep_checkpoints",
 )
 """Keys that say how a run goes on, not what its earlier steps, ledger and averages mean."""
+_EMPTY_RATE, _EMPTY = "train.empty_prompt_rate", "train.empty_prompt"
 
 
 class Change(BaseModel):
@@ -92,6 +93,10 @@ def resumed_config(
                 f"{key} is {current[key]}, as --change has set it at step {change.step}; "
                 f"the configuration says {here.get(key)}"
             )
+    for key, value in done_before(saved).items():
+        if here[key] != value:
+            values[key] = value
+            tell(f"{key} is {value}, as the run began under a version without the key")
     new = _read(asked)
     for one, other in (LENGTH, LENGTH[::-1]):
         if one in new and other not in new:
@@ -159,7 +164,11 @@ def differing_keys(saved: dict, config: Config, *, same: Collection[str] = ()) -
 
 
 def completed(saved: dict) -> dict:
-    """Returns a saved configuration with the defaults of the keys that it lacks."""
+    """Returns a saved configuration with the keys that it lacks: what its version did, or defaults.
+
+    What its version did is no default today where it was found to be wrong.
+    """
+    saved = with_keys(saved, done_before(saved))
     try:
         return _with_defaults(saved)
     except ValidationError as error:
@@ -173,6 +182,12 @@ def completed(saved: dict) -> dict:
     for path, value in gone:
         _section(filled, path)[path[-1]] = value
     return filled
+
+
+def done_before(saved: dict) -> dict[str, str]:
+    """Keys that a saved configuration lacks whose default is another than what its version did."""
+    known = flatten(saved)
+    return {_EMPTY: "encoded"} if known.get(_EMPTY_RATE) and _EMPTY not in known else {}
 
 
 def _with_defaults(saved: dict) -> dict:

@@ -15,7 +15,7 @@ from fastpo.errors import CheckpointError, ConfigError, DifferingRunError
 from fastpo.models.export import export_damage
 from fastpo.system.checksums import checksum
 from fastpo.system.process import Rank
-from fastpo.train.changes import Change
+from fastpo.train.changes import Change, done_before
 from fastpo.train.checkpoint_folders import STATE, newest_whole, read_about
 from fastpo.train.history import read_record
 from fastpo.train.loop import train
@@ -109,7 +109,8 @@ def _original(saved: dict, changes: list[Change], target: Path, *, where: str) -
     """The configuration with which the run began, for another folder and without trackers."""
     before = {change.key: change.before for change in reversed(changes)}
     moved = {"train.output_dir": str(target), "train.trackers": []}
-    return parse_config(with_keys(saved, {**before, **moved}), where=where)
+    values = {**done_before(saved), **before, **moved}
+    return parse_config(with_keys(saved, values), where=where)
 
 
 def _train_to(config: Config, step: int, changes: list[str], *, progress: bool) -> None:

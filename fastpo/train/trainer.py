@@ -17,7 +17,7 @@ from fastpo.config import Config, EmaAnnotators, TrainConfig
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.folder import ModelFolder
-from fastpo.noise import PairNoise, setup_noise
+from fastpo.noise import PairNoise, dropped_conditions, setup_noise
 from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
 from fastpo.train.batch_statistics import RunningStatistics, make_statistics
@@ -57,7 +57,7 @@ class Trainer:
         seed: The run's seed; keys the dropout.
         processes: Device, precision, and what processes exchange.
         noise: Shared timesteps and noise.
-        empty_prompt: The conditions that the empty prompt gives, each `(1, ...)`.
+        empty_prompt: The conditions of a dropped caption, each `(1, ...)`.
         denoisers: Policy and reference.
         policy: The policy as the launcher wrapped it.
         annotators: The passes without gradients.
@@ -202,7 +202,7 @@ def setup_trainer(
         seed=config.seed,
         processes=processes,
         noise=noise,
-        empty_prompt=data.cache.empty_prompt(device),
+        empty_prompt=dropped_conditions(config, model, data.cache.empty_prompt(device)),
         denoisers=denoisers,
         policy=policy,
         annotators=Annotators(train, processes, denoisers, state),

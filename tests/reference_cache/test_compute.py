@@ -284,6 +284,7 @@ IDENTITIES = [
 @pytest.mark.parametrize(("train", "data", "expected"), IDENTITIES)
 def test_errors_on_disk_keep_their_identity(shared, settle, train, data, expected):
     """Field by field as release 0.1.0 wrote it, so that errors computed earlier are found again."""
+    train = {"empty_prompt": "encoded", **train}  # as that release did
     config = settle(shared, overrides=[f"data.{k}={v}" for k, v in data.items()], **train)
     model = ModelFolder.resolve(config.model)
     cache, noise = PairCache.open(config, model=model), setup_noise(config, model)
@@ -302,7 +303,7 @@ def test_errors_on_disk_keep_their_identity(shared, settle, train, data, expecte
 
 
 def test_every_key_that_decides_the_errors_is_in_their_identity(shared, settle):
-    config = settle(shared, timesteps={"kind": "bins", "weights": [1, 2]})
+    config = settle(shared, timesteps={"kind": "bins", "weights": [1, 2]}, empty_prompt_rate=0.1)
     model = ModelFolder.resolve(config.model)
     cache, noise = PairCache.open(config, model=model), setup_noise(config, model)
     identity = reference_identity(config, model, cache, noise)
