@@ -213,7 +213,11 @@ def put_back(path: Path) -> None:
         files.move(path / ASIDE, path / MOVING)
     moving = path / MOVING
     if moving.is_dir():
+        _check_removable(path)
         for entry in sorted(moving.iterdir()):
+            # A disk that lost power may hold what was being moved under both of its names.
+            if os.path.lexists(path / entry.name):
+                files.remove(path / entry.name)
             files.move(entry, path / entry.name)
         files.remove(moving)
 

@@ -13,7 +13,7 @@ from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
 from fastpo.train.checkpoint_folders import Rotation, list_checkpoints
 from fastpo.train.state import TrainingState
 from fastpo.train.weights import PolicyWeights
-from tests.faults.crash_points import end_everywhere
+from tests.faults.crash_points import FAULTS, end_everywhere
 
 
 def make_state(value):
@@ -52,8 +52,8 @@ def tensors(state):
     return [state.trainable["weight"].detach(), momentum, state.last_minority, *votes]
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
-def test_a_checkpoint_is_whole_wherever_its_saving_ended(tmp_path, power_cut):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_is_whole_wherever_its_saving_ended(tmp_path, fault):
     origin = origin_of(tmp_path)
     states = {step: make_state(step) for step in (1, 2)}
 
@@ -82,8 +82,6 @@ def test_a_checkpoint_is_whole_wherever_its_saving_ended(tmp_path, power_cut):
 
     seen = set()
     shutil.copytree(tmp_path / "before", tmp_path / "0")
-    steps = end_everywhere(
-        act, check, power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None
-    )
+    steps = end_everywhere(act, check, lambda number: tmp_path / str(number), fault)
     assert steps >= 8
     assert seen == {1, 2}

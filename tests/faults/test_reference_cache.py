@@ -7,7 +7,7 @@ import pytest
 import fastpo.reference_cache.compute as module
 from fastpo.config import load_config
 from fastpo.reference_cache import prepare_reference
-from tests.faults.crash_points import end_everywhere
+from tests.faults.crash_points import FAULTS, end_everywhere
 
 
 def content(folder):
@@ -19,17 +19,20 @@ def content(folder):
     }
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_tables_are_finished_wherever_their_making_ended(
-    experiment, tiny_caches, tmp_path, monkeypatch, one_thread, power_cut
+    experiment, tiny_caches, tmp_path, monkeypatch, one_thread, fault
 ):
     path = experiment(family="sd15", reference="cached", name="reference")
 
-    def config(number):
+    def cache(number):
         folder = tmp_path / f"cache-{number}"
         if not folder.exists():
             shutil.copytree(tiny_caches / "sd15", folder)
-        return load_config(path, [f"prepare.cache_dir={folder}"])
+        return folder
+
+    def config(number):
+        return load_config(path, [f"prepare.cache_dir={cache(number)}"])
 
     monkeypatch.setattr(module, "BLOCK_PAIRS", 6)
     load, models = module.load_reference, []
@@ -40,21 +43,15 @@ def test_tables_are_finished_wherever_their_making_ended(
 
     monkeypatch.setattr(module, "load_reference", load_once)
     prepare_reference(config("whole"), 1, progress=False)
-    whole = content(tmp_path / "cache-whole")
+    whole = content(cache("whole"))
     assert len(whole) == 2
-
-    def tables(number):
-        return [tmp_path / f"cache-{number}" / "reference"]
 
     def check(number):
         prepare_reference(config(number), 1, progress=False)
-        assert content(tmp_path / f"cache-{number}") == whole
+        assert content(cache(number)) == whole
 
-    steps = end_everywhere(
-        lambda number: prepare_reference(config(number), 1, progress=False),
-        check,
-        power_cut=(lambda number: [tmp_path / f"cache-{number}" / "reference"])
-        if power_cut
-        else None,
-    )
+    def act(number):
+        prepare_reference(config(number), 1, progress=False)
+
+    steps = end_everywhere(act, check, cache, fault)
     assert steps > 15

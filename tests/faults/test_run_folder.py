@@ -11,7 +11,7 @@ from fastpo.system.ownership import owned_folder
 from fastpo.train import takeover
 from fastpo.train.checkpoint_folders import CHECKPOINT
 from fastpo.train.run_folder import RunFolder
-from tests.faults.crash_points import end_everywhere
+from tests.faults.crash_points import FAULTS, end_everywhere
 
 
 def begin(path, config, start):
@@ -21,8 +21,8 @@ def begin(path, config, start):
     folder.begin(config, start)
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
-def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_path, power_cut):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_path, fault):
     """Two steps are logged and kept by a checkpoint, a third is not, and the run begins again."""
     config = load_config(experiment())
 
@@ -49,15 +49,13 @@ def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_
 
     seen = set()
     begin(tmp_path / "0", config, 0)
-    steps = end_everywhere(
-        act, check, power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None
-    )
+    steps = end_everywhere(act, check, lambda number: tmp_path / str(number), fault)
     assert steps > 15
     assert seen == {0, 2}
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
-def test_an_export_is_the_old_or_the_new_one(tmp_path, power_cut):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_export_is_the_old_or_the_new_one(tmp_path, fault):
     def export(path, text):
         with whole_folder(path / "final") as folder:
             for name in ("a", "b"):
@@ -77,13 +75,14 @@ def test_an_export_is_the_old_or_the_new_one(tmp_path, power_cut):
     end_everywhere(
         lambda number: export(tmp_path / str(number), "new"),
         check,
-        power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None,
+        lambda number: tmp_path / str(number),
+        fault,
     )
     assert seen == {("old", "old"), ("new", "new")}
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power cut"])
-def test_an_overwriting_leaves_the_old_run_or_the_new_one(experiment, tmp_path, power_cut):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_overwriting_leaves_the_old_run_or_the_new_one(experiment, tmp_path, fault):
     """Wherever it was ended: the old run, whole, until the new one has done a step."""
     config = load_config(experiment())
 
@@ -120,8 +119,6 @@ def test_an_overwriting_leaves_the_old_run_or_the_new_one(experiment, tmp_path, 
             (folder / "weights").write_text("old")
     old = everything(before.path)
     shutil.copytree(before.path, tmp_path / "0")
-    steps = end_everywhere(
-        act, check, power_cut=(lambda number: [tmp_path / str(number)]) if power_cut else None
-    )
+    steps = end_everywhere(act, check, lambda number: tmp_path / str(number), fault)
     assert steps > 15
     assert seen == sorted(seen, reverse=True) and seen[0] and not seen[-1]
