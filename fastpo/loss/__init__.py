@@ -19,9 +19,10 @@ known;
   mathematics in fewer operators and passes. A name never falls back; Triton needs vectors and
   ready errors contiguous.
 
-Each returns a `PairLoss`: the scalar `loss`, differentiable, beside detached `margin` `[B]`,
-`policy_error` `[2B]`, `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or
-None. Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo) also take
+Each returns a `PairLoss`: the scalar `loss`, `margin` `[B]` and `policy_error` `[2B]`, all three
+differentiable, so that `out.loss + 0.1 * out.policy_error[:B].mean()` trains on both terms; beside
+detached `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or None.
+Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo) also take
 
 * `reduce`: maps this process's sums, one short float32 vector whose last entry is its number of
   pairs, to those of all processes (`dist.all_reduce`, for one). The pass over the predictions and

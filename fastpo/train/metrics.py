@@ -138,7 +138,7 @@ def with_ending(rows: Tensor, ending: bool) -> Tensor:
 def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:
     """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
     pairs = len(batch)
-    error = out.policy_error.double()
+    error = out.policy_error.detach().double()
     if out.reference_error is not None:
         error = error - out.reference_error
     nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
@@ -146,7 +146,7 @@ def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) ->
         "index": batch.index,
         "timestep": timesteps,
         "loss": out.loss.detach().expand(pairs),
-        "margin": out.margin,
+        "margin": out.margin.detach(),
         "error_winner": error[:pairs],
         "error_loser": error[pairs:],
         "minority": nothing if out.minority is None else out.minority,

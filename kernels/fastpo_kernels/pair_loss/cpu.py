@@ -247,7 +247,7 @@ def small_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> P
     d = margin_of(errors, known)
     function = OBJECTIVES[spec.objective].function
     loss = function(Judged(d, errors, known, 0.0), *spec.options).mean()
-    return PairLoss(loss, d.detach(), errors.detach().view(-1), reference_error, None, None)
+    return PairLoss(loss, d, errors.view(-1), reference_error, None, None)
 
 
 def pair_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:

@@ -126,7 +126,7 @@ def _safeguarded(errors: Tensor, agreement: Sequence[Tensor], mu: float) -> list
 def from_errors(
     errors: PairErrors, tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None
 ) -> PairLoss:
-    """The loss, differentiable in `errors.policy`, and what it was made of, detached.
+    """The loss, the margin and the policy's errors, differentiable; the rest detached.
 
     Of `tensors` minority, statistics and pair weights are read.
 
@@ -137,7 +137,7 @@ def from_errors(
         reduce: maps this batch's sums to those of all processes, or None.
     """
     known, policy_error = errors.reference, errors.policy.detach()
-    d = margin_of(errors.policy, known)
+    d = given_margin = margin_of(errors.policy, known)
     margin = d.detach()
     gain = None
     if spec.has_baseline:
@@ -172,4 +172,4 @@ def from_errors(
     losses = OBJECTIVES[spec.objective].function(Judged(d, e, known, shift), *spec.options)
     loss = (losses if weight is None else weight * losses).mean()
     reference_error = None if known is None else known.flatten()
-    return PairLoss(loss, margin, policy_error.flatten(), reference_error, u, weight)
+    return PairLoss(loss, given_margin, errors.policy.flatten(), reference_error, u, weight)

@@ -40,8 +40,8 @@ class _EagerLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        return ops.policy_gradient(ctx, grad_loss, _eager_backward()), None, None
+    def backward(ctx, grad_loss, grad_stats):
+        return ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward()), None, None
 
 
 class _EagerFinish(torch.autograd.Function):
@@ -54,8 +54,8 @@ class _EagerFinish(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        return ops.policy_gradient(ctx, grad_loss, _eager_backward()), None, None
+    def backward(ctx, grad_loss, grad_stats):
+        return ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward()), None, None
 
 
 class _EagerErrors(torch.autograd.Function):
@@ -142,14 +142,14 @@ def _named(loss: Tensor, stats: Tensor, tensors: PairTensors, spec: LossSpec) ->
     """Views of `stats`."""
     adaptive = spec.adaptive is not None
     weighted = adaptive or tensors.pair_weight is not None
-    layout = StatsLayout(tensors.n_pairs, len(tensors.sources))
+    layout, constant = StatsLayout(tensors.n_pairs, len(tensors.sources)), stats.detach()
     return PairLoss(
         loss,
         layout.margin.of(stats),
         layout.errors(0).of(stats),
-        None if tensors.reference is None else layout.errors(1).of(stats),
-        layout.minority.of(stats) if adaptive else None,
-        layout.weight.of(stats) if weighted else None,
+        None if tensors.reference is None else layout.errors(1).of(constant),
+        layout.minority.of(constant) if adaptive else None,
+        layout.weight.of(constant) if weighted else None,
     )
 
 

@@ -226,7 +226,6 @@ def _no_grads(inputs: Sequence[Any]) -> list[Any]:
 def keep_for_gradient(ctx, policy: Tensor, target: Tensor, stats: Tensor) -> None:
     """What the gradient reads; `stats` is `StatsLayout`'s vector."""
     ctx.save_for_backward(policy, target, stats)
-    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
@@ -235,18 +234,28 @@ def _loss_context(ctx, inputs, output) -> None:
     keep_for_gradient(ctx, inputs[0], inputs[1], output[1])
 
 
-def policy_gradient(ctx, grad_loss, backward):
-    """The policy's gradient through `backward`, the operator or its launcher."""
-    if grad_loss is None or not ctx.needs_input_grad[0]:
+def policy_gradient(ctx, grad_loss, grad_stats, backward):
+    """The policy's gradient through `backward`, the operator or its launcher.
+
+    Of `stats`, margin and policy's errors hand theirs on: a row's error has one slope in the end.
+    """
+    unused = grad_loss is None and grad_stats is None
+    if unused or not ctx.needs_input_grad[0]:
         return None
     policy, target, stats = ctx.saved_tensors
     n_rows = policy.shape[0]
     coefficients = stats.narrow(0, stats.shape[0] - n_rows, n_rows)  # StatsLayout's last part
-    return backward(policy, target, coefficients, grad_loss)
+    if grad_stats is None:
+        return backward(policy, target, coefficients, grad_loss)
+    by_margin, by_errors = grad_stats[: 3 * n_rows // 2].split([n_rows // 2, n_rows])
+    slopes = by_errors + torch.cat([-by_margin, by_margin])
+    if grad_loss is not None:
+        slopes = slopes + grad_loss * coefficients
+    return backward(policy, target, slopes, None)
 
 
-def _loss_backward(ctx, grad_loss, _):
-    return policy_gradient(ctx, grad_loss, pair_loss_bwd), *ctx.no_grads
+def _loss_backward(ctx, grad_loss, grad_stats):
+    return policy_gradient(ctx, grad_loss, grad_stats, pair_loss_bwd), *ctx.no_grads
 
 
 def _errors_context(ctx, inputs, output) -> None:

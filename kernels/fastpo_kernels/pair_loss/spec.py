@@ -132,12 +132,15 @@ class PairTensors:
 
 
 class PairLoss(NamedTuple):
-    """Result of a pair loss. Only `loss` carries a gradient; the rest is detached.
+    """Result of a pair loss. What is made of the policy's errors carries their gradient.
+
+    A term on `policy_error` or `margin` may be added to the loss; the backward pass stays one
+    launch. Detach what is kept beyond the step.
 
     Attributes:
-        loss: scalar, float32 (float64 for float64 predictions).
-        margin: `[B]`, `(r_w - r_l) - (e_w - e_l)`; without a reference r is 0.
-        policy_error: `[2B]`, mean squared error of every row, winners first.
+        loss: scalar, float32 (float64 for float64 predictions), differentiable.
+        margin: `[B]`, `(r_w - r_l) - (e_w - e_l)`, differentiable; without a reference r is 0.
+        policy_error: `[2B]`, mean squared error of every row, winners first, differentiable.
         reference_error: `[2B]`, or None without a reference.
         minority: `[B]`, the minority metric u, or None where the objective has none.
         weight: `[B]`, what every pair's loss was multiplied by, or None if by nothing.
