@@ -325,3 +325,24 @@ def test_a_storage_error_is_still_an_error_of_the_system():
         raise OSError(errno.ENOSPC, "No space left on device")
     assert isinstance(raised.value, FastPOError)
     assert raised.value.errno == errno.ENOSPC
+
+
+def test_the_demo_says_what_it_could_not_write(tmp_path, monkeypatch):
+    """Its marker, preferences and summary; what its commands write is tried above."""
+    import fastpo.demo.run as demo
+
+    for name in ("prepare", "train", "evaluate", "sections"):
+        monkeypatch.setattr(demo, name, lambda *_, **__: {})
+    monkeypatch.setattr(demo, "N_PAIRS_SHORT", 2)
+    monkeypatch.setattr(demo, "build_base", lambda out, **_: out)
+    monkeypatch.setattr(demo, "summarize", lambda *_: {"runs": {}})
+    monkeypatch.setattr(demo, "write_report", lambda *_, **__: tmp_path / "report")
+    out = tmp_path / "demo"
+
+    def check():
+        assert not half_written(out)
+        for summary in out.rglob("summary.json"):
+            assert yaml.safe_load(summary.read_text())["short"]
+
+    trials = refuse_everywhere(lambda: demo.run_demo(out, short=True), check)
+    assert trials > 5

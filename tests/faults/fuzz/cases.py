@@ -51,7 +51,11 @@ from tests.faults.fuzz.mutate import mutated, strange, wrong_bytes
 
 def case(kind: str, seed: int) -> str:
     """Runs one case; returns "ok" or "refused"."""
-    rng = random.Random(f"{kind} {seed}")
+    return drawn_case(kind, random.Random(f"{kind} {seed}"))
+
+
+def drawn_case(kind: str, rng: random.Random) -> str:
+    """Runs the case whose changes `rng` draws; returns "ok" or "refused"."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
