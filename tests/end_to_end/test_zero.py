@@ -31,7 +31,7 @@ METHODS = {
 }
 MODES = ("plain", "zero1", "zero2", "zero3")
 MATRIX = {f"{m} {o}": [*METHODS[m], *OBJECTIVES[o]] for m in METHODS for o in OBJECTIVES}
-RESUMED = ("lora ledger", "full ledger")  # a ledger's checkpoint holds what the others' hold, and it
+RESUMED = ("lora ledger", "full ledger")  # the others' checkpoints hold no more
 AVERAGES = [
     ADAPTIVE,
     "train.annotators={kind: ema, decays: [0.9, 0.5]}",
