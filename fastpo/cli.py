@@ -7,7 +7,7 @@ command goes on (`train` with `--resume`), see `fastpo.system.signals`.
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -336,13 +336,17 @@ def selftest(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; the process exits with 2 at a user error."""
-    # transformers warns of image processors that nothing here uses, at every start.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)
     try:
         app(list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
     except KeyboardInterrupt:  # before a command had begun
         _tell("[bold yellow]ended:[/]", "by Ctrl-C")
         raise SystemExit(EXIT_KEYBOARD) from None
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """transformers tells at every start of image processors that nothing here uses."""
+    return "requires torchvision" not in record.getMessage()
 
 
 if __name__ == "__main__":

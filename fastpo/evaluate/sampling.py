@@ -26,6 +26,7 @@ from fastpo.evaluate.folders import SAMPLES, SET, partial_folder
 from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
+from fastpo.models.weights import load_component
 from fastpo.precision import DTYPES
 from fastpo.system.checksums import checksum
 from fastpo.system.files import is_temporary, sweep, whole_file, write_json
@@ -273,7 +274,10 @@ class ImageSampler:
         else:
             name = self.family.denoiser
             base = pipeline.components[name]
-            aligned = type(base).from_pretrained(folder, subfolder=name, dtype=base.dtype)
+            what = f"{folder / name} could not be loaded"
+            aligned = load_component(
+                type(base), folder, what=what, subfolder=name, dtype=base.dtype
+            )
             base.to("cpu")
             setattr(pipeline, name, aligned.to(self.device))
             try:

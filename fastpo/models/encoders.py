@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
-from fastpo.models.folder import ModelFolder, component_variant, halvings, loading
+from fastpo.models.folder import ModelFolder, halvings, loading
+from fastpo.models.weights import load_component
 from fastpo.system.process import default_device
 
 
@@ -133,9 +134,8 @@ def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    chosen = component_variant(folder, variant)
-    with loading(f"{folder}: the VAE could not be loaded"):
-        return AutoencoderKL.from_pretrained(folder, variant=chosen, dtype=dtype)
+    what = f"{folder}: the VAE could not be loaded"
+    return load_component(AutoencoderKL, folder, what=what, variant=variant, dtype=dtype)
 
 
 def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -156,9 +156,8 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
     from transformers import CLIPTokenizer
 
     part = folder.path / name
-    chosen = component_variant(part, folder.variant)
-    with loading(f"{part} could not be loaded"):
-        encoder = kind.from_pretrained(part, variant=chosen, dtype=dtype)
+    what = f"{part} could not be loaded"
+    encoder = load_component(kind, part, what=what, variant=folder.variant, dtype=dtype)
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
         return CLIPTokenizer.from_pretrained(part), encoder

@@ -20,9 +20,10 @@ from fastpo.config.sections import PrepareConfig
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae, vae_factor
 from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, with_weights
-from fastpo.models.folder import ModelFolder, component_variant, loading, read_json
+from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
+from fastpo.models.weights import load_component, load_models
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:
@@ -144,12 +145,13 @@ class ModelFamily(ABC):
             config = read_json(part / "config.json")
             with loading(what):
                 return empty_denoiser(self.denoiser_class, config)
-        with loading(what):
-            loaded = self.denoiser_class.from_pretrained(
-                folder.path,
-                subfolder=self.denoiser,
-                variant=component_variant(part, folder.variant),
-            )
+        loaded = load_component(
+            self.denoiser_class,
+            folder.path,
+            what=what,
+            subfolder=self.denoiser,
+            variant=folder.variant,
+        )
         # diffusers' own `to` warns about modules that ask to stay in float32.
         nn.Module.to(loaded, torch.float32)
         return loaded
@@ -196,11 +198,10 @@ class ModelFamily(ABC):
         """
         options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
         if folder.other_vae is not None:
-            options["vae"] = load_vae(folder.vae, None, dtype)
+            options["vae"] = load_vae(folder.vae, folder.variant, dtype)
+        options |= load_models(folder, dtype, without=options)
         with loading(f"{folder.path} could not be loaded"):
-            return self.pipeline_class.from_pretrained(
-                folder.path, variant=folder.variant, **options
-            )
+            return self.pipeline_class.from_pretrained(folder.path, **options)
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """Puts adapters that `save` wrote into a pipeline."""

@@ -252,14 +252,18 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise ModelError(f"missing folder: {folder}")
-    variant = component_variant(folder, variant)
-    kinds = ([f for f in folder.glob(kind) if _variant_of(f) == variant] for kind in _WEIGHTS)
-    weights = next((files for files in kinds if files), [])
+    weights = weight_files(folder, component_variant(folder, variant))
     others = [f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")]
     files = sorted(weights + [f for f in others if not f.name.endswith(".index.json")])
     if not files:
         raise ModelError(f"{folder} holds no configuration or weights")
     return files
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Returns a component's weights of exactly this variant (None: the plain ones), by name."""
+    kinds = ([f for f in folder.glob(kind) if _variant_of(f) == variant] for kind in _WEIGHTS)
+    return sorted(next((files for files in kinds if files), []))
 
 
 def digest_files(files: list[Path]) -> str:
