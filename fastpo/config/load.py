@@ -30,6 +30,7 @@ class Config(Section):
     """A whole experiment."""
 
     seed: Annotated[Seed, decides("reference", "run")] = 0
+    """Decides the order of the pairs, noise, timesteps and new weights."""
     model: ModelConfig
     data: DataConfig
     prepare: PrepareConfig

@@ -64,7 +64,9 @@ class DpoObjective(Objective):
 
     name: Annotated[Literal["dpo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 2500.0
+    """Slope of the margin inside the log-sigmoid."""
     label_smoothing: Annotated[Smoothing, decides("run")] = 0.0
+    """Assumed share of wrong labels, below 1/2 (conservative DPO)."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -78,7 +80,9 @@ class RobustDpoObjective(Objective):
 
     name: Annotated[Literal["robust_dpo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 2500.0
+    """Slope of the margin inside the log-sigmoid."""
     label_smoothing: Annotated[Smoothing, decides("run")] = 0.1
+    """Known share of wrong labels, below 1/2."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -90,6 +94,7 @@ class IpoObjective(Objective):
 
     name: Annotated[Literal["ipo"], decides("run")]
     tau: Annotated[Positive, decides("run")] = 100.0
+    """The margin is regressed on 1 / (2 tau)."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -103,6 +108,7 @@ class HingeObjective(Objective):
 
     name: Annotated[Literal["hinge"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 2500.0
+    """Slope of the margin inside the log-sigmoid."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -117,6 +123,7 @@ class KtoObjective(Objective):
 
     name: Annotated[Literal["kto"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 1000.0
+    """Slope of an image's gain over the reference inside the sigmoid."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -128,7 +135,9 @@ class DmpoObjective(Objective):
 
     name: Annotated[Literal["dmpo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 1000.0
+    """Slope of the margin inside the log-sigmoid."""
     alpha: Annotated[Fraction, decides("run")] = 0.01
+    """The assumed probability that the loser is preferred."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -140,7 +149,9 @@ class LinearDpoObjective(Objective):
 
     name: Annotated[Literal["linear_dpo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 100.0
+    """Slope, as in the method's own flag."""
     eta: Annotated[Smoothing, decides("run")] = 1e-3
+    """The least weight of a pair; the largest is 1 - eta."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -155,7 +166,9 @@ class SdpoObjective(Objective):
 
     name: Annotated[Literal["sdpo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 2500.0
+    """Slope of the margin inside the log-sigmoid."""
     mu: Annotated[Rate, decides("run")] = 0.9
+    """How much of the winner's gain must remain: 0.9 as released for SD1.5, 0.6 for SDXL."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -188,8 +201,11 @@ class MapoObjective(Objective):
 
     name: Annotated[Literal["mapo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 0.1
+    """Weight of the preference's term beside the winner's error."""
     snr: Annotated[Positive, decides("run")] = 0.5
+    """The s in f(e) = s e / expm1(s e), as released."""
     num_timesteps: Annotated[PositiveInt, decides("run")] = 1000
+    """T, which multiplies f(e_w) - f(e_l), as released."""
 
     def describe_slope(self) -> str:
         """See the base class."""
@@ -203,16 +219,23 @@ class AdaptiveOptions(Objective):
     has_batch_statistics: ClassVar[bool] = True
 
     beta: Annotated[Positive, decides("run")] = 1000.0
-    # of annotators' margins; the ledger has its own scale
+    """Slope of the margin inside the log-sigmoid."""
     normalize: Annotated[Literal["rms", "l2"], decides("run")] = "rms"
-    rho: Annotated[Positive, decides("run")] = 3.75  # likewise
+    """How annotators' margins are brought on one scale; the ledger has its own."""
+    rho: Annotated[Positive, decides("run")] = 3.75
+    """Factor of annotators' normalized margins inside the sigmoid; not of the ledger's."""
     weight_kind: Annotated[
         Literal["linear", "quadratic", "sqrt", "exponential", "gate"], decides("run")
     ] = "linear"
+    """How a pair's weight falls with its minority metric u; gate: 1 where u < 1/2, else 0."""
     weight_scale: Annotated[NotNegative, decides("run")] = 10.0
+    """The k1 of `fastpo.loss.adaptive_dpo`."""
     weight_intercept: Annotated[Positive, decides("run")] = 1.0
+    """Its k0."""
     margin_kind: Annotated[Literal["quadratic", "linear"], decides("run")] = "quadratic"
+    """Whether u or its square enters the adaptive margin."""
     margin_scale: Annotated[NotNegative, decides("run")] = 1.0
+    """Factor of the adaptive margin; 1 as released, where it is tiny."""
 
     def check_running(self) -> None:
         """See the base class."""
@@ -238,6 +261,7 @@ class AdaptiveIpoObjective(AdaptiveOptions):
 
     name: Annotated[Literal["adaptive_ipo"], decides("run")]
     tau: Annotated[Positive, decides("run")] = 100.0
+    """The margin is regressed on 1 / (2 tau)."""
 
     def describe_slope(self) -> str:
         """See the base class."""

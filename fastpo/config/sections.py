@@ -33,11 +33,13 @@ class ModelConfig(Section):
     """The diffusers pipeline to align: a local folder or a hub id, SD1.5 or SDXL."""
 
     path: Annotated[Name, decides("cache", "reference", "run", "images")]
-    # branch, tag or commit of a hub id
+    """A diffusers folder, or the id of a repository on the Hugging Face hub."""
     revision: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
+    """Branch, tag or commit of a hub id."""
     variant: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
-    # another VAE folder or hub id, e.g. an fp16-safe one
+    """Which weight files to read, e.g. fp16 for `*.fp16.safetensors`."""
     vae: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
+    """Another VAE folder or hub id, e.g. an fp16-safe one."""
 
 
 class DataConfig(Section):
@@ -46,42 +48,58 @@ class DataConfig(Section):
     source: Annotated[
         Literal["pickapic", "hpdv2", "pickstyle", "picksafety", "folder"], decides("cache", "run")
     ]
-    path: Annotated[Name, decides("cache", "run")]  # local folder or hub id
+    """The format of the data; `folder` is your own, with a file pairs.jsonl."""
+    path: Annotated[Name, decides("cache", "run")]
+    """Local folder or hub id."""
     split: Annotated[Name, decides("cache", "run")] = "train"
+    """The split of a data set that has several."""
     limit: Annotated[PositiveInt | None, decides("cache", "run")] = None
-    # share of the labels that are exchanged on purpose, to study noisy labels
+    """Only so many pairs are read, from the start."""
     flip_rate: Annotated[Rate, decides("reference", "run")] = 0.0
-    flip_seed: Annotated[Count, decides("reference", "run")] = 0  # which labels these are
-    # whether a listing may name images outside of data.path, by its text or by links
+    """Share of the labels that are exchanged on purpose, to study noisy labels."""
+    flip_seed: Annotated[Count, decides("reference", "run")] = 0
+    """Decides which labels these are."""
     allow_outside: Annotated[bool, decides("nothing")] = False
-    # when prepared files are checked: a row when it is first read, all at the start, or sizes alone
+    """Whether a listing may name images outside of data.path, by its text or by links."""
     verify: Annotated[Verify, decides("nothing")] = "first"
+    """When prepared files are checked: all at the start, a row when it is first read, or sizes
+    alone."""
 
 
 class PrepareConfig(Section):
     """How images and prompts become the cache."""
 
     cache_dir: Annotated[Path, decides("nothing")]
+    """The folder of the cache; runs with the same data and model share it."""
     resolution: Annotated[Whole, Field(ge=8), decides("cache", "run", "images")] = 1024
-    # aspect-ratio buckets of about resolution² pixels; else one square
+    """Side of a square of as many pixels as an image is resized to."""
     buckets: Annotated[bool, decides("cache", "run")] = True
+    """Aspect-ratio buckets of about resolution² pixels; else one square."""
     batch_size: Annotated[PositiveInt, decides("nothing")] = 8
+    """Images in one pass of the VAE."""
     vae_precision: Annotated[Precision, decides("cache", "run")] = "fp32"
+    """SDXL's own VAE overflows in fp16."""
     text_precision: Annotated[Precision, decides("cache", "run")] = "fp32"
+    """Precision in which the text encoders run."""
     store_precision: Annotated[Precision, decides("cache", "run")] = "fp16"
-    shard_size: Annotated[PositiveInt, decides("run")] = 1024  # pairs per shard
+    """Precision of what the cache holds."""
+    shard_size: Annotated[PositiveInt, decides("run")] = 1024
+    """Pairs per shard."""
     workers: Annotated[Count, decides("nothing")] = 2
+    """Processes that decode images; 0 decodes them in the command's own."""
 
 
 class LoraConfig(Section):
     """Low-rank adapters on the denoiser's attention."""
 
     rank: Annotated[PositiveInt, decides("run")] = 8
+    """Rank of the adapters' matrices."""
     alpha: Annotated[Positive, decides("run")] = 8.0
-    # of the adapters' inputs, below 1; annotators run without it
+    """The adapters' output is multiplied by alpha / rank."""
     dropout: Annotated[Decay, decides("run")] = 0.0
-    # how the names of the adapted layers end; these are the attention's projections
+    """Dropout of the adapters' inputs; annotators run without it."""
     target_modules: Annotated[tuple[str, ...], decides("run")] = ATTENTION_PROJECTIONS
+    """How the names of the adapted layers end; these are the attention's projections."""
 
 
 class EmaAnnotators(Section):
@@ -89,18 +107,19 @@ class EmaAnnotators(Section):
 
     kind: Annotated[Literal["ema"], decides("run")]
     decays: Annotated[tuple[Decay, ...], Field(min_length=1), decides("run")] = (0.9999, 0.5)
-    # optimizer steps before the averages vote
+    """One moving average each."""
     warmup_steps: Annotated[Count, decides("run")] = 2
-    # one forward pass with the reference (LoRA only)
+    """Optimizer steps before the averages vote."""
     batched: Annotated[bool | Literal["auto"], decides("run")] = "auto"
+    """One forward pass with the reference (LoRA only)."""
 
 
 class LedgerAnnotators(Section):
     """The pair's own past margins vote; costs no forward pass."""
 
     kind: Annotated[Literal["ledger"], decides("run")]
-    # earlier visits that a pair needs before its margins count
     min_visits: Annotated[PositiveInt, decides("run")] = 1
+    """Earlier visits that a pair needs before its margins count."""
 
 
 AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminator="kind")]
@@ -109,16 +128,22 @@ AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminat
 class OptimConfig(Section):
     """Optimizer, schedule and clipping."""
 
-    # adamw_8bit: moments in 8 bits, by bitsandbytes (pip install fastpo[8bit])
     name: Annotated[Literal["adamw", "adamw_8bit", "adafactor"], decides("run")] = "adamw"
+    """`adamw_8bit` keeps moments in 8 bits, by bitsandbytes (`pip install fastpo[8bit]`)."""
     lr: Annotated[Positive, decides("run")] = 1e-5
-    betas: Annotated[tuple[Decay, Decay], decides("run")] = (0.9, 0.999)  # not of adafactor
-    eps: Annotated[Positive, decides("run")] = 1e-8  # not of adafactor
+    """Learning rate after the warm-up."""
+    betas: Annotated[tuple[Decay, Decay], decides("run")] = (0.9, 0.999)
+    """Decay of the gradient's and its square's averages; adafactor has none."""
+    eps: Annotated[Positive, decides("run")] = 1e-8
+    """Added to the square root of the second; adafactor has none."""
     weight_decay: Annotated[NotNegative, decides("run")] = 1e-2
+    """Weight decay, decoupled from the gradient as in AdamW."""
     schedule: Annotated[Schedule, decides("run")] = "constant_with_warmup"
+    """Schedule of the learning rate, by diffusers' names; it ends with the run."""
     warmup_steps: Annotated[Count, decides("run")] = 0
-    # of all gradients together; longer ones are shortened to it
+    """Updates over which the rate grows from 0."""
     max_grad_norm: Annotated[Positive, decides("run")] = 1.0
+    """Norm of all gradients together; longer ones are shortened to it."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
@@ -136,17 +161,27 @@ class EvaluateConfig(Section):
     """What is sampled from the base and from the aligned model, and how it is scored."""
 
     prompts: Annotated[tuple[str, ...], decides("images")] = ()
-    # one prompt per line, after those above
+    """What to sample; none of them should be in the training data."""
     prompts_file: Annotated[Path | None, decides("images")] = None
+    """One prompt per line, after those above."""
     seeds_per_prompt: Annotated[PositiveInt, decides("images")] = 4
+    """Images of each prompt."""
     first_seed: Annotated[Count, decides("images")] = 0
+    """Seeds count up from here."""
     num_inference_steps: Annotated[PositiveInt, decides("images")] = 30
+    """Steps of the pipeline's scheduler."""
     guidance_scale: Annotated[NotNegative, decides("images")] = 5.0
-    # pixels; default: prepare.resolution
+    """Scale of classifier-free guidance."""
     height: Annotated[PositiveInt | None, decides("images")] = None
+    """Height in pixels; none: `prepare.resolution`."""
     width: Annotated[PositiveInt | None, decides("images")] = None
+    """Width in pixels; none: `prepare.resolution`."""
     batch_size: Annotated[PositiveInt, decides("nothing")] = 4
+    """Images sampled at once."""
     precision: Annotated[Precision, decides("images")] = "fp32"
-    # names from `fastpo.evaluate.scorers`
+    """Precision in which the pipeline samples."""
     scorers: Annotated[tuple[str, ...], decides("nothing")] = ()
-    confidence: Annotated[Fraction, decides("nothing")] = 0.95  # of the win rates' intervals
+    """What rates the images: `pickscore`, `clip` or `aesthetic`, after a colon the weights'
+    folder."""
+    confidence: Annotated[Fraction, decides("nothing")] = 0.95
+    """Confidence of the win rates' intervals."""

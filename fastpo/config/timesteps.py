@@ -23,6 +23,7 @@ class ListTimesteps(Section):
     values: Annotated[
         tuple[Count, ...], Field(min_length=1, max_length=65536), decides("reference", "run")
     ]
+    """The timesteps, from 0."""
 
 
 class LogitNormalTimesteps(Section):
@@ -33,7 +34,9 @@ class LogitNormalTimesteps(Section):
 
     kind: Annotated[Literal["logit_normal"], decides("reference", "run")]
     mean: Annotated[Real, decides("reference", "run")] = 0.0
+    """Of the normal number."""
     std: Annotated[Positive, decides("reference", "run")] = 1.0
+    """Its standard deviation."""
 
 
 class BinTimesteps(Section):
@@ -44,6 +47,7 @@ class BinTimesteps(Section):
 
     kind: Annotated[Literal["bins"], decides("reference", "run")]
     weights: Annotated[tuple[NotNegative, ...], Field(min_length=1), decides("reference", "run")]
+    """One for each part, from the least to the most noise."""
 
     @model_validator(mode="after")
     def _check(self) -> BinTimesteps:

@@ -36,69 +36,82 @@ class TrainConfig(Section):
     """The training."""
 
     output_dir: Annotated[Path, decides("nothing")]
+    """The run's folder."""
     method: Annotated[Literal["lora", "full"], decides("reference", "run")] = "lora"
+    """Low-rank adapters beside frozen weights, or all of the denoiser's weights."""
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig
     annotators: AnnotatorsConfig | None = None
-    # Over which pairs KTO's baseline, SDPO's factor, Adaptive-DPO's mean and scales are taken.
     statistics: Annotated[Literal["micro_batch", "processes", "running"], decides("run")] = (
         "processes"
     )
-    # cached: its errors come from `fastpo prepare CONFIG --reference K`, no reference model is
-    # held; to rounding the errors are the same, and errors of other settings are refused
+    """Over which pairs KTO's baseline, SDPO's factor, Adaptive-DPO's mean and scales are taken."""
     reference: Annotated[Literal["live", "cached"], decides("nothing")] = "live"
+    """Of `cached`, its errors come from `fastpo prepare CONFIG --reference K`, no reference model
+    is held; to rounding the errors are the same, and errors of other settings are refused."""
     optim: OptimConfig = OptimConfig()
     epochs: Annotated[Positive | None, decides("run")] = None
+    """How often each pair is visited; may be a fraction. This or max_steps."""
     max_steps: Annotated[PositiveInt | None, decides("run")] = None
-    # pairs per process and forward pass
+    """Updates of the weights. This or epochs."""
     micro_batch_size: Annotated[PositiveInt, decides("run")] = 1
-    # only its product with the number of processes matters, which a checkpoint compares
+    """Pairs per process and forward pass."""
     accumulation_steps: Annotated[PositiveInt, decides("nothing")] = 1
+    """Only its product with the number of processes matters, which a checkpoint compares."""
     precision: Annotated[Precision, decides("reference", "run")] = "bf16"
-    # Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
-    # rounded at random, on average exactly; 4 bytes less per weight and gradient. Gradients are
-    # summed over micro-batches in bf16 too: off by 1.3 % (rms) after 128, 2.7 % after 512
+    """Autocast of the forward passes; trainable weights stay as `weights` says."""
     weights: Annotated[Literal["fp32", "bf16"], decides("run")] = "fp32"
-    # zero1 | zero2 | zero3 | zero2_offload | zero3_offload | a DeepSpeed JSON file; else plain DDP
+    """Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
+    rounded at random, on average exactly; 4 bytes less per weight and gradient. Gradients are
+    summed over micro-batches in bf16 too: off by 1.3 % (rms) after 128, 2.7 % after 512."""
     deepspeed: Annotated[Name | None, decides("nothing")] = None
+    """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` or a DeepSpeed JSON file. None:
+    plain data parallelism."""
     gradient_checkpointing: Annotated[bool, decides("run")] = False
-    # sdpa: torch chooses the kernel; flash: torch's flash kernel or an error; xformers
+    """Less memory for activations, for a second forward pass of each block."""
     attention: Annotated[Literal["sdpa", "flash", "xformers"], decides("reference", "run")] = "sdpa"
-    # the weights' memory format; convolutions on tensor cores like it
+    """`sdpa`: torch chooses the kernel; `flash`: torch's flash kernel or an error; `xformers`."""
     channels_last: Annotated[bool, decides("run")] = False
-    # torch.compile of the transformer blocks; a reference or averages that share the policy's
-    # weights run without it
+    """The weights' memory format; convolutions on tensor cores like it."""
     compile: Annotated[bool, decides("run")] = False
-    # draw from the VAE's posterior; else its mean
+    """Compiles the transformer blocks by `torch.compile`; a reference or averages that share the
+    policy's weights run without it."""
     sample_latents: Annotated[bool, decides("reference", "run")] = True
-    # of the visits, the same for both sides of a pair
+    """Latents are drawn from the VAE's posterior; else they are its mean."""
     empty_prompt_rate: Annotated[Rate, decides("reference", "run")] = 0.0
-    # What a pair is conditioned on there. pipeline: what the pipeline samples its unconditional
-    # branch with, zeros where model_index.json sets force_zeros_for_empty_prompt (SDXL); encoded:
-    # always the empty prompt's embeddings, as the released trainers
+    """Share of the visits whose caption is dropped, the same for both sides of a pair."""
     empty_prompt: Annotated[Literal["pipeline", "encoded"], decides("reference", "run")] = (
         "pipeline"
     )
-    min_timestep: Annotated[Count, decides("reference", "run")] = 0  # the first that is drawn
-    # exclusive; default: the schedule's length
+    """What a pair is conditioned on there. `pipeline`: what the pipeline samples its unconditional
+    branch with, zeros where model_index.json sets force_zeros_for_empty_prompt (SDXL); encoded:
+    always the empty prompt's embeddings, as the released trainers."""
+    min_timestep: Annotated[Count, decides("reference", "run")] = 0
+    """The first timestep that is drawn."""
     max_timestep: Annotated[PositiveInt | None, decides("reference", "run")] = None
-    timesteps: TimestepsConfig = UniformTimesteps()  # how often each of the range is drawn
-    # min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
-    # (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1
+    """Timesteps below it are drawn; none: the schedule's length."""
+    timesteps: TimestepsConfig = UniformTimesteps()
+    """How often each timestep of the range is drawn."""
     snr_gamma: Annotated[Positive | None, decides("run")] = None
-    ema_decay: Annotated[Fraction | None, decides("run")] = None  # exported moving average
+    """Min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
+    (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1."""
+    ema_decay: Annotated[Fraction | None, decides("run")] = None
+    """Decay of a moving average of the weights, which is exported as `ema/`."""
     checkpoint_every: Annotated[PositiveInt, decides("nothing")] = 500
-    keep_checkpoints: Annotated[PositiveInt, decides("nothing")] = 2  # the newest; others go
+    """Steps from one checkpoint to the next."""
+    keep_checkpoints: Annotated[PositiveInt, decides("nothing")] = 2
+    """How many checkpoints stay, the newest; others are removed."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], decides("nothing")] = (
         "tensorboard",
     )
-    # None: triton where the tensors are on a GPU that it supports
+    """Where metrics go besides metrics.jsonl."""
     loss_impl: Annotated[Literal["triton", "cpu", "reference"] | None, decides("run")] = None
-    # threads that read ahead; 0 reads when the step asks
+    """Of the loss; none: `triton` where the tensors are on a GPU that it supports, else `cpu`."""
     loader_workers: Annotated[Count, decides("nothing")] = 2
-    # seconds without progress of a process, or a sign of life, after which the others name it and
-    # end; six times as long while starting, compiling, saving
+    """Threads that read ahead; 0 reads when the step asks."""
     hang_timeout: Annotated[Positive, decides("nothing")] = 300.0
+    """Seconds without progress of a process, or a sign of life, after which the others name it and
+    end; six times as long while starting, compiling, saving."""
 
     @property
     def needs_reference(self) -> bool:
