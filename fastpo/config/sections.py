@@ -129,7 +129,8 @@ class OptimConfig(Section):
     """Optimizer, schedule and clipping."""
 
     name: Annotated[Literal["adamw", "adamw_8bit", "adafactor"], decides("run")] = "adamw"
-    """`adamw_8bit` keeps moments in 8 bits, by bitsandbytes (`pip install fastpo[8bit]`)."""
+    """`adamw_8bit` keeps moments in 8 bits, by bitsandbytes (`pip install fastpo[8bit]`); on a
+    GPU: results on a CPU mean nothing."""
     lr: Annotated[Positive, decides("run")] = 1e-5
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[Decay, Decay], decides("run")] = (0.9, 0.999)

@@ -160,4 +160,16 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
     encoder = load_component(kind, part, what=what, variant=folder.variant, dtype=dtype)
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
-        return CLIPTokenizer.from_pretrained(part), encoder
+        tokenizer = CLIPTokenizer.from_pretrained(part)
+    limit_tokens(tokenizer, encoder)
+    return tokenizer, encoder
+
+
+def limit_tokens(tokenizer: Any, encoder: Any) -> None:
+    """Lowers a tokenizer's length to the encoder's places.
+
+    A configuration without `model_max_length` means 10^30 to transformers, to which each prompt
+    would be padded.
+    """
+    places = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, places)

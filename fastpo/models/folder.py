@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastpo.models.family import ModelFamily
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "*.bin")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 MOST_JSON_BYTES = 1 << 26
 """Of a model's JSON file."""
@@ -262,7 +262,7 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """Returns a component's weights of exactly this variant (None: the plain ones), by name."""
-    kinds = ([f for f in folder.glob(kind) if _variant_of(f) == variant] for kind in _WEIGHTS)
+    kinds = ([f for f in folder.glob(kind) if variant_of(f) == variant] for kind in WEIGHTS)
     return sorted(next((files for files in kinds if files), []))
 
 
@@ -302,7 +302,7 @@ def _stable_config(path: Path) -> bytes:
     return json.dumps(kept, sort_keys=True).encode()
 
 
-def _variant_of(path: Path) -> str | None:
+def variant_of(path: Path) -> str | None:
     """`fp16` for `model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors`."""
     parts = re.sub(r"-\d+-of-\d+", "", path.name).split(".")
     return parts[1] if len(parts) == 3 else None

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.attention import AttentionName, use_processors
-from fastpo.models.encoders import Encoders, load_clip, load_vae
+from fastpo.models.encoders import Encoders, limit_tokens, load_clip, load_vae
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, halvings, read_json
@@ -107,6 +107,15 @@ class UNetFamily(ModelFamily):
     ) -> Tensor:
         """As `ModelFamily.predict`; see `predict`."""
         return predict(denoiser, noised, conditions)
+
+    def pipeline(self, folder: ModelFolder, dtype: torch.dtype) -> Any:
+        """As `ModelFamily.pipeline`; its tokenizers are those that prompts are encoded with."""
+        pipeline = super().pipeline(folder, dtype)
+        for name in self.encoder_parts:
+            if name.startswith("text_encoder"):
+                tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
+                limit_tokens(tokenizer, pipeline.components[name])
+        return pipeline
 
     def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
         """By attention processors: a UNet's layers ignore `set_attention_backend`."""

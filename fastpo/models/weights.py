@@ -18,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from fastpo.errors import ModelError, one_line
 from fastpo.models.folder import (
+    WEIGHTS,
     ModelFolder,
     component_variant,
     loading,
     read_json,
+    variant_of,
     weight_files,
 )
+from fastpo.system.files import listing
 
 _POINTER = b"version https://git-lfs"
 _SHOWN = 3
@@ -62,6 +65,8 @@ def load_component(
     folder = path / subfolder
     chosen = component_variant(folder, variant)
     files = weight_files(folder, chosen)
+    if not files:
+        raise ModelError(f"{what}: {folder} {_nothing_in(folder)}")
     for file in files:
         check_weights_file(file, what)
     options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
@@ -162,6 +167,15 @@ def complain(
     if not parts:
         return None
     return ", ".join(parts) + _cause(set(missing), unexpected)
+
+
+def _nothing_in(folder: Path) -> str:
+    """Says that a folder has no plain weights, and which variants it has."""
+    names = {variant_of(f) for kind in WEIGHTS for f in folder.glob(kind)}
+    variants = sorted(name for name in names if name)
+    if not variants:
+        return f"holds no weights (found: {listing(folder)})"
+    return f"holds weights of the variant {' and '.join(variants)} alone: set model.variant"
 
 
 def _some(keys: Collection[str]) -> str:

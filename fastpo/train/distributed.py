@@ -30,7 +30,7 @@ from fastpo.system.process import default_device
 from fastpo.system.storage import storage_errors
 from fastpo.train import zero
 from fastpo.train.heartbeat import beating, collective_limit
-from fastpo.train.optimizer import setup_optimizer
+from fastpo.train.optimizer import setup_optimizer, warn_of_8bit_on_cpu
 from fastpo.train.progress import Progress
 from fastpo.train.weights import PolicyWeights
 
@@ -175,6 +175,8 @@ class Processes:
         config, plugin = self._config, self._accelerator.state.deepspeed_plugin
         if plugin is not None and zero.offloads_optimizer(plugin.deepspeed_config):
             return zero.cpu_adam(list(trainable.values()), config.optim)
+        if self.device.type == "cpu":
+            warn_of_8bit_on_cpu(config.optim)
         fused = self.device.type == "cuda" and config.precision != "fp16"
         return setup_optimizer(trainable.values(), config.optim, seed=seed, fused=fused)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -48,6 +49,20 @@ def setup_optimizer(
     if any(p.dtype == torch.bfloat16 for p in weights):
         return RoundedOptimizer(weights, build, seed=seed)
     return build(weights)
+
+
+def warn_of_8bit_on_cpu(config: OptimConfig) -> None:
+    """Warns where 8-bit AdamW is to run on a CPU.
+
+    bitsandbytes' CPU kernel stores a moment of exactly zero as 2e-5 of its block's largest, so that
+    weights without a gradient move (findings/, bitsandbytes 0.50.2).
+    """
+    if config.name == "adamw_8bit":
+        warnings.warn(
+            "train.optim.name: the results of adamw_8bit on a CPU mean nothing: bitsandbytes "
+            "moves weights there that have no gradient; use adamw, or a GPU",
+            stacklevel=2,
+        )
 
 
 def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool) -> Optimizer:

@@ -1,6 +1,8 @@
 """Optimizers: small updates survive bfloat16, states are small, and all of it resumes exactly."""
 
 import io
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from fastpo.config import OptimConfig
 from fastpo.errors import ConfigError
 from fastpo.train.bf16_optimizer import RoundedOptimizer, round_stochastically
+from fastpo.train.distributed import Processes
 from fastpo.train.optimizer import optimizer_bytes, setup_optimizer
 
 NAMES = ["adamw", "adamw_8bit", "adafactor"]
@@ -225,3 +228,22 @@ def test_8bit_without_bitsandbytes_is_refused_with_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match=r"pip install fastpo\[8bit\]"):
         setup_optimizer(weights(), OptimConfig(name="adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "told"),
+    [("adamw_8bit", "cpu", 1), ("adamw_8bit", "cuda", 0), ("adamw", "cpu", 0)],
+)
+def test_8bit_on_a_cpu_says_that_its_results_mean_nothing(monkeypatch, name, device, told):
+    monkeypatch.setattr("fastpo.train.distributed.setup_optimizer", lambda *_, **__: None)
+    processes = SimpleNamespace(
+        _config=SimpleNamespace(optim=OptimConfig(name=name), precision="fp32"),
+        _accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)),
+        device=torch.device(device),
+    )
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        Processes.choose_optimizer(processes, {}, seed=0)
+    texts = [str(record.message) for record in records]
+    assert len(texts) == told
+    assert all("results of adamw_8bit on a CPU mean nothing" in text for text in texts)
