@@ -183,8 +183,8 @@ def prepare(
         tell = Rank.of_launch().rank == 0
         if tell:
             print(f"{len(cache)} pairs in {cache.folder}")
-            if left_out := cache.left_out():
-                print(left_out)
+            if summary := cache.summary():
+                print(summary)
         if reference is not None:
             from fastpo.reference_cache import prepare_reference
 

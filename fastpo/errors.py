@@ -21,6 +21,18 @@ class DataError(FastPOError):
     """A data set, a file or a column is missing or does not hold what its schema says."""
 
 
+class TooManyBadRowsError(DataError):
+    """More rows of a data set are bad than `data.max_bad` allows.
+
+    Attributes:
+        rows: Place and reason of each.
+    """
+
+    def __init__(self, message: str, rows: list[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 class CacheError(FastPOError):
     """A prepared cache is missing, damaged, or was made from something else."""
 

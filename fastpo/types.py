@@ -31,6 +31,7 @@ class PreferencePair:
         winner: Returns the encoded bytes (JPEG, PNG, WebP) of the preferred image when called.
         loser: The same for the other image.
         flipped: Whether the label was exchanged on purpose (synthetic minority label).
+        fault: Why the listing alone makes the pair unusable; None where it does not.
     """
 
     pair_id: str
@@ -38,6 +39,7 @@ class PreferencePair:
     winner: Callable[[], bytes]
     loser: Callable[[], bytes]
     flipped: bool = False
+    fault: str | None = None
 
 
 def pair_key(pair_id: str) -> int:

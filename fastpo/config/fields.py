@@ -18,12 +18,23 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+def _of_percent(value: Any) -> Any:
+    """`1%` and `1 %` are 0.01."""
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        try:
+            return float(value.rstrip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
 Real = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[Real, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[Real, Field(ge=0.0, le=1.0)]
+Share = Annotated[Real, Field(ge=0.0, le=1.0), BeforeValidator(_of_percent)]
 Fraction = Annotated[Real, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[Real, Field(gt=0.0)]
 NotNegative = Annotated[Real, Field(ge=0.0)]

@@ -18,6 +18,7 @@ from fastpo.config.fields import (
     Precision,
     Rate,
     Section,
+    Share,
     Whole,
     decides,
 )
@@ -61,6 +62,9 @@ class DataConfig(Section):
     """Decides which labels these are."""
     allow_outside: Annotated[bool, decides("nothing")] = False
     """Whether a listing may name images outside of data.path, by its text or by links."""
+    max_bad: Annotated[Share | None, decides("nothing")] = None
+    """Share of the rows that may be bad (no caption or label, no or a broken image) before
+    `fastpo prepare` stops, such as 0.01 or 1%. Default: 1%, of few rows up to 16 or half."""
     verify: Annotated[Verify, decides("nothing")] = "first"
     """When prepared files are checked: all at the start, a row when it is first read, or sizes
     alone."""

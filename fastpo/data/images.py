@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,16 @@ MOST_ENLARGED = 4
 
 
 class UnusableImageError(Exception):
-    """A pair cannot be used; the text is the reason written to the quarantine."""
+    """A pair cannot be used; the text is the reason written to the quarantine.
+
+    Attributes:
+        kind: `bad` where an image or the row is at fault; `aspect` or `same` where the two images
+            are whole but cannot be compared: shapes that differ, or one image twice.
+    """
+
+    def __init__(self, reason: str, kind: Literal["bad", "aspect", "same"] = "bad") -> None:
+        super().__init__(reason)
+        self.kind: Literal["bad", "aspect", "same"] = kind
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ def load_pair(
     aspects = sorted((one.width * other.height, other.width * one.height))
     if 100 * aspects[1] > (100 + ASPECT_TOLERANCE) * aspects[0]:
         sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
-        raise UnusableImageError(f"aspect ratios differ by more than {ASPECT_TOLERANCE} %: {sizes}")
+        text = f"aspect ratios differ by more than {ASPECT_TOLERANCE} %: {sizes}"
+        raise UnusableImageError(text, "aspect")
     width, height = min((i.size for i in images), key=lambda s: (s[0] * s[1], s))
     mean_aspect = math.sqrt(one.width * other.width / (one.height * other.height))
     target = geometry.bucket_for(mean_aspect)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.data.cache.manifest import load_manifest
+from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.folder import listed
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
@@ -61,7 +62,7 @@ def _known_size(config: Config) -> DataSize:
         return DataSize(manifest.pairs, prompts, source)
     listing = Path(config.data.path).expanduser() / "pairs.jsonl"
     if config.data.source == "folder" and listing.is_file():
-        prompts = [entry["prompt"] for _, _, entry in listed(listing)]
+        prompts = [entry["prompt"] for _, _, entry in listed(listing, bad=passed_over)]
         return DataSize(len(prompts), len(set(prompts)), str(listing))
     if config.data.split == "train" and config.data.path in PUBLISHED:
         return DataSize(*PUBLISHED[config.data.path], source=f"{config.data.path}, as published")

@@ -99,7 +99,10 @@ def test_a_prompt_beyond_the_bound_is_named_with_its_length(tmp_path, config_for
     opened(data).prompt_table()
     with_line(data, prompt="x" * (MOST_PROMPT + 1))
     with pytest.raises(DataError, match=r"pair 0 \(from 0\): its prompt has 20,001 characters"):
-        opened(data).prompt_table()
+        opened(data, max_bad=0).prompt_table()
+    left_out, other = opened(data)
+    assert "20,001 characters" in left_out.fault and left_out.prompt == "" and other.fault is None
+    assert opened(data).prompt_table().prompts == ["", "prompt 1"]
     write_pickapic(tmp_path / "p" / "train-0.parquet", [pickapic_row(0, caption="y" * 20_001)])
     with pytest.raises(DataError, match="its prompt has 20,001 characters"):
         open_source(DataConfig(source="pickapic", path=str(tmp_path / "p"))).prompt_table()
@@ -111,13 +114,14 @@ def test_lines_and_listings_are_bounded(tmp_path, monkeypatch):
     data = write_folder(tmp_path / "data", 2)
     monkeypatch.setattr(folder_module, "MOST_LINE", 400)
     with_line(data, prompt="x" * 400)
-    with pytest.raises(DataError, match="line 1 has more than 400 bytes"):
-        opened(data)
+    with pytest.raises(DataError, match="line 1: it has more than 400 bytes"):
+        opened(data, max_bad=0)
+    assert [pair.pair_id for pair in opened(data)] == ["p1"], "the rest of the line is passed over"
     with_line(data, prompt="x", extra=json.loads("[" * 20 + "]" * 20))
     opened(data)
     with_line(data, prompt="x", extra=json.loads("[" * 65 + "]" * 65))
-    with pytest.raises(DataError, match="line 1 is not valid JSON: it is nested more than 64"):
-        opened(data)
+    with pytest.raises(DataError, match="line 1: not valid JSON: it is nested more than 64"):
+        opened(data, max_bad=0)
     monkeypatch.setattr(hpdv2_module, "MOST_BYTES", 10)
     (tmp_path / "train.json").write_text("[1, 2, 3, 4]")
     with pytest.raises(DataError, match="it has 12 bytes, at most 10 are read"):

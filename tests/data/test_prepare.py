@@ -96,7 +96,7 @@ def test_nothing_usable_is_an_error(config_for, tmp_path):
     write_folder(tmp_path / "data", 2)
     for path in (tmp_path / "data").glob("winner*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="none of the 2 pairs is usable; the first, p0: winner: "):
+    with pytest.raises(DataError, match=r"2 of 2 rows are bad, .*: p0: winner: .*; p1: winner: "):
         prepare(config_for(), progress=False)
 
 

@@ -1,14 +1,17 @@
 """Every published schema, and every way in which a file can break it."""
 
 import json
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from fastpo.config import DataConfig
 from fastpo.data.sources import open_source, source_digest
+from fastpo.data.sources.bad_rows import most_bad
 from fastpo.errors import DataError
 from fastpo.testing import image_bytes, pickapic_row, write_folder, write_pickapic
 
@@ -27,6 +30,18 @@ def folder(path, **options):
 
 def ids(source):
     return [pair.pair_id for pair in source]
+
+
+def refusal(source, path, **options):
+    """What is told where no row may be bad."""
+    with pytest.raises(DataError) as caught:
+        open_source(DataConfig(source=source, path=str(path), max_bad=0, **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def reasons(source):
+    return [(row.place, row.reason) for row in source.bad.kept]
 
 
 def without(row, *columns):
@@ -81,8 +96,40 @@ def test_wrong_label_is_named_by_file_row_and_value(tmp_path, labels, shown):
     rows = [pickapic_row(i) for i in range(7)]
     rows[5] |= {"label_0": labels[0], "label_1": labels[1]}
     path = write_pickapic(tmp_path / "train-0.parquet", rows)
-    with pytest.raises(DataError, match=f"{path}: row 5: .*{shown}"):
-        pickapic(tmp_path)
+    source = pickapic(tmp_path)
+    assert (source.report.rows, source.report.bad, source.report.pairs) == (7, 1, 6)
+    assert [pair.pair_id for pair in source] == [
+        f"{1000 + i}:uid-{2 * i}:uid-{2 * i + 1}" for i in (0, 1, 2, 3, 4, 6)
+    ]
+    ((place, reason),) = reasons(source)
+    assert place == f"{path}: row 5" and shown in reason
+    assert re.search(
+        rf"1 of 7 rows are bad.*{path}: row 5: .*{shown}", refusal("pickapic", tmp_path)
+    )
+
+
+def test_a_null_caption_is_left_out_wherever_it_stands(tmp_path):
+    rows = [pickapic_row(i, 0.5 if i == 6 else 1.0) for i in range(9)]
+    for number in (1, 4, 6):
+        rows[number]["caption"] = None
+    path = write_pickapic(tmp_path / "train-0.parquet", rows)
+    source = pickapic(tmp_path)
+    assert reasons(source) == [(f"{path}: row {row}", "caption is null") for row in (1, 4)]
+    assert (source.report.ties, source.report.bad, len(source)) == (1, 2, 6)
+    assert [pair.prompt for pair in source] == [f"caption {i % 3}" for i in (0, 2, 3, 5, 7, 8)]
+    assert source.prompt_table().prompts == ["", "caption 0", "caption 2", "caption 1"]
+
+
+def test_a_row_without_labels_is_unlabeled_where_no_column_says_so(tmp_path):
+    rows = [without(pickapic_row(i, None if i == 1 else 1.0), "has_label") for i in range(3)]
+    write_pickapic(tmp_path / "train-0.parquet", rows)
+    assert pickapic(tmp_path).report.as_dict() == {
+        "rows": 3,
+        "ties": 0,
+        "unlabeled": 1,
+        "pairs": 2,
+        "duplicates": 0,
+    }
 
 
 def test_missing_column_names_what_was_expected_and_found(tmp_path):
@@ -93,8 +140,8 @@ def test_missing_column_names_what_was_expected_and_found(tmp_path):
     write_pickapic(path, [pickapic_row(0, jpg_0="http://x")])
     with pytest.raises(DataError, match="column jpg_0 is string"):
         pickapic(tmp_path)
-    write_pickapic(path, [pickapic_row(0) | {"label_0": "1", "label_1": "0"}])
-    with pytest.raises(DataError, match="column label_0 is string"):
+    write_pickapic(path, [pickapic_row(0) | {"label_0": [1], "label_1": [0]}])
+    with pytest.raises(DataError, match=r"column label_0 is list<.*>; expected a number in"):
         pickapic(tmp_path)
 
 
@@ -294,8 +341,23 @@ def test_hpdv2_test_gives_all_ordered_pairs_lower_rank_first(hpd):
 )
 def test_hpdv2_complaints_name_file_and_entry(hpd, entry, complaint):
     (hpd / "train.json").write_text(json.dumps([entry]))
-    with pytest.raises(DataError, match=rf"train\.json: .*{complaint}"):
-        hpdv2(hpd)
+    words = refusal("hpdv2", hpd)
+    assert re.search(complaint, words)
+    if "neither" in complaint:
+        return
+    good = {"prompt": "x", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0]}
+    (hpd / "train.json").write_text(json.dumps([entry, good]))
+    source = hpdv2(hpd)
+    assert (source.report.rows, source.report.bad, len(source)) == (2, 1, 1)
+    assert next(iter(source)).winner() == (hpd / "train" / "a.jpg").read_bytes()
+    assert re.search(complaint, f"{reasons(source)[0][0]}: {reasons(source)[0][1]}")
+
+
+def test_hpdv2_s_images_are_looked_for_past_a_missing_one(hpd):
+    (hpd / "train" / "b.jpg").unlink()
+    assert next(iter(hpdv2(hpd))).loser() == (hpd / "train" / "a.jpg").read_bytes()
+    (hpd / "train" / "a.jpg").unlink()
+    assert len(hpdv2(hpd)) == 2, "c and d are there"
 
 
 def test_hpdv2_missing_listing_or_split(hpd):
@@ -331,18 +393,73 @@ def test_plain_folder_names_without_id_survive_relabeling_and_reordering(tmp_pat
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "line 2 is not valid JSON"),
+        ("{", "line 2: not valid JSON"),
         ('{"prompt": "x", "winner": "winner0.png"}', "line 2: missing key loser"),
         ('{"prompt": 1, "winner": "a", "loser": "b"}', "line 2: prompt is 1"),
-        ('{"prompt": "", "winner": "no.png", "loser": "b"}', "line 2: winner image not found"),
+        (
+            '{"prompt": "", "winner": "no", "loser": "b"}',
+            "line 2: winner and loser image not found",
+        ),
         ("[]", "line 2: expected .* got list"),
     ],
 )
 def test_plain_folder_complaints_name_the_line(tmp_path, line, complaint):
-    path = write_folder(tmp_path, 1) / "pairs.jsonl"
-    path.write_text(path.read_text() + line)
-    with pytest.raises(DataError, match=complaint):
-        folder(tmp_path)
+    path = write_folder(tmp_path, 2) / "pairs.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, second]))
+    assert re.search(complaint, refusal("folder", tmp_path))
+    source = folder(tmp_path)
+    missing = "not found" in complaint
+    assert [name for name in ids(source) if ":" not in name] == ["p0", "p1"]
+    assert len(source) == 2 + missing
+    assert [pair.prompt for pair in source.pairs(1)][-1] == "prompt 1"
+    assert source.report.rows == 3 and source.report.bad == (not missing)
+    assert len(source.prompt_table().numbers) == len(source)
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path):
+    data = write_folder(tmp_path, 30)
+    for number in (3, 8):
+        (data / f"winner{number}.png").unlink()
+    lines = (data / "pairs.jsonl").read_text().splitlines()
+    lines[5] = json.dumps(json.loads(lines[5]) | {"prompt": None})
+    lines[11] = "no JSON"
+    (data / "pairs.jsonl").write_text("\n".join(lines))
+    words = refusal("folder", tmp_path)
+    assert "4 of 30 rows are bad, at most 0 may be (data.max_bad 0)" in words
+    for line, reason in [
+        (4, "winner image not found"),
+        (6, "prompt is None"),
+        (9, "winner image not found"),
+        (12, "not valid JSON"),
+    ]:
+        assert f"line {line}: {reason}" in words
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "most"),
+    [
+        (None, 2, 1),
+        (None, 20, 10),
+        (None, 1000, 16),
+        (None, 10_000, 100),
+        (0.01, 100, 1),
+        (0.01, 99, 0),
+        (0.29, 100, 29),
+        (0.0, 10**6, 0),
+        (1.0, 7, 7),
+    ],
+)
+def test_how_many_rows_may_be_bad(share, rows, most):
+    assert most_bad(share, rows) == most
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("2.5 %", 0.025), (0.5, 0.5), (0, 0.0)])
+def test_the_share_of_bad_rows_may_be_in_percent(text, share):
+    assert DataConfig(source="folder", path="x", max_bad=text).max_bad == share
+    for wrong in ("x%", "101%", True, -0.1, "nan%"):
+        with pytest.raises(ValidationError):
+            DataConfig(source="folder", path="x", max_bad=wrong)
 
 
 def test_plain_folder_without_listing(tmp_path):

@@ -67,7 +67,7 @@ ALLOWED = {
     ("data/cache/parts.py", "rows_writer"): ({"write_text"}, TEMPORARY),
     ("data/cache/parts.py", "tensor_writer"): ({"save_file"}, TEMPORARY),
     ("data/cache/parts.py", "table_writer"): ({"write_table"}, TEMPORARY),
-    ("data/prepare/latents.py", "_make"): ({"write_text"}, "encodes prompts"),
+    ("data/prepare/latents.py", "_bad_rows_listed"): ({"write_text"}, OWN_NAME),
     ("data/prepare/latents.py", "_finish"): ({"save"}, OWN_NAME),
     ("data/prepare/latents.py", "_remember"): ({"save"}, OWN_NAME),
     ("data/prepare/latents.py", "_compare"): ({"save"}, OWN_NAME),

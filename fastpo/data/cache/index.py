@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastpo.data.cache.checks import ROWS
+from fastpo.data.cache.comparisons import find_comparisons, image_digests
 from fastpo.data.cache.manifest import (
     REMAKE,
     FileRecord,
@@ -112,13 +113,21 @@ def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
     return torch.from_dlpack(lists.flatten()).view(-1, lists.type.list_size)
 
 
-def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
+def merge(
+    folder: Path, manifest: Manifest, bad_rows: Sequence[Quarantined] = ()
+) -> list[Quarantined]:
     """Joins the finished parts' indices and enters the result into the manifest (without saving).
 
     Names that occur several times get their numbered suffix here, where all names are known.
 
+    Args:
+        folder: The cache's folder.
+        manifest: Its plan.
+        bad_rows: Rows of the data set that are no pair.
+
     Returns:
-        The pairs left out, in the order of the source; they also stand in `quarantine.jsonl`.
+        The pairs left out, in the order of the source, and the bad rows; they also stand in
+        `quarantine.jsonl`.
 
     Raises:
         CacheError: A part is damaged, or two pairs cannot be told apart.
@@ -131,10 +140,10 @@ def merge(folder: Path, manifest: Manifest) -> list[Quarantined]:
         for position, pair in records[part].quarantined.items()
         if position < manifest.source_pairs
     }
-    index, manifest.shapes, duplicates = _merge_index(folder, manifest, shards, quarantined)
-    manifest.report["duplicates"] = duplicates
-    manifest.pairs, manifest.quarantined = index.num_rows, len(quarantined)
-    left_out = [quarantined[position] for position in sorted(quarantined)]
+    index, manifest.shapes, repeated = _merge_index(folder, manifest, shards, quarantined)
+    left_out = [quarantined[position] for position in sorted(quarantined)] + list(bad_rows)
+    manifest.pairs, manifest.quarantined = index.num_rows, len(left_out)
+    _count(manifest, index, repeated, image_digests(records[part] for part in shards), left_out)
     lines = "".join(pair.model_dump_json() + "\n" for pair in left_out)
     write_text(folder / QUARANTINE, lines)
     prompts = [u.table(folder, PROMPTS)["prompt"] for u in records if u.kind == "text"]
@@ -161,8 +170,8 @@ def _merge_index(
     manifest: Manifest,
     shards: Sequence[CachePart],
     quarantined: dict[int, Quarantined],
-) -> tuple[pa.RecordBatch, list[tuple[int, int]], int]:
-    """Returns the index, the latent shapes, and how many names occurred before."""
+) -> tuple[pa.RecordBatch, list[tuple[int, int]], tuple[np.ndarray, int]]:
+    """Returns the index, the latent shapes, and what `_number_names` tells of repeated names."""
     tables = [part.table(folder, INDEX) for part in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(table) for table in tables])
     table = pa.concat_tables(tables).combine_chunks()
@@ -177,7 +186,7 @@ def _merge_index(
     shapes = table["height"].to_numpy().astype(np.int64) << 32 | table["width"].to_numpy()
     distinct, bucket = np.unique(shapes, return_inverse=True)
     names = table["pair_id"].cast(pa.large_string()).combine_chunks()
-    names, keys, duplicates = _number_names(names, position, quarantined)
+    names, keys, repeated = _number_names(names, position, quarantined)
     columns = {
         "pair_id": names,
         "pair_key": keys,
@@ -190,13 +199,44 @@ def _merge_index(
     }
     arrays = [pa.array(columns[name], type=kind) for name, kind in INDEX_TYPES.items()]
     pairs = [(int(shape >> 32), int(shape & 0xFFFFFFFF)) for shape in distinct]
-    return pa.record_batch(arrays, names=list(INDEX_TYPES)), pairs, duplicates
+    return pa.record_batch(arrays, names=list(INDEX_TYPES)), pairs, repeated
+
+
+def _count(
+    manifest: Manifest,
+    index: pa.RecordBatch,
+    repeated: tuple[np.ndarray, int],
+    images: np.ndarray | None,
+    left_out: Sequence[Quarantined],
+) -> None:
+    """Enters into the manifest's report what is known only now; what is 0 is left away.
+
+    Args:
+        manifest: The manifest.
+        index: The merged index.
+        repeated: See `_number_names`.
+        images: `(pairs of the source, 2)`, see `image_digests`.
+        left_out: What is in quarantine.
+    """
+    named_again, duplicates = repeated
+    found = {kind: sum(pair.kind == kind for pair in left_out) for kind in ("aspect", "same")}
+    if images is not None:
+        position, prompt = (index.column(name).to_numpy() for name in ("position", "prompt"))
+        comparisons = find_comparisons(prompt, images[position])
+        duplicates += int((comparisons.again & ~named_again).sum())
+        found["contradictions"] = comparisons.contradictions
+    kept = {name: n for name, n in manifest.report.items() if name not in found}
+    found = {name: count for name, count in found.items() if count}
+    manifest.report = kept | {"duplicates": duplicates} | found
 
 
 def _number_names(
     names: pa.Array, position: np.ndarray, quarantined: dict[int, Quarantined]
-) -> tuple[pa.Array, np.ndarray, int]:
-    """Gives repeated names a suffix, those in quarantine included; returns names, keys, count.
+) -> tuple[pa.Array, np.ndarray, tuple[np.ndarray, int]]:
+    """Gives repeated names a suffix, those in quarantine included.
+
+    Returns:
+        Names and keys; then which names occurred before, and how many did with those in quarantine.
 
     Raises:
         CacheError: Two pairs still have the same key.
@@ -226,7 +266,9 @@ def _number_names(
         names = pa.array(listed, pa.large_string())
     if len(np.unique(keys)) != len(keys):
         raise CacheError("two pairs of the data set have the same key; name them differently")
-    return names, keys, len(repeats)
+    again = np.zeros(len(names), dtype=bool)
+    again[list(renamed)] = True
+    return names, keys, (again, len(repeats))
 
 
 def write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:

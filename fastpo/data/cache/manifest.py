@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -50,10 +50,17 @@ class FileRecord(Record):
 
 
 class Quarantined(Record):
-    """A pair that was left out, and why."""
+    """A pair that was left out, and why.
+
+    Attributes:
+        pair_id: Its name; of a row that is no pair, where it stands.
+        reason: What is wrong with it.
+        kind: See `fastpo.data.images.UnusableImageError`; caches of before it was kept say `bad`.
+    """
 
     pair_id: str
     reason: str
+    kind: Literal["bad", "aspect", "same"] = "bad"
 
 
 class Range(Record):
@@ -80,13 +87,15 @@ class Manifest(Record):
         stamp: `source_stamp` of the data while it was as the cache was made from it.
         limit: `data.limit` of the last preparation.
         complete: Whether every shard and text was done and they were merged.
-        report: Counts of the source's scan.
+        report: Counts of the source's scan and, where there are any, of pairs left out for
+            differing aspect ratios (`aspect`) or one image twice (`same`), and of comparisons that
+            are labeled both ways (`contradictions`).
         source_pairs: Pairs of the source within the limit, those in quarantine included.
         shards: Stretches of the source; shard k stands in the folder `shard-k`.
         texts: Stretches of the prompts; text k stands in the folder `text-k`.
         shapes: `(h, w)` of the latents, by bucket number.
         pairs: Usable pairs.
-        quarantined: How many pairs were left out as unusable.
+        quarantined: How many pairs and bad rows were left out as unusable.
         files: The finished cache's files by their path in the folder.
         beside: The same of files that add nothing to the content, and so not to the fingerprint:
             records of the parts, checksums of rows, the quarantine.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class PairCache:
         family: Name of the model's family.
         fingerprint: SHA-256 of the content: identity and files.
         report: Counts of the source's scan.
-        quarantined: How many pairs were left out as unusable.
+        quarantined: How many pairs and bad rows were left out as unusable.
         pair_ids: Names, in the order of the source.
         pair_keys: `(N,)` int64, `fastpo.types.pair_key` of each name.
         flipped: `(N,)` bool, pairs whose winner and loser `read` exchanges.
@@ -203,21 +204,52 @@ class PairCache:
         """Returns the conditions that the empty prompt gives, each `(1, ...)`."""
         return {name: tensor.to(device) for name, tensor in self._text([0]).items()}
 
+    def summary(self) -> str | None:
+        """Says what was left out of all pairs that were prepared, and what looks like a mistake.
+
+        Returns:
+            Such as `65 of 75 pairs; left out: 4 ties, 2 bad rows or images, ...`; None where there
+            is nothing to say.
+        """
+        counts = Counter(self.report)
+        unusable = counts["aspect"] + counts["same"]
+        left = {
+            "tie": counts["ties"],
+            "unlabeled": counts["unlabeled"],
+            "bad row or image": self.quarantined - unusable,
+            "of another aspect ratio than its other image": counts["aspect"],
+            "whose winner is its loser": counts["same"],
+        }
+        kept = {
+            "duplicate": counts["duplicates"],
+            "comparison labeled both ways": counts["contradictions"],
+        }
+        total = len(self._all_pair_ids)
+        everything = total + sum(left.values())
+        sentences = [f"{total} of {everything} pairs"]
+        sentences += [f"left out: {_listed(left)}"] if any(left.values()) else []
+        sentences += [f"kept: {_listed(kept)}"] if any(kept.values()) else []
+        if len(sentences) == 1:
+            return None
+        first = f"; listed in {self._first_left_out()}" if self.quarantined else ""
+        return "; ".join(sentences) + first
+
     def left_out(self) -> str | None:
         """Says how many pairs of the data set are in quarantine, and why the first one is."""
         if not self.quarantined:
             return None
+        total = len(self._all_pair_ids) + self.quarantined
+        return f"{self.quarantined} of {total} pairs left out: {self._first_left_out()}"
+
+    def _first_left_out(self) -> str:
+        """Names the list of what is in quarantine, and its first entry."""
         path = self.folder / QUARANTINE
         try:
             with path.open(encoding="utf-8") as file:
                 first = Quarantined.model_validate_json(file.readline())
         except (OSError, ValueError) as error:
             raise CacheError(f"{path} is damaged ({one_line(error)}); {REMAKE}") from None
-        total = len(self._all_pair_ids) + self.quarantined
-        return (
-            f"{self.quarantined} of {total} pairs left out: {path}, first reason "
-            f"({first.pair_id}): {first.reason}"
-        )
+        return f"{path}, first reason ({first.pair_id}): {first.reason}"
 
     def write_flip_mask(self, otherwise: Path | None = None) -> Path:
         """Writes which pairs are flipped beside the cache, those beyond `data.limit` included.
@@ -265,3 +297,18 @@ class PairCache:
         for into, (name, row) in zip(bytes_of(found), places, strict=True):
             self._files.read(name, key, row, [into])
         return found
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """Lists what there is of something: `3 ties, 1 duplicate`."""
+    plural = {
+        "tie": "ties",
+        "bad row or image": "bad rows or images",
+        "duplicate": "duplicates",
+        "comparison labeled both ways": "comparisons labeled both ways",
+    }
+    return ", ".join(
+        f"{count} {name if count == 1 else plural.get(name, name)}"
+        for name, count in counts.items()
+        if count
+    )

@@ -62,6 +62,8 @@ PART = ownership.Kind(
 )
 
 Kind = Literal["shard", "text"]
+DIGITS = 16
+"""Hexadecimal digits of a digest of `PartRecord.contents` and `images`."""
 
 
 class PartRecord(Record):
@@ -73,12 +75,27 @@ class PartRecord(Record):
         quarantined: Position in the source of each pair left out, and why.
         contents: Of a shard, the digests of its pairs in the source one after the other; see
             `fastpo.data.prepare.verify_source`.
+        images: The same of each pair's winner and loser; empty in caches of before it was kept.
     """
 
     span: Range
     files: dict[str, FileRecord]
     quarantined: dict[int, Quarantined]
     contents: str = ""
+    images: str = ""
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What a shard was made from, as text of hexadecimal digits, `DIGITS` for each thing.
+
+    Attributes:
+        contents: Of each pair its name, prompt and images.
+        images: Of each pair its winner, and its loser.
+    """
+
+    contents: str = ""
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ class CachePart:
         folder: Path,
         writers: Mapping[str, Callable[[Path], Any]],
         quarantined: Mapping[int, Quarantined] | None = None,
-        contents: str = "",
+        digests: Digests | None = None,
     ) -> None:
         """Writes the files beside the cache's and puts all of them in place by one rename.
 
@@ -130,7 +147,8 @@ class CachePart:
                     span=self.span,
                     files=files,
                     quarantined=dict(quarantined or {}),
-                    contents=contents,
+                    contents=digests.contents if digests else "",
+                    images=digests.images if digests else "",
                 )
                 (temporary / RECORD).write_text(seal(record.model_dump(mode="json")))
         except OSError:

@@ -22,11 +22,13 @@ from fastpo.data.cache.parts import (
     PROMPTS,
     TEXT,
     CachePart,
+    Digests,
     rows_writer,
     table_writer,
     tensor_writer,
 )
 from fastpo.data.images import PairImages, UnusableImageError, to_model_range
+from fastpo.data.prepare.verify_source import PairDigests
 from fastpo.errors import CacheError, ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.models.encoders import Encoders
 from fastpo.precision import DTYPES
@@ -58,13 +60,13 @@ class ShardBuilder:
         self._latents: dict[str, list[Tensor]] = defaultdict(list)
         self._rows: list[dict[str, Any]] = []
         self._quarantined: dict[int, Quarantined] = {}
-        self._contents: list[str] = []
+        self._digests: list[PairDigests] = []
 
     def add(
         self,
         pair: PreferencePair,
         prompt: int,
-        content: str,
+        digests: PairDigests,
         images: PairImages | UnusableImageError,
     ) -> None:
         """Takes the next pair of the source; an unusable one goes to the quarantine.
@@ -72,13 +74,14 @@ class ShardBuilder:
         Args:
             pair: The pair.
             prompt: Number of its prompt.
-            content: Its `pair_content`.
+            digests: What it is made from.
             images: Both images, or why there are none.
         """
         position, self._position = self._position, self._position + 1
-        self._contents.append(content)
+        self._digests.append(digests)
         if isinstance(images, UnusableImageError):
-            self._quarantined[position] = Quarantined(pair_id=pair.pair_id, reason=str(images))
+            left_out = Quarantined(pair_id=pair.pair_id, reason=str(images), kind=images.kind)
+            self._quarantined[position] = left_out
             return
         size = images.pixels.shape[-2], images.pixels.shape[-1]
         height, width = (side // self._encoders.vae_factor for side in size)
@@ -109,7 +112,11 @@ class ShardBuilder:
             ROWS: rows_writer(LATENTS, latents),
             INDEX: table_writer(self._rows, INDEX_SCHEMA),
         }
-        part.write(folder, writers, self._quarantined, "".join(self._contents))
+        digests = Digests(
+            "".join(one.content for one in self._digests),
+            "".join(one.winner + one.loser for one in self._digests),
+        )
+        part.write(folder, writers, self._quarantined, digests)
 
     def _encode(self, size: tuple[int, int]) -> None:
         """Encodes the waiting pairs of one image size."""
@@ -135,7 +142,7 @@ class ShardBuilder:
         self._latents[f"{latents.shape[-2]}x{latents.shape[-1]}"].append(latents)
 
 
-def write_text(
+def write_prompts(
     config: Config, encoders: Encoders, folder: Path, part: CachePart, prompts: Sequence[str]
 ) -> None:
     """Encodes a text part's prompts and puts it in place."""

@@ -13,7 +13,8 @@ that finds all parts done merges them. A part that a killed process had begun is
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,29 +26,32 @@ from fastpo.data.cache.index import QUARANTINE, merge
 from fastpo.data.cache.manifest import (
     CACHE,
     Manifest,
+    Quarantined,
     check_files,
     check_identity,
     load_manifest,
 )
 from fastpo.data.cache.parts import CachePart, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
-from fastpo.data.prepare.encode import ShardBuilder, write_text
+from fastpo.data.prepare.encode import ShardBuilder, write_prompts
 from fastpo.data.prepare.partition import partition
 from fastpo.data.prepare.remake import find_lost, take_back
 from fastpo.data.prepare.verify_source import (
+    PairDigests,
     check_contents,
     naming,
-    pair_content,
+    pair_digests,
     read_image,
 )
 from fastpo.data.prepare.work import share_work
 from fastpo.data.sources import PairSource, open_source, source_stamp
+from fastpo.data.sources.bad_rows import MOST_TOLD, BadRows
 from fastpo.data.sources.base import PromptTable
-from fastpo.errors import CacheError, DataError
+from fastpo.errors import CacheError, DataError, TooManyBadRowsError
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
-from fastpo.system.files import sweep
+from fastpo.system.files import sweep, write_text
 from fastpo.system.locks import FolderLocks
 from fastpo.system.ownership import claim
 from fastpo.system.process import Rank
@@ -70,14 +74,16 @@ def prepare(
 
     Returns when the whole cache is there, also the parts that other processes make. A pair with a
     corrupt or missing image, or with images of different aspect ratio, is left out and listed in
-    `quarantine.jsonl` with the reason. Parts of a finished cache that are missing or damaged are
+    `quarantine.jsonl` with the reason, as are rows without a caption or label; more of them than
+    `data.max_bad` stop the work. Parts of a finished cache that are missing or damaged are
     made again; wrong bytes inside of a file are looked for with `data.verify: always`.
 
     Args:
         config: Everything but `train` and `evaluate` is used.
         progress: Show a progress bar with images/s and time left, in the process of rank 0.
         model: The folder of the configuration's model; by default it is looked for.
-        retry_quarantined: Make those parts of a finished cache again of which pairs were left out.
+        retry_quarantined: Make those parts again of which pairs were left out; an unfinished cache
+            is finished first.
 
     Returns:
         The opened cache.
@@ -88,10 +94,16 @@ def prepare(
             `data.limit`.
         ForeignPathError: The folder holds other things, and no cache.
         DataError: The data set is missing, wrong, or has no usable pair.
+        TooManyBadRowsError: More of its rows are bad than `data.max_bad` allows; what is finished
+            is kept.
         ModelError: The model is missing, unsupported, or answers with NaN.
     """
     folder, process = config.prepare.cache_dir, Rank.of_launch()
     manifest = load_manifest(folder)
+    if retry_quarantined and manifest is not None and not manifest.complete:
+        data = config.data.model_copy(update={"max_bad": 1.0})
+        prepare(config.model_copy(update={"data": data}), progress=progress, model=model)
+        manifest = load_manifest(folder)
     try:
         claim(folder, CACHE)
     except OSError as error:
@@ -108,18 +120,19 @@ def prepare(
         lost = find_lost(folder, manifest, config.data.verify, retry_quarantined=retry_quarantined)
         done = manifest is not None and manifest.complete and manifest.covers(config.data.limit)
         if lost.reasons or not done:
-            source = open_source(config.data)
-            prompts = source.prompt_table()
-            if lost.reasons:
-                take_back(folder, lost, locks, source_pairs=len(source), tell=process.rank == 0)
-            manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
-            work = _Work(config, model, identity, manifest, source, prompts, process)
-            with progress_bar(
-                "encoding images", 2 * len(source), unit="images", show=show
-            ) as advance:
-                work.make_parts(locks, advance)
-            with locks.manifest():
-                _finish(config, manifest, locks)
+            with _bad_rows_listed(folder):
+                source = open_source(config.data)
+                prompts = source.prompt_table()
+                if lost.reasons:
+                    take_back(folder, lost, locks, source_pairs=len(source), tell=process.rank == 0)
+                manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
+                work = _Work(config, model, identity, manifest, source, prompts, process)
+                with progress_bar(
+                    "encoding images", 2 * len(source), unit="images", show=show
+                ) as advance:
+                    work.make_parts(locks, advance)
+                with locks.manifest():
+                    _finish(config, manifest, source, locks)
         elif manifest is not None and manifest.weights != identity.weights:
             _remember(folder, identity, locks)
     cache = PairCache.open(config, model=model)
@@ -141,6 +154,11 @@ class _Work:
     process: Rank
 
     @cached_property
+    def bad(self) -> BadRows:
+        """The data set's bad rows, and the pairs that this process found to be bad."""
+        return self.source.bad.without_pairs()
+
+    @cached_property
     def encoders(self) -> Encoders:
         """VAE and text encoders, loaded with the first part."""
         return Encoders.load(self.config, device=self.process.device(), model=self.model)
@@ -157,7 +175,7 @@ class _Work:
             advance(self._images(part))
         elif part.kind == "text":
             prompts = self.prompts.prompts[part.span.start : part.span.stop]
-            write_text(self.config, self.encoders, folder, part, prompts)
+            write_prompts(self.config, self.encoders, folder, part, prompts)
         else:
             self._make_shard(part, advance)
 
@@ -171,8 +189,11 @@ class _Work:
         )
         numbers = self.prompts.numbers[start:stop].tolist()
         with closing(loaded):
-            for number, (pair, content, images) in zip(numbers, loaded, strict=True):
-                builder.add(pair, number, content, images)
+            for number, (pair, digests, images) in zip(numbers, loaded, strict=True):
+                builder.add(pair, number, digests, images)
+                if isinstance(images, UnusableImageError) and images.kind == "bad":
+                    self.bad.add(pair.pair_id, str(images))
+                    self.bad.check(self.source.report.rows)
                 advance(2)
         builder.write(self.config.prepare.cache_dir, part)
 
@@ -183,7 +204,21 @@ class _Work:
         return 2 * (min(part.span.stop, len(self.source)) - part.span.start)
 
 
-def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
+@contextmanager
+def _bad_rows_listed(folder: Path) -> Iterator[None]:
+    """Lists bad rows beside an unfinished cache where they are too many to be told in an error."""
+    try:
+        yield
+    except TooManyBadRowsError as error:
+        manifest = load_manifest(folder)
+        if len(error.rows) <= MOST_TOLD or (manifest is not None and manifest.complete):
+            raise
+        rows = (Quarantined(pair_id=place, reason=reason) for place, reason in error.rows)
+        write_text(folder / QUARANTINE, "".join(row.model_dump_json() + "\n" for row in rows))
+        raise TooManyBadRowsError(f"{error} (all: {folder / QUARANTINE})", error.rows) from None
+
+
+def _finish(config: Config, manifest: Manifest, source: PairSource, locks: FolderLocks) -> None:
     """Merges the parts unless another process has; call it with the manifest claimed."""
     folder = config.prepare.cache_dir
     current = load_manifest(folder)
@@ -191,12 +226,18 @@ def _finish(config: Config, manifest: Manifest, locks: FolderLocks) -> None:
         raise CacheError(f"another process changed the plan of {folder}; prepare again")
     if current.complete:
         return
-    quarantined = merge(folder, current)
+    bad = source.bad.without_pairs()
+    rows = [Quarantined(pair_id=row.place, reason=row.reason) for row in bad.kept]
+    quarantined = merge(folder, current, rows)
     if not current.pairs:
         raise DataError(
             f"data.path {config.data.path}: none of the {len(quarantined)} pairs is usable; the "
             f"first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: {folder / QUARANTINE})"
         )
+    for pair in quarantined[: len(quarantined) - len(rows)]:
+        if pair.kind == "bad":
+            bad.add(pair.pair_id, pair.reason)
+    bad.check(source.report.rows)
     check_files(folder, current.files, verify=False)
     current.complete = True
     current.save(folder)
@@ -238,22 +279,26 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
 
 def _load(
     pair: PreferencePair, geometry: Geometry
-) -> tuple[PreferencePair, str, PairImages | UnusableImageError]:
-    """Reads and decodes a pair's images, or says why they are unusable; with its content.
+) -> tuple[PreferencePair, PairDigests, PairImages | UnusableImageError]:
+    """Reads and decodes a pair's images, or says why they are unusable; with its digests.
 
     Raises:
         DataError: A fault of the machine did not pass.
     """
     with naming(pair, "reading its images"):
         winner, loser = read_image(pair.winner), read_image(pair.loser)
-    content = pair_content(pair, winner, loser)
+    digests = pair_digests(pair, winner, loser)
     give = partial(_give, winner), partial(_give, loser)
     try:
+        if pair.fault is not None:
+            raise UnusableImageError(pair.fault)
         with naming(pair, "decoding its images"):
             images = retrying(partial(load_pair, *give, geometry))
+        if winner == loser:
+            raise UnusableImageError("winner and loser are the same image", "same")
     except UnusableImageError as error:
-        return pair, content, error
-    return pair, content, images
+        return pair, digests, error
+    return pair, digests, images
 
 
 def _give(image: bytes | OSError) -> bytes:

@@ -13,10 +13,11 @@ import errno
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastpo.data.cache.manifest import Manifest
-from fastpo.data.cache.parts import parts_of
+from fastpo.data.cache.parts import DIGITS, parts_of
 from fastpo.data.sources import PairSource
 from fastpo.errors import CacheError, DataError, one_line
 from fastpo.system.progress import progress_bar
@@ -24,16 +25,35 @@ from fastpo.system.read_ahead import read_ahead
 from fastpo.system.retry import is_out_of_memory, retrying
 from fastpo.types import PreferencePair
 
-DIGITS = 16
+
+@dataclass(frozen=True)
+class PairDigests:
+    """What a pair is made from, each as `DIGITS` hexadecimal digits of BLAKE2b.
+
+    Attributes:
+        content: Of its name, prompt and images, with their lengths.
+        winner: Of the winner's bytes.
+        loser: Of the loser's.
+    """
+
+    content: str
+    winner: str
+    loser: str
 
 
-def pair_content(pair: PreferencePair, winner: bytes | OSError, loser: bytes | OSError) -> str:
-    """Returns `DIGITS` hexadecimal digits of a pair's name, prompt and images."""
-    digest = hashlib.blake2b(digest_size=DIGITS // 2)
-    for part in (pair.pair_id.encode(), pair.prompt.encode(), winner, loser):
-        data = b"unreadable" if isinstance(part, OSError) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def pair_digests(
+    pair: PreferencePair, winner: bytes | OSError, loser: bytes | OSError
+) -> PairDigests:
+    """Returns the digests of a pair; an image that cannot be read counts as such."""
+    sides = [b"unreadable" if isinstance(side, OSError) else side for side in (winner, loser)]
+    content = _digest()
+    for data in (pair.pair_id.encode(), pair.prompt.encode(), *sides):
+        content.update(len(data).to_bytes(8, "little") + data)
+    return PairDigests(content.hexdigest(), *(_digest(side).hexdigest() for side in sides))
+
+
+def _digest(data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=DIGITS // 2)
 
 
 BAD = frozenset(
@@ -128,4 +148,4 @@ def check_contents(
 def _content_of(pair: PreferencePair) -> tuple[str, str]:
     with naming(pair, "reading its images"):
         winner, loser = read_image(pair.winner), read_image(pair.loser)
-    return pair.pair_id, pair_content(pair, winner, loser)
+    return pair.pair_id, pair_digests(pair, winner, loser).content

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastpo.config import DataConfig
+from fastpo.data.sources.bad_rows import BadRows, told
 from fastpo.errors import DataError
 from fastpo.types import MOST_PROMPT, PreferencePair, pair_key
 
@@ -20,7 +21,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass
 class SourceReport:
-    """What the label scan found; `rows == ties + unlabeled + pairs`.
+    """What the label scan found; `rows == ties + unlabeled + bad + pairs`.
 
     Attributes:
         rows: Comparisons read; with a limit, up to the last pair taken.
@@ -29,6 +30,7 @@ class SourceReport:
         pairs: Comparisons that are yielded.
         duplicates: Pairs whose name occurred before; they were given a numbered suffix. Known
             only after iterating.
+        bad: Rows that are no comparison: no caption, no or a wrong label, a line that is no JSON.
     """
 
     rows: int = 0
@@ -36,10 +38,11 @@ class SourceReport:
     unlabeled: int = 0
     pairs: int = 0
     duplicates: int = 0
+    bad: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Returns the counts by name."""
-        return asdict(self)
+        """Returns the counts by name; `bad` only where there are bad rows."""
+        return {name: count for name, count in asdict(self).items() if count or name != "bad"}
 
     def __str__(self) -> str:
         """Returns the counts as one line."""
@@ -65,6 +68,9 @@ class PairSource(ABC):
     Attributes:
         config: What was asked for.
         report: Counts of the label scan, complete once the source is open.
+        bad: Rows known to be unusable before any image is read: those that `report` counts as bad,
+            and pairs whose image is missing or, once the prompts are read, whose prompt is too
+            long.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -75,12 +81,16 @@ class PairSource(ABC):
         """
         self.config = config
         self.report = SourceReport()
+        self.bad = BadRows(f"data.path {config.path}", config.max_bad)
+        self._long_prompts_told = False
         self._scan()
         if self.report.pairs == 0:
+            reasons = f"; {told(self.bad.kept, self.bad.count)}" if self.bad.count else ""
             raise DataError(
                 f"data.path {config.path} (source {config.source}, split {config.split}) holds no "
-                f"labeled pair: {self.report}"
+                f"labeled pair: {self.report}{reasons}"
             )
+        self.bad.check(self.report.rows)
 
     def __len__(self) -> int:
         """Returns the number of pairs that iterating yields."""
@@ -103,13 +113,15 @@ class PairSource(ABC):
         A name that the data set uses twice comes twice: only who sees all names can number them.
         """
         end = len(self) if stop is None else min(stop, len(self))
-        return self._pairs(start, end) if start < end else iter(())
+        return map(_with_fault, self._pairs(start, end)) if start < end else iter(())
 
     def prompt_table(self) -> PromptTable:
         """Returns every distinct prompt and each pair's, from the text alone.
 
+        A prompt that is too long counts as a bad row, and as the empty prompt.
+
         Raises:
-            DataError: A prompt is not text, or too long.
+            TooManyBadRowsError: There are more of them than `data.max_bad` allows.
         """
         known = {"": 0}
         numbers = np.fromiter(
@@ -120,16 +132,24 @@ class PairSource(ABC):
             dtype=np.int32,
             count=len(self),
         )
+        self._long_prompts_told = True
+        self.bad.check(self.report.rows)
         return PromptTable(list(known), numbers)
 
     def _checked_prompt(self, number: int, prompt: str) -> str:
         """Returns a prompt; no longer one reaches a tokenizer, whose time grows with it."""
-        if len(prompt) > MOST_PROMPT:
-            raise DataError(
-                f"data.path {self.config.path}: pair {number} (from 0): its prompt has "
-                f"{len(prompt):,} characters, at most {MOST_PROMPT:,} are taken"
-            )
-        return prompt
+        fault = prompt_fault(prompt)
+        if fault is None:
+            return prompt
+        if not self._long_prompts_told:
+            self.bad.add(f"pair {number} (from 0)", fault, is_pair=True)
+        return ""
+
+    def _bad_row(self, place: str, reason: str) -> None:
+        """Counts a row that is no comparison."""
+        self.report.rows += 1
+        self.report.bad += 1
+        self.bad.add(place, reason)
 
     def _full(self) -> bool:
         """Tells whether the limit is reached."""
@@ -156,6 +176,19 @@ class PairSource(ABC):
     @abstractmethod
     def files(cls, config: DataConfig) -> Iterable[str] | None:
         """Yields the paths of all files, some perhaps missing; None: not on this disk."""
+
+
+def prompt_fault(prompt: str) -> str | None:
+    """Says why a prompt cannot be used, or returns None."""
+    if len(prompt) <= MOST_PROMPT:
+        return None
+    return f"its prompt has {len(prompt):,} characters, at most {MOST_PROMPT:,} are taken"
+
+
+def _with_fault(pair: PreferencePair) -> PreferencePair:
+    """Marks a pair whose prompt cannot be used."""
+    fault = prompt_fault(pair.prompt)
+    return pair if fault is None else replace(pair, prompt="", fault=fault)
 
 
 def numbered(name: str, occurrence: int) -> str:

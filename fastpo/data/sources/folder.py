@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastpo.config import DataConfig
+from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.base import (
     PairSource,
     content_hash,
@@ -50,16 +51,16 @@ class FolderSource(PairSource):
             )
         self._images = DataFolder(folder, allow_outside=self.config.allow_outside)
         places: list[int] = []
-        for number, place, entry in listed(self._file):
+        for number, place, entry in listed(self._file, bad=self._bad_line):
             for side in ("winner", "loser"):
                 complaint = self._images.complaint(entry[side])
                 if complaint is not None:
                     raise DataError(f"{self._file}: line {number}: {side} image {complaint}")
-                if not is_file(folder, entry[side]):
-                    missing = printable(str(folder / entry[side]))
-                    raise DataError(
-                        f"{self._file}: line {number}: {side} image not found: {missing}"
-                    )
+            missing = [side for side in ("winner", "loser") if not is_file(folder, entry[side])]
+            if missing:  # it keeps its place: the image may come back
+                files = " and ".join(printable(str(folder / entry[side])) for side in missing)
+                sides = " and ".join(missing)
+                self.bad.add(f"line {number}", f"{sides} image not found: {files}", is_pair=True)
             places.append(place)
             self.report.rows += 1
             self.report.pairs += 1
@@ -68,10 +69,14 @@ class FolderSource(PairSource):
         self._places = np.array(places, dtype=np.int64)
 
     def _captions(self) -> Iterator[str]:
-        return (entry["prompt"] for _, _, entry in islice(listed(self._file), len(self)))
+        entries = listed(self._file, bad=passed_over)
+        return (entry["prompt"] for _, _, entry in islice(entries, len(self)))
+
+    def _bad_line(self, number: int, reason: str) -> None:
+        self._bad_row(f"line {number}", reason)
 
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
-        lines = listed(self._file, int(self._places[start]))
+        lines = listed(self._file, int(self._places[start]), passed_over)
         for _, _, entry in islice(lines, stop - start):
             sides = (entry["winner"], entry["loser"])
             winner, loser = (partial(self._images.read, side) for side in sides)
@@ -93,17 +98,25 @@ class FolderSource(PairSource):
 
     @classmethod
     def _named_in(cls, listing: Path) -> Iterator[str]:
-        with contextlib.suppress(DataError):  # of a line beyond `data.limit`
-            for _, _, entry in listed(listing):
+        with contextlib.suppress(DataError):  # the scan tells what cannot be read
+            for _, _, entry in listed(listing, bad=passed_over):
                 for side in ("winner", "loser"):
                     yield os.path.join(listing.parent, entry[side])
 
 
-def listed(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def listed(
+    path: Path, place: int = 0, bad: Callable[[int, str], None] | None = None
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yields number, place in bytes and content of a listing's lines from `place` on.
 
+    Args:
+        path: The listing.
+        place: Where to begin, in bytes; the line there has number 1.
+        bad: Called with number and reason of a line that is not what `SCHEMA` says, or too long;
+            the line is passed over. None: it is an error.
+
     Raises:
-        DataError: A line is not what `SCHEMA` says, or too long, or the file cannot be read.
+        DataError: The file cannot be read, or a line is bad.
     """
     try:
         with path.open("rb") as file:
@@ -112,31 +125,47 @@ def listed(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any
                 line = file.readline(MOST_LINE + 1)
                 if not line:
                     return
-                if len(line) > MOST_LINE:
-                    text = f"has more than {MOST_LINE:,} bytes"
-                    raise DataError(f"{path}: line {number} {text}; expected {SCHEMA}")
-                if line.strip():
-                    yield number, place, _parse(path, number, line)
-                place += len(line)
+                length = len(line)
+                if length > MOST_LINE:
+                    length += _skip_line(file, line)
+                entry = _parse(line) if line.strip() else None
+                if isinstance(entry, dict):
+                    yield number, place, entry
+                elif entry is not None and bad is not None:
+                    bad(number, entry)
+                elif entry is not None:
+                    raise DataError(f"{path}: line {number}: {entry}")
+                place += length
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    where = f"{path}: line {number}"
+def _skip_line(file: BinaryIO, begun: bytes) -> int:
+    """Reads the rest of a line of which too much was read; returns its length."""
+    rest = 0
+    while begun and not begun.endswith(b"\n"):
+        begun = file.readline(MOST_LINE)
+        rest += len(begun)
+    return rest
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    """Returns a line's content, or why it is not what `SCHEMA` says."""
+    if len(line) > MOST_LINE:
+        return f"it has more than {MOST_LINE:,} bytes; expected {SCHEMA}"
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{where} is not valid JSON: {error}; expected {SCHEMA}") from None
+        return f"not valid JSON: {error}; expected {SCHEMA}"
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: expected {SCHEMA}, got {type(entry).__name__}")
+        return f"expected {SCHEMA}, got {type(entry).__name__}"
     for key in ("prompt", "winner", "loser"):
         if key not in entry:
             found = shown([*entry])
-            raise DataError(f"{where}: missing key {key}; expected {SCHEMA}; found {found}")
+            return f"missing key {key}; expected {SCHEMA}; found {found}"
         if not plain_text(entry[key]):
-            raise DataError(f"{where}: {key} is {shown(entry[key])}; expected {SCHEMA}")
+            return f"{key} is {shown(entry[key])}; expected {SCHEMA}"
     name = entry.get("id")
     if not (name is None or isinstance(name, int) or plain_text(name)):
-        raise DataError(f"{where}: id is {shown(name)}; expected {SCHEMA}")
+        return f"id is {shown(name)}; expected {SCHEMA}"
     return entry

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastpo.config import DataConfig
+from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.base import (
     PairSource,
     content_hash,
@@ -47,7 +49,7 @@ class HPDv2Source(PairSource):
         self._entries = _read(self._listing)
         self._root = self._listing.parent
         kept = array("i")  # entry, winner and loser of each pair, as numbers
-        for entry, first, second, preference in self._comparisons():
+        for entry, first, second, preference in self._comparisons(self._bad_entry):
             self.report.rows += 1
             self.report.ties += preference == 0
             if preference != 0:
@@ -60,13 +62,25 @@ class HPDv2Source(PairSource):
             self._root = self._image_root()
         self._images = DataFolder(self._root, allow_outside=self.config.allow_outside)
 
-    def _comparisons(self) -> Iterator[tuple[int, int, int, float]]:
-        """Yields entry, two images of it and a number that is > 0 if the first is preferred."""
+    def _bad_entry(self, number: int, reason: str) -> None:
+        self._bad_row(f"entry {number}", reason)
+
+    def _comparisons(
+        self, bad: Callable[[int, str], None]
+    ) -> Iterator[tuple[int, int, int, float]]:
+        """Yields entry, two images of it and a number that is > 0 if the first is preferred.
+
+        `bad` is called with the number of an entry that is not what the schema says, and why.
+        """
         paths_key, scores_key = _KEYS[self.config.split]
         sign = -1 if scores_key == "rank" else 1
         folder = DataFolder(self._root, allow_outside=self.config.allow_outside)
         for number, entry in enumerate(self._entries):
-            paths, scores = _checked(self._listing, number, entry, paths_key, scores_key)
+            checked = _checked(entry, paths_key, scores_key)
+            if isinstance(checked, str):
+                bad(number, checked)
+                continue
+            paths, scores = checked
             for complaint in filter(None, map(folder.name_complaint, paths)):
                 raise DataError(f"{self._listing}: entry {number}: image {complaint}")
             for i in range(len(scores)):
@@ -88,16 +102,22 @@ class HPDv2Source(PairSource):
             yield PreferencePair(name, prompt, read_winner, read_loser)
 
     def _image_root(self) -> Path:
+        """Returns the folder that has an image: of the first comparisons, some may be missing."""
         paths_key, _ = _KEYS[self.config.split]
-        number, image, _, _ = next(self._comparisons())
-        first = self._entries[number][paths_key][image]
         roots = (self._root, self._root / self.config.split)
-        for root in roots:
-            if is_file(root, first):
-                return root
+        first: tuple[int, str] | None = None
+        for number, image, _, _ in islice(self._comparisons(passed_over), MOST_IMAGES):
+            name = self._entries[number][paths_key][image]
+            first = first or (number, name)
+            for root in roots:
+                if is_file(root, name):
+                    return root
+        if first is None:  # no comparison is left, as the base class says
+            return self._root
         raise DataError(
-            f"{self._listing}: entry 0: image {printable(first)} is neither in {roots[0]} nor in "
-            f"{roots[1]}; unpack HPDv2's image archives there (found: {found_in(self._root)})"
+            f"{self._listing}: entry {first[0]}: image {printable(first[1])} is neither in "
+            f"{roots[0]} nor in {roots[1]}; unpack HPDv2's image archives there "
+            f"(found: {found_in(self._root)})"
         )
 
     @classmethod
@@ -115,9 +135,10 @@ class HPDv2Source(PairSource):
     @classmethod
     def _named_in(cls, listing: Path, split: str) -> Iterator[str]:
         roots = (listing.parent, listing.parent / split)
-        with contextlib.suppress(DataError):  # of an entry beyond `data.limit`
-            for number, entry in enumerate(_read(listing)):
-                for path in _checked(listing, number, entry, *_KEYS[split])[0]:
+        with contextlib.suppress(DataError):  # the scan tells what cannot be read
+            for entry in _read(listing):
+                checked = _checked(entry, *_KEYS[split])
+                for path in () if isinstance(checked, str) else checked[0]:
                     yield from (os.path.join(root, path) for root in roots)
 
 
@@ -147,38 +168,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _checked(
-    path: Path, number: int, entry: Any, paths_key: str, scores_key: str
-) -> tuple[list[str], list[float]]:
-    """Returns an entry's image paths and scores.
-
-    Raises:
-        DataError: A key is missing or a value is not what HPDv2's schema says.
-    """
-    where = f"{path}: entry {number}"
+def _checked(entry: Any, paths_key: str, scores_key: str) -> tuple[list[str], list[float]] | str:
+    """Returns an entry's image paths and scores, or why it is not what HPDv2's schema says."""
     expected = f"expected prompt (text), {paths_key} (list of text), {scores_key} (list of numbers)"
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: {expected}, got {type(entry).__name__}")
+        return f"{expected}, got {type(entry).__name__}"
     missing = [key for key in ("prompt", paths_key, scores_key) if key not in entry]
     if missing:
-        found = shown([*entry])
-        raise DataError(f"{where}: missing key {', '.join(missing)}; {expected}; found {found}")
+        return f"missing key {', '.join(missing)}; {expected}; found {shown([*entry])}"
     paths, scores = entry[paths_key], entry[scores_key]
     if not plain_text(entry["prompt"]):
-        raise DataError(f"{where}: prompt is {shown(entry['prompt'])}; {expected}")
+        return f"prompt is {shown(entry['prompt'])}; {expected}"
     if not isinstance(paths, list) or not all(map(plain_text, paths)):
-        raise DataError(f"{where}: {paths_key} is {shown(paths)}; {expected}")
+        return f"{paths_key} is {shown(paths)}; {expected}"
     if not isinstance(scores, list) or not all(map(_is_score, scores)):
-        raise DataError(f"{where}: {scores_key} is {shown(scores)}; {expected}")
+        return f"{scores_key} is {shown(scores)}; {expected}"
     if len(scores) != len(paths) or not 2 <= len(paths) <= MOST_IMAGES:
-        raise DataError(
-            f"{where}: {scores_key} is {shown(scores)} for {len(paths)} images; {expected} of "
+        return (
+            f"{scores_key} is {shown(scores)} for {len(paths)} images; {expected} of "
             f"equal length, two to {MOST_IMAGES}"
         )
     if scores_key == "human_preference" and (len(scores) != 2 or not set(scores) <= {0, 1}):
-        raise DataError(
-            f"{where}: human_preference is {shown(scores)}; expected two values of 0 and 1"
-        )
+        return f"human_preference is {shown(scores)}; expected two values of 0 and 1"
     return paths, scores
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import threading
@@ -20,14 +19,23 @@ import pyarrow.parquet as pq
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, content_hash, found_in
+from fastpo.data.sources.columns import (
+    BAD,
+    IMAGES,
+    LABELS,
+    TIE,
+    UNLABELED,
+    check_schema,
+    may_have_nulls,
+    null_rows,
+    plain,
+    winners,
+)
 from fastpo.errors import DataError
 from fastpo.models.folder import is_hub_id
 from fastpo.system.retry import is_transient, retrying
 from fastpo.types import PreferencePair
 
-IMAGES = ("jpg_0", "jpg_1")
-LABELS = ("label_0", "label_1")
-SCHEMA = "caption string, jpg_0 and jpg_1 binary, label_0 and label_1 number in {0, 0.5, 1}"
 _UIDS = ("image_0_uid", "image_1_uid")
 _OPTIONAL = ("ranking_id", *_UIDS)
 
@@ -84,7 +92,7 @@ class ParquetSource(PairSource):
         self._winners: list[np.ndarray] = []  # int8 per row of each group
         for path in _files(self.config):
             with _open(path) as file:
-                _check_schema(path, file.schema_arrow)
+                check_schema(path, file.schema_arrow)
                 self._scan_file(path, file)
             if self._full():
                 break
@@ -94,18 +102,22 @@ class ParquetSource(PairSource):
     def _scan_file(self, path: Path, file: pq.ParquetFile) -> None:
         start = 0
         for group in range(file.num_row_groups):
-            winner = _winners(path, file, group, start)
-            start += len(winner)
+            winner, reasons = _winners(path, file, group)
+            rows = len(winner)
             if self.config.limit is not None:
                 left = self.config.limit - self.report.pairs
                 taken = np.flatnonzero(winner >= 0)[:left]
                 if len(taken) == left:
                     winner = winner[: taken[-1] + 1]
+            for row in np.flatnonzero(winner == BAD).tolist():
+                self.bad.add(f"{path}: row {start + row}", reasons[row])
+            start += rows
             self._groups.append((path, group))
             self._winners.append(winner)
             self.report.rows += len(winner)
-            self.report.ties += int((winner == _TIE).sum())
-            self.report.unlabeled += int((winner == _UNLABELED).sum())
+            self.report.ties += int((winner == TIE).sum())
+            self.report.unlabeled += int((winner == UNLABELED).sum())
+            self.report.bad += int((winner == BAD).sum())
             self.report.pairs += int((winner >= 0).sum())
             if self._full():
                 return
@@ -136,9 +148,8 @@ class ParquetSource(PairSource):
                     rows = np.flatnonzero(self._winners[k] >= 0)
                     rows = rows[max(0, start - before) : stop - before]
                     table = _read_group(path, file, group, present)
-                    table = table.take(rows)
-                    _check_captions(path, group, rows, table["caption"])
-                    yield k, rows, table
+                    table = pa.table({name: plain(table[name]) for name in present})
+                    yield k, rows, table.take(rows)
 
     def _pair(
         self, path: Path, group: int, row: int, winner: int, values: dict[str, Any]
@@ -170,69 +181,15 @@ class ParquetSource(PairSource):
         return [str(f) for f in _local_files(path, config.split)] if path.exists() else None
 
 
-_TIE, _UNLABELED = -1, -2
-
-
-def _winners(path: Path, file: pq.ParquetFile, group: int, start: int) -> np.ndarray:
-    """Returns per row which image won (0 or 1), or `_TIE`, or `_UNLABELED`."""
+def _winners(path: Path, file: pq.ParquetFile, group: int) -> tuple[np.ndarray, dict[int, str]]:
+    """As `columns.winners`, of a row group; a row without a caption is bad too."""
     has = ["has_label"] if "has_label" in file.schema_arrow.names else []
-    table = _read_group(path, file, group, [*LABELS, *has])
-    labels = np.stack([_numbers(table[name]) for name in LABELS])
-    labeled = np.ones(table.num_rows, dtype=bool)
-    if has:
-        labeled = table["has_label"].combine_chunks().fill_null(True).to_numpy(zero_copy_only=False)
-    valid = np.isin(labels, (0.0, 0.5, 1.0)).all(axis=0) & (labels.sum(axis=0) == 1.0)
-    wrong = np.flatnonzero(labeled & ~valid)
-    if len(wrong):
-        a, b = (_plain(value) for value in labels[:, wrong[0]])
-        raise DataError(
-            f"{path}: row {start + int(wrong[0])}: label_0={a}, label_1={b}: labels must be 0, 0.5 "
-            f"or 1 and sum to 1 (or has_label must be false); {len(wrong)} such rows in this "
-            f"row group"
-        )
-    winner = np.where(labels[0] == 0.5, _TIE, np.where(labels[0] == 1.0, 0, 1))
-    return np.where(labeled, winner, _UNLABELED).astype(np.int8)
-
-
-def _check_captions(path: Path, group: int, rows: np.ndarray, captions: pa.ChunkedArray) -> None:
-    text = pa.types.is_string(captions.type) or pa.types.is_large_string(captions.type)
-    if text and not captions.null_count:
-        return
-    row, found = next(
-        (row, value)
-        for row, value in zip(rows.tolist(), captions.to_pylist(), strict=True)
-        if not isinstance(value, str)
-    )
-    raise DataError(f"{path}: row group {group}, row {row}: caption is {found!r}")
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.float64()).combine_chunks().fill_null(math.nan).to_numpy()
-
-
-def _plain(value: float) -> str:
-    return "null" if math.isnan(value) else f"{value:g}"
-
-
-def _check_schema(path: Path, schema: pa.Schema) -> None:
-    missing = [name for name in ("caption", *IMAGES, *LABELS) if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{path}: missing column {', '.join(missing)}; expected {SCHEMA}; "
-            f"found {', '.join(schema.names)}"
-        )
-    for name in IMAGES:
-        kind = schema.field(name).type
-        bytes_like = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        if not bytes_like and not pa.types.is_struct(kind):
-            raise DataError(f"{path}: column {name} is {kind}; expected the image's bytes (binary)")
-    if "has_label" in schema.names and not pa.types.is_boolean(schema.field("has_label").type):
-        kind = schema.field("has_label").type
-        raise DataError(f"{path}: column has_label is {kind}; expected true or false")
-    for name in LABELS:
-        kind = schema.field(name).type
-        if not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
-            raise DataError(f"{path}: column {name} is {kind}; expected a number in {{0, 0.5, 1}}")
+    winner, reasons = winners(_read_group(path, file, group, [*LABELS, *has]))
+    if may_have_nulls(file, group, "caption"):
+        for row in null_rows(_read_group(path, file, group, ["caption"])["caption"]):
+            if winner[row] >= 0:
+                winner[row], reasons[row] = BAD, "caption is null"
+    return winner, reasons
 
 
 def _open(path: Path) -> pq.ParquetFile:
