@@ -40,7 +40,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
     for name, (fits, words) in expected.items():
         if name in schema.names and not fits(plain_type(schema.field(name).type)):
             kind = schema.field(name).type
-            raise DataError(f"{path}: column {name} is {kind}; expected {words}")
+            raise DataError(f"{path}: column {name} is {kind!s:.200}; expected {words}")
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -132,7 +132,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return "bytes" in kind.names
+        return {"bytes", "path"} >= {*kind.names} and "bytes" in kind.names
+    kind = plain_type(kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 

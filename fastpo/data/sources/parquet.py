@@ -31,6 +31,7 @@ from fastpo.data.sources.columns import (
     plain,
     winners,
 )
+from fastpo.data.sources.files import DataFolder
 from fastpo.errors import DataError
 from fastpo.models.folder import is_hub_id
 from fastpo.system.retry import is_transient, retrying
@@ -40,24 +41,45 @@ _UIDS = ("image_0_uid", "image_1_uid")
 _OPTIONAL = ("ranking_id", *_UIDS)
 
 
+MOST_BATCH_BYTES = 1 << 28
+"""Of a column of images read at a time; far below what an Arrow array holds, as sizes vary."""
+
+
 class RowGroups:
     """Reads the image columns one row group at a time and keeps the last few.
 
     Thread-safe. `reads` counts the row groups read so far.
     """
 
-    def __init__(self, keep: int = 3) -> None:
-        """Keeps at most `keep` row groups in memory."""
+    def __init__(self, keep: int = 3, *, allow_outside: bool = False) -> None:
+        """Keeps at most `keep` row groups in memory.
+
+        Args:
+            keep: How many.
+            allow_outside: `data.allow_outside`, of images that a row names instead of holding them.
+        """
         self.reads = 0
-        self._keep = keep
+        self._keep, self._allow_outside = keep, allow_outside
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
     def image(self, path: Path, group: int, row: int, column: str) -> bytes:
-        """Returns the encoded image in `column` of the group's row; empty if it is null."""
+        """Returns the encoded image in `column` of the group's row; empty if it is null.
+
+        A column of the `datasets` Image feature holds bytes, or names a file that lies beside the
+        parquet file.
+
+        Raises:
+            OSError: The named file cannot be read.
+            DataError: It lies outside of the folder.
+        """
         value = self._table(path, group)[column][row].as_py()
-        if isinstance(value, dict):  # a column cast to the `datasets` Image feature
+        if isinstance(value, dict):
+            name = value.get("path")
             value = value.get("bytes")
+            if value is None and name:
+                folder = DataFolder(path.parent, allow_outside=self._allow_outside)
+                return folder.read(name)
         return value or b""
 
     def _table(self, path: Path, group: int) -> pa.Table:
@@ -65,7 +87,7 @@ class RowGroups:
             table = self._groups.get((path, group))
             if table is None:
                 with _open(path) as file:
-                    table = _read_group(path, file, group, IMAGES)
+                    table = _read_group(path, file, group, IMAGES, images=True)
                 self.reads += 1
                 self._groups[path, group] = table
                 if len(self._groups) > self._keep:
@@ -87,7 +109,7 @@ class ParquetSource(PairSource):
     """
 
     def _scan(self) -> None:
-        self.images = RowGroups()
+        self.images = RowGroups(allow_outside=self.config.allow_outside)
         self._groups: list[tuple[Path, int]] = []
         self._winners: list[np.ndarray] = []  # int8 per row of each group
         for path in _files(self.config):
@@ -202,21 +224,41 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path} is not a readable parquet file: {text}") from error
 
 
-def _read_group(path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+def _read_group(
+    path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str], *, images: bool = False
+) -> pa.Table:
     """Reads columns of a row group.
+
+    Images are read some rows at a time: of a column of structs Arrow makes one array, which holds
+    no more than 2 GiB of bytes.
 
     Raises:
         DataError: It is damaged.
         OSError: A fault of the machine that did not pass.
     """
-    read = partial(file.read_row_group, group, columns=list(columns), use_threads=False)
+    read = _read_in_batches if images else pq.ParquetFile.read_row_group
     try:
-        return retrying(read)
+        return retrying(partial(read, file, group, columns=list(columns), use_threads=False))
     except (OSError, ValueError, pa.ArrowException) as error:
         if is_transient(error):
             raise
         text = " ".join(str(error).split())
         raise DataError(f"{path}: row group {group} is damaged: {text}") from error
+
+
+def _read_in_batches(
+    file: pq.ParquetFile, group: int, *, columns: list[str], use_threads: bool
+) -> pa.Table:
+    about = file.metadata.row_group(group)
+    size = max(about.column(k).total_uncompressed_size for k in range(about.num_columns))
+    rows = max(1, about.num_rows * MOST_BATCH_BYTES // max(size, 1))
+    batches = file.iter_batches(
+        batch_size=min(rows, about.num_rows or 1),
+        row_groups=[group],
+        columns=columns,
+        use_threads=use_threads,
+    )
+    return pa.Table.from_batches(list(batches))
 
 
 def _files(config: DataConfig) -> Iterator[Path]:
