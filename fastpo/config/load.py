@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: It is missing, too large, no YAML or no mapping, or a key occurs twice.
     """
     try:
-        raw = parse_yaml(read_bounded(path, MOST_BYTES).decode("utf-8"))
+        raw = parse_yaml(read_bounded(path, MOST_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}") from None
     except IsADirectoryError:

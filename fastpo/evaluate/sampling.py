@@ -87,7 +87,7 @@ def plan_samples(config: Config) -> list[Sample]:
     prompts = list(options.prompts)
     if options.prompts_file is not None:
         try:
-            text = read_bounded(options.prompts_file, MOST_PROMPTS_BYTES).decode("utf-8")
+            text = read_bounded(options.prompts_file, MOST_PROMPTS_BYTES).decode("utf-8-sig")
             lines = text.splitlines()
         except (OSError, ValueError) as error:
             raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None

@@ -26,14 +26,14 @@ def parse_json(text: str | bytes, *, depth: int | None = MOST_DEPTH) -> Any:
     """Parses JSON.
 
     Args:
-        text: The text, bytes in UTF-8.
+        text: The text, bytes in UTF-8; a byte order mark in front is passed over.
         depth: Most lists and mappings within one another; None leaves it to the parser's own bound,
             for listings of many megabytes.
 
     Raises:
         ValueError: It is no JSON, nested too deeply, or its text is not what UTF-8 can write.
     """
-    decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+    decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     if depth is not None:
         _check_depth(decoded, depth)
     try:

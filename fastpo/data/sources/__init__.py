@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, SourceReport
 from fastpo.data.sources.folder import FolderSource
 from fastpo.data.sources.hpdv2 import HPDv2Source
+from fastpo.data.sources.listing import ListingSource, find_listing
 from fastpo.data.sources.parquet import ParquetSource
 
 __all__ = ["PairSource", "SourceReport", "open_source", "source_digest", "source_stamp"]
@@ -40,7 +42,15 @@ def open_source(config: DataConfig) -> PairSource:
         DataError: A file or column is missing, a label is not what the schema allows, or no pair
             is left.
     """
-    return _KINDS[config.source](config)
+    return _kind(config)(config)
+
+
+def _kind(config: DataConfig) -> type[PairSource]:
+    """Of a folder, what is read is told by the listing that there is."""
+    kind = _KINDS[config.source]
+    if kind is not FolderSource or (Path(config.path).expanduser() / "pairs.jsonl").is_file():
+        return kind
+    return ListingSource if find_listing(config) is not None else kind
 
 
 def source_digest(config: DataConfig) -> str | None:
@@ -48,7 +58,7 @@ def source_digest(config: DataConfig) -> str | None:
 
     Listings count by content, parquet files by name and size.
     """
-    return _KINDS[config.source].digest(config)
+    return _kind(config).digest(config)
 
 
 def source_stamp(config: DataConfig) -> str | None:
@@ -57,7 +67,7 @@ def source_stamp(config: DataConfig) -> str | None:
     Names, sizes and times of change count; nothing is read but the listing. None if the data set
     is not on this disk.
     """
-    files = _KINDS[config.source].files(config)
+    files = _kind(config).files(config)
     if files is None:
         return None
     digest = hashlib.sha256()

@@ -32,9 +32,9 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
             f"found {', '.join(schema.names)}"
         )
     expected = {
-        "caption": (_is_text, "text"),
+        "caption": (is_text, "text"),
         **{name: (_is_image, "the image's bytes (binary)") for name in IMAGES},
-        **{name: (_is_number, "a number in {0, 0.5, 1}") for name in LABELS},
+        **{name: (is_number, "a number in {0, 0.5, 1}") for name in LABELS},
         "has_label": (_is_truth, "true or false"),
     }
     for name, (fits, words) in expected.items():
@@ -92,14 +92,14 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
     try:
         return column.cast(pa.float64()).combine_chunks().fill_null(math.nan).to_numpy()
     except pa.ArrowInvalid:
-        return np.array([_number(value) for value in column.to_pylist()], dtype=np.float64)
+        return np.array([number(value) for value in column.to_pylist()], dtype=np.float64)
 
 
 def may_have_nulls(file: pq.ParquetFile, group: int, name: str) -> bool:
     """Tells from the statistics whether a plain column may have nulls in a row group."""
     about = file.metadata.row_group(group)
-    for number in range(about.num_columns):
-        column = about.column(number)
+    for place in range(about.num_columns):
+        column = about.column(place)
         if column.path_in_schema == name:
             known = column.statistics
             return known is None or not known.has_null_count or known.null_count > 0
@@ -112,10 +112,11 @@ def null_rows(column: pa.ChunkedArray) -> list[int]:
     return np.flatnonzero(nulls.to_numpy(zero_copy_only=False)).tolist()
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """Returns a label as a float: NaN where there is none, or it is no number."""
     try:
         return math.nan if value is None else float(value)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -126,7 +127,8 @@ def _shown(value: pa.Scalar) -> str:
     return f"{plain_value:g}" if isinstance(plain_value, float) else ascii(plain_value)[:40]
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a plain type is of text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
@@ -137,9 +139,10 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a plain type is of numbers, truth values, or text that may be of numbers."""
     tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-    return any(fits(kind) for fits in tests) or _is_truth(kind) or _is_text(kind)
+    return any(fits(kind) for fits in tests) or _is_truth(kind) or is_text(kind)
 
 
 def _is_truth(kind: pa.DataType) -> bool:

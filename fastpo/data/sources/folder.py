@@ -1,4 +1,4 @@
-"""A plain folder: `pairs.jsonl` and the images it names."""
+"""A plain folder: `pairs.jsonl` and the images it names, read without being held in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fastpo.config import DataConfig
 from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.base import (
     PairSource,
-    content_hash,
     digest_file,
     found_in,
     plain_text,
@@ -24,11 +23,14 @@ from fastpo.data.sources.base import (
     shown,
 )
 from fastpo.data.sources.files import DataFolder, is_file
+from fastpo.data.sources.rows import name_of
 from fastpo.errors import DataError
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
 
 SCHEMA = '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional)}'
+OTHERS = ("pairs.csv", "pairs.parquet", "metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Listings that are read where there is no `pairs.jsonl`, by `ListingSource`."""
 MOST_LINE = 1 << 20
 """Bytes of a line of the listing."""
 
@@ -46,8 +48,8 @@ class FolderSource(PairSource):
         self._file = folder / "pairs.jsonl"
         if not self._file.is_file():
             raise DataError(
-                f"missing file: {self._file}; expected one line per pair: {SCHEMA} "
-                f"(found: {found_in(folder)})"
+                f"missing file: {self._file}; expected one line per pair: {SCHEMA}, or another "
+                f"listing: {', '.join(OTHERS)} (found: {found_in(folder)})"
             )
         self._images = DataFolder(folder, allow_outside=self.config.allow_outside)
         places: list[int] = []
@@ -82,7 +84,7 @@ class FolderSource(PairSource):
             winner, loser = (partial(self._images.read, side) for side in sides)
             name = entry.get("id")
             if name is None:
-                name = ":".join([*sorted(sides), content_hash(entry["prompt"])[:8]])
+                name = name_of(*sides, entry["prompt"])
             yield PreferencePair(str(name), entry["prompt"], winner, loser)
 
     @classmethod
@@ -118,6 +120,24 @@ def listed(
     Raises:
         DataError: The file cannot be read, or a line is bad.
     """
+    for number, start, value in json_lines(path, place):
+        entry = _checked(value) if isinstance(value, dict) else f"{value}; expected {SCHEMA}"
+        if isinstance(entry, dict):
+            yield number, start, entry
+        elif bad is not None:
+            bad(number, entry)
+        else:
+            raise DataError(f"{path}: line {number}: {entry}")
+
+
+def json_lines(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
+    """Yields number, place in bytes and object of a file's lines, or why a line has none.
+
+    Lines that are blank are passed over.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             file.seek(place)
@@ -128,13 +148,8 @@ def listed(
                 length = len(line)
                 if length > MOST_LINE:
                     length += _skip_line(file, line)
-                entry = _parse(line) if line.strip() else None
-                if isinstance(entry, dict):
-                    yield number, place, entry
-                elif entry is not None and bad is not None:
-                    bad(number, entry)
-                elif entry is not None:
-                    raise DataError(f"{path}: line {number}: {entry}")
+                if line.strip():
+                    yield number, place, _parse(line)
                 place += length
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -150,15 +165,18 @@ def _skip_line(file: BinaryIO, begun: bytes) -> int:
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
-    """Returns a line's content, or why it is not what `SCHEMA` says."""
+    """Returns a line's object, or why there is none."""
     if len(line) > MOST_LINE:
-        return f"it has more than {MOST_LINE:,} bytes; expected {SCHEMA}"
+        return f"it has more than {MOST_LINE:,} bytes"
     try:
         entry = parse_json(line)
     except ValueError as error:
-        return f"not valid JSON: {error}; expected {SCHEMA}"
-    if not isinstance(entry, dict):
-        return f"expected {SCHEMA}, got {type(entry).__name__}"
+        return f"not valid JSON: {error}"
+    return entry if isinstance(entry, dict) else f"expected an object, got {type(entry).__name__}"
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any] | str:
+    """Returns a line's object, or why it is not what `SCHEMA` says."""
     for key in ("prompt", "winner", "loser"):
         if key not in entry:
             found = shown([*entry])
