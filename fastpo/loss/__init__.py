@@ -14,6 +14,9 @@ known;
 * `target`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, or a `PairTarget`: latents,
   noise (or its counters) and the schedule, from which the tensor is formed first;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
+* `sft_weight`: adds this share of the winner's error to every pair's loss, before its weight;
+* `safeguard`: Diffusion-SDPO's mu, which scales the loser's gradient: see `sdpo`;
+* `reduction`: `"mean"`, or `"none"`, with which `loss` is every pair's, `[B]`;
 * `impl`: `"triton"`, `"cpu"`, `"reference"`, or None: triton if every tensor is on a supported GPU
   (compute capability 8.0, or AMD) and there are at most 2048 pairs, else `"cpu"`: the reference's
   mathematics in fewer operators and passes. A name never falls back; Triton needs vectors and
@@ -21,8 +24,18 @@ known;
 
 Each returns a `PairLoss`: the scalar `loss`, `margin` `[B]` and `policy_error` `[2B]`, all three
 differentiable, so that `out.loss + 0.1 * out.policy_error[:B].mean()` trains on both terms; beside
-detached `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or None.
-Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo) also take
+detached `reference_error` `[2B]` or None, `minority` `[B]` or None, `weight` `[B]` or None, and
+`safeguard`, the factor of the loser's gradient, or None. `sft` takes neither of the two terms.
+
+`beta` is a number or `[B]`, one for every pair, whose values are not read: see that they are
+positive. No option gets a gradient, and one that wants it is refused.
+
+A loss without a reference (what some trainers call reference-free DPO) is `dpo` on a reference
+whose errors are zero: `dpo(policy, torch.zeros(2 * B), target, beta=beta)`, the logit being
+`-beta (e_w - e_l)`.
+
+Objectives with statistics over the batch (kto, sdpo, adaptive_dpo, adaptive_ipo, and any with a
+safeguard) also take
 
 * `reduce`: maps this process's sums, one short float32 vector whose last entry is its number of
   pairs, to those of all processes (`dist.all_reduce`, for one). The pass over the predictions and

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastpo.loss._options import require, require_finite, require_positive
+from fastpo.loss._options import (
+    Slope,
+    require,
+    require_finite,
+    require_positive,
+    require_slope,
+    require_terms,
+)
 from fastpo_kernels.pair_loss import (
     Adaptive,
     Impl,
@@ -15,10 +22,12 @@ from fastpo_kernels.pair_loss import (
     Normalize,
     PairLoss,
     Reduce,
+    Reduction,
     Target,
     WeightKind,
     pair_loss,
 )
+from fastpo_kernels.pair_loss.validate import number
 
 
 def adaptive_dpo(
@@ -26,7 +35,7 @@ def adaptive_dpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     annotators: Sequence[Tensor] = (),
     minority: Tensor | None = None,
     statistics: Tensor | None = None,
@@ -39,6 +48,9 @@ def adaptive_dpo(
     margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
@@ -56,7 +68,7 @@ def adaptive_dpo(
         statistics: `[1 + M]` float32 from outside the batch: the mean margin, then the scale of
             each of the M annotators, the policy first. None takes the batch's.
         reduce: forms them over all processes; see `fastpo.loss`.
-        normalize: the scale over the batch: `rms`, or `l2` as released.
+        normalize: the scale over the batch: `rms`, `l2` as released, or `none`, which is 1.
         rho: 3.75 with `rms` is at B = 16 the released 15 with `l2`.
         weight_kind: `linear` 1/(k0 + k1 u); `quadratic` (u squared), `sqrt` 1/(k0 +
             exp(k1 sqrt(u))), `exponential` 1/(k0 + exp(k1 u)), `gate` (1 where u < 1/2, else 0).
@@ -69,9 +81,10 @@ def adaptive_dpo(
         ValueError: likewise; a beta or rho that is not positive, a weight that could be negative or
             infinite, both `minority` and `annotators`, or both `statistics` and `reduce`.
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     adaptive = Adaptive(
-        beta=beta,
+        beta=1.0 if isinstance(beta, Tensor) else beta,  # `pair_loss` takes every pair's own
         normalize=normalize,
         rho=rho,
         weight_kind=weight_kind,
@@ -93,6 +106,9 @@ def adaptive_dpo(
         reduce=reduce,
         adaptive=adaptive,
         pair_weight=pair_weight,
+        sft_weight=sft_weight,
+        safeguard=safeguard,
+        reduction=reduction,
         impl=impl,
     )
 
@@ -115,15 +131,21 @@ def adaptive_ipo(
     weight_intercept: float = 1.0,
     margin_kind: MarginKind = "quadratic",
     margin_scale: float = 1.0,
+    released_sign: bool = False,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
 
     The released code adds `gamma / beta` here where its DPO form subtracts gamma. Both subtract
-    here: the larger a pair's gamma, the larger the margin asked of it.
+    here: the larger a pair's gamma, the larger the margin asked of it. `released_sign=True` adds.
     """
     require_positive(tau=tau, beta=beta)
+    require_terms(safeguard, sft_weight)
+    margin_scale = number("margin_scale", margin_scale)
     adaptive = Adaptive(
         beta=beta,
         normalize=normalize,
@@ -132,7 +154,7 @@ def adaptive_ipo(
         weight_scale=weight_scale,
         weight_intercept=weight_intercept,
         margin_kind=margin_kind,
-        shift_scale=margin_scale / beta,
+        shift_scale=(-margin_scale if released_sign else margin_scale) / beta,
     )
     _check(adaptive)
     return pair_loss(
@@ -147,6 +169,9 @@ def adaptive_ipo(
         reduce=reduce,
         adaptive=adaptive,
         pair_weight=pair_weight,
+        sft_weight=sft_weight,
+        safeguard=safeguard,
+        reduction=reduction,
         impl=impl,
     )
 

@@ -6,17 +6,30 @@ The conventions that all of them share are those of `fastpo.loss`.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from fastpo.loss._options import require, require_positive
+from fastpo.loss._options import (
+    Slope,
+    require,
+    require_positive,
+    require_slope,
+    require_terms,
+)
 from fastpo_kernels.pair_loss import (
     Impl,
     PairLoss,
+    PairTarget,
     Reduce,
+    Reduction,
     Target,
+    pair_errors,
     pair_loss,
 )
+from fastpo_kernels.pair_loss.validate import check_reduction, check_vector, number
+
+Rows = Literal["pairs", "winners"]
 
 
 def _one_element(name: str, vector: Tensor) -> Tensor:
@@ -32,20 +45,29 @@ def dpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     label_smoothing: float = 0.0,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-DPO: `-(1-a) ls(z) - a ls(-z)` with `a = label_smoothing` in [0, 1/2].
 
     Wallace et al. 2023 (arXiv 2311.12908), eq. 14; `a > 0` is the conservative form.
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     rule = "label_smoothing must be in [0, 0.5]"
     require(0 <= label_smoothing <= 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
-    return pair_loss(policy, reference, target, "dpo", options, pair_weight=pair_weight, impl=impl)
+    return pair_loss(
+        policy, reference, target, "dpo", options,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def robust_dpo(
@@ -53,9 +75,13 @@ def robust_dpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     label_smoothing: float,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
@@ -63,13 +89,16 @@ def robust_dpo(
     Unbiased where labels are flipped with probability a.
     Chowdhury et al. 2024 (arXiv 2403.00409).
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     rule = "label_smoothing must be in [0, 0.5)"
     require(0 <= label_smoothing < 0.5, rule, label_smoothing)
     options = (beta, label_smoothing)
     return pair_loss(
-        policy, reference, target, "robust_dpo", options, pair_weight=pair_weight, impl=impl
-    )
+        policy, reference, target, "robust_dpo", options,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def ipo(
@@ -79,6 +108,10 @@ def ipo(
     *,
     tau: float,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
@@ -86,7 +119,12 @@ def ipo(
     Azar et al. 2023 (arXiv 2310.12036).
     """
     require_positive(tau=tau)
-    return pair_loss(policy, reference, target, "ipo", (tau,), pair_weight=pair_weight, impl=impl)
+    require_terms(safeguard, sft_weight)
+    return pair_loss(
+        policy, reference, target, "ipo", (tau,),
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def hinge(
@@ -94,19 +132,26 @@ def hinge(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink.
 
     Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425).
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     options = (beta,)
     return pair_loss(
-        policy, reference, target, "hinge", options, pair_weight=pair_weight, impl=impl
-    )
+        policy, reference, target, "hinge", options,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def kto(
@@ -114,27 +159,41 @@ def kto(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
+    liked_weight: float = 1.0,
+    disliked_weight: float = 1.0,
     baseline: Tensor | None = None,
-    reduce: Reduce | None = None,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labeled images (Li et al. 2024, arXiv 2404.04465).
 
-    With `g = r - e` and `z0 = max(mean g, 0)`, detached: the mean of `1 - sigmoid(beta (g_w - z0))`
-    and `1 - sigmoid(-beta (g_l - z0))`.
+    With `g = r - e` and `z0 = max(mean g, 0)`, detached: the mean of
+    `liked_weight (1 - sigmoid(beta (g_w - z0)))` and
+    `disliked_weight (1 - sigmoid(-beta (g_l - z0)))`.
 
     Args:
-        baseline: mean of g from outside, a floating-point tensor of one element on the policy's
-            device, instead of `reduce`; None takes this batch's 2B rows.
+        liked_weight: of the winners' terms; the released code's and TRL's desirable weight.
+        disliked_weight: of the losers'.
+        baseline: z0 itself from outside, a floating-point tensor of one element on the policy's
+            device, instead of `reduce`; it is taken as it is, below zero too. None takes the mean
+            of this batch's 2B rows, not below zero.
         reduce: forms it over all processes; see above.
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
+    for name, weight in (("liked_weight", liked_weight), ("disliked_weight", disliked_weight)):
+        require(0 <= weight < math.inf, f"{name} must be finite and not negative", weight)
     statistics = None if baseline is None else _one_element("baseline", baseline)
+    options = (beta, liked_weight, disliked_weight)
     return pair_loss(
-        policy, reference, target, "kto", (beta,), statistics=statistics, reduce=reduce,
-        pair_weight=pair_weight, impl=impl,
+        policy, reference, target, "kto", options, statistics=statistics,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
     )  # fmt: skip
 
 
@@ -143,19 +202,29 @@ def dmpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     alpha: float = 0.01,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round.
 
     `alpha` lies in (0, 1).
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     require(0 < alpha < 1, "alpha must be in (0, 1)", alpha)
+    alpha = number("alpha", alpha)
     options = (beta, math.log1p(-alpha), math.log(alpha))
-    return pair_loss(policy, reference, target, "dmpo", options, pair_weight=pair_weight, impl=impl)
+    return pair_loss(
+        policy, reference, target, "dmpo", options,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def linear_dpo(
@@ -163,21 +232,28 @@ def linear_dpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     eta: float = 1e-3,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached.
 
     `eta` lies in [0, 1/2].
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(safeguard, sft_weight)
     require(0 <= eta <= 0.5, "eta must be in [0, 0.5]", eta)
     options = (beta, eta)
     return pair_loss(
-        policy, reference, target, "linear_dpo", options, pair_weight=pair_weight, impl=impl
-    )
+        policy, reference, target, "linear_dpo", options,
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip
 
 
 def sdpo(
@@ -185,10 +261,12 @@ def sdpo(
     reference: Tensor,
     target: Target,
     *,
-    beta: float,
+    beta: Slope,
     mu: float,
-    reduce: Reduce | None = None,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
@@ -198,36 +276,96 @@ def sdpo(
     where `gA . gB > 0`, else 1; mu in [0, 1].
     Released values of mu: 0.9 on SD 1.5, 0.6 on SDXL.
     """
-    require_positive(beta=beta)
+    require_slope(beta)
+    require_terms(None, sft_weight)
     require(0 <= mu <= 1, "mu must be in [0, 1]", mu)
     return pair_loss(
-        policy, reference, target, "dpo", (beta,), safeguard=mu, reduce=reduce,
-        pair_weight=pair_weight, impl=impl,
+        policy, reference, target, "dpo", (beta,),
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=mu, reduce=reduce,
+        reduction=reduction, impl=impl,
     )  # fmt: skip
 
 
 def sft(
-    policy: Tensor, target: Target, *, pair_weight: Tensor | None = None, impl: Impl | None = None
+    policy: Tensor,
+    target: Target,
+    *,
+    rows: Rows | None = None,
+    pair_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    impl: Impl | None = None,
 ) -> PairLoss:
-    """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`."""
-    return pair_loss(policy, None, target, "sft", (), pair_weight=pair_weight, impl=impl)
+    """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`.
+
+    Args:
+        rows: what the rows are: `pairs`, the first half being the winners; or `winners` alone, any
+            number of them, each with a target and, in `pair_weight`, a weight of its own: then the
+            margin is `-e_w`. None is `pairs` where the target is `[B, *dims]` for `[2B, *dims]`
+            predictions or a `PairTarget`, and is refused where it could be either.
+    """
+    if rows not in (None, *get_args(Rows)):
+        raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
+    if rows is None and isinstance(target, Tensor) and target.shape[:1] == policy.shape[:1]:
+        raise ValueError(
+            "sft cannot tell winners from pairs where policy and target have as many rows: give "
+            f"rows='winners' to train on all {len(policy)}, or rows='pairs' for the first half"
+        )
+    if rows != "winners":
+        return pair_loss(
+            policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction, impl=impl
+        )
+    return _winners_alone(policy, target, pair_weight, reduction, impl)
+
+
+def _winners_alone(
+    policy: Tensor,
+    target: Target,
+    weight: Tensor | None,
+    reduction: Reduction,
+    impl: Impl | None,
+) -> PairLoss:
+    """The reduction, and a weighted mean of its errors."""
+    if isinstance(target, PairTarget):
+        raise ValueError("a PairTarget is one of pairs; rows='winners' needs a tensor")
+    if target.shape != policy.shape:
+        raise ValueError(
+            f"rows='winners' needs a target of policy's shape {tuple(policy.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    check_reduction(reduction)
+    errors = pair_errors(policy, target, impl=impl)
+    losses = errors
+    if weight is not None:
+        check_vector("pair_weight", weight, len(policy), policy)
+        weight = weight.detach().to(errors.dtype)
+        losses = weight * errors
+    loss = losses if reduction == "none" else losses.mean()
+    return PairLoss(loss, -errors, errors, None, None, weight)
 
 
 def mapo(
     policy: Tensor,
     target: Target,
     *,
-    beta: float = 0.1,
+    beta: Slope = 0.1,
     snr: float = 0.5,
     num_timesteps: int = 1000,
     pair_weight: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+    reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
     """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
 
     Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
     """
-    require_positive(beta=beta, snr=snr, num_timesteps=num_timesteps)
+    require_slope(beta)
+    require_positive(snr=snr, num_timesteps=num_timesteps)
+    require_terms(safeguard, sft_weight)
     return pair_loss(
-        policy, None, target, "mapo", (beta, snr, num_timesteps), pair_weight=pair_weight, impl=impl
-    )
+        policy, None, target, "mapo", (beta, snr, num_timesteps),
+        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
+        reduction=reduction, impl=impl,
+    )  # fmt: skip

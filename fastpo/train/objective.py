@@ -23,7 +23,7 @@ LOSSES: dict[str, Callable[..., PairLoss]] = {
     "dmpo": loss.dmpo,
     "linear_dpo": loss.linear_dpo,
     "sdpo": loss.sdpo,
-    "sft": loss.sft,
+    "sft": partial(loss.sft, rows="pairs"),
     "mapo": loss.mapo,
     "adaptive_dpo": loss.adaptive_dpo,
     "adaptive_ipo": loss.adaptive_ipo,

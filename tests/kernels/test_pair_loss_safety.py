@@ -21,8 +21,9 @@ def call(x, impl="triton", **options):
     return fl.dpo(x.policy, x.reference, x.target, beta=20.0, impl=impl, **options)
 
 
-NOT_ADAPTIVE = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0)
-ADAPTIVE = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0)
+FURTHER = (None, 0.0, False)  # no beta of the pairs' own, no further term, their mean
+NOT_ADAPTIVE = (None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0, *FURTHER)
+ADAPTIVE = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0, *FURTHER)
 # Minority, statistics and weights that are not given, and plain DPO.
 PLAIN = (None, None, None, "dpo", [20.0, 0.0], None, *NOT_ADAPTIVE)
 
@@ -196,13 +197,52 @@ def test_none_is_the_cpus_own_implementation_on_a_cpu(impl, monkeypatch):
     assert chosen == ["pair_loss", "pair_loss", "large_loss"]
 
 
-@pytest.mark.parametrize("impl", ["reference", None])
-def test_options_are_numbers_and_carry_no_gradient(impl):
+WANTING = torch.tensor(0.1, requires_grad=True)
+LEARNED = [
+    (fl.dpo, {"beta": WANTING}),
+    (fl.dpo, {"beta": torch.ones(2, requires_grad=True)}),
+    (fl.dpo, {"beta": 1.0, "label_smoothing": WANTING}),
+    (fl.dpo, {"beta": 1.0, "sft_weight": WANTING}),
+    (fl.ipo, {"tau": WANTING}),
+    (fl.hinge, {"beta": 1.0, "safeguard": WANTING}),
+    (fl.kto, {"beta": 1.0, "liked_weight": WANTING}),
+    (fl.dmpo, {"beta": 1.0, "alpha": WANTING}),
+    (fl.linear_dpo, {"beta": 1.0, "eta": WANTING}),
+    (fl.sdpo, {"beta": 1.0, "mu": WANTING}),
+    (fl.adaptive_dpo, {"beta": 1.0, "rho": WANTING}),
+    (fl.adaptive_dpo, {"beta": 1.0, "weight_scale": WANTING}),
+    (fl.adaptive_ipo, {"beta": 1.0, "tau": 1.0, "margin_scale": WANTING}),
+]
+
+
+@pytest.mark.parametrize(("objective", "options"), LEARNED)
+def test_an_option_that_wants_a_gradient_is_refused(objective, options):
     x = pair_inputs(2, (40,))
-    beta = torch.tensor(20.0, requires_grad=True)
-    out = fl.dpo(x.policy, x.reference, x.target, beta=beta, impl=impl)
-    assert not out.loss.requires_grad
+    with pytest.raises(ValueError, match="is a constant of the loss, got a tensor that requires"):
+        objective(x.policy, x.reference, x.target, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tensor_without_gradient_is_a_number(impl, device):
+    x = pair_inputs(2, (40,), torch.float32, device)
+    out = fl.dpo(x.policy, x.reference, x.target, beta=torch.tensor(20.0), impl=impl)
     assert torch.equal(out.loss, call(x, impl).loss)
+
+
+@pytest.mark.parametrize(
+    ("beta", "message"),
+    [
+        (torch.ones(3), r"beta must be \[2\], got \(3,\)"),
+        (torch.ones(2, dtype=torch.int64), "beta must be a floating-point tensor"),
+        (torch.ones(2, device="meta"), "beta must be on policy's cpu"),
+    ],
+)
+def test_refuses_betas_that_are_none_of_the_pairs(beta, message):
+    x = pair_inputs(2, (40,))
+    with pytest.raises((TypeError, ValueError), match=message):
+        fl.dpo(x.policy, x.reference, x.target, beta=beta)
+    with pytest.raises(ValueError, match="beta must be one number"):
+        fl.adaptive_ipo(x.policy, x.reference, x.target, tau=1.0, beta=torch.ones(2))
 
 
 @pytest.mark.parametrize("name", [n for n in fl.__all__ if n[0].islower() and n != "pair_errors"])

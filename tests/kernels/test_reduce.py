@@ -131,7 +131,7 @@ def test_operator_passes_opcheck(device):
     partial = ops.pair_loss_partials(*common)
     errors, sums = [e.clone() for e in partial[:12].split(4)], partial[12:].clone()
     given = (errors[0], errors[1], [errors[2]], None, sums, None)
-    adaptive = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0)
+    adaptive = ("rms", "linear", "quadratic", 3.75, 10.0, 1.0, 1.0, 20.0, None, 0.0, False)
     policy = x.policy.requires_grad_()
     torch.library.opcheck(
         ops.pair_loss_finish, (policy, x.target, *given, "dpo", [20.0], 0.9, *adaptive)

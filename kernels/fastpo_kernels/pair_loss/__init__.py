@@ -10,6 +10,7 @@ from fastpo_kernels.pair_loss.spec import (
     Normalize,
     PairLoss,
     Reduce,
+    Reduction,
     WeightKind,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "PairLoss",
     "PairTarget",
     "Reduce",
+    "Reduction",
     "Target",
     "WeightKind",
     "minority_metric",

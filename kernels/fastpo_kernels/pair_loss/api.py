@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, choose
@@ -12,7 +13,14 @@ from fastpo_kernels._shared.target import PairTarget
 from fastpo_kernels.pair_loss import cpu, fused, validate
 from fastpo_kernels.pair_loss import reference as oracle
 from fastpo_kernels.pair_loss.objectives import OBJECTIVES
-from fastpo_kernels.pair_loss.spec import Adaptive, LossSpec, PairLoss, PairTensors, Reduce
+from fastpo_kernels.pair_loss.spec import (
+    Adaptive,
+    LossSpec,
+    PairLoss,
+    PairTensors,
+    Reduce,
+    Reduction,
+)
 
 Impl = Literal["triton", "cpu", "reference"]
 Target = Tensor | PairTarget
@@ -28,7 +36,7 @@ def _chosen(impl: str | None, tensors: PairTensors) -> str:
     fits = n_pairs <= _MAX_PAIRS and n_elements <= MAX_ELEMENTS
     if impl is None and not (policy.is_cuda and fits):
         return "cpu"
-    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight)
+    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight, tensors.beta)
     others = [t for t in (*tensors.judges, *vectors) if t is not None]
     chosen = choose(impl, [policy, tensors.target, *others], _IMPLS)
     if chosen == "triton" and not fits:
@@ -48,12 +56,31 @@ def _ready(target: Target, policy: Tensor) -> Tensor:
     return target.detach() if target.requires_grad else target
 
 
+def _options_of(
+    objective: str, options: Sequence[float | Tensor], policy: Tensor
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """The options as numbers, and the first of them as `[B]` where every pair has its own."""
+    kind = OBJECTIVES.get(objective)
+    if kind is None:
+        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if not len(kind.options) - kind.n_optional <= len(options) <= len(kind.options):
+        raise ValueError(f"{objective} takes options {kind.options}, got {len(options)}")
+    beta, first = None, options[0] if options else None
+    if isinstance(first, Tensor) and (first.ndim or first.device.type != "cpu"):
+        # Its value is not read: that would wait for the GPU.
+        validate.check_constant(kind.options[0], first)
+        beta = first if first.ndim else first.expand(policy.shape[0] // 2).contiguous()
+        options = (1.0, *options[1:])
+    numbers = [validate.number(n, v) for n, v in zip(kind.options, options, strict=False)]
+    return tuple(numbers), beta
+
+
 def pair_loss(
     policy: Tensor,
     reference: Tensor | None,
     target: Target,
     objective: str,
-    options: Sequence[float] = (),
+    options: Sequence[float | Tensor] = (),
     *,
     annotators: Sequence[Tensor] = (),
     minority: Tensor | None = None,
@@ -61,10 +88,14 @@ def pair_loss(
     pair_weight: Tensor | None = None,
     adaptive: Adaptive | None = None,
     safeguard: float | None = None,
+    sft_weight: float = 0.0,
     reduce: Reduce | None = None,
+    reduction: Reduction = "mean",
     impl: Impl | None = None,
 ) -> PairLoss:
-    """Mean over pairs of `weight * objective(e_w, e_l, r_w, r_l)`, in one launch each way on a GPU.
+    """Mean over pairs of `weight * (objective(e_w, e_l, r_w, r_l) + sft_weight * e_w)`.
+
+    In one launch each way on a GPU.
 
     `e` and `r` are the policy's and the reference's mean squared errors; the scalar functions and
     their options are those of `objectives.py`. `fastpo.loss` names every combination; call that.
@@ -75,7 +106,8 @@ def pair_loss(
         target: `[2B, *dims]`, or `[B, *dims]` where the pair shares it; or a `PairTarget`, whose
             tensor is formed first.
         objective: a name in `OBJECTIVES`.
-        options: numbers, in the order of `Objective.options`.
+        options: numbers, in the order of `Objective.options`; the first may be `[B]`, one for
+            every pair, on the policy's device.
         annotators: other judges of the same pairs, each like `reference`; needs `adaptive`.
         minority: `[B]`, the minority metric from outside; needs `adaptive`, excludes `annotators`.
         statistics: batch statistics from outside, float32: `[1]`, KTO's mean gain, or `[1 + M]`,
@@ -84,9 +116,11 @@ def pair_loss(
         adaptive: weights and margins from the minority metric.
         safeguard: Diffusion-SDPO's mu: the loser's gradient is scaled so that the winner still
             gains.
+        sft_weight: of the winner's error, added to every pair's loss before `weight`.
         reduce: maps this batch's sums, a float32 vector, to the sums over all processes, called
             once, between the pass over the predictions and the finish: for statistics beyond the
             batch, of objectives that have any. `LossSpec.n_sums` says what the vector holds.
+        reduction: `mean` over the pairs, or `none`: every pair's loss, `[B]`.
         impl: `triton`; `cpu`, torch operators in few passes; `reference`, the oracle, in plain
             ones. None is triton if every tensor is on a supported GPU (compute capability 8.0 or
             AMD) in a dtype it takes, with triton installed, at most 2048 pairs; else `cpu`. A name
@@ -99,17 +133,16 @@ def pair_loss(
         TypeError: not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device, option or `impl` that breaks the rules above.
     """
-    kind = OBJECTIVES.get(objective)
-    if kind is None:
-        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
-    if not len(kind.options) - kind.n_optional <= len(options) <= len(kind.options):
-        raise ValueError(f"{objective} takes options {kind.options}, got {len(options)}")
-    if reference is None and kind.needs_reference:
-        raise ValueError(f"{objective} needs a reference, got None")
     validate.check_policy(policy)
+    numbers, beta = _options_of(objective, options, policy)
+    if reference is None and OBJECTIVES[objective].needs_reference:
+        raise ValueError(f"{objective} needs a reference, got None")
+    validate.check_reduction(reduction)
     ready = _ready(target, policy)
-    tensors = PairTensors(policy, ready, reference, annotators, minority, statistics, pair_weight)
-    spec = LossSpec(objective, tuple(map(float, options)), adaptive, safeguard)
+    tensors = PairTensors(
+        policy, ready, reference, annotators, minority, statistics, pair_weight, beta
+    )
+    spec = LossSpec(objective, numbers, adaptive, safeguard, float(sft_weight), reduction == "none")
     validate.check_tensors(tensors, spec)
     if reduce is not None:
         validate.check_reduce(tensors, spec)
@@ -120,22 +153,40 @@ def pair_loss(
     return fused.pair_loss(tensors, spec, reduce)
 
 
+def _odd_errors(policy: Tensor, target: Target, impl: Impl | None) -> Tensor:
+    """The even rows' errors, and the last one's, which is read as both sides of a pair."""
+    if not isinstance(target, Tensor) or target.shape != policy.shape:
+        shape = target.shape if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            f"an odd number of rows needs a target of policy's shape {tuple(policy.shape)}, got "
+            f"{tuple(shape) if isinstance(target, Tensor) else shape}"
+        )
+    twice = (2, *policy.shape[1:])
+    last = pair_errors(policy[-1:].expand(twice), target[-1:].expand(twice), impl=impl)[:1]
+    if len(policy) == 1:
+        return last
+    return torch.cat([pair_errors(policy[:-1], target[:-1], impl=impl), last])
+
+
 def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> Tensor:
     """Mean squared error of every row, the fused reduction alone; differentiable in `policy`.
 
     Args:
-        policy: `[2B, *dims]` float32, bfloat16 or float16, winners first.
+        policy: `[2B, *dims]` float32, bfloat16 or float16, winners first; or any number of rows,
+            with a target of as many. The last of an odd number is a launch of its own.
         target: as in `pair_loss`.
         impl: as in `pair_loss`.
 
     Returns:
-        `[2B]` float32 (float64 for float64 predictions).
+        `[2B]` float32 (float64 for float64 predictions), or one of every row.
 
     Raises:
         TypeError: not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device or `impl` that breaks the rules above.
     """
-    validate.check_policy(policy)
+    validate.check_predictions(policy)
+    if policy.shape[0] % 2:
+        return _odd_errors(policy, target, impl)
     ready = _ready(target, policy)
     chosen = _chosen(impl, PairTensors(policy, ready))
     if chosen != "triton":

@@ -208,6 +208,7 @@ def _fits_small(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> 
     """Whether the batch is small and dense, plain predictions and a loss without statistics."""
     policy, target, reference = tensors.policy, tensors.target, tensors.reference
     plain = tensors.minority is tensors.statistics is tensors.pair_weight is reduce is None
+    plain = plain and tensors.beta is None and not spec.sft_weight and not spec.per_pair
     if not plain or spec.has_statistics or len(tensors.annotators):
         return False
     if policy.numel() > 2 * _PIECE or not policy.is_cpu or torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpo_kernels.pair_loss.objectives import OBJECTIVES, Errors, Judged, margin_of
+from fastpo_kernels.pair_loss.objectives import OBJECTIVES, Judged, margin_of
 from fastpo_kernels.pair_loss.spec import Adaptive, LossSpec, PairLoss, PairTensors, Reduce
 from fastpo_kernels.pair_loss.validate import check_reduced
 
@@ -68,14 +68,15 @@ def minority_metric(
 
     From M margins `[B]`.
     With one annotator `u = |sigmoid(x) - 1|`. The scale is each margin's root mean square over the
-    batch (`l2`: its norm) unless given.
+    batch (`l2`: its norm, `none`: 1) unless given.
     """
     d = torch.stack(list(margins))
-    power = d.square()
-    own_scales = (power.mean(1) if spec.normalize == "rms" else power.sum(1)).sqrt()
-    scales = own_scales if given_scales is None else given_scales
-    scales = torch.where(scales > 0, scales, 1.0)
-    x = spec.rho * d / scales[:, None]
+    x = spec.rho * d
+    if spec.normalize != "none":
+        power = d.square()
+        own_scales = (power.mean(1) if spec.normalize == "rms" else power.sum(1)).sqrt()
+        scales = own_scales if given_scales is None else given_scales
+        x = x / torch.where(scales > 0, scales, 1.0)[:, None]
     doubt = torch.sigmoid(-x).mean(0)
     return doubt if len(margins) == 1 else doubt * x.std(0).clamp(max=1.0)
 
@@ -97,6 +98,7 @@ def _adapt(
     minority: Tensor | None,
     statistics: Tensor | None,
     spec: Adaptive,
+    beta: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minority metric, weight and margin shift of every pair, all detached."""
     d = margins[0]
@@ -107,45 +109,45 @@ def _adapt(
         u = minority.detach().to(d.dtype)
     mean = d.mean() if statistics is None else statistics[0].to(d.dtype)
     power = u.square() if spec.margin_kind == "quadratic" else u
-    return u, pair_weights(u, spec), spec.shift_scale * (mean - power / spec.beta)
+    return u, pair_weights(u, spec), spec.shift_scale * (mean - power / beta)
 
 
-def _safeguarded(errors: Tensor, agreement: Sequence[Tensor], mu: float) -> list[Tensor]:
-    """The errors, the loser's gradient scaled by Diffusion-SDPO's lambda, its value kept.
-
-    Of two infinite sums there is no ratio, and lambda is 1.
-    """
-    e_w, e_l = errors.unbind()
+def _safeguard(agreement: Sequence[Tensor], mu: float) -> Tensor:
+    """Diffusion-SDPO's lambda; of two infinite sums there is no ratio, and it is 1."""
     power, total = agreement
     ratio = (1 - mu) * power / torch.where(total > 0, total, 1.0)
-    scale = torch.where((total > 0) & ~ratio.isnan(), ratio.clamp(0, 1), 1.0)
+    return torch.where((total > 0) & ~ratio.isnan(), ratio.clamp(0, 1), 1.0)
+
+
+def _safeguarded(errors: Tensor, scale: Tensor) -> list[Tensor]:
+    """The errors, the loser's gradient scaled, its value kept."""
+    e_w, e_l = errors.unbind()
     value = e_l.detach()
     return [e_w, torch.where(value.isinf(), e_l, value + scale * (e_l - value))]
 
 
-def from_errors(
-    errors: PairErrors, tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None
-) -> PairLoss:
-    """The loss, the margin and the policy's errors, differentiable; the rest detached.
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What of a batch multiplies or shifts its losses, all detached, or None."""
 
-    Of `tensors` minority, statistics and pair weights are read.
+    minority: Tensor | None = None
+    weight: Tensor | None = None
+    shift: Tensor | float = 0.0
+    safeguard: Tensor | None = None
 
-    Args:
-        errors: of every source.
-        tensors: as in `api.pair_loss`.
-        spec: the objective.
-        reduce: maps this batch's sums to those of all processes, or None.
-    """
-    known, policy_error = errors.reference, errors.policy.detach()
-    d = given_margin = margin_of(errors.policy, known)
-    margin = d.detach()
+
+def _known(
+    errors: PairErrors, margin: Tensor, tensors: PairTensors, spec: LossSpec, reduce: Reduce | None
+) -> _Known:
+    """The batch's statistics, by `reduce` those of all processes, and what is made of them."""
+    reference, policy_error = errors.reference, errors.policy.detach()
     gain = None
     if spec.has_baseline:
-        assert known is not None, "kto needs a reference"
-        gain = (known - policy_error).mean(0)
+        assert reference is not None, "kto needs a reference"
+        gain = (reference - policy_error).mean(0)
     margins = []
     if spec.adaptive is not None:
-        margins = [margin, *(margin_of(a, known) for a in errors.annotators)]
+        margins = [margin, *(margin_of(a, reference) for a in errors.annotators)]
     agreement = []
     if spec.safeguard is not None:
         assert errors.dot is not None, "a safeguard needs the residuals' product"
@@ -156,20 +158,56 @@ def from_errors(
         totals = check_reduced(reduce(own), own)
         statistics = _statistics_of(totals, len(margins), spec.adaptive)
         sums = list(totals[-3:-1])
-    u = weight = None
-    shift: Tensor | float = 0.0
+    scale = None if spec.safeguard is None else _safeguard(sums, spec.safeguard)
     if spec.adaptive is not None:
-        u, weight, shift = _adapt(margins, tensors.minority, statistics, spec.adaptive)
-    elif gain is not None:
-        shift = (gain.mean() if statistics is None else statistics[0]).clamp(min=0.0)
+        beta = spec.adaptive.beta if tensors.beta is None else tensors.beta.to(margin.dtype)
+        u, weight, shift = _adapt(margins, tensors.minority, statistics, spec.adaptive, beta)
+        return _Known(u, weight, shift, scale)
+    if gain is None:
+        return _Known(safeguard=scale)
+    if tensors.statistics is not None:
+        return _Known(shift=tensors.statistics[0], safeguard=scale)
+    mean = gain.mean() if statistics is None else statistics[0]
+    return _Known(shift=mean.clamp(min=0.0), safeguard=scale)
+
+
+def from_errors(
+    errors: PairErrors, tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None
+) -> PairLoss:
+    """The loss, the margin and the policy's errors, differentiable; the rest detached.
+
+    Of `tensors` minority, statistics, pair weights and beta are read.
+
+    Args:
+        errors: of every source.
+        tensors: as in `api.pair_loss`.
+        spec: the objective.
+        reduce: maps this batch's sums to those of all processes, or None.
+    """
+    reference, e = errors.reference, errors.policy
+    margin = margin_of(e, reference)
+    known = _known(errors, margin.detach(), tensors, spec, reduce)
+    weight = known.weight
     if tensors.pair_weight is not None:
         given = tensors.pair_weight.detach().to(margin.dtype)
         weight = given if weight is None else weight * given
-    e: Errors = errors.policy
-    if spec.safeguard is not None:
-        e = _safeguarded(errors.policy, sums, spec.safeguard)
-        d = margin_of(e, known)
-    losses = OBJECTIVES[spec.objective].function(Judged(d, e, known, shift), *spec.options)
-    loss = (losses if weight is None else weight * losses).mean()
-    reference_error = None if known is None else known.flatten()
-    return PairLoss(loss, given_margin, errors.policy.flatten(), reference_error, u, weight)
+    judged = Judged(margin, e, reference, known.shift)
+    if known.safeguard is not None:
+        guarded = _safeguarded(e, known.safeguard)
+        judged = Judged(margin_of(guarded, reference), guarded, reference, known.shift)
+    options: tuple[Tensor | float, ...] = spec.options
+    if tensors.beta is not None:
+        options = (tensors.beta.to(margin.dtype), *options[1:])
+    losses = OBJECTIVES[spec.objective].function(judged, *options)
+    if spec.sft_weight:
+        losses = losses + spec.sft_weight * e[0]
+    losses = losses if weight is None else weight * losses
+    return PairLoss(
+        losses if spec.per_pair else losses.mean(),
+        margin,
+        e.flatten(),
+        None if reference is None else reference.flatten(),
+        known.minority,
+        weight,
+        known.safeguard,
+    )

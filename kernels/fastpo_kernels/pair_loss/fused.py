@@ -36,7 +36,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy: Tensor, tensors: PairTensors, spec: LossSpec):
         loss, stats = ops.launch_forward(tensors, spec, traced=False)
-        ops.keep_for_gradient(ctx, policy, tensors.target, stats)
+        ops.keep_for_gradient(ctx, policy, tensors.target, stats, spec.safeguard)
         return loss, stats
 
     @staticmethod
@@ -50,7 +50,7 @@ class _EagerFinish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy: Tensor, errors: PairTensors, spec: LossSpec):
         loss, stats = ops.launch_finish(errors, spec)
-        ops.keep_for_gradient(ctx, policy, errors.target, stats)
+        ops.keep_for_gradient(ctx, policy, errors.target, stats, spec.safeguard)
         return loss, stats
 
     @staticmethod
@@ -112,6 +112,9 @@ def _loss_of(policy: Tensor, tensors: PairTensors, spec: LossSpec) -> PairLoss:
         list(spec.options),
         spec.safeguard,
         *_adaptive_fields(spec.adaptive),
+        tensors.beta,
+        spec.sft_weight,
+        spec.per_pair,
     )
     return _named(loss, stats, tensors, spec)
 
@@ -134,6 +137,9 @@ def _loss_of_sums(policy: Tensor, errors: PairTensors, spec: LossSpec) -> PairLo
         list(spec.options),
         spec.safeguard,
         *_adaptive_fields(spec.adaptive),
+        errors.beta,
+        spec.sft_weight,
+        spec.per_pair,
     )
     return _named(loss, stats, errors, spec)
 
@@ -142,7 +148,9 @@ def _named(loss: Tensor, stats: Tensor, tensors: PairTensors, spec: LossSpec) ->
     """Views of `stats`."""
     adaptive = spec.adaptive is not None
     weighted = adaptive or tensors.pair_weight is not None
-    layout, constant = StatsLayout(tensors.n_pairs, len(tensors.sources)), stats.detach()
+    guarded = spec.safeguard is not None
+    layout = StatsLayout(tensors.n_pairs, len(tensors.sources), guarded)
+    constant = stats.detach()
     return PairLoss(
         loss,
         layout.margin.of(stats),
@@ -150,6 +158,7 @@ def _named(loss: Tensor, stats: Tensor, tensors: PairTensors, spec: LossSpec) ->
         None if tensors.reference is None else layout.errors(1).of(constant),
         layout.minority.of(constant) if adaptive else None,
         layout.weight.of(constant) if weighted else None,
+        layout.safeguard.of(constant)[0] if guarded else None,
     )
 
 
@@ -177,7 +186,7 @@ def _reduced(tensors: PairTensors, spec: LossSpec, reduce: Reduce) -> PairTensor
                 guarded,
             )
         else:
-            read = replace(tensors, minority=None, statistics=None, pair_weight=None)
+            read = replace(tensors, minority=None, statistics=None, pair_weight=None, beta=None)
             partials = ops.launch_partials(read, spec, traced=False)
     n_annotators = len(tensors.annotators)
     first = len(tensors.sources) - n_annotators

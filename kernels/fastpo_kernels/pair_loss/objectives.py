@@ -44,7 +44,10 @@ def margin_of(e: Errors, r: Errors | None) -> Tensor:
     return (r[0] - e[0]) - (r[1] - e[1])
 
 
-def _logit(pair: Judged, beta: float) -> Tensor:
+Slope = Tensor | float  # a number, or `[B]`
+
+
+def _logit(pair: Judged, beta: Slope) -> Tensor:
     z = beta * pair.d
     return z - pair.shift if isinstance(pair.shift, Tensor) else z
 
@@ -68,7 +71,7 @@ def _sigmoid(x: Tensor) -> Tensor:
 _SATURATED = 750.0
 
 
-def dpo(pair: Judged, beta: float, smoothing: float = 0.0) -> Tensor:
+def dpo(pair: Judged, beta: Slope, smoothing: float = 0.0) -> Tensor:
     """`-(1-a) ls(z) - a ls(-z)` with `z = beta d - shift` (Wallace et al. 2023, eq. 14)."""
     if smoothing == 0 and not isinstance(pair.shift, Tensor):
         return _softplus(-beta * pair.d)
@@ -77,7 +80,7 @@ def dpo(pair: Judged, beta: float, smoothing: float = 0.0) -> Tensor:
     return up if smoothing == 0 else (1 - smoothing) * up + smoothing * _softplus(z)
 
 
-def robust_dpo(pair: Judged, beta: float, smoothing: float) -> Tensor:
+def robust_dpo(pair: Judged, beta: Slope, smoothing: float) -> Tensor:
     """`[-(1-a) ls(z) + a ls(-z)] / (1 - 2a)` (Chowdhury et al. 2024)."""
     z = _logit(pair, beta)
     if smoothing == 0:
@@ -91,28 +94,33 @@ def ipo(pair: Judged, tau: float) -> Tensor:
     return (pair.d - (pair.shift + 0.5 / tau)).square()
 
 
-def hinge(pair: Judged, beta: float) -> Tensor:
+def hinge(pair: Judged, beta: Slope) -> Tensor:
     """`max(0, 1 - z)`."""
     return F.relu(1 - _logit(pair, beta))
 
 
-def kto(pair: Judged, beta: float) -> Tensor:
-    """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`."""
+def kto(pair: Judged, beta: Slope, liked: float, disliked: float) -> Tensor:
+    """Mean of `1 - sigmoid(beta (g_w - z0))` and `1 - sigmoid(-beta (g_l - z0))`, `g = r - e`.
+
+    `liked` multiplies the first, `disliked` the other.
+    """
     _, e, r, shift = pair
     assert r is not None, "kto needs a reference"
     winner = _sigmoid(-beta * (r[0] - e[0] - shift))
     loser = _sigmoid(beta * (r[1] - e[1] - shift))
-    return 0.5 * (winner + loser)
+    if liked == disliked == 1:
+        return 0.5 * (winner + loser)
+    return 0.5 * (liked * winner + disliked * loser)
 
 
-def dmpo(pair: Judged, beta: float, log_q: float, log_not_q: float) -> Tensor:
+def dmpo(pair: Judged, beta: Slope, log_q: float, log_not_q: float) -> Tensor:
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
     z = _logit(pair, beta).nan_to_num(math.nan, _SATURATED, -_SATURATED)
     p_term = _sigmoid(z) * (F.logsigmoid(z) - log_q)
     return p_term + _sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
-def linear_dpo(pair: Judged, beta: float, eta: float) -> Tensor:
+def linear_dpo(pair: Judged, beta: Slope, eta: float) -> Tensor:
     """`c (e_w - e_l)`, `c = clip(0.5 - 0.2 beta d, eta, 1 - eta)` detached."""
     z = _logit(pair, beta).detach()
     return (0.5 - 0.2 * z).clamp(eta, 1 - eta) * (pair.e[0] - pair.e[1])
@@ -123,11 +131,13 @@ def sft(pair: Judged) -> Tensor:
     return pair.e[0]
 
 
-def mapo(pair: Judged, weight: float, snr: float, num_timesteps: float) -> Tensor:
+def mapo(pair: Judged, weight: Slope, snr: float, num_timesteps: float) -> Tensor:
     """`e_w - b ls(T (f(e_w) - f(e_l)))`, `f(e) = s e / expm1(s e)` (Hong et al. 2024)."""
     e = pair.e if isinstance(pair.e, Tensor) else torch.stack(list(pair.e))
     winner, loser = _decays(e, snr).unbind()
     minus_v = (num_timesteps * (loser - winner)).to(e.dtype)
+    if isinstance(weight, Tensor):
+        return e[0] + weight * _softplus(minus_v)
     return torch.add(e[0], _softplus(minus_v), alpha=weight)
 
 
@@ -182,7 +192,7 @@ OBJECTIVES: dict[str, Objective] = {
     "robust_dpo": Objective(robust_dpo, ("beta", "smoothing")),
     "ipo": Objective(ipo, ("tau",)),
     "hinge": Objective(hinge, ("beta",)),
-    "kto": Objective(kto, ("beta",)),
+    "kto": Objective(kto, ("beta", "liked", "disliked")),
     "dmpo": Objective(dmpo, ("beta", "log_q", "log_not_q")),
     "linear_dpo": Objective(linear_dpo, ("beta", "eta")),
     "sft": Objective(sft, needs_reference=False),

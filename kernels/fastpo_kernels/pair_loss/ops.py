@@ -23,6 +23,8 @@ from fastpo_kernels.pair_loss.spec import (
     StatsLayout,
 )
 
+# Where `safeguard` stands among the operators' arguments.
+_SAFEGUARD, _FINISH_SAFEGUARD = 9, 10
 # A pass that stops at the errors: sft's pairs do not depend on the batch.
 ERRORS_ALONE = LossSpec("sft")
 
@@ -31,10 +33,17 @@ def _n_sources(reference: Tensor | None, annotators: Sequence[Tensor]) -> int:
     return 1 + (reference is not None) + len(annotators)
 
 
-def _fake_results(policy: Tensor, reference: Tensor | None, annotators: Sequence[Tensor]):
-    layout = StatsLayout(policy.shape[0] // 2, _n_sources(reference, annotators))
+def _fake_results(
+    policy: Tensor,
+    reference: Tensor | None,
+    annotators: Sequence[Tensor],
+    safeguard: float | None,
+    per_pair: bool,
+):
+    n_pairs = policy.shape[0] // 2
+    layout = StatsLayout(n_pairs, _n_sources(reference, annotators), safeguard is not None)
     return (
-        policy.new_empty((), dtype=torch.float32),
+        policy.new_empty((n_pairs,) if per_pair else (), dtype=torch.float32),
         policy.new_empty(layout.size, dtype=torch.float32),
     )
 
@@ -58,13 +67,16 @@ def pair_loss_fwd(
     weight_scale: float,
     weight_intercept: float,
     shift_scale: float,
-    beta: float,
+    margin_beta: float,
+    beta: Tensor | None,
+    sft_weight: float,
+    per_pair: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss `[]` and the vector of `StatsLayout`, both float32; without `normalize` not adaptive."""
     adaptive = None
     if normalize is not None:
         adaptive = Adaptive(
-            beta=beta,
+            beta=margin_beta,
             normalize=normalize,  # pyright: ignore[reportArgumentType]
             rho=rho,
             weight_kind=weight_kind,  # pyright: ignore[reportArgumentType]
@@ -73,8 +85,10 @@ def pair_loss_fwd(
             margin_kind=margin_kind,  # pyright: ignore[reportArgumentType]
             shift_scale=shift_scale,
         )
-    tensors = PairTensors(policy, target, reference, annotators, minority, statistics, pair_weight)
-    spec = LossSpec(objective, tuple(options), adaptive, safeguard)
+    tensors = PairTensors(
+        policy, target, reference, annotators, minority, statistics, pair_weight, beta
+    )
+    spec = LossSpec(objective, tuple(options), adaptive, safeguard, sft_weight, per_pair)
     return launch_forward(tensors, spec, traced=True)
 
 
@@ -87,8 +101,8 @@ def launch_forward(tensors: PairTensors, spec: LossSpec, *, traced: bool) -> tup
 
 
 @pair_loss_fwd.register_fake
-def _(policy, target, reference, annotators, *_: Any):
-    return _fake_results(policy, reference, annotators)
+def _(policy, target, reference, annotators, *others: Any):
+    return _fake_results(policy, reference, annotators, others[_SAFEGUARD - 4], others[-1])
 
 
 @torch.library.custom_op("fastpo::pair_loss_partials", mutates_args=())
@@ -148,7 +162,10 @@ def pair_loss_finish(
     weight_scale: float,
     weight_intercept: float,
     shift_scale: float,
-    beta: float,
+    margin_beta: float,
+    beta: Tensor | None,
+    sft_weight: float,
+    per_pair: bool,
 ) -> tuple[Tensor, Tensor]:
     """`pair_loss_fwd` from errors `[2B]` and the sums of all processes.
 
@@ -157,7 +174,7 @@ def pair_loss_finish(
     adaptive = None
     if normalize is not None:
         adaptive = Adaptive(
-            beta=beta,
+            beta=margin_beta,
             normalize=normalize,  # pyright: ignore[reportArgumentType]
             rho=rho,
             weight_kind=weight_kind,  # pyright: ignore[reportArgumentType]
@@ -167,9 +184,10 @@ def pair_loss_finish(
             shift_scale=shift_scale,
         )
     errors = PairTensors(
-        policy_error, target, reference_error, annotator_errors, minority, sums, pair_weight
+        policy_error, target, reference_error, annotator_errors, minority, sums, pair_weight, beta
     )
-    return launch_finish(errors, LossSpec(objective, tuple(options), adaptive, safeguard))
+    spec = LossSpec(objective, tuple(options), adaptive, safeguard, sft_weight, per_pair)
+    return launch_finish(errors, spec)
 
 
 def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
@@ -180,8 +198,9 @@ def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
 
 
 @pair_loss_finish.register_fake
-def _(policy, target, policy_error, reference_error, annotator_errors, *_: Any):
-    return _fake_results(policy, reference_error, annotator_errors)
+def _(policy, target, policy_error, reference_error, annotator_errors, *others: Any):
+    guard = others[_FINISH_SAFEGUARD - 5]
+    return _fake_results(policy, reference_error, annotator_errors, guard, others[-1])
 
 
 @torch.library.custom_op("fastpo::pair_loss_bwd", mutates_args=())
@@ -223,15 +242,23 @@ def _no_grads(inputs: Sequence[Any]) -> list[Any]:
     return [[None] * len(x) if is_list else None for x, is_list in zip(inputs, lists, strict=True)]
 
 
-def keep_for_gradient(ctx, policy: Tensor, target: Tensor, stats: Tensor) -> None:
+def keep_for_gradient(
+    ctx, policy: Tensor, target: Tensor, stats: Tensor, safeguard: float | None
+) -> None:
     """What the gradient reads; `stats` is `StatsLayout`'s vector."""
+    ctx.behind = int(safeguard is not None)  # numbers behind the coefficients
     ctx.save_for_backward(policy, target, stats)
     ctx.set_materialize_grads(False)
 
 
 def _loss_context(ctx, inputs, output) -> None:
     ctx.no_grads = _no_grads(inputs[1:])
-    keep_for_gradient(ctx, inputs[0], inputs[1], output[1])
+    keep_for_gradient(ctx, inputs[0], inputs[1], output[1], inputs[_SAFEGUARD])
+
+
+def _finish_context(ctx, inputs, output) -> None:
+    ctx.no_grads = _no_grads(inputs[1:])
+    keep_for_gradient(ctx, inputs[0], inputs[1], output[1], inputs[_FINISH_SAFEGUARD])
 
 
 def policy_gradient(ctx, grad_loss, grad_stats, backward):
@@ -244,7 +271,11 @@ def policy_gradient(ctx, grad_loss, grad_stats, backward):
         return None
     policy, target, stats = ctx.saved_tensors
     n_rows = policy.shape[0]
-    coefficients = stats.narrow(0, stats.shape[0] - n_rows, n_rows)  # StatsLayout's last part
+    coefficients = stats.narrow(0, stats.shape[0] - ctx.behind - n_rows, n_rows)
+    if grad_loss is not None and grad_loss.ndim:
+        grad_loss = torch.cat([grad_loss, grad_loss])
+        if grad_stats is None:
+            return backward(policy, target, grad_loss * coefficients, None)
     if grad_stats is None:
         return backward(policy, target, coefficients, grad_loss)
     by_margin, by_errors = grad_stats[: 3 * n_rows // 2].split([n_rows // 2, n_rows])
@@ -284,6 +315,6 @@ def _no_double_backward(ctx, grad):
 
 
 pair_loss_fwd.register_autograd(_loss_backward, setup_context=_loss_context)
-pair_loss_finish.register_autograd(_loss_backward, setup_context=_loss_context)
+pair_loss_finish.register_autograd(_loss_backward, setup_context=_finish_context)
 pair_errors_fwd.register_autograd(_errors_backward, setup_context=_errors_context)
 pair_loss_bwd.register_autograd(_no_double_backward, setup_context=_no_context)

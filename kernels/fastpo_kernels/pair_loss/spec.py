@@ -10,7 +10,8 @@ from torch import Tensor
 
 WeightKind = Literal["linear", "quadratic", "sqrt", "exponential", "gate"]
 MarginKind = Literal["quadratic", "linear"]
-Normalize = Literal["rms", "l2"]
+Normalize = Literal["rms", "l2", "none"]
+Reduction = Literal["mean", "none"]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -40,6 +41,8 @@ class KernelFlags(NamedTuple):
     weight_kind: WeightKind | None
     margin_kind: MarginKind | None
     safeguard: bool
+    sft: bool
+    per_pair: bool
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class LossSpec:
         options: its numbers, in the order of its function.
         adaptive: weights and margins from the minority metric, or None.
         safeguard: Diffusion-SDPO's mu, or None.
+        sft_weight: of the winner's error, which is added to every pair's loss.
+        per_pair: whether the result is every pair's loss instead of their mean.
     """
 
     objective: str
     options: tuple[float, ...] = ()
     adaptive: Adaptive | None = None
     safeguard: float | None = None
+    sft_weight: float = 0.0
+    per_pair: bool = False
 
     @property
     def has_baseline(self) -> bool:
@@ -71,11 +78,12 @@ class LossSpec:
     @property
     def flags(self) -> KernelFlags:
         """What a kernel is compiled for."""
-        adaptive, guarded = self.adaptive, self.safeguard is not None
+        adaptive = self.adaptive
+        others = self.safeguard is not None, self.sft_weight != 0, self.per_pair
         if adaptive is None:
-            return KernelFlags(self.objective, None, None, None, guarded)
+            return KernelFlags(self.objective, None, None, None, *others)
         kinds = adaptive.normalize, adaptive.weight_kind, adaptive.margin_kind
-        return KernelFlags(self.objective, *kinds, guarded)
+        return KernelFlags(self.objective, *kinds, *others)
 
     def n_sums(self, n_annotators: int) -> int:
         """Length of the batch's sums, 0 where the objective has no batch statistics.
@@ -101,6 +109,7 @@ class PairTensors:
         minority: `[B]` or None.
         statistics: `[1]`, KTO's mean gain; `[1 + M]`, mean margin and scales; or None.
         pair_weight: `[B]` or None.
+        beta: `[B]`, every pair's first option, or None: one number for all.
     """
 
     policy: Tensor
@@ -110,6 +119,7 @@ class PairTensors:
     minority: Tensor | None = None
     statistics: Tensor | None = None
     pair_weight: Tensor | None = None
+    beta: Tensor | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -138,12 +148,14 @@ class PairLoss(NamedTuple):
     launch. Detach what is kept beyond the step.
 
     Attributes:
-        loss: scalar, float32 (float64 for float64 predictions), differentiable.
+        loss: scalar, float32 (float64 for float64 predictions), differentiable; `[B]` with
+            `reduction="none"`.
         margin: `[B]`, `(r_w - r_l) - (e_w - e_l)`, differentiable; without a reference r is 0.
         policy_error: `[2B]`, mean squared error of every row, winners first, differentiable.
         reference_error: `[2B]`, or None without a reference.
         minority: `[B]`, the minority metric u, or None where the objective has none.
         weight: `[B]`, what every pair's loss was multiplied by, or None if by nothing.
+        safeguard: scalar, the factor of the loser's gradient, or None without a safeguard.
     """
 
     loss: Tensor
@@ -152,6 +164,7 @@ class PairLoss(NamedTuple):
     reference_error: Tensor | None
     minority: Tensor | None
     weight: Tensor | None
+    safeguard: Tensor | None = None
 
 
 class Part(NamedTuple):
@@ -168,17 +181,19 @@ class Part(NamedTuple):
 class StatsLayout(NamedTuple):
     """The kernels' one float32 vector of results, so that a step allocates once.
 
-    `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B]`, the errors of
-    policy, reference and annotators, S sources in all; a coefficient is dloss/de of a row.
+    `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B] | safeguard [1]`,
+    the errors of policy, reference and annotators, S sources in all; a coefficient is dloss/de of a
+    row. The last is there with a safeguard.
     """
 
     n_pairs: int
     n_sources: int
+    guarded: bool = False
 
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return (5 + 2 * self.n_sources) * self.n_pairs
+        return (5 + 2 * self.n_sources) * self.n_pairs + int(self.guarded)
 
     @property
     def margin(self) -> Part:
@@ -203,6 +218,11 @@ class StatsLayout(NamedTuple):
     def coefficients(self) -> Part:
         """`[2B]`."""
         return Part((3 + 2 * self.n_sources) * self.n_pairs, 2 * self.n_pairs)
+
+    @property
+    def safeguard(self) -> Part:
+        """`[1]`, where there is one."""
+        return Part(self.size - 1, 1)
 
 
 class PartialsLayout(NamedTuple):

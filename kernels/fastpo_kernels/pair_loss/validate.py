@@ -19,6 +19,7 @@ from fastpo_kernels.pair_loss.spec import (
     MarginKind,
     Normalize,
     PairTensors,
+    Reduction,
     WeightKind,
 )
 
@@ -32,8 +33,45 @@ def _check_floating(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
 
 
+def number(name: str, value: float | Tensor) -> float:
+    """An option as a number.
+
+    Raises:
+        ValueError: a tensor that wants a gradient, which no option gets, or of several elements.
+    """
+    if isinstance(value, Tensor):
+        check_constant(name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor {tuple(value.shape)}")
+    return float(value)
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    """Refuses an option that wants a gradient."""
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} is a constant of the loss, got a tensor that requires a gradient; detach it"
+        )
+
+
+def check_reduction(reduction: str) -> None:
+    """A name in `Reduction`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+
+
 def check_policy(policy: Tensor) -> None:
-    """Predictions `[2B, *dims]`, not empty, of a dtype that is taken."""
+    """Predictions `[2B, *dims]`."""
+    check_predictions(policy)
+    if policy.shape[0] % 2:
+        raise ValueError(
+            "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
+            f"got {tuple(policy.shape)}"
+        )
+
+
+def check_predictions(policy: Tensor) -> None:
+    """Predictions `[N, *dims]`, not empty, of a dtype that is taken."""
     _check_floating("policy", policy)
     if policy.dtype not in _DTYPES:
         raise TypeError(f"policy must be float32, bfloat16 or float16, got {policy.dtype}")
@@ -41,8 +79,8 @@ def check_policy(policy: Tensor) -> None:
         raise NotImplementedError(
             "the pair losses do not run under vmap: their first dimension is the batch already"
         )
-    rows, *dims = policy.shape or (1,)
-    if not dims or rows % 2 or policy.numel() == 0:
+    _, *dims = policy.shape or (1,)
+    if not dims or policy.numel() == 0:
         raise ValueError(
             "policy must be [2B, *dims], winners first, then as many losers, and not empty; "
             f"got {tuple(policy.shape)}"
@@ -73,11 +111,12 @@ def named_sources(tensors: PairTensors) -> dict[str, Tensor]:
 
 
 def named_vectors(tensors: PairTensors) -> dict[str, Tensor]:
-    """Minority, pair weights and statistics, where they are given."""
+    """Minority, pair weights, statistics and beta, where they are given."""
     minority, weight, statistics = tensors.minority, tensors.pair_weight, tensors.statistics
-    if minority is None and weight is None and statistics is None:
+    if minority is weight is statistics is tensors.beta is None:
         return {}
     named = {"minority": minority, "pair_weight": weight, "statistics": statistics}
+    named["beta"] = tensors.beta
     return {name: vector for name, vector in named.items() if vector is not None}
 
 
@@ -112,7 +151,8 @@ def _check_source(name: str, source: Tensor, policy: Tensor) -> None:
         raise ValueError(f"{name} must be on policy's {policy.device}, got {source.device}")
 
 
-def _check_vector(name: str, vector: Tensor, size: int, policy: Tensor) -> None:
+def check_vector(name: str, vector: Tensor, size: int, policy: Tensor) -> None:
+    """One number each of `size`, on the policy's device."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     if vector.shape != (size,):
@@ -150,7 +190,7 @@ def check_tensors(tensors: PairTensors, spec: LossSpec) -> None:
     n_statistics = 1 if adaptive is None else 2 + len(tensors.annotators)
     for name, vector in named_vectors(tensors).items():
         size = n_statistics if name == "statistics" else tensors.n_pairs
-        _check_vector(name, vector, size, policy)
+        check_vector(name, vector, size, policy)
 
 
 def check_reduce(tensors: PairTensors, spec: LossSpec) -> None:
@@ -179,7 +219,7 @@ def check_reduced(totals: Tensor, sums: Tensor) -> Tensor:
 
 def check_kernel_vectors(tensors: PairTensors) -> None:
     """The kernels read vectors without a stride."""
-    vectors = (tensors.minority, tensors.pair_weight, tensors.statistics)
+    vectors = (tensors.minority, tensors.pair_weight, tensors.statistics, tensors.beta)
     given = (*tensors.judges, *vectors)
     if all(t is None or t.ndim > 1 or t.is_contiguous() for t in given):
         return

@@ -96,7 +96,9 @@ def _scaled_margin(
     N_SUMS: tl.constexpr,
 ):
     """`x = rho d / scale`; d is 0 outside the batch."""
-    if statistics_ptr is not None:
+    if NORMALIZE == "none":
+        scale = 1.0
+    elif statistics_ptr is not None:
         scale = tl.load(statistics_ptr + 1 + m).to(tl.float32)
     else:
         power = tl.sum(d * d)
@@ -188,7 +190,8 @@ def finish(
     statistics_ptr,  # [1] or [1 + M] or None
     sums_ptr,  # [N_SUMS], the sums of all processes, or None
     pair_weight_ptr,  # [B] or None
-    loss_ptr,  # []
+    beta_ptr,  # [B] in place of option_a, or None
+    loss_ptr,  # [], or [B] where PER_PAIR
     stats_ptr,  # [StatsLayout.size]
     n_pairs,
     option_a,
@@ -200,6 +203,7 @@ def finish(
     shift_scale,
     margin_beta,
     mu,
+    sft_weight,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -207,12 +211,14 @@ def finish(
     MARGIN_KIND: tl.constexpr,
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
+    SFT: tl.constexpr,
+    PER_PAIR: tl.constexpr,
     N_SUMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """`loss = mean weight * objective`, and `StatsLayout`'s vector.
+    """`loss = mean weight * (objective + sft_weight * e_w)`, and `StatsLayout`'s vector.
 
-    `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B]`
+    `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B] | safeguard [1]`
     """
     b = tl.arange(0, BLOCK_B)
     valid = b < n_pairs
@@ -222,6 +228,9 @@ def finish(
         r_w, r_l = errors[2], errors[3]
     d = (r_w - e_w) - (r_l - e_l)
     weight = tl.where(valid, 1.0, 0.0)
+    if beta_ptr is not None:
+        option_a = tl.load(beta_ptr + b, mask=valid, other=1.0).to(tl.float32)
+        margin_beta = option_a
     shift = 0.0
     u = tl.zeros_like(e_w)
     if NORMALIZE is not None:
@@ -238,18 +247,29 @@ def finish(
         shift = shift_scale * (mean - tl.div_rn(power, margin_beta))
     elif BATCH_BASELINE:
         gain = 0.5 * ((r_w - e_w) + (r_l - e_l))
-        shift = at_least(_mean(gain, statistics_ptr, sums_ptr, n_pairs, N_SUMS), 0.0)
+        shift = _mean(gain, statistics_ptr, sums_ptr, n_pairs, N_SUMS)
+        if statistics_ptr is None:
+            shift = at_least(shift, 0.0)
     if pair_weight_ptr is not None:
         weight *= tl.load(pair_weight_ptr + b, mask=valid, other=0.0).to(tl.float32)
     loss, slope_w, slope_l = OBJECTIVE(d, e_w, e_l, r_w, r_l, shift, option_a, option_b, option_c)
+    factor = 1.0
     if SAFEGUARD:
         power = tl.sum(e_w)
         if sums_ptr is not None:
             power, dot = tl.load(sums_ptr + N_SUMS - 3), tl.load(sums_ptr + N_SUMS - 2)
-        slope_l *= _safeguard(power, dot, mu)
+        factor = _safeguard(power, dot, mu)
+        slope_l *= factor
+    if SFT:
+        loss += sft_weight * e_w
+        slope_w += sft_weight
     count = tl.cast(n_pairs, tl.float32)
-    total = tl.div_rn(tl.sum(tl.where(valid, weight * loss, 0.0)), count)
-    tl.store(loss_ptr, total)
+    if PER_PAIR:
+        count = tl.cast(1.0, tl.float32)
+        tl.store(loss_ptr + b, weight * loss, mask=valid)
+    else:
+        total = tl.div_rn(tl.sum(tl.where(valid, weight * loss, 0.0)), count)
+        tl.store(loss_ptr, total)
     tl.store(stats_ptr + b, d, mask=valid)
     errors_ptr = stats_ptr + n_pairs
     for row in tl.static_range(len(errors)):
@@ -259,6 +279,8 @@ def finish(
     tl.store(tail_ptr + n_pairs + b, weight, mask=valid)
     tl.store(tail_ptr + 2 * n_pairs + b, tl.div_rn(weight * slope_w, count), mask=valid)
     tl.store(tail_ptr + 3 * n_pairs + b, tl.div_rn(weight * slope_l, count), mask=valid)
+    if SAFEGUARD:
+        tl.store(tail_ptr + 4 * n_pairs, factor)
 
 
 @triton.jit

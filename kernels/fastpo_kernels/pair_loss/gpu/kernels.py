@@ -94,9 +94,10 @@ def pair_loss_fwd_kernel(
     minority_ptr,  # [B] or None
     statistics_ptr,  # [1] or [1 + M] or None
     pair_weight_ptr,  # [B] or None
+    beta_ptr,  # [B] or None
     partials_ptr,  # [S + 1, P, 2B]
     ticket_ptr,  # [1], zero before and after
-    loss_ptr,  # [], or None where not FINISH
+    loss_ptr,  # [], [B] where PER_PAIR, or None where not FINISH
     stats_ptr,  # [StatsLayout.size], or [PartialsLayout.size] where not FINISH
     n_pairs,
     n_chunks,
@@ -113,6 +114,7 @@ def pair_loss_fwd_kernel(
     shift_scale,
     margin_beta,
     mu,
+    sft_weight,
     READY: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     FINISH: tl.constexpr,
@@ -123,14 +125,15 @@ def pair_loss_fwd_kernel(
     MARGIN_KIND: tl.constexpr,
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
+    SFT: tl.constexpr,
+    PER_PAIR: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """e = mean (pred - target)**2 of both sides; loss = mean w objective(e_w, e_l, r_w, r_l).
 
-    Writes `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B]`; where not
-    FINISH, `errors [S, 2B] | sums`.
+    Writes `StatsLayout`'s vector; where not FINISH, `errors [S, 2B] | sums`.
     """
     program = tl.program_id(0).to(tl.int64)
     pair, chunk = program // n_chunks, (program % n_chunks).to(tl.int32)
@@ -181,6 +184,7 @@ def pair_loss_fwd_kernel(
                 statistics_ptr,
                 None,
                 pair_weight_ptr,
+                beta_ptr,
                 loss_ptr,
                 stats_ptr,
                 n_pairs,
@@ -193,6 +197,7 @@ def pair_loss_fwd_kernel(
                 shift_scale,
                 margin_beta,
                 mu,
+                sft_weight,
                 OBJECTIVE=OBJECTIVE,
                 HAS_REFERENCE=HAS_REFERENCE,
                 NORMALIZE=NORMALIZE,
@@ -200,6 +205,8 @@ def pair_loss_fwd_kernel(
                 MARGIN_KIND=MARGIN_KIND,
                 BATCH_BASELINE=BATCH_BASELINE,
                 SAFEGUARD=SAFEGUARD,
+                SFT=SFT,
+                PER_PAIR=PER_PAIR,
                 N_SUMS=0,
                 BLOCK_B=BLOCK_B,
             )
@@ -224,7 +231,8 @@ def pair_loss_finish_kernel(
     minority_ptr,  # [B] or None
     sums_ptr,  # [N_SUMS], in the order of LossSpec.n_sums
     pair_weight_ptr,  # [B] or None
-    loss_ptr,  # []
+    beta_ptr,  # [B] or None
+    loss_ptr,  # [], or [B] where PER_PAIR
     stats_ptr,  # [StatsLayout.size]
     n_pairs,
     option_a,
@@ -236,6 +244,7 @@ def pair_loss_finish_kernel(
     shift_scale,
     margin_beta,
     mu,
+    sft_weight,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -243,12 +252,14 @@ def pair_loss_finish_kernel(
     MARGIN_KIND: tl.constexpr,
     BATCH_BASELINE: tl.constexpr,
     SAFEGUARD: tl.constexpr,
+    SFT: tl.constexpr,
+    PER_PAIR: tl.constexpr,
     N_SUMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """The last program's work alone, from errors already known and the sums of all processes.
 
-    Writes `margin [B] | errors [S, 2B] | minority [B] | weight [B] | coefficients [2B]`.
+    Writes `StatsLayout`'s vector.
     """
     b = tl.arange(0, BLOCK_B)
     errors = ()
@@ -261,6 +272,7 @@ def pair_loss_finish_kernel(
         None,
         sums_ptr,
         pair_weight_ptr,
+        beta_ptr,
         loss_ptr,
         stats_ptr,
         n_pairs,
@@ -273,6 +285,7 @@ def pair_loss_finish_kernel(
         shift_scale,
         margin_beta,
         mu,
+        sft_weight,
         OBJECTIVE=OBJECTIVE,
         HAS_REFERENCE=HAS_REFERENCE,
         NORMALIZE=NORMALIZE,
@@ -280,6 +293,8 @@ def pair_loss_finish_kernel(
         MARGIN_KIND=MARGIN_KIND,
         BATCH_BASELINE=BATCH_BASELINE,
         SAFEGUARD=SAFEGUARD,
+        SFT=SFT,
+        PER_PAIR=PER_PAIR,
         N_SUMS=N_SUMS,
         BLOCK_B=BLOCK_B,
     )

@@ -120,7 +120,7 @@ def _numbers(spec: LossSpec) -> tuple[float, ...]:
     mu = 0.0 if spec.safeguard is None else float(spec.safeguard)
     adaptive = spec.adaptive
     if adaptive is None:
-        return a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, mu
+        return a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, mu, float(spec.sft_weight)
     return (
         a,
         b,
@@ -131,6 +131,7 @@ def _numbers(spec: LossSpec) -> tuple[float, ...]:
         float(adaptive.shift_scale),
         float(adaptive.beta),
         mu,
+        float(spec.sft_weight),
     )
 
 
@@ -146,11 +147,15 @@ def _empty(size: int | tuple[()], like: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
+def _empty_loss(tensors: PairTensors, spec: LossSpec) -> Tensor:
+    return _empty(tensors.n_pairs if spec.per_pair else (), tensors.policy)
+
+
 def launch_forward(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss `[]` and the vector of `StatsLayout`, both float32."""
+    """Loss `[]`, or `[B]` per pair, and the vector of `StatsLayout`, both float32."""
     policy = tensors.policy
-    layout = StatsLayout(tensors.n_pairs, len(tensors.sources))
-    loss, stats = _empty((), policy), _empty(layout.size, policy)
+    layout = StatsLayout(tensors.n_pairs, len(tensors.sources), spec.flags.safeguard)
+    loss, stats = _empty_loss(tensors, spec), _empty(layout.size, policy)
     _launch_reduction(tensors, spec, _Results(ticket, loss, stats))
     return loss, stats
 
@@ -167,7 +172,7 @@ def launch_partials(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> Ten
 def _launch_reduction(tensors: PairTensors, spec: LossSpec, results: _Results) -> None:
     """One pass over the predictions."""
     policy, sources = tensors.policy, tensors.sources
-    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight)
+    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight, tensors.beta)
     facts, at = described((*sources, tensors.target, *vectors))
     finishes, has_reference = results.loss is not None, tensors.reference is not None
     key = ("forward", policy.device, facts, spec.flags, has_reference, finishes)
@@ -195,6 +200,8 @@ def _flags(spec: LossSpec, *, has_reference: bool) -> dict[str, Any]:
         "MARGIN_KIND": flags.margin_kind,
         "BATCH_BASELINE": spec.has_baseline,
         "SAFEGUARD": flags.safeguard,
+        "SFT": flags.sft,
+        "PER_PAIR": flags.per_pair,
     }
 
 
@@ -229,14 +236,15 @@ def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) 
 
 
 def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Loss `[]` and the vector of `StatsLayout`, from errors and the sums of all processes.
+    """Loss and the vector of `StatsLayout`, from errors and the sums of all processes.
 
     Every source of `errors` is `[2B]`, its `statistics` are the sums.
     """
     first, sources = errors.policy, errors.sources
-    loss = _empty((), first)
-    stats = _empty(StatsLayout(errors.n_pairs, len(sources)).size, first)
-    vectors = (errors.minority, errors.statistics, errors.pair_weight)
+    loss = _empty_loss(errors, spec)
+    layout = StatsLayout(errors.n_pairs, len(sources), spec.flags.safeguard)
+    stats = _empty(layout.size, first)
+    vectors = (errors.minority, errors.statistics, errors.pair_weight, errors.beta)
     facts, at = described((*sources, *vectors))
     has_reference = errors.reference is not None
     key = ("finish", first.device, facts, spec.flags, has_reference)

@@ -58,12 +58,12 @@ def hinge(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
 
 
 @triton.jit
-def kto(d, e_w, e_l, r_w, r_l, shift, beta, _, __):
+def kto(d, e_w, e_l, r_w, r_l, shift, beta, liked, disliked):
     v_w = beta * (r_w - e_w - shift)
     v_l = beta * (r_l - e_l - shift)
-    loss = 0.5 * (sigmoid(-v_w) + sigmoid(v_l))
-    slope_w = 0.5 * beta * sigmoid(v_w) * sigmoid(-v_w)
-    slope_l = 0.5 * beta * sigmoid(v_l) * sigmoid(-v_l)
+    loss = 0.5 * (liked * sigmoid(-v_w) + disliked * sigmoid(v_l))
+    slope_w = 0.5 * beta * liked * sigmoid(v_w) * sigmoid(-v_w)
+    slope_l = 0.5 * beta * disliked * sigmoid(v_l) * sigmoid(-v_l)
     return loss, slope_w, -slope_l
 
 
