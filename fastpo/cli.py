@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 try:
     import typer
@@ -252,6 +252,26 @@ def consolidate(
     from fastpo.train.consolidate import consolidate
 
     print(consolidate(source, out, average=average))
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or a checkpoint's.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    form: Annotated[
+        Literal["kohya", "comfyui", "diffusers"],
+        typer.Option("--format", help="Whose names the layers get."),
+    ],
+    average: Annotated[
+        bool, typer.Option("--average", help="Take the moving average (train.ema_decay).")
+    ] = False,
+) -> None:
+    """Write a LoRA as one file for ComfyUI, Automatic1111, sd-scripts or diffusers."""
+    from fastpo.train.consolidate import export_lora
+
+    print(export_lora(source, out, form, average=average))
 
 
 @app.command()

@@ -67,7 +67,7 @@ def export_policy(
     with owned_folder(target, EXPORT) as folder:
         family.save(denoiser, folder, method, weights)
         for file in folder.rglob("*.safetensors"):
-            _sort_metadata(file)
+            sort_metadata(file)
         write_manifest(folder, folder_checksums(folder), EXPORT_MANIFEST)
     return target
 
@@ -91,9 +91,16 @@ def export_damage(folder: Path) -> str | None:
 
 
 def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """Returns the adapters' weights under diffusers' names."""
+    """Returns the adapters' weights under names that diffusers loads.
+
+    Those of its trainers (`lora.down`) if all layers are the attention's projections, else peft's
+    (`lora_A`): diffusers has no names of its own for other layers, and its loader takes one kind
+    for all layers of a file, by the first name, and leaves those of the other kind out.
+    """
     own = None if weights is None else dict(weights)
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, own))
+    named = get_peft_model_state_dict(denoiser, own)
+    converted = convert_state_dict_to_diffusers(named)
+    return named if any(".lora_A." in name for name in converted) else converted
 
 
 def lora_metadata(denoiser: Denoiser) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def lora_metadata(denoiser: Denoiser) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Sorts a file's metadata by key; safetensors writes them in an order that is random."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError
 from fastpo.models.denoisers import add_lora
-from fastpo.models.export import export_policy
+from fastpo.models.export import LORA_FILE, export_policy
 from fastpo.models.folder import ModelFolder
+from fastpo.models.lora_formats import LoraFormat, write_lora
+from fastpo.system.files import make_folder, whole_file
 from fastpo.system.storage import storage_errors
 from fastpo.train.checkpoint_folders import (
     STATE,
@@ -50,6 +53,51 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
         ModelError: The base model's folder is not to be found.
     """
     _check_free(target)
+    config, weights = _trained(source, average=average)
+    model = ModelFolder.resolve(config.model)
+    policy = _architecture(config, model)
+    return export_policy(model.family, policy, target, config.train.method, weights)
+
+
+@storage_errors()
+def export_lora(source: Path, target: Path, form: LoraFormat, *, average: bool = False) -> Path:
+    """Writes a checkpoint's LoRA as one file in a format that other programs read.
+
+    Args:
+        source: As of `consolidate`.
+        target: The file to write, which ends in `.safetensors`, or a folder in which it is named
+            `pytorch_lora_weights.safetensors`. Nothing is replaced.
+        form: See `fastpo.models.lora_formats`.
+        average: As of `consolidate`.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: As `consolidate`; or the run trained the whole model, or the file is there.
+        ModelError: The base model's folder is not to be found, or has no names in the format.
+    """
+    file = target if target.suffix == ".safetensors" else target / LORA_FILE
+    if os.path.lexists(file):
+        raise CheckpointError(f"{file} is there: give a new name, nothing is replaced")
+    if os.path.lexists(target) and file != target and not target.is_dir():
+        raise CheckpointError(f"{target} is no folder: give a name that ends in .safetensors")
+    config, weights = _trained(source, average=average)
+    if config.train.method != "lora":
+        raise CheckpointError(
+            f"{source} trained the whole model (train.method: full), and holds no LoRA to export; "
+            f"fastpo consolidate {source} OUT writes its weights as a folder for diffusers"
+        )
+    model = ModelFolder.resolve(config.model)
+    policy = _architecture(config, model)
+    make_folder(file.parent)
+    with whole_file(file) as temporary:
+        write_lora(model.family, policy, weights, temporary, form)
+    return file
+
+
+def _trained(source: Path, *, average: bool) -> tuple[Config, dict[str, Tensor]]:
+    """Returns the configuration and the trained weights by name, or their moving average."""
     checkpoint = _find(source)
     where = str(checkpoint / STATE)
     config = parse_config(read_about(checkpoint).config, where=where)
@@ -60,9 +108,7 @@ def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
     weights = load_file(file)
     if average:
         weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
-    model = ModelFolder.resolve(config.model)
-    policy = _architecture(config, model)
-    return export_policy(model.family, policy, target, config.train.method, weights)
+    return config, weights
 
 
 def _check_free(target: Path) -> None:

@@ -1,0 +1,165 @@
+"""A LoRA of SD1.5 or SDXL as one file for other programs: kohya's sd-scripts, ComfyUI, diffusers.
+
+Names of a layer, here SDXL's first query projection:
+
+* diffusers: `unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight`;
+  alpha stands in the file's metadata, where diffusers and peft read it.
+* ComfyUI: `lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight`,
+  beside it `....alpha`. Automatic1111 and Forge read these too.
+* kohya: for SD1.5 the same names; for SDXL those of the original UNet, as sd-scripts trains it:
+  `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight`.
+
+A loader of the last two multiplies a layer's product by alpha / rank.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastpo._version import __version__
+from fastpo.errors import ModelError
+from fastpo.models.export import LORA_FILE, sort_metadata
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser, ModelFamily
+
+LoraFormat = Literal["kohya", "comfyui", "diffusers"]
+_BASE_VERSIONS = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
+"""sd-scripts' `ss_base_model_version`, from which programs tell what a file is for."""
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(
+    r"(?P<side>down|mid|up)_blocks?\.(?:(?P<block>\d+)\.)?"
+    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)\.(?P<rest>.+)"
+)
+
+
+def write_lora(
+    family: ModelFamily,
+    denoiser: Denoiser,
+    weights: Mapping[str, Tensor],
+    file: Path,
+    form: LoraFormat,
+) -> None:
+    """Writes adapters as one file; not flushed, see `fastpo.system.files.whole_file`.
+
+    Args:
+        family: The model's family.
+        denoiser: The policy with its adapters; only its architecture is used.
+        weights: The trained weights by name, in any dtype, which is kept.
+        file: Where to.
+        form: Whose names, see the module. Equal weights give equal bytes.
+
+    Raises:
+        ModelError: The family's layers have no names in the format.
+    """
+    if form == "diffusers":
+        with tempfile.TemporaryDirectory() as folder:
+            family.save(denoiser, Path(folder), "lora", weights)
+            shutil.copyfile(Path(folder, LORA_FILE), file)
+    else:
+        if family.name not in _BASE_VERSIONS:
+            raise ModelError(
+                f"--format {form} is for LoRA of sd15 and sdxl, not of {family.name}; use "
+                "--format diffusers"
+            )
+        original = form == "kohya" and family.name == "sdxl"
+        save_file(other_names(denoiser, weights, original=original), file, _about(family, denoiser))
+    sort_metadata(file)
+
+
+def other_names(
+    denoiser: Denoiser, weights: Mapping[str, Tensor] | None, *, original: bool
+) -> dict[str, Tensor]:
+    """Returns a UNet's adapters under `lora_unet_` names, with `.alpha` of each layer, float32.
+
+    Args:
+        denoiser: The UNet with its adapters.
+        weights: The trained weights by name; default: the UNet's own.
+        original: Name blocks as the original UNet does (`input_blocks`), not as diffusers
+            (`down_blocks`).
+    """
+    own = None if weights is None else dict(weights)
+    renamed: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    layers = dict(denoiser.named_modules())
+    for name, tensor in get_peft_model_state_dict(denoiser, own).items():
+        layer, kind, rest = re.split(r"\.(lora_[AB]|lora_magnitude_vector)", name, maxsplit=1)
+        module = layers[layer]
+        if not isinstance(module, LoraLayer):
+            raise TypeError(f"{layer} has adapters but is no LoraLayer")
+        if original:
+            layer = original_name(layer, denoiser)
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        alphas[f"{flat}.alpha"] = module.lora_alpha["default"]
+        renamed[f"unet.{layer}.{kind}{rest}"] = tensor.contiguous()
+    # diffusers writes the rank for alpha, whatever the adapters were trained with.
+    return convert_state_dict_to_kohya(renamed) | {
+        name: torch.tensor(float(alpha)) for name, alpha in alphas.items()
+    }
+
+
+def original_name(layer: str, unet: nn.Module) -> str:
+    """Returns the name of a layer of diffusers' UNet in the original one (LDM's, sgm's).
+
+    The inverse of `diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint`.
+
+    Raises:
+        ModelError: The original UNet has no such layer.
+    """
+    known = DIFFUSERS_TO_LDM_MAPPING["unet"]
+    for mapping in (known["layers"], known["addition_embed_type"]):
+        if f"{layer}.weight" in mapping:
+            return mapping[f"{layer}.weight"].removesuffix(".weight")
+    found = _BLOCK.fullmatch(layer)
+    if found is None:
+        raise ModelError(f"the original UNet has no layer {layer}: use --format comfyui")
+    block, index, rest = int(found["block"] or 0), int(found["index"]), found["rest"]
+    if found["part"] == "resnets":
+        rest = _RESNET.get(rest, rest)
+    if found["side"] == "mid":
+        return f"middle_block.{2 * index if found['part'] == 'resnets' else 2 * index + 1}.{rest}"
+    blocks = unet.get_submodule(f"{found['side']}_blocks")
+    sizes = [len(b.get_submodule("resnets")) for b in blocks.children()]  # pyright: ignore[reportArgumentType]
+    here = blocks.get_submodule(str(block))
+    if found["side"] == "down":  # a downsampler follows the layers of each block
+        first = 1 + sum(sizes[:block]) + block
+        if found["part"] == "downsamplers":
+            return f"input_blocks.{first + sizes[block]}.0.op"
+        return f"input_blocks.{first + index}.{int(found['part'] == 'attentions')}.{rest}"
+    first = sum(sizes[:block])
+    if found["part"] == "upsamplers":  # it stands in the last layer of its block
+        attends = any(name == "attentions" for name, _ in here.named_children())
+        return f"output_blocks.{first + sizes[block] - 1}.{1 + attends}.{rest}"
+    return f"output_blocks.{first + index}.{int(found['part'] == 'attentions')}.{rest}"
+
+
+def _about(family: ModelFamily, denoiser: Denoiser) -> dict[str, str]:
+    """The metadata that sd-scripts writes and programs show."""
+    config = denoiser.peft_config["default"]
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(float(config.lora_alpha)),
+        "ss_base_model_version": _BASE_VERSIONS[family.name],
+        "ss_v2": "False",
+        "fastpo_version": __version__,
+    }
