@@ -31,16 +31,20 @@ ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 class ModelConfig(Section):
-    """The diffusers pipeline to align: a local folder or a hub id, SD1.5 or SDXL."""
+    """The model to align, SD1.5 or SDXL: a diffusers folder, a hub id, or a single file."""
 
     path: Annotated[Name, decides("cache", "reference", "run", "images")]
-    """A diffusers folder, or the id of a repository on the Hugging Face hub."""
+    """A diffusers folder, the id of a repository on the Hugging Face hub, or a checkpoint in one
+    `.safetensors` file."""
+    config: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
+    """Of a checkpoint in one file, which holds weights alone: the diffusers folder or hub id that
+    gives configurations, tokenizers and scheduler."""
     revision: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
     """Branch, tag or commit of a hub id."""
     variant: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
     """Which weight files to read, e.g. fp16 for `*.fp16.safetensors`."""
     vae: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
-    """Another VAE folder or hub id, e.g. an fp16-safe one."""
+    """Another VAE folder, `.safetensors` file or hub id, e.g. an fp16-safe one."""
 
 
 class DataConfig(Section):

@@ -44,7 +44,8 @@ from fastpo.types import MOST_PROMPT
 
 # Keys whose content the fingerprint holds instead: weights, prompts, seeds, and the images' size.
 BY_CONTENT = (
-    *("model.path", "model.revision", "model.variant", "model.vae", "prepare.resolution"),
+    *("model.path", "model.config", "model.revision", "model.variant", "model.vae"),
+    "prepare.resolution",
     *("evaluate.prompts", "evaluate.prompts_file", "evaluate.seeds_per_prompt"),
     *("evaluate.first_seed", "evaluate.height", "evaluate.width"),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
 from fastpo.models.folder import ModelFolder, halvings, loading
-from fastpo.models.weights import load_component
+from fastpo.models.weights import load_part
 from fastpo.system.process import default_device
 
 
@@ -126,16 +125,16 @@ def vae_factor(vae_config: Mapping[str, Any]) -> int:
     return halvings(vae_config, "the VAE")
 
 
-def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
-    """Loads an `AutoencoderKL`, of a variant if the folder has it.
+def load_vae(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """Loads the `AutoencoderKL` in use, of a variant if its folder has it.
 
     Raises:
         ModelError: diffusers cannot load it.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    what = f"{folder}: the VAE could not be loaded"
-    return load_component(AutoencoderKL, folder, what=what, variant=variant, dtype=dtype)
+    what = f"{folder.vae}: the VAE could not be loaded"
+    return load_part(AutoencoderKL, folder, "vae", what=what, dtype=dtype)
 
 
 def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -155,9 +154,8 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
     """
     from transformers import CLIPTokenizer
 
-    part = folder.path / name
-    what = f"{part} could not be loaded"
-    encoder = load_component(kind, part, what=what, variant=folder.variant, dtype=dtype)
+    what = f"{folder.path / name} could not be loaded"
+    encoder = load_part(kind, folder, name, what=what, dtype=dtype)
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
         tokenizer = CLIPTokenizer.from_pretrained(part)

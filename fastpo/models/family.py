@@ -23,7 +23,7 @@ from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, wit
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
-from fastpo.models.weights import load_component, load_models
+from fastpo.models.weights import load_models, load_part
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:
@@ -145,13 +145,7 @@ class ModelFamily(ABC):
             config = read_json(part / "config.json")
             with loading(what):
                 return empty_denoiser(self.denoiser_class, config)
-        loaded = load_component(
-            self.denoiser_class,
-            folder.path,
-            what=what,
-            subfolder=self.denoiser,
-            variant=folder.variant,
-        )
+        loaded = load_part(self.denoiser_class, folder, self.denoiser, what=what)
         # diffusers' own `to` warns about modules that ask to stay in float32.
         nn.Module.to(loaded, torch.float32)
         return loaded
@@ -198,7 +192,7 @@ class ModelFamily(ABC):
         """
         options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
         if folder.other_vae is not None:
-            options["vae"] = load_vae(folder.vae, folder.variant, dtype)
+            options["vae"] = load_vae(folder, dtype)
         options |= load_models(folder, dtype, without=options)
         with loading(f"{folder.path} could not be loaded"):
             return self.pipeline_class.from_pretrained(folder.path, **options)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from fastpo.config import ModelConfig
 from fastpo.errors import FastPOError, ModelError
+from fastpo.models.headers import check_single_file, check_vae_file, holds, usual_config
+from fastpo.models.hub import download_configurations, download_pipeline, download_vae
+from fastpo.models.hub import is_hub_id as is_hub_id
 from fastpo.models.registry import detect
 from fastpo.system import json_text
 from fastpo.system.files import listing
@@ -27,7 +30,6 @@ from fastpo.system.files import listing
 if TYPE_CHECKING:
     from fastpo.models.family import ModelFamily
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 WEIGHTS = ("*.safetensors", "*.bin")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 MOST_JSON_BYTES = 1 << 26
@@ -54,12 +56,14 @@ class ModelFolder:
     Attributes:
         path: The pipeline's folder, with `model_index.json`.
         variant: Weight variant such as `fp16`, preferred where a component has it.
-        other_vae: `model.vae`: a folder or hub id of a VAE that replaces the pipeline's own.
+        other_vae: `model.vae`: a folder, file or hub id of a VAE that replaces the pipeline's own.
+        checkpoint: The single file with the weights, where `path` gives the configurations alone.
     """
 
     path: Path
     variant: str | None = None
     other_vae: str | None = None
+    checkpoint: Path | None = None
     _digests: dict[Path, DigestMemo] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -69,7 +73,17 @@ class ModelFolder:
         Raises:
             ModelError: As `resolve_model_folder`.
         """
+        file = Path(config.path).expanduser()
+        if file.is_file():
+            check_single_file(file)
+            path = resolve_config_folder(config.config, file, config.revision)
+            return cls(path, config.variant, config.vae, file)
         path = resolve_model_folder(config.path, config.revision, config.variant)
+        if config.config is not None:
+            raise ModelError(
+                f"model.config is for a model in one file; {config.path} is a pipeline, with its "
+                "own configurations"
+            )
         return cls(path, config.variant, config.vae)
 
     @cached_property
@@ -90,7 +104,26 @@ class ModelFolder:
         Raises:
             ModelError: It is missing or holds no VAE.
         """
-        return resolve_vae_folder(self.other_vae or str(self.path), variant=self.variant)
+        file = self.weights_file("vae")
+        if file is not None and file != self.checkpoint:
+            check_vae_file(file)
+        named = None if file is not None else self.other_vae
+        return resolve_vae_folder(named or str(self.path), variant=self.variant)
+
+    def weights_file(self, name: str) -> Path | None:
+        """Returns the single file with a component's weights, or None: they lie in its folder."""
+        if name == "vae" and self.other_vae is not None:
+            file = Path(self.other_vae).expanduser()
+            return file if file.is_file() else None
+        held = self.checkpoint is not None and holds(self.checkpoint, name)
+        return self.checkpoint if held else None
+
+    def files(self, name: str) -> list[Path]:
+        """Returns the files that decide what a component computes, as `component_files`."""
+        file = self.weights_file(name)
+        if file is None:
+            return component_files(self.component(name), self.variant)
+        return [*configurations(self.component(name)), file]
 
     def component(self, name: str) -> Path:
         """Returns the folder of a component by its name in the pipeline, such as `text_encoder`."""
@@ -108,13 +141,8 @@ class ModelFolder:
         """
         folder = self.component(name)
         if folder not in self._digests:
-            self._digests[folder] = component_digest(folder, self.variant, memo)
+            self._digests[folder] = digest_of(self.files(name), self.weights_file(name), memo)
         return self._digests[folder]
-
-
-def is_hub_id(path: str) -> bool:
-    """Tells whether `path` could name a hub repository (`name` or `owner/name`)."""
-    return _HUB_ID.fullmatch(path) is not None
 
 
 def resolve_model_folder(
@@ -131,10 +159,41 @@ def resolve_model_folder(
         ModelError: Neither a folder nor a reachable repository, or without `model_index.json`.
     """
     local = Path(path).expanduser()
-    folder = local if local.is_dir() else _download_pipeline(path, revision, variant)
+    folder = local if local.is_dir() else download_pipeline(path, revision, variant)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json "
+            f"(found: {listing(folder)})"
+        )
+    check_index(folder)
+    return folder
+
+
+def resolve_config_folder(config: str | None, file: Path, revision: str | None) -> Path:
+    """Returns the folder with the configurations of a model in one file.
+
+    Args:
+        config: `model.config`: a diffusers folder, or a hub id of which no weights are fetched.
+        file: The model.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: It was not given, or is no pipeline.
+    """
+    if config is None:
+        with loading(f"model.path: {file} is of no kind that diffusers knows"):
+            usual = usual_config(file)
+        raise ModelError(
+            f"model.path: {file} holds weights alone; set model.config to the diffusers folder, or "
+            f"hub id, of the model that it was made from (by its names {usual}): its "
+            "configurations, tokenizers and scheduler are read, no weights"
+        )
+    folder = Path(config).expanduser()
+    if not folder.is_dir():
+        folder = download_configurations(config, revision)
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"model.config: {folder} is not a diffusers pipeline: it has no model_index.json "
             f"(found: {listing(folder)})"
         )
     check_index(folder)
@@ -148,7 +207,7 @@ def resolve_vae_folder(path: str, *, variant: str | None = None) -> Path:
         ModelError: Neither a folder nor a reachable repository, or it holds no VAE.
     """
     local = Path(path).expanduser()
-    folder = local if local.is_dir() else _download_vae(path, variant)
+    folder = local if local.is_dir() else download_vae(path, variant)
     for candidate in (folder / "vae", folder):
         config = candidate / "config.json"
         if config.is_file() and "Autoencoder" in str(read_json(config).get("_class_name")):
@@ -253,11 +312,16 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
     if not folder.is_dir():
         raise ModelError(f"missing folder: {folder}")
     weights = weight_files(folder, component_variant(folder, variant))
-    others = [f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")]
-    files = sorted(weights + [f for f in others if not f.name.endswith(".index.json")])
+    files = sorted([*weights, *configurations(folder)])
     if not files:
         raise ModelError(f"{folder} holds no configuration or weights")
     return files
+
+
+def configurations(folder: Path) -> list[Path]:
+    """Returns a component's files but its weights, by name."""
+    found = [f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")]
+    return sorted(f for f in found if not f.name.endswith(".index.json"))
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -287,12 +351,33 @@ def component_digest(
     Raises:
         ModelError: The folder is missing or empty.
     """
-    files = component_files(folder, variant)
+    return digest_of(component_files(folder, variant), None, memo)
+
+
+def digest_of(files: list[Path], unnamed: Path | None, memo: DigestMemo | None) -> DigestMemo:
+    """Hashes files as `component_digest`; the name of `unnamed` does not count."""
     stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
     stamp = hashlib.sha256(repr(stats).encode()).hexdigest()
     if memo is not None and memo.stamp == stamp:
         return memo
-    return DigestMemo(stamp=stamp, sha256=digest_files(files))
+    if unnamed is None:
+        return DigestMemo(stamp=stamp, sha256=digest_files(files))
+    named = digest_files([file for file in files if file != unnamed])
+    both = f"{named} {_file_digest(unnamed, stamp_of(unnamed))}"
+    return DigestMemo(stamp=stamp, sha256=hashlib.sha256(both.encode()).hexdigest())
+
+
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _file_digest(file: Path, stamp: tuple[int, int]) -> str:
+    """SHA-256 of a file that several components lie in."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _stable_config(path: Path) -> bytes:
@@ -306,37 +391,3 @@ def variant_of(path: Path) -> str | None:
     """`fp16` for `model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors`."""
     parts = re.sub(r"-\d+-of-\d+", "", path.name).split(".")
     return parts[1] if len(parts) == 3 else None
-
-
-def _download_pipeline(path: str, revision: str | None, variant: str | None) -> Path:
-    _require_hub_id("model.path", path)
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        folder = DiffusionPipeline.download(path, revision=revision, variant=variant)
-    except Exception as error:  # the client also raises its transport's errors
-        raise ModelError(
-            f"model.path: {path!r} is no local folder and could not be fetched from the hub "
-            f"(revision={revision}, variant={variant}): {error}"
-        ) from error
-    return Path(folder)
-
-
-def _download_vae(path: str, variant: str | None) -> Path:
-    _require_hub_id("model.vae", path)
-    from huggingface_hub import snapshot_download
-
-    weights = f"diffusion_pytorch_model*{'.' + variant if variant else ''}*.safetensors"
-    names = ["config.json", "diffusion_pytorch_model*.safetensors", weights]
-    try:
-        patterns = [*names, *(f"vae/{name}" for name in names)]
-        return Path(snapshot_download(path, allow_patterns=list(dict.fromkeys(patterns))))
-    except Exception as error:
-        raise ModelError(
-            f"model.vae: {path!r} is no local folder and could not be fetched from the hub: {error}"
-        ) from error
-
-
-def _require_hub_id(key: str, path: str) -> None:
-    if not is_hub_id(path):
-        raise ModelError(f"{key}: no such folder: {path} (and no hub id either)")

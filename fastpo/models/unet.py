@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
@@ -26,8 +27,10 @@ from fastpo.models.attention import AttentionName, use_processors
 from fastpo.models.encoders import Encoders, limit_tokens, load_clip, load_vae
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
-from fastpo.models.folder import ModelFolder, halvings, read_json
+from fastpo.models.folder import ModelFolder, halvings, read_json, weight_files
+from fastpo.models.headers import header
 from fastpo.models.schedule import NoiseSchedule, read_ddpm_schedule
+from fastpo.models.single_file import check_component
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -61,7 +64,7 @@ class UNetFamily(ModelFamily):
 
     def check(self, folder: ModelFolder) -> None:
         """As `ModelFamily.check`: the schedule must be DDPM's, the VAE an `AutoencoderKL`."""
-        read_ddpm_schedule(folder)
+        schedule = read_ddpm_schedule(folder)
         path = folder.vae / "config.json"
         config = read_json(path)
         kind, channels = config.get("_class_name"), config.get("latent_channels", 4)
@@ -70,12 +73,39 @@ class UNetFamily(ModelFamily):
                 f"{path}: FastPO trains {self.name} with an AutoencoderKL of 4 channels, got "
                 f"{ascii(kind)[:80]} of {ascii(channels)[:80]}"
             )
+        self._check_single_files(folder, schedule.prediction)
+
+    def _check_single_files(self, folder: ModelFolder, prediction: str) -> None:
+        """Compares single files with the configurations, before hours of encoding.
+
+        Raises:
+            ModelError: A part is in neither, does not fit, or is told to predict something else.
+        """
+        texts = [name for name in self.encoder_parts if name.startswith("text_encoder")]
+        kinds = dict(zip(texts, self.text_models, strict=True))
+        for name, kind in {"unet": self.denoiser_class, "vae": AutoencoderKL, **kinds}.items():
+            file, part = folder.weights_file(name), folder.component(name)
+            if file is not None:
+                check_component(kind, folder, name, file)
+            elif folder.checkpoint and not weight_files(part, folder.variant):
+                raise ModelError(
+                    f"model.path: {folder.checkpoint} holds no {name}, and {part} of model.config "
+                    "has no weights either" + ("; set model.vae" if name == "vae" else "")
+                )
+        if folder.checkpoint and V_PREDICTION in header(folder.checkpoint):
+            if prediction != "v_prediction":
+                raise ModelError(
+                    f"{folder.checkpoint} says by its key {V_PREDICTION} that it predicts the "
+                    f"velocity, but the scheduler of model.config is for {prediction}: set its "
+                    "prediction_type to v_prediction (and rescale_betas_zero_snr, if the key "
+                    "ztsnr is there too)"
+                )
 
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
         """Loads the VAE and CLIP's text encoders."""
-        vae = load_vae(folder.vae, folder.variant, DTYPES[config.vae_precision])
+        vae = load_vae(folder, DTYPES[config.vae_precision])
         self.check_vae(vae)
         dtype = DTYPES[config.text_precision]
         names = [name for name in self.encoder_parts if name.startswith("text_encoder")]
@@ -134,6 +164,8 @@ class UNetFamily(ModelFamily):
         )
 
 
+V_PREDICTION = "v_pred"
+"""An empty tensor of this name marks single files of models that predict the velocity."""
 _OTHER_CONDITIONING = (
     "class_embed_type",
     "num_class_embeds",

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from fastpo.errors import ModelError, one_line
+from fastpo.errors import ModelError
 from fastpo.models.folder import (
     WEIGHTS,
     ModelFolder,
@@ -26,17 +25,12 @@ from fastpo.models.folder import (
     variant_of,
     weight_files,
 )
+from fastpo.models.headers import check_weights_file
+from fastpo.models.reports import complain
+from fastpo.models.single_file import load_from_file
 from fastpo.system.files import listing
 
-_POINTER = b"version https://git-lfs"
-_SHOWN = 3
 _REPORTS = ("LOAD REPORT", "Some weights of")
-_WRAPPERS = {
-    "_orig_mod.": "they are of a compiled model, save the one that it was compiled from",
-    "base_model.model.": "they are of a PEFT model, merge its adapters before saving it",
-    "base_layer.": "they are of a PEFT model, merge its adapters before saving it",
-    "module.": "they are of a model wrapped by DDP or DeepSpeed, save the one inside",
-}
 
 
 def load_component(
@@ -87,6 +81,32 @@ def load_component(
     return model
 
 
+def load_part(
+    kind: Any, folder: ModelFolder, name: str, *, what: str, dtype: torch.dtype | None = None
+) -> Any:
+    """Loads a component of a pipeline from its folder, or from the single file that holds it.
+
+    Args:
+        kind: Its class.
+        folder: The pipeline.
+        name: Its name in the pipeline.
+        what: Begins a refusal: which part, and that it could not be loaded.
+        dtype: Of the weights; default: as the class does.
+
+    Raises:
+        ModelError: As `load_component`.
+    """
+    file = folder.weights_file(name)
+    if file is None:
+        own = name == "vae" and folder.other_vae is not None
+        path, subfolder = (folder.vae, "") if own else (folder.path, name)
+        return load_component(
+            kind, path, what=what, subfolder=subfolder, variant=folder.variant, dtype=dtype
+        )
+    with loading(f"{what} from {file}"), _without_reports():
+        return load_from_file(kind, folder, name, file, dtype)
+
+
 def load_models(
     folder: ModelFolder, dtype: torch.dtype, *, without: Collection[str]
 ) -> dict[str, Any]:
@@ -116,57 +136,8 @@ def load_models(
         found = getattr(import_module(library), kind, None)
         if isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel):
             what = f"{folder.component(name)} could not be loaded"
-            models[name] = load_component(
-                found, folder.path, what=what, subfolder=name, variant=folder.variant, dtype=dtype
-            )
+            models[name] = load_part(found, folder, name, what=what, dtype=dtype)
     return models
-
-
-def check_weights_file(file: Path, what: str) -> None:
-    """Refuses a file that holds no weights, by its first bytes and its header.
-
-    Raises:
-        ModelError: It is a Git LFS pointer, or a safetensors file that is cut off or damaged.
-    """
-    try:
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise ModelError(
-                    f"{what}: {file} is a Git LFS pointer, not the weights; fetch them with "
-                    "`git lfs pull`"
-                )
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{what}: {file} is cut off or no safetensors file ({one_line(error)}); "
-            "fetch or save it again"
-        ) from None
-
-
-def complain(
-    missing: Collection[str],
-    unexpected: Collection[str],
-    mismatched: Collection[tuple[str, Any, Any]],
-) -> str | None:
-    """Says what is wrong with a file's keys, and why if their names tell; None if nothing is.
-
-    Args:
-        missing: Keys of the model that no file has.
-        unexpected: Keys of the files that the model does not have.
-        mismatched: Keys with the shape in the file and that of the model.
-    """
-    shapes = [f"{k} {list(there)} instead of {list(own)}" for k, there, own in mismatched]
-    counts = (
-        (missing, "lacks"),
-        (unexpected, "has unexpected"),
-        (shapes, "has in another shape"),
-    )
-    parts = [f"{verb} {_some(keys)}" for keys, verb in counts if keys]
-    if not parts:
-        return None
-    return ", ".join(parts) + _cause(set(missing), unexpected)
 
 
 def _nothing_in(folder: Path) -> str:
@@ -176,25 +147,6 @@ def _nothing_in(folder: Path) -> str:
     if not variants:
         return f"holds no weights (found: {listing(folder)})"
     return f"holds weights of the variant {' and '.join(variants)} alone: set model.variant"
-
-
-def _some(keys: Collection[str]) -> str:
-    """`2 keys (a, b)`."""
-    first = sorted(keys)[:_SHOWN]
-    more = ", ..." if len(keys) > _SHOWN else ""
-    return f"{len(keys)} key{'s' * (len(keys) != 1)} ({', '.join(first)}{more})"
-
-
-def _cause(missing: set[str], unexpected: Collection[str]) -> str:
-    """What was put around the model's names, if a missing key is an unexpected one without it."""
-    for text, why in _WRAPPERS.items():
-        if any(text in key and key.replace(text, "") in missing for key in unexpected):
-            return f": the names carry {text!r}, {why}"
-    for key in sorted(unexpected):
-        name = next((m for m in sorted(missing) if key.endswith(f".{m}")), None)
-        if name is not None:
-            return f": the names carry {key[: -len(name)]!r} in front"
-    return ""
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 
 from fastpo.config import Config, ModelConfig
 from fastpo.errors import ModelError
-from fastpo.models.folder import ModelFolder, is_hub_id, read_json, resolve_vae_folder
+from fastpo.models.folder import ModelFolder, read_json, resolve_vae_folder
+from fastpo.models.hub import is_hub_id
 from fastpo.models.registry import detect
 
 PACKAGED: dict[str, str] = {
@@ -66,13 +67,15 @@ def resolve_architecture(config: Config) -> Architecture:
     """
     model = config.model
     folder, cached = Path(model.path).expanduser(), False
+    whole = ModelFolder.resolve(model) if folder.is_file() else ModelFolder(folder)
+    folder = whole.path
     if not folder.is_dir():
         found = _cached(model.path, "model_index.json", model.revision)
         cached = found is not None
         folder = found.parent if found is not None else folder
     if folder.is_dir():
         # Of a hub's model only the files that were asked for are here; its parts are not checked.
-        family = (detect(folder) if cached else ModelFolder(folder).family).name
+        family = (detect(folder) if cached else whole.family).name
         unet = read_json(folder / "unet" / "config.json")
         parts = ("text_encoder", "text_encoder_2")[: 2 if family == "sdxl" else 1]
         texts = tuple(read_json(folder / part / "config.json") for part in parts)
@@ -112,6 +115,8 @@ def _vae_config(model: ModelConfig, own: Path | None, family: str) -> dict[str, 
             if own is None
             else read_json(resolve_vae_folder(str(own)) / "config.json")
         )
+    if own is not None and Path(model.vae).expanduser().is_file():
+        return read_json(resolve_vae_folder(str(own)) / "config.json")
     if Path(model.vae).expanduser().is_dir():
         return read_json(resolve_vae_folder(model.vae) / "config.json")
     for name in ("vae/config.json", "config.json"):

@@ -10,6 +10,7 @@ from fastpo.testing.datasets import (
 )
 from fastpo.testing.pipelines import PROMPT_LENGTH, tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.testing.scorers import tiny_clip_folder
+from fastpo.testing.single_files import write_single_file
 
 __all__ = [
     "PROMPT_LENGTH",
@@ -22,4 +23,5 @@ __all__ = [
     "write_index",
     "write_pickapic",
     "write_pickapic_columns",
+    "write_single_file",
 ]

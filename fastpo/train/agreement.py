@@ -17,7 +17,7 @@ import xxhash
 from fastpo._version import __version__
 from fastpo.config import Config, as_text, flatten
 from fastpo.errors import DifferingRanksError
-from fastpo.models.folder import ModelFolder, component_files
+from fastpo.models.folder import ModelFolder
 from fastpo.system.process import named_ranks
 from fastpo.train.data import TrainingData
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # threads read, and what training does not use.
 MAY_DIFFER = (
     "model.path",
+    "model.config",
     "model.vae",
     "data.path",
     "prepare.cache_dir",
@@ -100,7 +101,7 @@ def model_sample(model: ModelFolder) -> str:
     """
     digest = xxhash.xxh3_128()
     schedule = model.path / "scheduler" / "scheduler_config.json"
-    files = component_files(model.component(model.family.denoiser), model.variant)
+    files = model.files(model.family.denoiser)
     for file in (*files, *([schedule] if schedule.is_file() else [])):
         digest.update(f"{file.name} {file.stat().st_size}\0".encode())
         _update(digest, file)

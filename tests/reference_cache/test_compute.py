@@ -311,7 +311,7 @@ def test_every_key_that_decides_the_errors_is_in_their_identity(shared, settle):
     assert {"seed", "train.precision", "train.timesteps.weights", "data.flip_rate"} <= deciding
     missing = {k for k in deciding if not any(f"{k}.".startswith(f"{n}.") for n in identity)}
     # These are there by the digests of the denoiser and of the prepared latents.
-    assert missing == {"model.path", "model.revision", "model.variant", "model.vae"}
+    assert missing == {f"model.{key}" for key in ("path", "config", "revision", "variant", "vae")}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many"])

@@ -14,7 +14,7 @@ from fastpo.models.folder import DigestMemo, ModelFolder
 from fastpo.models.geometry import Geometry
 
 # Of these the identity holds the content, the components' digests, instead of the values.
-MODEL_KEYS = ("model.path", "model.revision", "model.variant", "model.vae")
+MODEL_KEYS = ("model.path", "model.config", "model.revision", "model.variant", "model.vae")
 LIMIT = "data.limit"  # a cache serves every limit up to its own, see `Manifest.covers`
 
 
