@@ -16,6 +16,7 @@ from fastpo.data.sources.folder import FolderSource
 from fastpo.data.sources.hpdv2 import HPDv2Source
 from fastpo.data.sources.listing import ListingSource, find_listing
 from fastpo.data.sources.parquet import ParquetSource
+from fastpo.data.sources.tars import TarSource, find_tars
 
 __all__ = ["PairSource", "SourceReport", "open_source", "source_digest", "source_stamp"]
 
@@ -50,7 +51,9 @@ def _kind(config: DataConfig) -> type[PairSource]:
     kind = _KINDS[config.source]
     if kind is not FolderSource or (Path(config.path).expanduser() / "pairs.jsonl").is_file():
         return kind
-    return ListingSource if find_listing(config) is not None else kind
+    if find_listing(config) is not None:
+        return ListingSource
+    return TarSource if find_tars(config) else kind
 
 
 def source_digest(config: DataConfig) -> str | None:

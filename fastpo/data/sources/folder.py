@@ -49,7 +49,7 @@ class FolderSource(PairSource):
         if not self._file.is_file():
             raise DataError(
                 f"missing file: {self._file}; expected one line per pair: {SCHEMA}, or another "
-                f"listing: {', '.join(OTHERS)} (found: {found_in(folder)})"
+                f"listing: {', '.join(OTHERS)}, *.tar (found: {found_in(folder)})"
             )
         self._images = DataFolder(folder, allow_outside=self.config.allow_outside)
         places: list[int] = []
