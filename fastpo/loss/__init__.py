@@ -16,6 +16,10 @@ known;
 * `pair_weight`: `[B]`, multiplies every pair's loss, or None, the default;
 * `sft_weight`: adds this share of the winner's error to every pair's loss, before its weight;
 * `safeguard`: Diffusion-SDPO's mu, which scales the loser's gradient: see `sdpo`;
+* `layout`: `"halves"`, as above, or `"interleaved"`: winner, loser, winner, ... in all of them. Any
+  of policy, reference, annotators and target may also be a tuple `(winner, loser)` of `[B, *dims]`.
+  All are read where they lie (the oracle and `torch.compile` make halves of them); vectors, given
+  or returned, are winners first in any case;
 * `reduction`: `"mean"`, or `"none"`, with which `loss` is every pair's, `[B]`;
 * `impl`: `"triton"`, `"cpu"`, `"reference"`, or None: triton if every tensor is on a supported GPU
   (compute capability 8.0, or AMD) and there are at most 2048 pairs, else `"cpu"`: the reference's

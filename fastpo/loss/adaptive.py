@@ -17,7 +17,9 @@ from fastpo.loss._options import (
 )
 from fastpo_kernels.pair_loss import (
     Adaptive,
+    Given,
     Impl,
+    Layout,
     MarginKind,
     Normalize,
     PairLoss,
@@ -31,12 +33,12 @@ from fastpo_kernels.pair_loss.validate import number
 
 
 def adaptive_dpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
-    annotators: Sequence[Tensor] = (),
+    annotators: Sequence[Given] = (),
     minority: Tensor | None = None,
     statistics: Tensor | None = None,
     reduce: Reduce | None = None,
@@ -51,6 +53,7 @@ def adaptive_dpo(
     sft_weight: float = 0.0,
     safeguard: float | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
@@ -109,18 +112,19 @@ def adaptive_dpo(
         sft_weight=sft_weight,
         safeguard=safeguard,
         reduction=reduction,
+        layout=layout,
         impl=impl,
     )
 
 
 def adaptive_ipo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     tau: float,
     beta: float,
-    annotators: Sequence[Tensor] = (),
+    annotators: Sequence[Given] = (),
     minority: Tensor | None = None,
     statistics: Tensor | None = None,
     reduce: Reduce | None = None,
@@ -136,6 +140,7 @@ def adaptive_ipo(
     sft_weight: float = 0.0,
     safeguard: float | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
@@ -172,6 +177,7 @@ def adaptive_ipo(
         sft_weight=sft_weight,
         safeguard=safeguard,
         reduction=reduction,
+        layout=layout,
         impl=impl,
     )
 

@@ -18,9 +18,10 @@ from fastpo.loss._options import (
     require_terms,
 )
 from fastpo_kernels.pair_loss import (
+    Given,
     Impl,
+    Layout,
     PairLoss,
-    PairTarget,
     Reduce,
     Reduction,
     Target,
@@ -41,8 +42,8 @@ def _one_element(name: str, vector: Tensor) -> Tensor:
 
 
 def dpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -52,6 +53,7 @@ def dpo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-DPO: `-(1-a) ls(z) - a ls(-z)` with `a = label_smoothing` in [0, 1/2].
@@ -66,13 +68,13 @@ def dpo(
     return pair_loss(
         policy, reference, target, "dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def robust_dpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -82,6 +84,7 @@ def robust_dpo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
@@ -97,13 +100,13 @@ def robust_dpo(
     return pair_loss(
         policy, reference, target, "robust_dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def ipo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     tau: float,
@@ -112,6 +115,7 @@ def ipo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
@@ -123,13 +127,13 @@ def ipo(
     return pair_loss(
         policy, reference, target, "ipo", (tau,),
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def hinge(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -138,6 +142,7 @@ def hinge(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink.
@@ -150,13 +155,13 @@ def hinge(
     return pair_loss(
         policy, reference, target, "hinge", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def kto(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -168,6 +173,7 @@ def kto(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labeled images (Li et al. 2024, arXiv 2404.04465).
@@ -193,13 +199,13 @@ def kto(
     return pair_loss(
         policy, reference, target, "kto", options, statistics=statistics,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def dmpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -209,6 +215,7 @@ def dmpo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round.
@@ -223,13 +230,13 @@ def dmpo(
     return pair_loss(
         policy, reference, target, "dmpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def linear_dpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -239,6 +246,7 @@ def linear_dpo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached.
@@ -252,13 +260,13 @@ def linear_dpo(
     return pair_loss(
         policy, reference, target, "linear_dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def sdpo(
-    policy: Tensor,
-    reference: Tensor,
+    policy: Given,
+    reference: Given,
     target: Target,
     *,
     beta: Slope,
@@ -267,6 +275,7 @@ def sdpo(
     sft_weight: float = 0.0,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
@@ -282,17 +291,18 @@ def sdpo(
     return pair_loss(
         policy, reference, target, "dpo", (beta,),
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=mu, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip
 
 
 def sft(
-    policy: Tensor,
+    policy: Given,
     target: Target,
     *,
     rows: Rows | None = None,
     pair_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`.
@@ -305,28 +315,30 @@ def sft(
     """
     if rows not in (None, *get_args(Rows)):
         raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
-    if rows is None and isinstance(target, Tensor) and target.shape[:1] == policy.shape[:1]:
+    single = isinstance(policy, Tensor) and isinstance(target, Tensor) and layout == "halves"
+    if rows is None and single and target.shape[:1] == policy.shape[:1]:
         raise ValueError(
             "sft cannot tell winners from pairs where policy and target have as many rows: give "
             f"rows='winners' to train on all {len(policy)}, or rows='pairs' for the first half"
         )
     if rows != "winners":
         return pair_loss(
-            policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction, impl=impl
-        )
+            policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction,
+            layout=layout, impl=impl,
+        )  # fmt: skip
+    if not single:
+        raise ValueError("rows='winners' needs policy and target to be tensors, without a layout")
     return _winners_alone(policy, target, pair_weight, reduction, impl)
 
 
 def _winners_alone(
     policy: Tensor,
-    target: Target,
+    target: Tensor,
     weight: Tensor | None,
     reduction: Reduction,
     impl: Impl | None,
 ) -> PairLoss:
     """The reduction, and a weighted mean of its errors."""
-    if isinstance(target, PairTarget):
-        raise ValueError("a PairTarget is one of pairs; rows='winners' needs a tensor")
     if target.shape != policy.shape:
         raise ValueError(
             f"rows='winners' needs a target of policy's shape {tuple(policy.shape)}, got "
@@ -344,7 +356,7 @@ def _winners_alone(
 
 
 def mapo(
-    policy: Tensor,
+    policy: Given,
     target: Target,
     *,
     beta: Slope = 0.1,
@@ -355,6 +367,7 @@ def mapo(
     safeguard: float | None = None,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
@@ -367,5 +380,5 @@ def mapo(
     return pair_loss(
         policy, None, target, "mapo", (beta, snr, num_timesteps),
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, impl=impl,
+        reduction=reduction, layout=layout, impl=impl,
     )  # fmt: skip

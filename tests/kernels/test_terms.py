@@ -298,7 +298,10 @@ def test_fine_tuning_on_pairs_or_winners_is_not_guessed(impl, device):
 SFT_REFUSED = [
     ({"rows": "all"}, "rows must be one of"),
     ({"rows": "winners", "target": torch.ones(2, 3)}, r"needs a target of policy's shape \(4, 3\)"),
-    ({"rows": "winners", "target": fl.PairTarget("epsilon", torch.ones(2, 3))}, "is one of pairs"),
+    (
+        {"rows": "winners", "target": fl.PairTarget("epsilon", torch.ones(2, 3))},
+        "needs policy and target to be tensors",
+    ),
     ({"rows": "winners", "pair_weight": torch.ones(2)}, r"pair_weight must be \[4\]"),
     ({"rows": "winners", "reduction": "sum"}, "reduction must be one of"),
 ]

@@ -4,8 +4,10 @@ from fastpo_kernels._shared.target import PairDraw, PairTarget
 from fastpo_kernels.pair_loss.api import Impl, Target, pair_errors, pair_loss
 from fastpo_kernels.pair_loss.epilogue import minority_metric, pair_weights
 from fastpo_kernels.pair_loss.objectives import OBJECTIVES
+from fastpo_kernels.pair_loss.sides import Given
 from fastpo_kernels.pair_loss.spec import (
     Adaptive,
+    Layout,
     MarginKind,
     Normalize,
     PairLoss,
@@ -17,7 +19,9 @@ from fastpo_kernels.pair_loss.spec import (
 __all__ = [
     "OBJECTIVES",
     "Adaptive",
+    "Given",
     "Impl",
+    "Layout",
     "MarginKind",
     "Normalize",
     "PairDraw",

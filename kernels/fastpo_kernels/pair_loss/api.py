@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from fastpo_kernels._shared.dispatch import MAX_ELEMENTS, choose
 from fastpo_kernels._shared.target import PairTarget
-from fastpo_kernels.pair_loss import cpu, fused, validate
+from fastpo_kernels.pair_loss import cpu, fused, sides, validate
 from fastpo_kernels.pair_loss import reference as oracle
 from fastpo_kernels.pair_loss.objectives import OBJECTIVES
+from fastpo_kernels.pair_loss.sides import Given
 from fastpo_kernels.pair_loss.spec import (
     Adaptive,
+    Layout,
     LossSpec,
     PairLoss,
     PairTensors,
@@ -23,7 +26,7 @@ from fastpo_kernels.pair_loss.spec import (
 )
 
 Impl = Literal["triton", "cpu", "reference"]
-Target = Tensor | PairTarget
+Target = Given | PairTarget
 _IMPLS = get_args(Impl)
 _MAX_PAIRS = 2048
 _EAGER = {"cpu": cpu, "reference": oracle}
@@ -48,12 +51,52 @@ def _chosen(impl: str | None, tensors: PairTensors) -> str:
 
 
 def _ready(target: Target, policy: Tensor) -> Tensor:
-    """The target as a tensor, checked and without a gradient."""
+    """The target as a tensor, checked and without a gradient; of sides, one for checks alone."""
     if isinstance(target, PairTarget):
         target.check(policy)
         return target.form(policy)
-    validate.check_target(target, policy)
-    return target.detach() if target.requires_grad else target
+    rows = sides.whole("target", target)
+    validate.check_target(rows, policy)
+    return rows.detach() if rows.requires_grad else rows
+
+
+def _is_plain(given: Sequence[object], layout: str) -> bool:
+    """Whether every tensor holds the winners in its first half."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
+    return layout == "halves" and not any(isinstance(t, (tuple, list)) for t in given)
+
+
+def _as_given(target: Target, ready: Tensor, n_pairs: int) -> Given:
+    """The target for `sides`: what was given, without a gradient; a formed one holds halves."""
+    if isinstance(target, PairTarget):
+        return ready if len(ready) == n_pairs else (ready[:n_pairs], ready[n_pairs:])
+    return (target[0].detach(), target[1].detach()) if isinstance(target, (tuple, list)) else ready
+
+
+def _loss_of_sides(
+    tensors: PairTensors, given: Sequence[Given], call: _Call, reduce: Reduce | None
+) -> PairLoss:
+    """Each side read where it lies; the oracle, and what is traced, read halves made of them."""
+    policy = given[0]
+    if call.chosen == "triton" and not fused.is_traced(sides.split(policy, call.layout)[0]):
+        split = sides.split_tensors(tensors, given, call.layout)
+        return fused.sides_loss(split, policy, call.layout, call.spec, reduce)
+    if call.chosen == "cpu" and not torch.compiler.is_compiling():
+        split = sides.split_tensors(tensors, given, call.layout)
+        return cpu.sides_loss(split, call.spec, reduce)
+    halves = sides.halves(tensors, given, call.layout)
+    run = fused if call.chosen == "triton" else _EAGER[call.chosen]
+    return run.pair_loss(halves, call.spec, reduce)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a loss of sides is computed."""
+
+    chosen: str
+    spec: LossSpec
+    layout: Layout
 
 
 def _options_of(
@@ -76,13 +119,13 @@ def _options_of(
 
 
 def pair_loss(
-    policy: Tensor,
-    reference: Tensor | None,
+    policy: Given,
+    reference: Given | None,
     target: Target,
     objective: str,
     options: Sequence[float | Tensor] = (),
     *,
-    annotators: Sequence[Tensor] = (),
+    annotators: Sequence[Given] = (),
     minority: Tensor | None = None,
     statistics: Tensor | None = None,
     pair_weight: Tensor | None = None,
@@ -91,6 +134,7 @@ def pair_loss(
     sft_weight: float = 0.0,
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
+    layout: Layout = "halves",
     impl: Impl | None = None,
 ) -> PairLoss:
     """Mean over pairs of `weight * (objective(e_w, e_l, r_w, r_l) + sft_weight * e_w)`.
@@ -121,6 +165,9 @@ def pair_loss(
             once, between the pass over the predictions and the finish: for statistics beyond the
             batch, of objectives that have any. `LossSpec.n_sums` says what the vector holds.
         reduction: `mean` over the pairs, or `none`: every pair's loss, `[B]`.
+        layout: of every `[2B, *dims]`: `halves`, winners first, or `interleaved`: winner, loser,
+            winner, ... Any of these may instead be a tuple `(winner, loser)` of `[B, *dims]`, read
+            where they lie. Vectors are winners first in any case.
         impl: `triton`; `cpu`, torch operators in few passes; `reference`, the oracle, in plain
             ones. None is triton if every tensor is on a supported GPU (compute capability 8.0 or
             AMD) in a dtype it takes, with triton installed, at most 2048 pairs; else `cpu`. A name
@@ -133,24 +180,33 @@ def pair_loss(
         TypeError: not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device, option or `impl` that breaks the rules above.
     """
-    validate.check_policy(policy)
-    numbers, beta = _options_of(objective, options, policy)
+    plain = _is_plain((policy, reference, target, *annotators), layout)
+    given = [policy, *([] if reference is None else [reference]), *annotators]
+    rows = sides.whole("policy", policy)
+    validate.check_policy(rows)
+    numbers, beta = _options_of(objective, options, rows)
     if reference is None and OBJECTIVES[objective].needs_reference:
         raise ValueError(f"{objective} needs a reference, got None")
     validate.check_reduction(reduction)
-    ready = _ready(target, policy)
+    ready = _ready(target, rows)
+    if not plain:
+        reference = None if reference is None else sides.whole("reference", reference)
+        annotators = [sides.whole(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
     tensors = PairTensors(
-        policy, ready, reference, annotators, minority, statistics, pair_weight, beta
+        rows, ready, reference, annotators, minority, statistics, pair_weight, beta
     )
-    spec = LossSpec(objective, numbers, adaptive, safeguard, float(sft_weight), reduction == "none")
+    per_pair = reduction == "none"
+    spec = LossSpec(objective, numbers, adaptive, safeguard, float(sft_weight), per_pair)
     validate.check_tensors(tensors, spec)
     if reduce is not None:
         validate.check_reduce(tensors, spec)
     chosen = _chosen(impl, tensors)
-    if chosen != "triton":
-        return _EAGER[chosen].pair_loss(tensors, spec, reduce)
-    validate.check_kernel_vectors(tensors)
-    return fused.pair_loss(tensors, spec, reduce)
+    if chosen == "triton":
+        validate.check_kernel_vectors(tensors)
+    if not plain:
+        given.append(_as_given(target, ready, tensors.n_pairs))
+        return _loss_of_sides(tensors, given, _Call(chosen, spec, layout), reduce)
+    return (fused if chosen == "triton" else _EAGER[chosen]).pair_loss(tensors, spec, reduce)
 
 
 def _odd_errors(policy: Tensor, target: Target, impl: Impl | None) -> Tensor:
@@ -168,13 +224,16 @@ def _odd_errors(policy: Tensor, target: Target, impl: Impl | None) -> Tensor:
     return torch.cat([pair_errors(policy[:-1], target[:-1], impl=impl), last])
 
 
-def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> Tensor:
+def pair_errors(
+    policy: Given, target: Target, *, layout: Layout = "halves", impl: Impl | None = None
+) -> Tensor:
     """Mean squared error of every row, the fused reduction alone; differentiable in `policy`.
 
     Args:
         policy: `[2B, *dims]` float32, bfloat16 or float16, winners first; or any number of rows,
             with a target of as many. The last of an odd number is a launch of its own.
         target: as in `pair_loss`.
+        layout: as in `pair_loss`; the errors are winners first in any case.
         impl: as in `pair_loss`.
 
     Returns:
@@ -184,11 +243,31 @@ def pair_errors(policy: Tensor, target: Target, *, impl: Impl | None = None) -> 
         TypeError: not a tensor, or of a dtype that is not taken.
         ValueError: a shape, device or `impl` that breaks the rules above.
     """
-    validate.check_predictions(policy)
-    if policy.shape[0] % 2:
-        return _odd_errors(policy, target, impl)
-    ready = _ready(target, policy)
-    chosen = _chosen(impl, PairTensors(policy, ready))
-    if chosen != "triton":
-        return _EAGER[chosen].pair_errors(policy, ready)
-    return fused.pair_errors(policy, ready)
+    plain = _is_plain((policy, target), layout)
+    rows = sides.whole("policy", policy)
+    (validate.check_predictions if plain else validate.check_policy)(rows)
+    if rows.shape[0] % 2:
+        return _odd_errors(rows, target, impl)
+    ready = _ready(target, rows)
+    tensors = PairTensors(rows, ready)
+    chosen = _chosen(impl, tensors)
+    if not plain:
+        return _errors_of_sides(
+            tensors, [policy, _as_given(target, ready, tensors.n_pairs)], chosen, layout
+        )
+    return (fused if chosen == "triton" else _EAGER[chosen]).pair_errors(rows, ready)
+
+
+def _errors_of_sides(
+    tensors: PairTensors, given: Sequence[Given], chosen: str, layout: Layout
+) -> Tensor:
+    """As `_loss_of_sides`."""
+    policy = given[0]
+    if chosen == "triton" and not fused.is_traced(sides.split(policy, layout)[0]):
+        split = sides.split_tensors(tensors, given, layout)
+        return fused.sides_errors(split, policy, layout)
+    if chosen == "cpu" and not torch.compiler.is_compiling():
+        return cpu.sides_errors(sides.split_tensors(tensors, given, layout))[0].flatten()
+    halves = sides.halves(tensors, given, layout)
+    run = fused if chosen == "triton" else _EAGER[chosen]
+    return run.pair_errors(halves.policy, halves.target)

@@ -276,6 +276,42 @@ def large_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = Non
     return from_errors(PairErrors(errors, known, judged, dot), tensors, spec, reduce)
 
 
+def _side_error(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared errors `[B]` of one side, differentiable in `pred`."""
+    dtype = _accumulator(pred.dtype)
+    square = _squared_difference(pred.to(dtype), target.to(dtype), _NO_REDUCTION)
+    return square.flatten(1).sum(1) / pred[0].numel()
+
+
+def sides_errors(tensors: PairTensors) -> list[Tensor]:
+    """Mean squared errors `[2, B]` of every source, where `tensors` has `losers`."""
+    assert tensors.losers is not None
+    target, *sources = tensors.target, *tensors.sources
+    target_loser, found = tensors.losers[-1], []
+    for winner, loser in zip(sources, tensors.losers, strict=False):
+        if winner.ndim == 1:
+            found.append(_ready(winner, found[0]))
+        else:
+            sides = _side_error(winner, target), _side_error(loser, target_loser)
+            found.append(torch.stack(sides))
+    return [found[0], *(f.detach() for f in found[1:])]
+
+
+def sides_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> PairLoss:
+    """`pair_loss` where `tensors` has `losers`, each side read where it lies."""
+    assert tensors.losers is not None
+    errors, *others = sides_errors(tensors)
+    dot = None
+    if spec.safeguard is not None:
+        dtype = errors.dtype
+        with torch.no_grad():
+            winner = tensors.policy.to(dtype) - tensors.target
+            loser = tensors.losers[0].to(dtype) - tensors.losers[-1]
+            dot = winner.mul_(loser).flatten(1).mean(1)
+    known, judged = (None, others) if tensors.reference is None else (others[0], others[1:])
+    return from_errors(PairErrors(errors, known, judged, dot), tensors, spec, reduce)
+
+
 def _constant(t: Tensor) -> Tensor:
     return t.detach() if t.requires_grad else t
 

@@ -6,15 +6,17 @@ its host work costs, and of that the operators' dispatcher would be the larger p
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpo_kernels.pair_loss import ops
+from fastpo_kernels.pair_loss.sides import Given, alike, split
 from fastpo_kernels.pair_loss.spec import (
     Adaptive,
+    Layout,
     LossSpec,
     PairLoss,
     PairTensors,
@@ -58,6 +60,76 @@ class _EagerFinish(torch.autograd.Function):
         return ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward()), None, None
 
 
+def _side_gradients(ctx, target: Tensor, target_loser: Tensor, slopes: Any, given: Any) -> tuple:
+    """The gradients of what was given: of one tensor of both sides, or of each side's."""
+    if torch.is_grad_enabled():  # under create_graph
+        ops.refuse_double_backward()
+    sides = alike(*split(given[0] if len(given) == 1 else given, ctx.layout))
+    if len(given) == 1:
+        grads = (torch.empty_like(given[0]),)
+        outputs = split(grads[0], ctx.layout)
+    else:
+        grads = outputs = tuple(torch.empty_like(side) for side in sides)
+    loser_target = target if ctx.shared else target_loser
+    winners, losers = (sides[0], target, outputs[0]), (sides[1], loser_target, outputs[1])
+    ops.launch_gradients(winners, losers, *slopes)
+    return grads
+
+
+class _EagerSides(torch.autograd.Function):
+    """The loss of winners and losers that are read where they lie, `given` as one tensor or two."""
+
+    @staticmethod
+    def forward(ctx, tensors: PairTensors, call: _SidesCall, *given: Tensor):
+        spec, losers = call.spec, tensors.losers
+        assert losers is not None
+        if call.reduce is None:
+            loss, stats = ops.launch_forward(tensors, spec, traced=False)
+        else:
+            loss, stats = ops.launch_finish(_reduced(tensors, spec, call.reduce), spec)
+        ctx.layout, ctx.shared = call.layout, losers[-1] is tensors.target
+        ctx.behind = int(spec.safeguard is not None)
+        ctx.save_for_backward(*given, tensors.target, losers[-1], stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_stats):
+        *given, target, target_loser, stats = ctx.saved_tensors
+        if grad_loss is None and grad_stats is None:
+            return None, None, *(None for _ in given)
+        n_rows = sum(map(len, given))
+        coefficients = stats.narrow(0, stats.shape[0] - ctx.behind - n_rows, n_rows)
+        slopes = ops.slopes(coefficients, grad_loss, grad_stats)
+        return None, None, *_side_gradients(ctx, target, target_loser, slopes, given)
+
+
+class _EagerSideErrors(torch.autograd.Function):
+    """The errors of sides that are read where they lie."""
+
+    @staticmethod
+    def forward(ctx, tensors: PairTensors, layout: Layout, *given: Tensor):
+        assert tensors.losers is not None
+        ctx.layout, ctx.shared = layout, tensors.losers[-1] is tensors.target
+        ctx.save_for_backward(*given, tensors.target, tensors.losers[-1])
+        return ops.launch_partials(tensors, ops.ERRORS_ALONE, traced=False)
+
+    @staticmethod
+    def backward(ctx, grad_errors):
+        *given, target, target_loser = ctx.saved_tensors
+        slopes = (grad_errors.contiguous(), None)
+        return None, None, *_side_gradients(ctx, target, target_loser, slopes, given)
+
+
+@dataclass(frozen=True)
+class _SidesCall:
+    """What is asked of `_EagerSides`."""
+
+    spec: LossSpec
+    reduce: Reduce | None
+    layout: Layout
+
+
 class _EagerErrors(torch.autograd.Function):
     """`pair_errors_fwd` without the dispatcher."""
 
@@ -87,7 +159,7 @@ def _adaptive_fields(adaptive: Adaptive | None) -> tuple[Any, ...]:
     )
 
 
-def _is_traced(policy: Tensor) -> bool:
+def is_traced(policy: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(policy) not in (Tensor, torch.nn.Parameter)
 
 
@@ -97,7 +169,7 @@ def _constant(t: Tensor | None) -> Any:
 
 
 def _loss_of(policy: Tensor, tensors: PairTensors, spec: LossSpec) -> PairLoss:
-    if not _is_traced(policy):
+    if not is_traced(policy):
         loss, stats = _EagerLoss.apply(policy, tensors, spec)
         return _named(loss, stats, tensors, spec)
     loss, stats = ops.pair_loss_fwd(
@@ -120,7 +192,7 @@ def _loss_of(policy: Tensor, tensors: PairTensors, spec: LossSpec) -> PairLoss:
 
 
 def _loss_of_sums(policy: Tensor, errors: PairTensors, spec: LossSpec) -> PairLoss:
-    if not _is_traced(policy):
+    if not is_traced(policy):
         loss, stats = _EagerFinish.apply(policy, errors, spec)
         return _named(loss, stats, errors, spec)
     assert errors.statistics is not None, "the sums of all processes"
@@ -175,7 +247,7 @@ def _reduced(tensors: PairTensors, spec: LossSpec, reduce: Reduce) -> PairTensor
     policy = tensors.policy
     adaptive, guarded = spec.adaptive is not None, spec.safeguard is not None
     with torch.no_grad():
-        if _is_traced(policy):
+        if is_traced(policy):
             partials = ops.pair_loss_partials(
                 policy,
                 tensors.target,
@@ -197,12 +269,31 @@ def _reduced(tensors: PairTensors, spec: LossSpec, reduce: Reduce) -> PairTensor
         policy=layout.errors(0).of(partials),
         reference=None if tensors.reference is None else layout.errors(1).of(partials),
         annotators=[layout.errors(first + k).of(partials) for k in range(n_annotators)],
+        losers=None,
         statistics=check_reduced(reduce(sums), sums),
     )
 
 
 def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of every row in one launch."""
-    if _is_traced(policy):
+    if is_traced(policy):
         return ops.pair_errors_fwd(policy, target)
     return _EagerErrors.apply(policy, target)
+
+
+def _parts(given: Given) -> tuple[Tensor, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def sides_loss(
+    tensors: PairTensors, given: Given, layout: Layout, spec: LossSpec, reduce: Reduce | None
+) -> PairLoss:
+    """`pair_loss` where `tensors` has `losers`; `given` is the policy as it was handed over."""
+    call = _SidesCall(spec, reduce, layout)
+    loss, stats = _EagerSides.apply(tensors, call, *_parts(given))
+    return _named(loss, stats, tensors, spec)
+
+
+def sides_errors(tensors: PairTensors, given: Given, layout: Layout) -> Tensor:
+    """`pair_errors` where `tensors` has `losers`."""
+    return _EagerSideErrors.apply(tensors, layout, *_parts(given))

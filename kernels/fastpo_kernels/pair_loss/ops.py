@@ -220,6 +220,13 @@ def launch_backward(
     return launch.launch_backward(policy, target, coefficients, grad_loss)
 
 
+def launch_gradients(winners: Any, losers: Any, coefficients: Tensor, grad_loss: Tensor | None):
+    """The launcher."""
+    from fastpo_kernels.pair_loss.gpu import launch
+
+    launch.launch_gradients(winners, losers, coefficients, grad_loss)
+
+
 @pair_loss_bwd.register_fake
 def _(policy, *_: Any):
     return torch.empty_like(policy)
@@ -272,17 +279,23 @@ def policy_gradient(ctx, grad_loss, grad_stats, backward):
     policy, target, stats = ctx.saved_tensors
     n_rows = policy.shape[0]
     coefficients = stats.narrow(0, stats.shape[0] - ctx.behind - n_rows, n_rows)
+    return backward(policy, target, *slopes(coefficients, grad_loss, grad_stats))
+
+
+def slopes(
+    coefficients: Tensor, grad_loss: Tensor | None, grad_stats: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What multiplies each row's error, and a number on the device that multiplies all, or None."""
+    n_rows = len(coefficients)
     if grad_loss is not None and grad_loss.ndim:
         grad_loss = torch.cat([grad_loss, grad_loss])
         if grad_stats is None:
-            return backward(policy, target, grad_loss * coefficients, None)
+            return grad_loss * coefficients, None
     if grad_stats is None:
-        return backward(policy, target, coefficients, grad_loss)
+        return coefficients, grad_loss
     by_margin, by_errors = grad_stats[: 3 * n_rows // 2].split([n_rows // 2, n_rows])
-    slopes = by_errors + torch.cat([-by_margin, by_margin])
-    if grad_loss is not None:
-        slopes = slopes + grad_loss * coefficients
-    return backward(policy, target, slopes, None)
+    found = by_errors + torch.cat([-by_margin, by_margin])
+    return (found if grad_loss is None else found + grad_loss * coefficients), None
 
 
 def _loss_backward(ctx, grad_loss, grad_stats):
@@ -307,11 +320,16 @@ def _no_context(ctx, inputs, output) -> None:
     pass
 
 
-def _no_double_backward(ctx, grad):
+def refuse_double_backward() -> None:
+    """Raises `NotImplementedError`."""
     raise NotImplementedError(
         "the pair losses' triton implementation is differentiable once; "
         "use impl='reference' for higher derivatives"
     )
+
+
+def _no_double_backward(ctx, grad):
+    refuse_double_backward()
 
 
 pair_loss_fwd.register_autograd(_loss_backward, setup_context=_loss_context)

@@ -12,6 +12,7 @@ WeightKind = Literal["linear", "quadratic", "sqrt", "exponential", "gate"]
 MarginKind = Literal["quadratic", "linear"]
 Normalize = Literal["rms", "l2", "none"]
 Reduction = Literal["mean", "none"]
+Layout = Literal["halves", "interleaved"]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -110,6 +111,10 @@ class PairTensors:
         statistics: `[1]`, KTO's mean gain; `[1 + M]`, mean margin and scales; or None.
         pair_weight: `[B]` or None.
         beta: `[B]`, every pair's first option, or None: one number for all.
+        losers: None where losers are the second half of each tensor; else the predictions above
+            are the winners' `[B, *dims]`, and these the losers' of policy, reference, annotators
+            and target, each lying as the winners' do; of errors, and of a target that the pair
+            shares, the same tensor again.
     """
 
     policy: Tensor
@@ -120,11 +125,12 @@ class PairTensors:
     statistics: Tensor | None = None
     pair_weight: Tensor | None = None
     beta: Tensor | None = None
+    losers: tuple[Tensor, ...] | None = None
 
     @property
     def n_pairs(self) -> int:
         """B."""
-        return self.policy.shape[0] // 2
+        return self.policy.shape[0] // (2 if self.losers is None else 1)
 
     @property
     def judges(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from fastpo_kernels.pair_loss.gpu.epilogue import (
 @triton.jit
 def _target_tile(
     target_ptr,
+    loser_ptr,
     pair,
     n_pairs,
     index,
@@ -37,8 +38,11 @@ def _target_tile(
     winner = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
     loser = winner
     if not SHARED_TARGET:
-        at += n_pairs.to(tl.int64) * strides[0]
-        loser = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if loser_ptr is None:
+            at += n_pairs.to(tl.int64) * strides[0]
+            loser = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            loser = tl.load(loser_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return winner, loser
 
 
@@ -46,6 +50,7 @@ def _target_tile(
 def _squared_errors(
     sources,
     target_ptr,
+    losers,
     pair,
     chunk,
     n_pairs,
@@ -64,11 +69,20 @@ def _squared_errors(
     sums = ()
     for _ in tl.static_range(2 * len(sources) + 1):
         sums = sums + (zeros,)
+    target_loser_ptr = None if losers is None else losers[len(sources)]
     for tile in range(chunk, tl.cdiv(n_elements, BLOCK_SIZE), n_chunks):
         index = tile * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         mask = index < n_elements
         target_w, target_l = _target_tile(
-            target_ptr, pair, n_pairs, index, mask, sizes, target_strides, SHARED_TARGET
+            target_ptr,
+            target_loser_ptr,
+            pair,
+            n_pairs,
+            index,
+            mask,
+            sizes,
+            target_strides,
+            SHARED_TARGET,
         )
         new = ()
         dot = sums[2 * len(sources)]
@@ -78,8 +92,12 @@ def _squared_errors(
             else:
                 at = strided_offsets(index, sizes, strides[s][1:]) + pair * strides[s][0]
                 winner = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_w
-                at += n_pairs.to(tl.int64) * strides[s][0]
-                loser = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32) - target_l
+                if losers is None:
+                    at += n_pairs.to(tl.int64) * strides[s][0]
+                    loser = tl.load(sources[s] + at, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    loser = tl.load(losers[s] + at, mask=mask, other=0.0).to(tl.float32)
+                loser -= target_l
                 new = new + (sums[2 * s] + winner * winner, sums[2 * s + 1] + loser * loser)
                 if SAFEGUARD and s == 0:
                     dot += winner * loser
@@ -91,6 +109,7 @@ def _squared_errors(
 def pair_loss_fwd_kernel(
     sources,  # policy, then reference and annotators: each [2B, N], or errors [2B] where READY
     target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
+    losers,  # None; or losers of sources and target, each [B, N], the others' winners likewise
     minority_ptr,  # [B] or None
     statistics_ptr,  # [1] or [1 + M] or None
     pair_weight_ptr,  # [B] or None
@@ -140,6 +159,7 @@ def pair_loss_fwd_kernel(
     sums = _squared_errors(
         sources,
         target_ptr,
+        losers,
         pair,
         chunk,
         n_pairs,
@@ -311,6 +331,7 @@ def pair_loss_bwd_kernel(
     coefficient_ptr,  # [2B]: dloss/de
     grad_loss_ptr,  # [] or None
     grad_policy_ptr,  # [2B, N]
+    losers,  # None; or losers of policy, target and gradient, each [B, N], the others' likewise
     n_pairs,
     n_chunks,
     n_elements,
@@ -330,12 +351,25 @@ def pair_loss_bwd_kernel(
     if grad_loss_ptr is not None:
         upstream *= tl.load(grad_loss_ptr).to(tl.float32)
     targets = _target_tile(
-        target_ptr, pair, n_pairs, index, mask, sizes, target_strides, SHARED_TARGET
+        target_ptr,
+        None if losers is None else losers[1],
+        pair,
+        n_pairs,
+        index,
+        mask,
+        sizes,
+        target_strides,
+        SHARED_TARGET,
     )
     for side in tl.static_range(2):
         row = pair + side * n_pairs
-        at = strided_offsets(index, sizes, policy_strides[1:]) + row * policy_strides[0]
-        diff = tl.load(policy_ptr + at, mask=mask, other=0.0).to(tl.float32) - targets[side]
+        place, pred_ptr, grad_ptr = row, policy_ptr, grad_policy_ptr
+        if losers is not None:
+            place = pair
+            if side == 1:
+                pred_ptr, grad_ptr = losers[0], losers[2]
+        at = strided_offsets(index, sizes, policy_strides[1:]) + place * policy_strides[0]
+        diff = tl.load(pred_ptr + at, mask=mask, other=0.0).to(tl.float32) - targets[side]
         grad = (upstream * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
-        at = strided_offsets(index, sizes, grad_strides[1:]) + row * grad_strides[0]
-        tl.store(grad_policy_ptr + at, grad.to(grad_policy_ptr.dtype.element_ty), mask=mask)
+        at = strided_offsets(index, sizes, grad_strides[1:]) + place * grad_strides[0]
+        tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -96,6 +96,7 @@ def _wavefronts(num_warps: int) -> int:
     return num_warps // 2 if torch.version.hip is not None else num_warps
 
 
+Triple = tuple[Tensor, Tensor, Tensor]
 _launches = LaunchCache()
 _tickets: dict[tuple[int, int], Tensor] = {}
 
@@ -171,9 +172,9 @@ def launch_partials(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> Ten
 
 def _launch_reduction(tensors: PairTensors, spec: LossSpec, results: _Results) -> None:
     """One pass over the predictions."""
-    policy, sources = tensors.policy, tensors.sources
+    policy, sources, losers = tensors.policy, tensors.sources, tensors.losers
     vectors = (tensors.minority, tensors.statistics, tensors.pair_weight, tensors.beta)
-    facts, at = described((*sources, tensors.target, *vectors))
+    facts, at = described((*sources, tensors.target, *vectors, *(losers or ())))
     finishes, has_reference = results.loss is not None, tensors.reference is not None
     key = ("forward", policy.device, facts, spec.flags, has_reference, finishes)
     numbers = _numbers(spec)
@@ -181,12 +182,13 @@ def _launch_reduction(tensors: PairTensors, spec: LossSpec, results: _Results) -
         launch = _launches.get(key) or _prepare_reduction(tensors, spec, finishes=finishes)
         outputs = (_empty(launch.scratch, policy), *results)
         if launch.compiled is None:
-            arguments = (sources, tensors.target, *vectors, *outputs)
+            arguments = (sources, tensors.target, losers, *vectors, *outputs)
             _launches.keep(key, launch.launch(pair_loss_fwd_kernel, arguments, numbers))
         else:
-            n = len(sources)
+            n, end = len(sources), len(sources) + 1 + len(vectors)
             filled = [None if t is None else t.data_ptr() for t in outputs]
-            launch.relaunch((tuple(at[:n]), *at[n:], *filled), numbers)
+            others = None if losers is None else tuple(at[end:])
+            launch.relaunch((tuple(at[:n]), at[n], others, *at[n + 1 : end], *filled), numbers)
 
 
 def _flags(spec: LossSpec, *, has_reference: bool) -> dict[str, Any]:
@@ -203,6 +205,11 @@ def _flags(spec: LossSpec, *, has_reference: bool) -> dict[str, Any]:
         "SFT": flags.sft,
         "PER_PAIR": flags.per_pair,
     }
+
+
+def _shares(target: Tensor, n_pairs: int, losers: tuple[Tensor, ...] | None) -> bool:
+    """Whether the sides of a pair have one target."""
+    return target.shape[0] == n_pairs if losers is None else losers[-1] is target
 
 
 def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) -> CachedLaunch:
@@ -224,7 +231,7 @@ def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) 
         sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides),
         constexprs={
             "READY": sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
-            "SHARED_TARGET": tensors.target.shape[0] == n_pairs,
+            "SHARED_TARGET": _shares(tensors.target, n_pairs, tensors.losers),
             "FINISH": finishes,
             **_flags(spec, has_reference=tensors.reference is not None),
             "BLOCK_SIZE": config.block_size,
@@ -276,30 +283,50 @@ def launch_backward(
     """The policy's gradient, in its dtype and, where it is dense, its layout."""
     with device_guard(policy):
         grad_policy = torch.empty_like(policy)
-        facts, at = described((policy, target, grad_loss))
-        key = ("backward", policy.device, facts)
-        launch = _launches.get(key)
-        if launch is not None:
-            outputs = (coefficients.data_ptr(), at[2], grad_policy.data_ptr())
-            launch.relaunch((at[0], at[1], *outputs), ())
-            return grad_policy
-        n_pairs = policy.shape[0] // 2
-        sizes, (policy_strides, grad_strides, target_strides) = joint_layout(
-            [policy, grad_policy, target]
-        )
-        n_elements = math.prod(sizes)
-        config = backward_config(n_elements)
-        n_chunks = -(-n_elements // config.block_size)
-        strides = (policy_strides, target_strides, grad_strides)
-        launch = CachedLaunch(
-            programs=n_pairs * n_chunks,
-            sizes=(n_pairs, n_chunks, n_elements, sizes, *strides),
-            constexprs={
-                "SHARED_TARGET": target.shape[0] == n_pairs,
-                "BLOCK_SIZE": config.block_size,
-            },
-            num_warps=config.num_warps,
-        )
-        arguments = (policy, target, coefficients, grad_loss, grad_policy)
-        _launches.keep(key, launch.launch(pair_loss_bwd_kernel, arguments, ()))
+        _launch_gradient((policy, target, grad_policy), None, coefficients, grad_loss)
     return grad_policy
+
+
+def launch_gradients(
+    winners: Triple, losers: Triple, coefficients: Tensor, grad_loss: Tensor | None
+) -> None:
+    """Fills both sides' gradients; `winners` and `losers` are policy, target and gradient."""
+    with device_guard(winners[0]):
+        _launch_gradient(winners, losers, coefficients, grad_loss)
+
+
+def _launch_gradient(
+    whole: Triple, losers: Triple | None, coefficients: Tensor, grad_loss: Tensor | None
+) -> None:
+    """One pass over policy, target and gradient; without `losers` they hold both sides."""
+    policy, target, grad_policy = whole
+    # Without `losers` a gradient lies as the policy decides.
+    sides = () if losers is None else (grad_policy, *losers)
+    facts, at = described((policy, target, grad_loss, *sides))
+    key = ("backward", policy.device, facts)
+    launch = _launches.get(key)
+    if launch is not None:
+        others = None if losers is None else tuple(at[4:])
+        outputs = (coefficients.data_ptr(), at[2], grad_policy.data_ptr(), others)
+        launch.relaunch((at[0], at[1], *outputs), ())
+        return
+    n_pairs = policy.shape[0] // (2 if losers is None else 1)
+    sizes, (policy_strides, grad_strides, target_strides) = joint_layout(
+        [policy, grad_policy, target]
+    )
+    n_elements = math.prod(sizes)
+    config = backward_config(n_elements)
+    n_chunks = -(-n_elements // config.block_size)
+    strides = (policy_strides, target_strides, grad_strides)
+    target_loser = None if losers is None else losers[1:2]
+    launch = CachedLaunch(
+        programs=n_pairs * n_chunks,
+        sizes=(n_pairs, n_chunks, n_elements, sizes, *strides),
+        constexprs={
+            "SHARED_TARGET": _shares(target, n_pairs, target_loser),
+            "BLOCK_SIZE": config.block_size,
+        },
+        num_warps=config.num_warps,
+    )
+    arguments = (policy, target, coefficients, grad_loss, grad_policy, losers)
+    _launches.keep(key, launch.launch(pair_loss_bwd_kernel, arguments, ()))
