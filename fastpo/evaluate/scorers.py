@@ -16,6 +16,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,10 +29,17 @@ from torch import Tensor
 
 from fastpo.errors import ConfigError, ModelError, one_line
 from fastpo.models.folder import is_hub_id
+from fastpo.models.reports import complain
+from fastpo.models.weights import without_reports
 from fastpo.system.process import default_device
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PROCESSOR_FILES = (
+    "preprocessor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "vocab.json merges.txt"
+)
+PUBLIC_CLIPS = ("openai/clip-", "laion/CLIP-")
 CLIP = "openai/clip-vit-large-patch14"
 BATCH_SIZE = 16
 
@@ -72,8 +80,12 @@ class ClipScorer:
     ) -> None:
         path = path or self.default_path
         self.device = _device(device)
+        self.check_path(path)
         self.model = _load_clip(self.name, path, self.device)
-        self.processor = _load_processor(self.name, self.processor_path(path))
+        self.processor = _load_processor(self.name, self.processor_path(path), self.model, path)
+
+    def check_path(self, path: str) -> None:
+        """Refuses what is known to be another model; any CLIP serves here."""
 
     def processor_path(self, path: str) -> str:
         """Where the processor of the model at `path` is: a folder or hub id."""
@@ -104,7 +116,7 @@ class PickScorer(ClipScorer):
     """PickScore (arXiv 2305.01569): a CLIP-H tuned on human choices; temperature times cosine.
 
     The published scale, about 20 to 24. A folder without a processor uses that of the CLIP it was
-    tuned from.
+    tuned from. Other CLIPs are refused as far as they can be told.
 
     Args:
         path: A folder or hub id.
@@ -116,6 +128,22 @@ class PickScorer(ClipScorer):
 
     name = "pickscore"
     default_path = PICKSCORE
+
+    def check_path(self, path: str) -> None:
+        """Refuses public CLIPs, whose scores would be called PickScore's.
+
+        Raises:
+            ModelError: It is the CLIP that PickScore was tuned from, or another one, by its hub id,
+                its folder in the hub's cache or OpenCLIP's configuration beside the weights.
+        """
+        folder = Path(path).expanduser()
+        names = [path, *(p.removeprefix("models--").replace("--", "/") for p in folder.parts)]
+        known = any(name.startswith(PUBLIC_CLIPS) for name in names)
+        if known or (folder / "open_clip_config.json").is_file():
+            raise ModelError(
+                f"scorer pickscore: {path} holds CLIP, not PickScore, whose weights are "
+                f"{PICKSCORE}; to score by CLIP itself: evaluate.scorers: [clip:{path}]"
+            )
 
     def processor_path(self, path: str) -> str:
         """The folder itself if it has a processor, else that of the CLIP it was tuned from."""
@@ -153,7 +181,7 @@ class AestheticScorer:
             )
         self.device = _device(device)
         self.model = _load_clip(self.name, clip, self.device)
-        self.processor = _load_processor(self.name, clip)
+        self.processor = _load_processor(self.name, clip, self.model, clip)
         self.layers = _load_head(Path(head).expanduser(), self.model.config.projection_dim)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
@@ -242,21 +270,80 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _load_clip(scorer: str, path: str, device: torch.device) -> Any:
+    """Loads a CLIP of which each tensor comes from a file.
+
+    Raises:
+        ModelError: It is not available, no CLIP, or lacks weights.
+    """
     from transformers import AutoModel
 
-    model = _load(scorer, path, AutoModel.from_pretrained)
+    advice = (
+        f"Fetch it where there is a network (`hf download {_published(scorer, path)} --local-dir "
+        f"DIR`) and give the folder: evaluate.scorers: [{scorer}:DIR]"
+    )
+    load = partial(AutoModel.from_pretrained, output_loading_info=True)
+    with without_reports():
+        model, found = _load(scorer, path, load, advice)
     if not hasattr(model, "logit_scale") or not hasattr(model, "visual_projection"):
         raise ModelError(f"scorer {scorer}: {path} is a {type(model).__name__}, expected CLIP")
+    missing, wrong = found["missing_keys"], found["mismatched_keys"]
+    if missing or wrong:  # the library would go on with random numbers in their place
+        complaint = complain(missing, found["unexpected_keys"], wrong)
+        raise ModelError(f"scorer {scorer}: {path} {complaint}")
     return model.float().eval().to(device)
 
 
-def _load_processor(scorer: str, path: str) -> Any:
+def _load_processor(scorer: str, path: str, model: Any, weights: str) -> Any:
+    """Loads the processor at `path` for the model at `weights`.
+
+    Raises:
+        ModelError: It is not available, or is of another model.
+    """
     from transformers import AutoProcessor
 
-    return _load(scorer, path, AutoProcessor.from_pretrained)
+    folder = Path(weights).expanduser()
+    beside = str(folder) if folder.is_dir() else "DIR"
+    source = path if is_hub_id(path) and not Path(path).expanduser().is_dir() else None
+    advice = (
+        f"It is the processor that is missing, not the weights. Fetch its files where there is a "
+        f"network (`hf download {source or _published(scorer, path)} {PROCESSOR_FILES} --local-dir "
+        f"{beside}`), beside the weights of {weights}"
+    )
+    processor = _load(scorer, path, AutoProcessor.from_pretrained, advice)
+    complaint = _misfit(processor, model.config)
+    if complaint is not None:
+        raise ModelError(
+            f"scorer {scorer}: the processor of {path} is of another model than {weights}: "
+            f"{complaint}"
+        )
+    return processor
 
 
-def _load(scorer: str, path: str, loader: Callable[..., Any]) -> Any:
+def _misfit(processor: Any, config: Any) -> str | None:
+    """Says in which numbers a processor differs from a CLIP's configuration; None: in none."""
+    parts = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
+    images, tokenizer = parts
+    if images is None or tokenizer is None:
+        return f"it is a {type(processor).__name__}, not one of images and text"
+    if len(tokenizer) > config.text_config.vocab_size:
+        known = config.text_config.vocab_size
+        return f"its tokenizer has {len(tokenizer)} tokens, the model knows {known}"
+    crop, size = (getattr(images, name, None) or {} for name in ("crop_size", "size"))
+    side = crop.get("height") or size.get("height") or size.get("shortest_edge")
+    wanted = config.vision_config.image_size
+    if side is not None and side != wanted:
+        return f"it makes images of {side} pixels, the model takes {wanted}"
+    return None
+
+
+def _published(scorer: str, path: str) -> str:
+    """The hub id to name where `path` cannot be loaded."""
+    if is_hub_id(path) and not Path(path).expanduser().exists():
+        return path
+    return PICKSCORE if scorer == PickScorer.name else CLIP
+
+
+def _load(scorer: str, path: str, loader: Callable[..., Any], advice: str) -> Any:
     folder = Path(path).expanduser()
     try:
         # Without the choice transformers asks on the terminal about code that comes with a model.
@@ -265,11 +352,8 @@ def _load(scorer: str, path: str, loader: Callable[..., Any]) -> Any:
         raise
     except Exception as error:  # loaders raise anything on a broken folder
         reason = str(error).strip().partition("\n")[0]
-        hub_id = path if is_hub_id(path) else PICKSCORE if scorer == PickScorer.name else CLIP
         raise ModelError(
-            f"scorer {scorer}: {path!r} could not be loaded ({reason}). Fetch it where there is a "
-            f"network (`hf download {hub_id} --local-dir DIR`) and "
-            f"give the folder: evaluate.scorers: [{scorer}:DIR]"
+            f"scorer {scorer}: {path!r} could not be loaded ({reason}). {advice}"
         ) from error
 
 

@@ -66,7 +66,7 @@ def load_component(
     options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
     if dtype is not None:
         options["dtype"] = dtype
-    with loading(what), _without_reports():
+    with loading(what), without_reports():
         model, found = kind.from_pretrained(
             path,
             variant=chosen,
@@ -103,7 +103,7 @@ def load_part(
         return load_component(
             kind, path, what=what, subfolder=subfolder, variant=folder.variant, dtype=dtype
         )
-    with loading(f"{what} from {file}"), _without_reports():
+    with loading(f"{what} from {file}"), without_reports():
         return load_from_file(kind, folder, name, file, dtype)
 
 
@@ -150,7 +150,7 @@ def _nothing_in(folder: Path) -> str:
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
+def without_reports() -> Iterator[None]:
     """Leaves out the libraries' own reports on keys, of which we make an error of one line."""
     names = "transformers.modeling_utils", "diffusers.models.modeling_utils"
     loggers = [logging.getLogger(name) for name in names]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
 from fastpo.errors import ConfigError, ModelError
@@ -123,6 +126,77 @@ def test_unknown_names_give_the_nearest() -> None:
 def test_a_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"hf download .* --local-dir DIR.*\[clip:DIR\]"):
         build_scorer(f"clip:{tmp_path}")
+
+
+def without_processor(clip_folder: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((clip_folder / name).read_bytes())
+    return folder
+
+
+def test_a_missing_processor_is_told_apart_from_missing_weights(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAION's CLIP is no PickScore: as its weights it would score under PickScore's name."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = without_processor(clip_folder, tmp_path / "pick")
+    with pytest.raises(ModelError) as refused:
+        build_scorer(f"pickscore:{folder}")
+    words = str(refused.value)
+    assert "the processor that is missing, not the weights" in words
+    assert f"hf download {scorers.PICKSCORE_PROCESSOR} preprocessor_config.json" in words
+    assert f"--local-dir {folder}`" in words
+    assert "[pickscore:DIR]" not in words and "\n" not in words
+
+
+@pytest.mark.parametrize(
+    "path", ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14", "cached"]
+)
+def test_another_model_is_not_called_pickscore(path: str, tmp_path: Path) -> None:
+    if path == "cached":
+        path = str(tmp_path / "models--laion--CLIP-ViT-H-14" / "snapshots" / "0123")
+    with pytest.raises(ModelError, match=r"holds CLIP, not PickScore.*\[clip:"):
+        build_scorer(f"pickscore:{path}")
+
+
+def test_openclip_s_folder_is_not_called_pickscore(clip_folder: Path, tmp_path: Path) -> None:
+    folder = without_processor(clip_folder, tmp_path / "h")
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds CLIP, not PickScore"):
+        build_scorer(f"pickscore:{folder}")
+
+
+def test_weights_that_lack_tensors_are_refused(clip_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items() if "text" in name}
+    rest = {name: tensor for name, tensor in tensors.items() if "text" not in name}
+    save_file(rest | wrapped, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"scorer clip: .* lacks \d+ keys .*'module\.'"):
+        build_scorer(f"clip:{folder}")
+
+
+@pytest.mark.parametrize("part", ["image size", "vocabulary"])
+def test_a_processor_of_another_model_is_refused(
+    clip_folder: Path, tmp_path: Path, part: str
+) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    if part == "image size":
+        path = next(folder.glob("*processor_config.json"))
+        text = path.read_text().replace('"height": 16', '"height": 24')
+        assert text != path.read_text()
+        path.write_text(text)
+        words = "it makes images of 24 pixels, the model takes 16"
+    else:
+        processor = AutoProcessor.from_pretrained(folder)
+        processor.tokenizer.add_tokens(["<one more>"])
+        processor.save_pretrained(folder)
+        words = "its tokenizer has 515 tokens, the model knows 514"
+    with pytest.raises(ModelError, match=f"is of another model than {folder}: {words}"):
+        build_scorer(f"clip:{folder}")
 
 
 def test_any_object_with_the_protocol_is_a_scorer(clip_folder: Path) -> None:
