@@ -260,6 +260,10 @@ def _launches() -> Iterator[LossCall]:
             vectors=("minority", "pair_weight"), options={"weight_kind": "gate"},
         )  # fmt: skip
         yield LossCall(
+            f"all terms, {where}", dtype, fl.hinge, batch, 1, vectors=("beta", "pair_weight"),
+            options={"sft_weight": 0.1, "safeguard": 0.9},
+        )  # fmt: skip
+        yield LossCall(
             f"two annotators, all processes, {where}", dtype, adaptive, batch, 3,
             options={"reduce": lambda sums: sums},
         )  # fmt: skip

@@ -73,6 +73,23 @@ def batches():
                 reduce=lambda sums: 2 * sums,
             ),
         )
+    for layout in ("interleaved", "separate"):
+
+        def sides(separate=layout == "separate"):
+            x = pair_inputs(3, (4, 50))
+            if separate:
+                x.policy = tuple(side.clone() for side in x.policy.chunk(2))
+            parts = x.policy if separate else (x.policy,)
+            for part in parts:
+                part.requires_grad_()
+            name = "halves" if separate else "interleaved"
+            out = fl.hinge(
+                x.policy, x.reference, x.target, beta=torch.ones(3), sft_weight=0.1, safeguard=0.9,
+                reduction="none", layout=name, impl="triton",
+            )  # fmt: skip
+            torch.autograd.grad(out.loss.sum(), parts)
+
+        yield f"all terms, {layout}", sides
     yield "pair_errors", lambda: fl.pair_errors(torch.rand(4, 50), torch.rand(2, 50), impl="triton")
     yield "noised_pair, channels-last", lambda: noised_pair(
         torch.rand(4, 4, 6, 10).to(memory_format=torch.channels_last), torch.tensor([2**62, 1]),

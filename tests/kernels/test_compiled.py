@@ -52,6 +52,14 @@ def test_layouts_counts_and_noise():
 
 
 @pytest.mark.slow
+def test_terms_and_sides():
+    """What options add to a loss, and pairs that do not lie as halves."""
+    choice = "triton and (own_beta or (every_objective and kto) or (own_loss and sdpo)"
+    choice += " or known_errors or (halves_give and sdpo))"
+    assert on_machine("sm_90", choice, "test_terms.py", "test_sides.py", seed=4) >= 20
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120"])
 def test_other_targets(target):
     """A few objectives; these targets' instructions differ in how they convert bfloat16."""
