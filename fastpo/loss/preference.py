@@ -17,6 +17,7 @@ from fastpo.loss._options import (
     require_slope,
     require_terms,
 )
+from fastpo.loss.unpaired import Likes, kto_of_images
 from fastpo_kernels.pair_loss import (
     Given,
     Impl,
@@ -165,6 +166,7 @@ def kto(
     target: Target,
     *,
     beta: Slope,
+    labels: Tensor | None = None,
     liked_weight: float = 1.0,
     disliked_weight: float = 1.0,
     baseline: Tensor | None = None,
@@ -183,6 +185,12 @@ def kto(
     `disliked_weight (1 - sigmoid(-beta (g_l - z0)))`.
 
     Args:
+        labels: `[N]`, truth values, or numbers of which the positive ones are likes: every row is
+            an image by itself, with a target and a reference of its own, and any number of them
+            may be liked. `pair_weight` and `beta` then hold one number a row, and so do `loss` with
+            `reduction="none"`, `margin`, which is g, and both errors; `reduce` gets `sum g`
+            and the number of rows. It is a launch for the policy, one for the reference's
+            predictions, and a few operators over N numbers.
         liked_weight: of the winners' terms; the released code's and TRL's desirable weight.
         disliked_weight: of the losers'.
         baseline: z0 itself from outside, a floating-point tensor of one element on the policy's
@@ -195,6 +203,13 @@ def kto(
     for name, weight in (("liked_weight", liked_weight), ("disliked_weight", disliked_weight)):
         require(0 <= weight < math.inf, f"{name} must be finite and not negative", weight)
     statistics = None if baseline is None else _one_element("baseline", baseline)
+    if labels is not None:
+        if safeguard is not None or sft_weight or layout != "halves":
+            raise ValueError("kto with labels takes no safeguard, sft_weight or layout")
+        likes = Likes(
+            labels, liked_weight, disliked_weight, pair_weight, statistics, reduce, reduction
+        )
+        return kto_of_images(policy, reference, target, beta, likes, impl)  # pyright: ignore[reportArgumentType]
     options = (beta, liked_weight, disliked_weight)
     return pair_loss(
         policy, reference, target, "kto", options, statistics=statistics,

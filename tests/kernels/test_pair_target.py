@@ -60,6 +60,28 @@ def test_targets_are_formed_by_their_formulas():
     torch.testing.assert_close(posterior, expected)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_sides_may_have_noise_and_factors_of_their_own(prediction):
+    """Trainers that draw for every image: each side is as if it were the pair's."""
+    noise, latents, policy = torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, 3)
+    factors = torch.linspace(0.2, 0.9, 8).split(4) if prediction == "v_prediction" else ()
+    latents = None if prediction == "epsilon" else latents
+    found = PairTarget(prediction, noise, latents, *factors, shift=0.5, scale=2.0).form(policy)
+    x = 0 if latents is None else (latents - 0.5) * 2
+    expected = noise - x if prediction == "flow" else noise
+    if factors:
+        expected = factors[0][:, None] * noise - factors[1][:, None] * x
+    torch.testing.assert_close(found, expected)
+    both = [PairTarget(prediction, noise[:2].repeat(2, 1), latents,
+                       *(f[:2].repeat(2) for f in factors)),
+            PairTarget(prediction, noise[:2], latents, *(f[:2] for f in factors))]  # fmt: skip
+    own, shared = (target.form(policy) for target in both)
+    assert torch.equal(own, shared if len(shared) == 4 else shared.repeat(2, 1))
+    policy = torch.randn(4, 3)
+    losses = [fl.mapo(policy, t, impl=impl).loss for t in both for impl in ("reference", None)]
+    assert torch.allclose(torch.stack(losses), losses[0])
+
+
 @pytest.mark.parametrize("posterior", [False, True], ids=["mean", "posterior"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -140,9 +162,14 @@ REFUSED = [
     (ValueError, "flow takes no signal", ("flow", NOISE, LATENTS, HALF), {}),
     (ValueError, "needs noise, or a draw", ("epsilon",), {}),
     (ValueError, "logvar needs latents", ("flow", NOISE, LATENTS), {"logvar": LATENTS}),
-    (ValueError, r"noise must be \(2, 3\)", ("epsilon", LATENTS), {}),
+    (ValueError, r"noise must be \(2, 3\) or \(4, 3\)", ("epsilon", torch.ones(3, 3)), {}),
     (ValueError, r"latents must be \(4, 3\)", ("flow", NOISE, NOISE), {}),
-    (ValueError, r"signal must be \(2,\)", ("v_prediction", NOISE, LATENTS, LATENTS, HALF), {}),
+    (
+        ValueError,
+        r"signal must be \(2,\) or \(4,\)",
+        ("v_prediction", NOISE, LATENTS, LATENTS, HALF),
+        {},
+    ),
     (ValueError, "noise must be on policy's cpu", ("epsilon", NOISE.to("meta")), {}),
     (TypeError, "noise must be a floating-point tensor", ("epsilon", NOISE.long()), {}),
     (TypeError, "latents must be a tensor, got list", ("flow", NOISE, [1.0]), {}),

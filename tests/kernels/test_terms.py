@@ -235,6 +235,70 @@ def test_ktos_weights_are_those_of_likes_and_dislikes(reduced, impl, device):
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ["plain", "weights", "baseline", "reduce", "errors"])
+def test_kto_of_labeled_images(case, impl, device):
+    """Of an odd number of images, two of them liked, each against the formula in float64."""
+    x = inputs(device)
+    target = x.target.repeat(2, 1, 1)[:5]
+    policy, reference = x.policy[:5].detach().requires_grad_(), x.reference[:5]
+    labels = torch.tensor([True, False, False, True, False], device=device)
+    weight = torch.linspace(0.5, 2, 5, device=device)
+    options = {
+        "plain": {},
+        "weights": {"liked_weight": 1.5, "disliked_weight": 0.25, "pair_weight": weight},
+        "baseline": {"baseline": torch.tensor(-0.1, device=device)},
+        "reduce": {"reduce": lambda sums: sums * torch.tensor([3.0, 2.0], device=device)},
+        "errors": {"beta": torch.linspace(5, 30, 5, device=device)},
+    }[case]
+    if case == "errors":
+        reference = fl.pair_errors(reference, target)
+    given = {"beta": 20.0} | options
+    out = fl.kto(policy, reference, target, labels=labels, impl=impl, **given)
+    grad = torch.autograd.grad(out.loss, policy)[0]
+    exact = policy.detach().double().requires_grad_()
+    e = (exact - target.double()).square().mean((1, 2))
+    r = (x.reference[:5].double() - target.double()).square().mean((1, 2))
+    gain, z0 = r - e, (r - e).mean().clamp(min=0).detach()
+    z0 = {"baseline": -0.1, "reduce": (1.5 * gain.mean().detach()).clamp(min=0)}.get(case, z0)
+    sign = labels.double() * 2 - 1
+    losses = 1 - torch.sigmoid(sign * given["beta"] * (gain - z0))
+    if case == "weights":
+        losses = losses * torch.where(labels, 1.5, 0.25) * weight
+    torch.testing.assert_close(out.loss.double(), losses.mean(), rtol=1e-5, atol=1e-7)
+    expected = torch.autograd.grad(losses.mean(), exact)[0]
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-7)
+    signs = fl.kto(policy, reference, target, labels=sign, impl=impl, reduction="none", **given)
+    torch.testing.assert_close(signs.loss.mean(), out.loss)
+
+
+def test_labels_of_pairs_are_the_pairs(impl, device):
+    x = inputs(device)
+    target = x.target.repeat(2, 1, 1)
+    labels = torch.arange(6, device=device) < 3
+    single = fl.kto(x.policy, x.reference, target, beta=20.0, labels=labels, impl=impl)
+    pairs = fl.kto(x.policy, x.reference, x.target, beta=20.0, impl=impl)
+    torch.testing.assert_close(single.loss, pairs.loss)
+
+
+LABELS_REFUSED = [
+    ({"labels": torch.ones(3)}, r"labels must be \[4\], got \(3,\)"),
+    ({"safeguard": 0.5}, "kto with labels takes no safeguard, sft_weight or layout"),
+    ({"target": torch.ones(2, 3)}, r"target must have policy's shape \(4, 3\)"),
+    ({"reference": torch.ones(3, 3)}, "reference must have policy's shape"),
+    ({"pair_weight": torch.ones(2)}, r"pair_weight must be \[4\]"),
+    ({"beta": torch.ones(2)}, r"beta must be \[4\]"),
+    ({"baseline": torch.ones(()), "reduce": lambda sums: sums}, "got both"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), LABELS_REFUSED)
+def test_labels_refuse(changes, message):
+    ones = torch.ones(4, 3)
+    given = {"policy": ones, "reference": ones, "target": ones, "labels": torch.ones(4)}
+    with pytest.raises(ValueError, match=message):
+        fl.kto(**{**given, "beta": 1.0, **changes})
+
+
 def test_a_given_baseline_is_taken_as_it_is(impl, device):
     """Below zero too; the batch's own mean is not let below it."""
     x = inputs(device)

@@ -43,9 +43,11 @@ class PairTarget:
 
     Attributes:
         prediction: what the denoiser predicts.
-        noise: `[B, *dims]`, floating-point, or None: drawn.
+        noise: `[B, *dims]`, floating-point, `[2B, *dims]` where the sides have noise of their own,
+            or None: drawn.
         latents: `[2B, *dims]`, floating-point, winners first; for epsilon None.
-        signal: `[B]` float32, factor of the latents at each pair's timestep; v prediction's alone.
+        signal: `[B]` float32, factor of the latents at each pair's timestep, or `[2B]` at each
+            side's; v prediction's alone.
         sigma: `[B]` float32, factor of the noise; likewise.
         draw: what the draws are named by; needed without `noise` and with `logvar`.
         logvar: like `latents`, the posterior's log-variance where the latents are its mean.
@@ -86,9 +88,16 @@ class PairTarget:
         self._check_presence()
         n_pairs, dims = policy.shape[0] // 2, tuple(policy.shape[1:])
         sides = (2 * n_pairs, *dims)
-        full = {"noise": (n_pairs, *dims), "latents": sides, "logvar": sides}
+        either = ((n_pairs,), (2 * n_pairs,))
+        shapes = {
+            "noise": ((n_pairs, *dims), sides),
+            "latents": (sides,),
+            "logvar": (sides,),
+            "signal": either,
+            "sigma": either,
+        }
         for name, part in self.parts().items():
-            _check_part(name, part, full.get(name, (n_pairs,)), policy)
+            _check_part(name, part, shapes.get(name, ((n_pairs,),)), policy)
 
     def _check_presence(self) -> None:
         if self.prediction not in get_args(Prediction):
@@ -117,7 +126,7 @@ class PairTarget:
     def form(self, policy: Tensor) -> Tensor:
         """The target of `policy`'s predictions as a tensor, in their dtype or in float32 if better.
 
-        `[B, *dims]` for epsilon, which the pair shares, else `[2B, *dims]`.
+        `[B, *dims]` for an epsilon that the pair shares, else `[2B, *dims]`.
         """
         dtype = torch.promote_types(policy.dtype, torch.float32)
         noise = self.noise
@@ -129,10 +138,12 @@ class PairTarget:
             sides = (Stream.POSTERIOR_WINNER, Stream.POSTERIOR_LOSER)
             draws = torch.cat([self._drawn(policy, dtype, side) for side in sides])
             x = x + torch.exp(0.5 * self.logvar.to(dtype)) * draws
-        x = ((x - self.shift) * self.scale).unflatten(0, (2, len(noise)))
+        n_pairs = policy.shape[0] // 2
+        x = ((x - self.shift) * self.scale).unflatten(0, (2, n_pairs))
+        noise = noise.unflatten(0, (-1, n_pairs))
         if self.signal is None or self.sigma is None:
             return (noise - x).flatten(0, 1)
-        shape = (-1, *[1] * (noise.ndim - 1))
+        shape = (-1, n_pairs, *[1] * (x.ndim - 2))
         signal, sigma = (t.to(dtype).view(shape) for t in (self.signal, self.sigma))
         return (signal * noise - sigma * x).flatten(0, 1)
 
@@ -144,7 +155,9 @@ class PairTarget:
         )
 
 
-def _check_part(name: str, part: Tensor, shape: tuple[int, ...], policy: Tensor) -> None:
+def _check_part(
+    name: str, part: Tensor, shapes: tuple[tuple[int, ...], ...], policy: Tensor
+) -> None:
     label = f"target's {name}"
     if not isinstance(part, Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(part).__name__}")
@@ -153,7 +166,8 @@ def _check_part(name: str, part: Tensor, shape: tuple[int, ...], policy: Tensor)
             raise TypeError(f"{label} must be int64, got {part.dtype}")
     elif not part.is_floating_point():
         raise TypeError(f"{label} must be a floating-point tensor, got {part.dtype}")
-    if tuple(part.shape) != shape:
-        raise ValueError(f"{label} must be {shape} for policy's rows, got {tuple(part.shape)}")
+    if tuple(part.shape) not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"{label} must be {allowed} for policy's rows, got {tuple(part.shape)}")
     if part.device != policy.device:
         raise ValueError(f"{label} must be on policy's {policy.device}, got {part.device}")

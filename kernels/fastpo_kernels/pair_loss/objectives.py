@@ -57,7 +57,7 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)  # beyond, x alone is float64's nearest
 
 
-def _sigmoid(x: Tensor) -> Tensor:
+def sigmoid(x: Tensor) -> Tensor:
     """`1 / (1 + exp(-x))` whose derivative keeps its digits in both tails.
 
     `torch.sigmoid` is differentiated as `(1 - y) y`, which is 0 where y rounds to 1.
@@ -106,8 +106,8 @@ def kto(pair: Judged, beta: Slope, liked: float, disliked: float) -> Tensor:
     """
     _, e, r, shift = pair
     assert r is not None, "kto needs a reference"
-    winner = _sigmoid(-beta * (r[0] - e[0] - shift))
-    loser = _sigmoid(beta * (r[1] - e[1] - shift))
+    winner = sigmoid(-beta * (r[0] - e[0] - shift))
+    loser = sigmoid(beta * (r[1] - e[1] - shift))
     if liked == disliked == 1:
         return 0.5 * (winner + loser)
     return 0.5 * (liked * winner + disliked * loser)
@@ -116,8 +116,8 @@ def kto(pair: Judged, beta: Slope, liked: float, disliked: float) -> Tensor:
 def dmpo(pair: Judged, beta: Slope, log_q: float, log_not_q: float) -> Tensor:
     """`KL(Bern(sigmoid(z)) || Bern(q))` with `q = 1 - alpha`, given as two logarithms."""
     z = _logit(pair, beta).nan_to_num(math.nan, _SATURATED, -_SATURATED)
-    p_term = _sigmoid(z) * (F.logsigmoid(z) - log_q)
-    return p_term + _sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
+    p_term = sigmoid(z) * (F.logsigmoid(z) - log_q)
+    return p_term + sigmoid(-z) * (F.logsigmoid(-z) - log_not_q)
 
 
 def linear_dpo(pair: Judged, beta: Slope, eta: float) -> Tensor:

@@ -193,10 +193,15 @@ def check_tensors(tensors: PairTensors, spec: LossSpec) -> None:
         check_vector(name, vector, size, policy)
 
 
+def check_reduce_alone(statistics: Tensor | None, reduce: object) -> None:
+    """Statistics are given, or formed."""
+    if statistics is not None and reduce:
+        raise ValueError("give statistics or a reduce to form them with, got both")
+
+
 def check_reduce(tensors: PairTensors, spec: LossSpec) -> None:
     """There are statistics to reduce, and none are given."""
-    if tensors.statistics is not None:
-        raise ValueError("give statistics or a reduce to form them with, got both")
+    check_reduce_alone(tensors.statistics, reduce=True)
     if not spec.has_statistics:
         raise ValueError(
             f"{spec.objective} has no batch statistics for reduce to span processes with"
