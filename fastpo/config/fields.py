@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -28,6 +30,12 @@ def _of_percent(value: Any) -> Any:
     return value
 
 
+def _expanded(path: Path) -> Path:
+    """`~` is the user's folder, as in a shell; one of an unknown user stays."""
+    return Path(os.path.expanduser(path))
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 Real = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Precision = Literal["fp32", "bf16", "fp16"]

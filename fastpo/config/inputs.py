@@ -11,6 +11,7 @@ def input_paths(config: Config) -> list[Path]:
     """Returns what a configuration reads on this machine; a hub id names a path too, if none."""
     named = (
         config.model.path,
+        config.model.config,
         config.model.vae,
         config.data.path,
         config.train.deepspeed,

@@ -9,6 +9,10 @@ from typing import Any
 from fastpo.config.fields import Result, keys_of
 from fastpo.config.load import Config, flatten
 
+# Keys that came later, with the values of what was done before: there they are left out, so that
+# earlier work is found again.
+_LATER = {"prepare.prompt_chunks": 1, "prepare.clip_skip": 0}
+
 
 def decides_result(key: str, result: Result) -> bool:
     """Whether a result depends on a key of a configuration, given by its full name.
@@ -31,6 +35,8 @@ def decides_result(key: str, result: Result) -> bool:
 def decided_values(config: Config, result: Result, *, named: Collection[str]) -> dict[str, Any]:
     """The values of all keys on which a result depends, by full key.
 
+    Keys that came later are left out where they say what was done before.
+
     Args:
         config: The configuration.
         result: What depends on them.
@@ -39,7 +45,9 @@ def decided_values(config: Config, result: Result, *, named: Collection[str]) ->
     return {
         key: value
         for key, value in flatten(config.model_dump()).items()
-        if decides_result(key, result) and not _lies_in(key, named)
+        if decides_result(key, result)
+        and not _lies_in(key, named)
+        and not (key in _LATER and value == _LATER[key])
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +18,7 @@ from fastpo.config.fields import (
     Rate,
     Section,
     Share,
+    UserPath,
     Whole,
     decides,
 )
@@ -77,7 +77,7 @@ class DataConfig(Section):
 class PrepareConfig(Section):
     """How images and prompts become the cache."""
 
-    cache_dir: Annotated[Path, decides("nothing")]
+    cache_dir: Annotated[UserPath, decides("nothing")]
     """The folder of the cache; runs with the same data and model share it."""
     resolution: Annotated[Whole, Field(ge=8), decides("cache", "run", "images")] = 1024
     """Side of a square of as many pixels as an image is resized to."""
@@ -91,6 +91,12 @@ class PrepareConfig(Section):
     """Precision in which the text encoders run."""
     store_precision: Annotated[Precision, decides("cache", "run")] = "fp16"
     """Precision of what the cache holds."""
+    prompt_chunks: Annotated[PositiveInt, decides("cache", "run", "images")] = 1
+    """How many chunks of the text encoders' length each prompt is encoded in, one after the other;
+    what is longer is cut, and counted. With 1, as the pipelines do, 75 tokens remain."""
+    clip_skip: Annotated[Count, decides("cache", "run", "images")] = 0
+    """How many of the text encoders' last layers are left out, counted as diffusers does: 1 is
+    A1111's `Clip skip: 2`. SDXL leaves one out by itself, and this many more."""
     shard_size: Annotated[PositiveInt, decides("run")] = 1024
     """Pairs per shard."""
     workers: Annotated[Count, decides("nothing")] = 2
@@ -171,7 +177,7 @@ class EvaluateConfig(Section):
 
     prompts: Annotated[tuple[str, ...], decides("images")] = ()
     """What to sample; none of them should be in the training data."""
-    prompts_file: Annotated[Path | None, decides("images")] = None
+    prompts_file: Annotated[UserPath | None, decides("images")] = None
     """One prompt per line, after those above."""
     seeds_per_prompt: Annotated[PositiveInt, decides("images")] = 4
     """Images of each prompt."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import model_validator
@@ -16,6 +15,7 @@ from fastpo.config.fields import (
     Precision,
     Rate,
     Section,
+    UserPath,
     decides,
 )
 from fastpo.config.objectives import AdaptiveOptions, ObjectiveConfig
@@ -35,7 +35,7 @@ STAGE_3 = ("zero3", "zero3_offload")
 class TrainConfig(Section):
     """The training."""
 
-    output_dir: Annotated[Path, decides("nothing")]
+    output_dir: Annotated[UserPath, decides("nothing")]
     """The run's folder."""
     method: Annotated[Literal["lora", "full"], decides("reference", "run")] = "lora"
     """Low-rank adapters beside frozen weights, or all of the denoiser's weights."""

@@ -244,8 +244,9 @@ class ImageSampler:
     @torch.inference_mode()
     def _images(self, pipeline: Any, batch: list[Sample]) -> list[Image.Image]:
         settings = self.settings
+        prompts = [sample.prompt for sample in batch]
         return pipeline(
-            prompt=[sample.prompt for sample in batch],
+            **self.family.prompt_arguments(pipeline, prompts, self.config.prepare),
             height=settings["height"],
             width=settings["width"],
             num_inference_steps=settings["num_inference_steps"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
 from fastpo.models.folder import ModelFolder, halvings, loading
-from fastpo.models.weights import load_part
+from fastpo.models.weights import load_component, load_part
 from fastpo.system.process import default_device
 
 
@@ -28,12 +29,16 @@ class Encoders(ABC):
         tokenizers: One tokenizer per text encoder.
         text_encoders: The text models, in the pipeline's order.
         device: Where all of them live and where inputs are moved to.
+        chunks: `prepare.prompt_chunks`.
+        clip_skip: `prepare.clip_skip`.
     """
 
     vae: Any
     tokenizers: tuple[Any, ...]
     text_encoders: tuple[Any, ...]
     device: torch.device
+    chunks: int = 1
+    clip_skip: int = 0
 
     @staticmethod
     def load(
@@ -65,6 +70,10 @@ class Encoders(ABC):
     @abstractmethod
     def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encodes prompts; see `encode_prompts`."""
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """Returns how many prompts are longer than what is encoded of them."""
+        return 0
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,12 +134,20 @@ def vae_factor(vae_config: Mapping[str, Any]) -> int:
     return halvings(vae_config, "the VAE")
 
 
-def load_vae(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """Loads the `AutoencoderKL` in use, of a variant if its folder has it.
+def load_vae(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """Loads an `AutoencoderKL` from its folder, of a variant if it has that.
 
     Raises:
-        ModelError: diffusers cannot load it.
+        ModelError: As `load_component`.
     """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    what = f"{folder}: the VAE could not be loaded"
+    return load_component(AutoencoderKL, folder, what=what, variant=variant, dtype=dtype)
+
+
+def load_vae_of(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """Loads the `AutoencoderKL` in use, also from a single file; errors as `load_part`."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     what = f"{folder.vae}: the VAE could not be loaded"

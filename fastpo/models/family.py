@@ -9,7 +9,7 @@ time are the family's own, inside `predict` and `schedule`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.models.attention import AttentionName
-from fastpo.models.encoders import Encoders, load_vae, vae_factor
+from fastpo.models.encoders import Encoders, load_vae_of, vae_factor
 from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, with_weights
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
@@ -192,10 +192,16 @@ class ModelFamily(ABC):
         """
         options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
         if folder.other_vae is not None:
-            options["vae"] = load_vae(folder, dtype)
+            options["vae"] = load_vae_of(folder, dtype)
         options |= load_models(folder, dtype, without=options)
         with loading(f"{folder.path} could not be loaded"):
             return self.pipeline_class.from_pretrained(folder.path, **options)
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig
+    ) -> dict[str, Any]:
+        """Returns the arguments with which the pipeline samples prompts as they were encoded."""
+        return {"prompt": list(prompts)}
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """Puts adapters that `save` wrote into a pipeline."""

@@ -24,7 +24,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.attention import AttentionName, use_processors
-from fastpo.models.encoders import Encoders, limit_tokens, load_clip, load_vae
+from fastpo.models.clip import ClipEncoders, PenultimateEncoders, latent_normalization
+from fastpo.models.encoders import Encoders, limit_tokens, load_clip, load_vae_of
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, halvings, read_json, weight_files
@@ -105,7 +106,7 @@ class UNetFamily(ModelFamily):
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
         """Loads the VAE and CLIP's text encoders."""
-        vae = load_vae(folder, DTYPES[config.vae_precision])
+        vae = load_vae_of(folder, DTYPES[config.vae_precision])
         self.check_vae(vae)
         dtype = DTYPES[config.text_precision]
         names = [name for name in self.encoder_parts if name.startswith("text_encoder")]
@@ -114,7 +115,37 @@ class UNetFamily(ModelFamily):
         tokenizers, texts = zip(*parts, strict=True)
         for module in (vae, *texts):
             module.to(device).eval().requires_grad_(False)
-        return self.encoders_class(vae, tokenizers, texts, device)
+        return self._encoders((vae, tokenizers, texts, device), config)
+
+    def _encoders(
+        self, parts: tuple[Any, Any, Any, torch.device], config: PrepareConfig
+    ) -> ClipEncoders:
+        encoders = self.encoders_class(*parts, config.prompt_chunks, config.clip_skip)
+        encoders.check_layers()
+        return encoders
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig
+    ) -> dict[str, Any]:
+        """As `ModelFamily.prompt_arguments`; chunks and left-out layers are encoded by ours."""
+        if config.prompt_chunks == 1 and config.clip_skip == 0:
+            return super().prompt_arguments(pipeline, prompts, config)
+        texts = [name for name in self.encoder_parts if name.startswith("text_encoder")]
+        models = tuple(pipeline.components[name] for name in texts)
+        tokenizers = tuple(
+            pipeline.components[name.replace("text_encoder", "tokenizer")] for name in texts
+        )
+        parts = pipeline.vae, tokenizers, models, models[0].device
+        encoders = self._encoders(parts, config)
+        given = encoders.encode_prompts(prompts)
+        empty = encoders.encode_prompts([""] * len(prompts))
+        if pipeline.config.get("force_zeros_for_empty_prompt", False):
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        arguments = {}
+        for name, argument in _ARGUMENTS.items():
+            if name in given:
+                arguments |= {argument: given[name], f"negative_{argument}": empty[name]}
+        return arguments
 
     def check_vae(self, vae: Any) -> None:
         """Refuses a VAE that is known to overflow in its precision.
@@ -164,6 +195,7 @@ class UNetFamily(ModelFamily):
         )
 
 
+_ARGUMENTS = {"prompt_embeds": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 V_PREDICTION = "v_pred"
 """An empty tensor of this name marks single files of models that predict the velocity."""
 _OTHER_CONDITIONING = (
@@ -233,83 +265,6 @@ def predict(unet: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
-
-
-class ClipEncoders(Encoders):
-    """SD1.5's encoders: the last layer's states."""
-
-    penultimate: ClassVar[bool] = False
-
-    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encodes prompts as the pipeline's `encode_prompt` does the positive prompt."""
-        states: list[Tensor] = []
-        conditions: dict[str, Tensor] = {}
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            # A configuration from a hub need not have the key.
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            output = encoder(
-                tokens.input_ids,
-                attention_mask=tokens.attention_mask if masked else None,
-                output_hidden_states=self.penultimate,
-            )
-            states.append(output.hidden_states[-2] if self.penultimate else output[0])
-            if output[0].ndim == 2:
-                conditions["pooled"] = output[0]
-        return {"prompt_embeds": torch.cat(states, dim=-1), **conditions}
-
-
-class PenultimateEncoders(ClipEncoders):
-    """SDXL's: the last but one layer's states of both encoders, and the second one's projection.
-
-    Where the VAE's configuration has `latents_mean` and `latents_std`, latents are normalized by
-    channel, `(z - mean) / std`: the inverse of what SDXL's pipelines do before they decode.
-    """
-
-    penultimate = True
-
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Encoders.encode_images`, of the normalized latents."""
-        mean, logvar = super().encode_images(pixels)
-        normalization = latent_normalization(self.vae.config)
-        if normalization is None:
-            return mean, logvar
-        center, spread = (
-            torch.tensor(values, device=mean.device).view(-1, 1, 1) for values in normalization
-        )
-        return (mean - center) / spread, logvar - 2.0 * spread.log()
-
-
-def latent_normalization(config: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """Returns a VAE's mean and standard deviation of each latent channel.
-
-    None where one is missing: SDXL's pipelines then leave latents as they are.
-
-    Raises:
-        ModelError: They are not finite numbers for each channel, or a deviation is not positive.
-    """
-    center, spread = config.get("latents_mean"), config.get("latents_std")
-    if center is None or spread is None:
-        return None
-    for numbers in (center, spread):
-        if (
-            not isinstance(numbers, list | tuple)
-            or len(numbers) != config.get("latent_channels", 4)
-            or not all(isinstance(x, int | float) and abs(x) < 1e6 for x in numbers)
-        ):
-            raise ModelError(
-                "the VAE's latents_mean and latents_std must be a number for each channel, got "
-                f"{ascii(numbers)[:80]}"
-            )
-    if min(spread) <= 0:
-        raise ModelError(f"the VAE's latents_std must be positive, got {ascii(spread)[:80]}")
-    return [float(x) for x in center], [float(x) for x in spread]
 
 
 class SD15(UNetFamily):

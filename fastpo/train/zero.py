@@ -114,7 +114,7 @@ def read_json(name: str) -> dict[str, Any]:
             resources.files("fastpo").joinpath("configs", "deepspeed", f"{name}.json").read_text()
         )
     try:
-        settings = json.loads(Path(name).read_text(encoding="utf-8-sig"))
+        settings = json.loads(Path(os.path.expanduser(name)).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"train.deepspeed: {name} is neither a file nor one of {', '.join(NAMES)}"

@@ -10,7 +10,13 @@ from fastpo.models.registry import FAMILIES, load_family
 PACKAGE = Path(__file__).parents[2] / "fastpo"
 KNOWING = ("models/", "plan/")
 # These make a model of one kind from nothing; they are given none of which they could ask.
-MAKERS = ("demo/base.py", "demo/base_training.py", "testing/datasets.py", "testing/pipelines.py")
+MAKERS = (
+    "demo/base.py",
+    "demo/base_training.py",
+    "testing/datasets.py",
+    "testing/pipelines.py",
+    "testing/single_files.py",
+)
 SIZES = "bench/"  # its `sdxl` and `sd15` are sizes of latents; it loads no model
 CLASSES = ("UNet2D", "StableDiffusion", "Transformer2DModel", "Transformer3DModel")
 

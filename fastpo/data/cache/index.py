@@ -113,6 +113,10 @@ def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
     return torch.from_dlpack(lists.flatten()).view(-1, lists.type.list_size)
 
 
+CUT_PROMPTS = "cut prompts"
+"""In a manifest's report: how many prompts are longer than what was encoded of them."""
+
+
 def merge(
     folder: Path, manifest: Manifest, bad_rows: Sequence[Quarantined] = ()
 ) -> list[Quarantined]:
@@ -144,6 +148,9 @@ def merge(
     left_out = [quarantined[position] for position in sorted(quarantined)] + list(bad_rows)
     manifest.pairs, manifest.quarantined = index.num_rows, len(left_out)
     _count(manifest, index, repeated, image_digests(records[part] for part in shards), left_out)
+    manifest.report.pop(CUT_PROMPTS, None)
+    if cut := sum(record.cut for record in records.values()):
+        manifest.report[CUT_PROMPTS] = cut
     lines = "".join(pair.model_dump_json() + "\n" for pair in left_out)
     write_text(folder / QUARANTINE, lines)
     prompts = [u.table(folder, PROMPTS)["prompt"] for u in records if u.kind == "text"]

@@ -17,6 +17,7 @@ from fastpo.data.cache.checks import RowChecks
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
 from fastpo.data.cache.index import (
+    CUT_PROMPTS,
     INDEX_FILE,
     PROMPTS_FILE,
     QUARANTINE,
@@ -229,6 +230,11 @@ class PairCache:
         sentences = [f"{total} of {everything} pairs"]
         sentences += [f"left out: {_listed(left)}"] if any(left.values()) else []
         sentences += [f"kept: {_listed(kept)}"] if any(kept.values()) else []
+        if cut := counts[CUT_PROMPTS]:
+            many = f"{cut} prompt is" if cut == 1 else f"{cut} prompts are"
+            sentences.append(
+                f"{many} longer than the text encoders read, and cut (see prepare.prompt_chunks)"
+            )
         if len(sentences) == 1:
             return None
         first = f"; listed in {self._first_left_out()}" if self.quarantined else ""

@@ -76,6 +76,7 @@ class PartRecord(Record):
         contents: Of a shard, the digests of its pairs in the source one after the other; see
             `fastpo.data.prepare.verify_source`.
         images: The same of each pair's winner and loser; empty in caches of before it was kept.
+        cut: Of a text, how many prompts are longer than what was encoded of them.
     """
 
     span: Range
@@ -83,6 +84,7 @@ class PartRecord(Record):
     quarantined: dict[int, Quarantined]
     contents: str = ""
     images: str = ""
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class CachePart:
         writers: Mapping[str, Callable[[Path], Any]],
         quarantined: Mapping[int, Quarantined] | None = None,
         digests: Digests | None = None,
+        cut: int = 0,
     ) -> None:
         """Writes the files beside the cache's and puts all of them in place by one rename.
 
@@ -149,6 +152,7 @@ class CachePart:
                     quarantined=dict(quarantined or {}),
                     contents=digests.contents if digests else "",
                     images=digests.images if digests else "",
+                    cut=cut,
                 )
                 (temporary / RECORD).write_text(seal(record.model_dump(mode="json")))
         except OSError:

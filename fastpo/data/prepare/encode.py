@@ -148,10 +148,12 @@ def write_prompts(
     """Encodes a text part's prompts and puts it in place."""
     size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
     encoded: dict[str, list[Tensor]] = defaultdict(list)
+    cut = 0
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         with enough_memory(f"{len(batch)} prompts", size):
             conditions = encoders.encode_prompts(batch)
+        cut += encoders.count_cut(batch)
         for name, values in conditions.items():
             encoded[name].append(store(values, dtype, name))
     text = {name: torch.cat(parts) for name, parts in encoded.items()}
@@ -161,7 +163,7 @@ def write_prompts(
         ROWS: rows_writer(TEXT, text),
         PROMPTS: table_writer(rows, PROMPT_SCHEMA),
     }
-    part.write(folder, writers)
+    part.write(folder, writers, cut=cut)
 
 
 @contextmanager
