@@ -34,6 +34,7 @@ from fastpo.system.signals import (
     catch_signals,
 )
 from fastpo.system.storage import storage_errors
+from fastpo.system.words import counted
 
 if TYPE_CHECKING:
     from fastpo.config import Config
@@ -182,7 +183,7 @@ def prepare(
         cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
         tell = Rank.of_launch().rank == 0
         if tell:
-            print(f"{len(cache)} pairs in {cache.folder}")
+            print(f"{counted(len(cache), 'pair')} in {cache.folder}")
             if summary := cache.summary():
                 print(summary)
         if reference is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -36,12 +36,22 @@ def _expanded(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_expanded)]
+
+
+def _not_always(value: float) -> float:
+    """1 would be all of them: nothing is left of what is to be learned."""
+    if value == 1.0:
+        raise PydanticCustomError("rate", "input should be less than 1, which is all of them")
+    return value
+
+
 Real = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[Real, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[Real, Field(ge=0.0, le=1.0)]
+Chance = Annotated[Rate, AfterValidator(_not_always)]
 Share = Annotated[Real, Field(ge=0.0, le=1.0), BeforeValidator(_of_percent)]
 Fraction = Annotated[Real, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[Real, Field(gt=0.0)]
@@ -112,6 +122,33 @@ def sections_of(field: FieldInfo) -> list[type[Section]]:
     """The sections that a key may hold; empty for a plain value."""
     inner = [field.annotation, *_nested(field.annotation)]
     return [part for part in inner if isinstance(part, type) and issubclass(part, Section)]
+
+
+def with_words(given: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Returns a section's values with plain words where more is meant.
+
+    `objective: dpo` stands for `objective: {name: dpo}`, wherever a key tells sections apart, and
+    `scorers: clip` for a list of one; also in the sections below.
+    """
+    taken = dict(given)
+    for name, value in given.items():
+        field = section.model_fields.get(str(name))
+        if field is None or isinstance(value, bool):
+            continue
+        tag, inner = discriminator_of(field), sections_of(field)
+        if isinstance(value, Mapping) and len(inner) == 1:
+            taken[name] = with_words(value, inner[0])
+        elif isinstance(value, str) and tag is not None:
+            taken[name] = {tag: value}
+        elif isinstance(value, str | int | float) and _is_list(field):
+            taken[name] = [value]
+    return taken
+
+
+def _is_list(field: FieldInfo) -> bool:
+    """Whether a key holds any number of values."""
+    inner = [field.annotation, *_nested(field.annotation)]
+    return any(get_origin(part) is tuple and get_args(part)[-1] is Ellipsis for part in inner)
 
 
 def discriminator_of(field: FieldInfo) -> str | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from fastpo.config.fields import Section, Seed, decides
+from fastpo.config.fields import Section, Seed, decides, with_words
 from fastpo.config.messages import explain
 from fastpo.config.sections import DataConfig, EvaluateConfig, ModelConfig, PrepareConfig
 from fastpo.config.train import TrainConfig
@@ -48,6 +48,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     raw = read_yaml(path)
     for text in overrides:
+        raw = with_words(raw, Config)  # a key may lie in what the file names by a word
         raw = with_keys(raw, _read_override(text), where=f"--set {text}")
     return parse_config(raw, where=str(path))
 
@@ -76,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     """Validates a nested mapping; `where` is put in front of every complaint."""
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(with_words(raw, Config))
     except ValidationError as error:
         lines = [explain(e, Config) for e in error.errors()]
         text = f"{where}: " + "; ".join(dict.fromkeys(lines))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fastpo.config.fields import (
+    Chance,
     Count,
     Decay,
     Fraction,
@@ -15,7 +16,6 @@ from fastpo.config.fields import (
     Positive,
     PositiveInt,
     Precision,
-    Rate,
     Section,
     Share,
     UserPath,
@@ -60,7 +60,7 @@ class DataConfig(Section):
     """The split of a data set that has several."""
     limit: Annotated[PositiveInt | None, decides("cache", "run")] = None
     """Only so many pairs are read, from the start."""
-    flip_rate: Annotated[Rate, decides("reference", "run")] = 0.0
+    flip_rate: Annotated[Chance, decides("reference", "run")] = 0.0
     """Share of the labels that are exchanged on purpose, to study noisy labels."""
     flip_seed: Annotated[Count, decides("reference", "run")] = 0
     """Decides which labels these are."""
@@ -145,7 +145,7 @@ class OptimConfig(Section):
     name: Annotated[Literal["adamw", "adamw_8bit", "adafactor"], decides("run")] = "adamw"
     """`adamw_8bit` keeps moments in 8 bits, by bitsandbytes (`pip install fastpo[8bit]`); on a
     GPU: results on a CPU mean nothing."""
-    lr: Annotated[Positive, decides("run")] = 1e-5
+    lr: Annotated[Positive, Field(le=1.0), decides("run")] = 1e-5
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[Decay, Decay], decides("run")] = (0.9, 0.999)
     """Decay of the gradient's and its square's averages; adafactor has none."""

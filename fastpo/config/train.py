@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from fastpo.config.fields import (
+    Chance,
     Count,
     Fraction,
     Name,
     Positive,
     PositiveInt,
     Precision,
-    Rate,
     Section,
     UserPath,
     decides,
@@ -78,7 +78,7 @@ class TrainConfig(Section):
     policy's weights run without it."""
     sample_latents: Annotated[bool, decides("reference", "run")] = True
     """Latents are drawn from the VAE's posterior; else they are its mean."""
-    empty_prompt_rate: Annotated[Rate, decides("reference", "run")] = 0.0
+    empty_prompt_rate: Annotated[Chance, decides("reference", "run")] = 0.0
     """Share of the visits whose caption is dropped, the same for both sides of a pair."""
     empty_prompt: Annotated[Literal["pipeline", "encoded"], decides("reference", "run")] = (
         "pipeline"

@@ -23,6 +23,7 @@ from fastpo.errors import FastPOError, ModelError
 from fastpo.models.headers import check_single_file, check_vae_file, holds, usual_config
 from fastpo.models.hub import download_configurations, download_pipeline, download_vae
 from fastpo.models.hub import is_hub_id as is_hub_id
+from fastpo.models.quiet import without_bars
 from fastpo.models.registry import detect
 from fastpo.system import json_text
 from fastpo.system.files import listing
@@ -263,7 +264,8 @@ def loading(what: str) -> Iterator[None]:
         ModelError: The block failed.
     """
     try:
-        yield
+        with without_bars():
+            yield
     except (FastPOError, MemoryError):
         raise
     except Exception as error:

@@ -50,6 +50,7 @@ from fastpo.system.process import Rank
 from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
 from fastpo.system.storage import storage_errors
+from fastpo.system.words import counted
 from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number
@@ -206,8 +207,9 @@ class _Task:
         if len(bad):
             names = ", ".join(self.cache.pair_ids[int(i)] for i in bad[:8])
             raise ModelError(
-                f"the reference's errors are not finite on visit {visit} of {len(bad)} pairs "
-                f"({names}); with train.precision: fp16 use bf16, else look at these pairs' latents"
+                f"the reference's errors are not finite on visit {visit} of "
+                f"{counted(len(bad), 'pair')} ({names}); with train.precision: fp16 use bf16, else "
+                "look at these pairs' latents"
             )
         write_part(self.folder, visit, number, positions, table)
 

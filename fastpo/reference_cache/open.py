@@ -12,6 +12,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise
 from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.store import ReferenceErrors, open_reference_errors
+from fastpo.system.words import counted
 
 
 def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> list[np.ndarray]:
@@ -83,9 +84,10 @@ def open_for_run(
             continue
         raise CacheError(
             f"the reference errors in {errors.folder} end before the run does: they hold "
-            f"{errors.complete_visits(len(cache))} whole visits of the {len(cache)} pairs, "
-            f"{steps} steps of {micro_batches} micro-batches need {len(needed)}; visit {visit} "
-            f"(from 0) lacks {len(missing)} of the {len(pairs)} pairs drawn. Run `{whole}`, or for "
+            f"{counted(errors.complete_visits(len(cache)), 'whole visit')} of "
+            f"{counted(len(cache), 'pair')}, {counted(steps, 'step')} of "
+            f"{counted(micro_batches, 'micro-batch')} need {len(needed)}; visit {visit} (from 0) "
+            f"lacks {len(missing)} of {counted(len(pairs), 'pair')} drawn. Run `{whole}`, or for "
             f"these pairs alone `fastpo prepare CONFIG --reference auto --processes {processes}`; "
             "only what is missing is computed"
         )

@@ -28,6 +28,7 @@ from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 from fastpo.system.files import write_bytes, write_text
 from fastpo.system.ownership import Kind, claim
 from fastpo.system.storage import storage_errors
+from fastpo.system.words import counted
 
 PAGE = "report.html"
 TEMPLATE = "page.html"
@@ -176,7 +177,8 @@ def minority_words(runs: Sequence[Run]) -> list[str]:
                 "nothing to hold the metric against."
             )
         else:
-            share = f"{int(table.flipped.sum()):,} of {len(table.flipped):,} labels flipped"
+            told = counted(int(table.flipped.sum()), "label", of=len(table.flipped))
+            share = f"{told} flipped"
             areas = "; ".join(
                 f"{MINORITY_NAMES[annotator]}: AUROC {area:.3f}"
                 for annotator, area in table.auroc().items()

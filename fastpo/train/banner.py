@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from fastpo.system.words import counted
 from fastpo.train.data import TrainingData
 from fastpo.train.sharding import count_trained, held, read_sharding
 from fastpo.train.trainer import Trainer
@@ -34,9 +35,10 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         "slope": config.objective.describe_slope(),
         "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
         "reference": _reference(trainer),
-        "pairs": f"{len(data.cache):,}" + (f", {flipped:,} labels flipped" if flipped else ""),
-        "batch": f"{pairs} pairs = {config.micro_batch_size} x {config.accumulation_steps} "
-        f"accumulation x {processes.count} process(es)",
+        "pairs": f"{len(data.cache):,}"
+        + (f", {counted(flipped, 'label')} flipped" if flipped else ""),
+        "batch": f"{counted(pairs, 'pair')} = {config.micro_batch_size} x "
+        f"{config.accumulation_steps} accumulation x {processes.count} process(es)",
         "steps": f"{data.total_steps:,}" + (f", going on after {start:,}" if start else ""),
         "precision": config.precision,
         "device": _device_name(processes.device),
@@ -54,14 +56,14 @@ def _reference(trainer: Trainer) -> str:
         return "none"
     errors = trainer.reference_errors
     if errors is not None:
-        return f"cached, {errors.visits} visits"
+        return f"cached, {counted(errors.visits, 'visit')}"
     return "live, " + ("adapters off" if trainer.denoisers.frozen is None else "a frozen copy")
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _memory(trainer: Trainer) -> str:

@@ -30,6 +30,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.system.ownership import protecting
 from fastpo.system.signals import EndingSignals, Interrupted, catch_signals
 from fastpo.system.storage import storage_errors
+from fastpo.system.words import counted
 from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
@@ -126,6 +127,8 @@ def train(
             folder.taken(config, processes, resume=resume, overwrite=overwrite),
         ):
             point = find_resume_point(folder.path, config, changes, processes) if resume else None
+            if resume and point is None and folder.main:
+                print(f"--resume: {folder.path} has no checkpoint, the run begins at step 1")
             run = setup(config, processes, folder, point)
             if overwrite and not resume:
                 folder.set_aside()
@@ -135,7 +138,8 @@ def train(
             processes.wait()
             if is_finished(run, start):
                 if folder.main:
-                    print(f"{folder.path} is finished: all {start} steps are done")
+                    done = "the step is" if start == 1 else f"all {start} steps are"
+                    print(f"{folder.path} is finished: {done} done")
                 return folder.path
             begin(run, start, progress=progress)
             with closing(run.rotation):
@@ -186,8 +190,8 @@ def restore(run: Experiment, point: ResumePoint) -> int:
         train = run.config.train
         key = "train.epochs" if train.max_steps is None else "train.max_steps"
         raise CheckpointError(
-            f"{train.output_dir} has done {start} steps, {key} asks for {run.data.total_steps}: "
-            "raise it to go on, or set another train.output_dir"
+            f"{train.output_dir} has done {counted(start, 'step')}, {key} asks for "
+            f"{run.data.total_steps}: raise it to go on, or set another train.output_dir"
         )
     return start
 
@@ -292,7 +296,7 @@ def end(run: Experiment, start: int, step: int, signals: EndingSignals) -> NoRet
     if step > start and step % run.config.train.checkpoint_every:
         checkpoint(run, step)
     cause = signals.received or "a signal to another process"
-    done = f"after {step} of {run.data.total_steps} steps, which are saved"
+    done = f"after {counted(step, 'step', of=run.data.total_steps)}, saved"
     raise Interrupted(
         f"ended by {cause} {done if step else 'before the first step'}: go on with --resume"
     )

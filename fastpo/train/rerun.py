@@ -15,6 +15,7 @@ from fastpo.errors import CheckpointError, ConfigError, DifferingRunError
 from fastpo.models.export import export_damage
 from fastpo.system.checksums import checksum
 from fastpo.system.process import Rank
+from fastpo.system.words import counted
 from fastpo.train.changes import Change, done_before
 from fastpo.train.checkpoint_folders import STATE, newest_whole, read_about
 from fastpo.train.history import read_record
@@ -81,7 +82,7 @@ def rerun(run: Path, out: Path | None = None, *, check: bool = False, progress: 
             f"{target} differs from {run}: {difference}{_circumstances(run, target)}"
         )
     steps = len(_metrics(run))
-    return f"{target} equals {run}: weights, minority table and metrics of {steps} steps"
+    return f"{target} equals {run}: weights, minority table and metrics of {counted(steps, 'step')}"
 
 
 def _check_finished(run: Path) -> None:
@@ -100,8 +101,8 @@ def _check_processes(run: Path) -> None:
     trained = record.starts[-1].processes if record and record.starts else here
     if trained != here:
         raise ConfigError(
-            f"{run} was trained by {trained} processes, these are {here}: sums are rounded in "
-            f"another order; launch as many"
+            f"{run} was trained by {counted(trained, 'process')}, here are {here}: sums are "
+            f"rounded in another order; launch as many"
         )
 
 
@@ -153,7 +154,7 @@ def _metric_differences(one: list[dict], two: list[dict]) -> Iterator[str]:
                 where = f"{METRICS}, step {there.get('step')}"
                 yield f"{where}: {key} was {there.get(key)} and is {here.get(key)}"
     if len(one) != len(two):
-        yield f"{METRICS} had {len(one)} steps and has {len(two)}"
+        yield f"{METRICS} had {counted(len(one), 'step')} and has {len(two)}"
 
 
 def _weight_differences(one: Path, two: Path) -> Iterator[str]:

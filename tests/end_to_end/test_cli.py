@@ -202,3 +202,25 @@ def test_version(fastpo):
     from fastpo import __version__
 
     assert fastpo("--version").stdout.strip() == __version__
+
+
+def test_resuming_without_a_checkpoint_says_that_the_run_begins(capsys, experiment):
+    code, text = call(capsys, "train", experiment(max_steps=1), "--resume")
+    assert code == 0
+    assert "run has no checkpoint, the run begins at step 1" in " ".join(text.split())
+    assert "begins" not in call(capsys, "train", experiment(max_steps=1), "--resume")[1]
+
+
+def test_loading_shows_no_bars_of_other_libraries(capsys, experiment, monkeypatch):
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        monkeypatch.setattr(library, "_tqdm_active", True)
+    prompts = ("--set", "evaluate.prompts=a cat", "--set", "evaluate.seeds_per_prompt=1")
+    train(load_config(experiment(max_steps=1)), progress=False)
+    code, text = call(capsys, "evaluate", experiment(max_steps=1), *prompts)
+    assert code == 0
+    assert "sample aligned" in text
+    assert "Loading" not in text
+    assert transformers_logging.is_progress_bar_enabled()

@@ -194,7 +194,7 @@ def test_flipped_labels_are_recorded_beside_the_data_and_the_run(experiment, tin
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_the_pairs_named(experiment, read_metrics):
-    path = experiment(optim={"lr": 1e30, "max_grad_norm": 1e30}, checkpoint_every=1)
+    path = experiment(optim={"lr": 1.0, "weight_decay": 1e30}, checkpoint_every=1)
     with pytest.raises(NonFiniteLossError, match=r"step \d+ is not finite.*p\d.*step-0000000") as e:
         train(load_config(path), progress=False)
     folder = load_config(path).train.output_dir

@@ -90,7 +90,9 @@ def told(monkeypatch):
 def test_policy_and_reference_are_told_it(experiment, tiny_caches, tmp_path, told, reference):
     """All captions are dropped, so that nothing else can be told."""
     caches = shutil.copytree(tiny_caches, tmp_path / "caches")
-    path = experiment(empty_prompt_rate=1.0, max_steps=1, reference=reference, checkpoint_every=1)
+    path = experiment(
+        empty_prompt_rate=1 - 2**-24, max_steps=1, reference=reference, checkpoint_every=1
+    )
     config = load_config(path, [f"prepare.cache_dir={caches / 'sdxl'}"])
     if reference == "cached":
         prepare_reference(config, 1, progress=False)

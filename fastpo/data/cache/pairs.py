@@ -38,6 +38,7 @@ from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.errors import CacheError, one_line
 from fastpo.models.folder import ModelFolder
+from fastpo.system.words import counted
 from fastpo.types import PairBatch
 
 
@@ -227,7 +228,7 @@ class PairCache:
         }
         total = len(self._all_pair_ids)
         everything = total + sum(left.values())
-        sentences = [f"{total} of {everything} pairs"]
+        sentences = [counted(total, "pair", of=everything)]
         sentences += [f"left out: {_listed(left)}"] if any(left.values()) else []
         sentences += [f"kept: {_listed(kept)}"] if any(kept.values()) else []
         if cut := counts[CUT_PROMPTS]:
@@ -245,7 +246,7 @@ class PairCache:
         if not self.quarantined:
             return None
         total = len(self._all_pair_ids) + self.quarantined
-        return f"{self.quarantined} of {total} pairs left out: {self._first_left_out()}"
+        return f"{counted(self.quarantined, 'pair', of=total)} left out: {self._first_left_out()}"
 
     def _first_left_out(self) -> str:
         """Names the list of what is in quarantine, and its first entry."""

@@ -59,6 +59,7 @@ from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
 from fastpo.system.retry import retrying
 from fastpo.system.storage import storage_errors
+from fastpo.system.words import counted
 from fastpo.types import PreferencePair
 
 
@@ -231,8 +232,9 @@ def _finish(config: Config, manifest: Manifest, source: PairSource, locks: Folde
     quarantined = merge(folder, current, rows)
     if not current.pairs:
         raise DataError(
-            f"data.path {config.data.path}: none of the {len(quarantined)} pairs is usable; the "
-            f"first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: {folder / QUARANTINE})"
+            f"data.path {config.data.path}: none of {counted(len(quarantined), 'pair')} is usable; "
+            f"the first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: "
+            f"{folder / QUARANTINE})"
         )
     for pair in quarantined[: len(quarantined) - len(rows)]:
         if pair.kind == "bad":
