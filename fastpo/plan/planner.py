@@ -32,7 +32,7 @@ from fastpo.plan.recipes import (
     describe_own,
     own_recipe,
 )
-from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan
+from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan, Preparing
 from fastpo.plan.verdict import make_notes, make_verdict
 from fastpo.precision import autocast_dtype
 from fastpo.train.sharding import Sharding, Trained, count_trained, held, read_sharding
@@ -133,7 +133,8 @@ def make_plan(
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
     costs[0] = costs[0].model_copy(update={"what": describe_own(config.train, own)})
     assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
-    hours = _prepare_hours(config, measured, hardware, size.pairs, visits)
+    preparing = _preparing(config, measured, hardware)
+    hours = _prepare_hours(preparing, hardware, size.pairs, visits)
     cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)
     return Plan(
         family=architecture.family,
@@ -143,7 +144,7 @@ def make_plan(
         assumptions=assumptions,
         costs=tuple(costs),
         cache=cache,
-        verdict=make_verdict(tuple(costs), assumptions),
+        verdict=make_verdict(tuple(costs), assumptions, preparing),
         notes=make_notes(config, assumptions, cache, size),
     )
 
@@ -304,21 +305,25 @@ def _cost(
     )
 
 
+def _preparing(config: Config, m: Measured, hardware: Hardware) -> Preparing:
+    """What preparing costs a process: encoding a pair, and the reference's pass of a visit."""
+    each, prepare = TERA * config.train.micro_batch_size, config.prepare
+    pair = hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
+    pair += hardware.seconds(m.text.flops / each, prepare.text_precision)
+    if not config.train.reads_reference_errors:
+        return Preparing(pair=pair, visit=0.0)
+    visit = hardware.seconds(m.reference.flops / each, config.train.precision)
+    return Preparing(pair=pair, visit=visit)
+
+
 def _prepare_hours(
-    config: Config, m: Measured, hardware: Hardware, pairs: int | None, visits: int | None
+    seconds: Preparing, hardware: Hardware, pairs: int | None, visits: int | None
 ) -> float | None:
-    """Encoding once on all processes, and the cached reference's passes, one for each visit."""
+    """Hours of preparing on all processes; each pair's last visit is prepared for all pairs."""
     if pairs is None:
         return None
-    each, prepare = TERA * config.train.micro_batch_size, config.prepare
-    seconds = pairs * (
-        hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
-        + hardware.seconds(m.text.flops / each, prepare.text_precision)
-    )
-    if config.train.reads_reference_errors and visits is not None:
-        passes = pairs * math.ceil(visits / pairs)
-        seconds += passes * hardware.seconds(m.reference.flops / each, config.train.precision)
-    return seconds / hardware.processes / 3600
+    passes = 0 if visits is None else math.ceil(visits / pairs)
+    return pairs * (seconds.pair + passes * seconds.visit) / hardware.processes / 3600
 
 
 def _assumptions(

@@ -117,6 +117,18 @@ class Cost(_Record):
     slower: float
 
 
+class Preparing(_Record):
+    """What is computed before training, in seconds of one process.
+
+    Attributes:
+        pair: Encoding both images and the prompt, once.
+        visit: The cached reference's pass for each visit; 0 where it is not cached.
+    """
+
+    pair: float
+    visit: float
+
+
 class CacheSize(_Record):
     """The prepared cache on disk; None where the number of pairs is not known.
 

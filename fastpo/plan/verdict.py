@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastpo.config import Config
 from fastpo.plan.dataset import DataSize
-from fastpo.plan.schema import Assumptions, CacheSize, Cost
+from fastpo.plan.schema import Assumptions, CacheSize, Cost, Preparing
 
 PARTS = {
     "policy_forward": "the policy's forward pass",
@@ -17,12 +17,15 @@ PARTS = {
 }
 
 
-def make_verdict(costs: tuple[Cost, ...], assumed: Assumptions) -> tuple[str, ...]:
-    """Fit, rate, ratios and the part that dominates.
+def make_verdict(
+    costs: tuple[Cost, ...], assumed: Assumptions, preparing: Preparing
+) -> tuple[str, ...]:
+    """Fit, rate, ratios, when preparing pays, and the part that dominates.
 
     Args:
         costs: This configuration, plain fine-tuning, the released recipes.
         assumed: The GPU and its memory.
+        preparing: What comes before training.
     """
     own, bare, *released = costs
     share, part = max((value / own.tflop, name) for name, value in own.flops.model_dump().items())
@@ -40,9 +43,27 @@ def make_verdict(costs: tuple[Cost, ...], assumed: Assumptions) -> tuple[str, ..
         f"{own.seconds_per_pair / bare.seconds_per_pair:.2f}x the bare policy's forward and "
         f"backward; the released recipes: "
         + ", ".join(f"{c.name.split(',')[0]} {c.slower:.2f}x ours" for c in released),
+        _break_even(own, released, preparing),
         f"most of the time goes to {PARTS[part]} ({share:.0%}), "
         f"most of the memory to {largest} ({held[largest] / own.peak_bytes:.0%})",
     )
+
+
+def _break_even(own: Cost, released: list[Cost], preparing: Preparing) -> str:
+    """From how many epochs on a run with its preparing is the faster one.
+
+    `n` visits of a pair cost us `pair + n (own + visit)`, a recipe that encodes at each `n recipe`.
+    """
+    told = []
+    for recipe in released:
+        saved = recipe.seconds_per_pair - own.seconds_per_pair - preparing.visit
+        when = f"{preparing.pair / saved:.1f} epochs" if saved > 0 else "never in one run"
+        told.append(f"{recipe.name.split(',')[0]} {when}")
+    text = "with its preparing, one run is the faster one from so many epochs on: "
+    text += ", ".join(told)
+    if preparing.visit:
+        text += "; each further run with this reference cache saves the reference's passes too"
+    return text
 
 
 def _advice(assumed: Assumptions) -> str:

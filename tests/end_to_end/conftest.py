@@ -25,13 +25,16 @@ def train_on_two():
     def launch(folder, jobs):
         listed = folder / "jobs.json"
         listed.write_text(json.dumps(jobs))
+        compiler = folder / "c++"  # DeepSpeed's optimizer, compiled in half of the time
+        compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
+        compiler.chmod(0o755)
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(
             [sys.executable, *command, WORKER, listed],
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CXX": str(compiler)},
             timeout=3600,
             check=False,
         )

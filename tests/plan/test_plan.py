@@ -1,5 +1,6 @@
 """Plans: counts against torch's own on real tensors, against arithmetic, and against the models."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from fastpo.cli import main
 from fastpo.config import load_config, parse_config
-from fastpo.errors import DataError, ModelError
+from fastpo.errors import ModelError
 from fastpo.plan import Plan, make_plan, print_plan
 from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.gpus import GPUS, find_gpu
@@ -164,11 +165,11 @@ def test_the_cache_is_counted_by_hand(tiny_pipelines, tiny_data):
     assert cache.total == cache.latents + cache.text
 
 
-def test_a_listing_that_preparing_refuses_is_refused(tiny_pipelines, tmp_path):
+def test_a_line_that_preparing_leaves_out_is_not_counted(tiny_pipelines, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "winner": "w", "loser": "l"}\n[]\n')
     data = {"source": "folder", "path": str(tmp_path)}
-    with pytest.raises(DataError, match=r"pairs\.jsonl: line 2: expected"):
-        make_plan(config(tiny_pipelines["sdxl"], resolution=32, data=data))
+    plan = make_plan(config(tiny_pipelines["sdxl"], resolution=32, data=data))
+    assert plan.assumptions.pairs == 1
 
 
 def test_the_prepared_cache_tells_the_number_of_pairs(experiment):
@@ -184,6 +185,28 @@ def test_a_small_gpu_is_told_from_a_large_one(tiny):
     assert not plan.costs[0].fits
     assert "does NOT fit" in plan.verdict[0]
     assert "gradient_checkpointing" in plan.verdict[0]
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_preparing_pays_when_both_ways_have_cost_the_same(tiny_pipelines, reference):
+    """At the number that is told, our preparing and visits and the recipe's visits are equal."""
+    chosen = config(tiny_pipelines["sdxl"], resolution=32, reference=reference)
+    plan = make_plan(chosen, pairs=1000)
+    own, _, *released = (cost.seconds_per_pair for cost in plan.costs)
+    preparing = plan.cache.prepare_hours * 3600 / 1000  # of a pair
+    visit = plan.costs[2].flops.reference * preparing_rate(plan) if reference == "cached" else 0.0
+    encoding = preparing - math.ceil(plan.assumptions.visits / 1000) * visit
+    line = next(text for text in plan.verdict if text.startswith("with its preparing"))
+    for name, recipe in zip(("Diffusion-DPO", "MaPO", "Adaptive-DPO"), released, strict=True):
+        saved = recipe - own - visit
+        when = f"{encoding / saved:.1f} epochs" if saved > 0 else "never in one run"
+        assert f"{name} {when}" in line
+    assert ("each further run" in line) == (reference == "cached")
+
+
+def preparing_rate(plan):
+    """Seconds per TFLOP of the UNet's passes, from plain fine-tuning's row."""
+    return plan.costs[1].seconds_per_pair / plan.costs[1].tflop
 
 
 # The command.
