@@ -28,7 +28,7 @@ def test_options_are_measured_beside_the_step_without_them(tmp_path, script):
 @pytest.mark.slow
 def test_every_step_is_timed_part_by_part_and_drawn(tmp_path, script):
     file = tmp_path / "step.csv"
-    options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--peaks", "--out", file]
+    options = ["--size", "tiny", "--method", "lora", "--rounds", 2, "--out", file]
     script("benchmarks/bench_step.py", *options)
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}

@@ -36,7 +36,7 @@ def test_every_launcher_starts_a_sharded_run(base, launcher, tmp_path, read_metr
         "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "-m"],
         "none": [sys.executable, "-m"],
     }[launcher]
-    changes = [f"train.output_dir={tmp_path / 'run'}", "train.deepspeed=zero3", "train.max_steps=2"]
+    changes = [f"train.output_dir={tmp_path / 'run'}", "train.deepspeed=zero2", "train.max_steps=1"]
     options = [part for change in changes for part in ("--set", change)]
     done = subprocess.run(
         [*command, "fastpo.train", base, *options],
@@ -50,6 +50,6 @@ def test_every_launcher_starts_a_sharded_run(base, launcher, tmp_path, read_metr
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-4000:]
     assert (tmp_path / "run" / "final").is_dir(), text[-4000:]
-    assert len(read_metrics(tmp_path / "run")) == 2
+    assert len(read_metrics(tmp_path / "run")) == 1
     assert f"x {1 if launcher == 'none' else 2} process(es)" in text
     parse_config(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
