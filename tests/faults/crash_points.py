@@ -27,7 +27,7 @@ def end_everywhere(act, check, place, fault):
         place(number).mkdir(exist_ok=True)
         process = FORK.Process(target=_run, args=(act, number, place(number), FAULTS[fault]))
         process.start()
-        process.join(120)
+        process.join(300)
         assert process.exitcode in (0, ENDED), f"step {number}: exit status {process.exitcode}"
         check(number)
         if process.exitcode == 0:

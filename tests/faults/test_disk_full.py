@@ -84,7 +84,7 @@ def outcome(act):
     process.start()
     send.close()
     kind, told = receive.recv()
-    process.join(120)
+    process.join(300)
     assert kind in (None, "FastPOError"), f"{kind}: {told}"
     return told
 

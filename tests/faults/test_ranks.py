@@ -98,7 +98,7 @@ def test_a_stopped_process_is_named(experiment, tmp_path, victim):
     path = experiment(max_steps=6, hang_timeout=3.0)
     stop, other = acting_at(3, victim, send(signal.SIGSTOP)), 1 - victim
     with two_ranks(tmp_path / "out", lambda _: ["train", path], act=stop) as ranks:
-        ranks[other].join(60)
+        ranks[other].join(300)
         text = ranks.text(other)
         assert ranks[other].exitcode == 76, text
         assert ranks[victim].exitcode is None

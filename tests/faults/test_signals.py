@@ -165,7 +165,7 @@ def test_training_works_in_a_thread_which_can_set_no_handlers(experiment):
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(120)
+    thread.join(300)
     assert not errors and (config.train.output_dir / "final").is_dir()
 
 

@@ -63,7 +63,7 @@ def test_exactly_one_of_two_trains(config, tmp_path, one_thread, flags):
             racer.start()
         found = sorted((outcomes.get(timeout=120) for _ in racers), key=str)
         for racer in racers:
-            racer.join(60)
+            racer.join(300)
         assert found[0] == 0
         assert "BusyFolderError" in found[1] and "is being written by process" in found[1]
         assert read_metrics(folder) == read_metrics(whole)

@@ -24,7 +24,7 @@ class Ranks:
     def text(self, rank):
         return (self._folder / f"rank-{rank}.txt").read_text()
 
-    def exit_codes(self, timeout=60):
+    def exit_codes(self, timeout=300):
         """Waits for both; None for one that is still at work."""
         end = time.monotonic() + timeout
         for process in self._processes:

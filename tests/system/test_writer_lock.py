@@ -49,7 +49,7 @@ def other(tmp_path):
 
     def stop(*, kill=False):
         process.kill() if kill else mine.send("end")
-        process.join(60)
+        process.join(300)
 
     stop.pid = process.pid
     yield stop
@@ -171,9 +171,9 @@ def test_without_the_systems_lock_one_of_two_wins(tmp_path, without_locks):
     racers = [FORK.Process(target=race) for _ in range(2)]
     for racer in racers:
         racer.start()
-    outcomes = sorted(won.get(timeout=60) for _ in racers)
+    outcomes = sorted(won.get(timeout=300) for _ in racers)
     for racer in racers:
-        racer.join(60)
+        racer.join(300)
     assert outcomes == [False, True]
 
 
