@@ -174,11 +174,13 @@ def prepare(
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
+    from fastpo.system.trackers import check_trackers
 
     visits = _visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
     with _configured(config, overrides) as resolved:
+        check_trackers(resolved.train.trackers)  # hours of encoding later is too late
         model = ModelFolder.resolve(resolved.model)
         cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
         tell = Rank.of_launch().rank == 0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpo.config import TrainConfig
-from fastpo.errors import ConfigError, LostProcessError
+from fastpo.errors import ConfigError, FastPOError, LostProcessError, one_line
 from fastpo.precision import autocast
 from fastpo.system.process import default_device
 from fastpo.system.storage import storage_errors
+from fastpo.system.trackers import check_trackers
 from fastpo.train import zero
 from fastpo.train.heartbeat import beating, collective_limit
 from fastpo.train.optimizer import setup_optimizer, warn_of_8bit_on_cpu
@@ -161,9 +161,25 @@ class Processes:
         self._accelerator.wait_for_everyone()
 
     def start_trackers(self) -> None:
-        """Opens the trackers of `train.trackers`."""
-        with storage_errors(self._config.output_dir):
-            self._accelerator.init_trackers("fastpo")
+        """Opens the trackers of `train.trackers`.
+
+        Raises:
+            ConfigError: One of them does not start; those before it are closed.
+        """
+        try:
+            with storage_errors(self._config.output_dir):
+                self._accelerator.init_trackers("fastpo")
+        except Exception as error:
+            for tracker in self._accelerator.trackers:
+                with suppress(Exception):  # one that has not begun has nothing to close
+                    tracker.finish()
+            self._accelerator.trackers.clear()
+            if isinstance(error, FastPOError):
+                raise
+            names = ", ".join(self._config.trackers)
+            raise ConfigError(
+                f"train.trackers: not all of {names} could be started ({one_line(error)})"
+            ) from error
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Hands a step's metrics to the trackers."""
@@ -258,7 +274,7 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
     Without a GPU, processes talk over gloo. A process group that exists already is used.
 
     Raises:
-        ConfigError: fp16 was asked for without a GPU, a tracker is not installed, DeepSpeed is not
+        ConfigError: fp16 was asked for without a GPU, a tracker cannot be used, DeepSpeed is not
             installed or its settings contradict ours, or the launcher asks for other sharded
             training than `train.deepspeed`.
     """
@@ -268,12 +284,7 @@ def setup_accelerator(config: TrainConfig) -> Accelerator:
             "train.precision: fp16 needs a CUDA device (its gradients must be scaled); "
             "use bf16 or fp32 here"
         )
-    missing = [t for t in config.trackers if not _importable(t)]
-    if missing:
-        raise ConfigError(
-            f"train.trackers: {missing[0]} is not installed; `pip install {missing[0]}`, "
-            "or take it out of the list"
-        )
+    check_trackers(config.trackers)
     _forget_earlier_run()
     plugin = _deepspeed_plugin(config)
     handlers: list[KwargsHandler] = []
@@ -335,7 +346,3 @@ def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     settings = zero.read_settings(config, int(os.environ["WORLD_SIZE"]))
     # No `zero.Init` while models load: it would share out the frozen reference as well, silently.
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
-
-
-def _importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ import yaml
 from fastpo.cli import main
 from fastpo.config import load_config
 from fastpo.errors import ConfigError
+from fastpo.system.trackers import check_trackers
 from fastpo.train import train
 
 
@@ -187,6 +190,54 @@ def test_a_tracker_that_is_not_installed_is_named(capsys, experiment, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     text = complaint(capsys, "train", experiment(), "--set", "train.trackers=[wandb]")
     assert "pip install wandb" in text
+
+
+class Wandb(ModuleType):
+    """wandb as it is without a key: only its own `init` would ask for one."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.api = SimpleNamespace(api_key=None)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_wandb_without_a_key_is_named_before_a_run_is_replaced_or_pairs_are_encoded(
+    capsys, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    path = experiment(max_steps=1)
+    folder = train(load_config(path), progress=False)
+    before = files_of(folder)
+    tracked = ("--set", "train.trackers=wandb")
+    assert "wandb login" in complaint(capsys, "train", path, "--overwrite", *tracked)
+    assert files_of(folder) == before
+    cache = ("--set", f"prepare.cache_dir={tmp_path / 'new'}")
+    assert "WANDB_MODE=offline" in complaint(capsys, "prepare", path, *tracked, *cache)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(["wandb"])
+
+
+def test_a_tracker_that_does_not_start_is_named_and_the_earlier_run_is_kept(
+    capsys, experiment, monkeypatch
+):
+    from accelerate.tracking import TensorBoardTracker
+
+    def start(self):
+        raise RuntimeError("no\nconnection")
+
+    path = experiment(max_steps=1)
+    folder = train(load_config(path), progress=False)
+    before = files_of(folder)
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    text = complaint(capsys, "train", path, "--overwrite", "--set", "train.trackers=tensorboard")
+    assert "train.trackers: not all of tensorboard could be started (no connection)" in text
+    assert files_of(folder) == before
 
 
 def test_fp16_without_a_gpu_is_refused_with_a_way_out(capsys, experiment):
