@@ -15,6 +15,7 @@ def input_paths(config: Config) -> list[Path]:
         config.model.vae,
         config.data.path,
         config.train.deepspeed,
+        config.prepare.reuse,
         config.evaluate.prompts_file,
     )
     return [Path(path).expanduser() for path in named if path is not None]

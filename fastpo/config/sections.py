@@ -99,6 +99,9 @@ class PrepareConfig(Section):
     A1111's `Clip skip: 2`. SDXL leaves one out by itself, and this many more."""
     shard_size: Annotated[PositiveInt, decides("run")] = 1024
     """Pairs per shard."""
+    reuse: Annotated[UserPath | None, decides("nothing")] = None
+    """An earlier cache: pairs of the same two images and prompts of the same text are copied from
+    it instead of encoded. For data that grew or changed, with a new `prepare.cache_dir`."""
     workers: Annotated[Count, decides("nothing")] = 2
     """Processes that decode images; 0 decodes them in the command's own."""
 

@@ -115,7 +115,7 @@ def test_memory_that_runs_out_while_encoding_says_what_to_lower(config, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Encoders, "encode_prompts", fail)
         with pytest.raises(ConfigError, match=r"over 2 prompts; lower it"):
-            encode.write_prompts(config, Encoders.load(config), Path("unused"), None, ["a", "b"])
+            encode.write_prompts(config, Encoders.load(config), None, ["a", "b"])
     assert len(prepare(config, progress=False)) == 3
 
 

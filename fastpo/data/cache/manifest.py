@@ -177,10 +177,17 @@ def check_identity(cache_dir: Path, expected: Mapping[str, str], found: Mapping[
     """
     lines = differing_fields(expected, found)
     if lines:
+        copied = f" with prepare.reuse={cache_dir}, which copies what is encoded"
         raise CacheError(
             f"the cache {cache_dir} does not fit the configuration: {'; '.join(lines)}. "
             f"Restore these settings, or point prepare.cache_dir at a new folder and prepare again"
+            f"{copied if all(map(is_of_data, lines)) else ''}"
         )
+
+
+def is_of_data(line: str) -> bool:
+    """Tells of a line of `differing_fields` whether the field is of the data alone."""
+    return line.startswith(("data.", "data files:"))
 
 
 def differing_fields(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

@@ -99,6 +99,7 @@ class PairCache:
         self.pair_keys = column(index, "pair_key")
         self.prompt_index = column(index, "prompt")
         self.bucket = column(index, "bucket")
+        self._positions = column(index, "position")
         self._shard, self._slot = column(index, "shard"), column(index, "slot")
         known = (len(self.latent_shapes), len(manifest.shards), len(self.prompts))
         for numbers, count in zip(
@@ -201,6 +202,33 @@ class PairCache:
             latent_logvar=logvar,
             conditions=of_prompts | of_pairs,
         )
+
+    @property
+    def positions(self) -> Tensor:
+        """`(N,)` int64, each pair's position in the data set, pairs left out included."""
+        return self._positions
+
+    def encoded(self, row: int, *, turned: bool = False) -> Tensor:
+        """Returns a pair's latents as stored, `(2, 2, C, h, w)`: mean and log-variance.
+
+        Args:
+            row: Position in the cache.
+            turned: The other image first.
+
+        Raises:
+            CacheError: A file is damaged.
+        """
+        shape = self.latent_shapes[int(self.bucket[row])]
+        mean, logvar = self._latents(torch.tensor([row]), shape, torch.tensor([turned]))
+        return torch.stack([mean, logvar])
+
+    def pair_condition(self, name: str, row: int) -> tuple[float, ...]:
+        """Returns a pair's row of a column that the denoiser is told."""
+        return tuple(self._pair_conditions[name][row].tolist())
+
+    def prompt_conditions(self, number: int) -> dict[str, Tensor]:
+        """Returns the conditions that a prompt gives, each `(1, ...)`, by the prompt's number."""
+        return self._text([number])
 
     def empty_prompt(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Returns the conditions that the empty prompt gives, each `(1, ...)`."""

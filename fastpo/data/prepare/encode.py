@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,22 @@ from fastpo.data.cache.parts import (
     tensor_writer,
 )
 from fastpo.data.images import PairImages, UnusableImageError, to_model_range
+from fastpo.data.prepare.reuse import EarlierCache, EncodedPair, in_order
 from fastpo.data.prepare.verify_source import PairDigests
 from fastpo.errors import CacheError, ConfigError, ModelError, NonFiniteLatentsError
 from fastpo.models.encoders import Encoders
 from fastpo.precision import DTYPES
 from fastpo.system.retry import is_out_of_memory
 from fastpo.types import PreferencePair
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A pair that waits for its batch: with pixels, or with latents of an earlier cache."""
+
+    name: str
+    pixels: Tensor | None = None
+    latents: Tensor | None = None
 
 
 class ShardBuilder:
@@ -55,7 +66,7 @@ class ShardBuilder:
         self._position = position
         self._batch_size = config.prepare.batch_size
         self._dtype = DTYPES[config.prepare.store_precision]
-        self._waiting: dict[tuple[int, int], list[tuple[str, Tensor]]] = defaultdict(list)
+        self._waiting: dict[tuple[int, int], list[_Waiting]] = defaultdict(list)
         self._slots: dict[str, int] = defaultdict(int)
         self._latents: dict[str, list[Tensor]] = defaultdict(list)
         self._rows: list[dict[str, Any]] = []
@@ -67,7 +78,7 @@ class ShardBuilder:
         pair: PreferencePair,
         prompt: int,
         digests: PairDigests,
-        images: PairImages | UnusableImageError,
+        images: PairImages | EncodedPair | UnusableImageError,
     ) -> None:
         """Takes the next pair of the source; an unusable one goes to the quarantine.
 
@@ -75,7 +86,7 @@ class ShardBuilder:
             pair: The pair.
             prompt: Number of its prompt.
             digests: What it is made from.
-            images: Both images, or why there are none.
+            images: Both images, or what an earlier cache holds of them, or why there are none.
         """
         position, self._position = self._position, self._position + 1
         self._digests.append(digests)
@@ -83,8 +94,14 @@ class ShardBuilder:
             left_out = Quarantined(pair_id=pair.pair_id, reason=str(images), kind=images.kind)
             self._quarantined[position] = left_out
             return
-        size = images.pixels.shape[-2], images.pixels.shape[-1]
-        height, width = (side // self._encoders.vae_factor for side in size)
+        factor = self._encoders.vae_factor
+        if isinstance(images, EncodedPair):
+            height, width = images.latents.shape[-2:]
+            waiting = _Waiting(pair.pair_id, latents=images.latents)
+        else:
+            height, width = (side // factor for side in images.pixels.shape[-2:])
+            waiting = _Waiting(pair.pair_id, pixels=images.pixels)
+        size = height * factor, width * factor
         shape = f"{height}x{width}"
         self._rows.append(
             {
@@ -98,8 +115,8 @@ class ShardBuilder:
             }
         )
         self._slots[shape] += 1
-        self._waiting[size].append((pair.pair_id, images.pixels))
-        if 2 * len(self._waiting[size]) >= self._batch_size:
+        self._waiting[size].append(waiting)
+        if 2 * sum(one.pixels is not None for one in self._waiting[size]) >= self._batch_size:
             self._encode(size)
 
     def write(self, folder: Path, part: CachePart) -> None:
@@ -119,8 +136,18 @@ class ShardBuilder:
         part.write(folder, writers, self._quarantined, digests)
 
     def _encode(self, size: tuple[int, int]) -> None:
-        """Encodes the waiting pairs of one image size."""
-        names, pairs = zip(*self._waiting.pop(size), strict=True)
+        """Encodes the waiting pairs of one image size that no earlier cache has."""
+        waiting = self._waiting.pop(size)
+        encoded = iter(self._latents_of(size, waiting))
+        latents = torch.stack([next(encoded) if w.latents is None else w.latents for w in waiting])
+        self._latents[f"{latents.shape[-2]}x{latents.shape[-1]}"].append(latents)
+
+    def _latents_of(self, size: tuple[int, int], waiting: Sequence[_Waiting]) -> Sequence[Tensor]:
+        """Returns the latents of those pairs that have pixels, each `(2, 2, C, h, w)`."""
+        names = [one.name for one in waiting if one.pixels is not None]
+        pairs = [one.pixels for one in waiting if one.pixels is not None]
+        if not pairs:
+            return ()
         pixels = torch.stack(pairs).flatten(0, 1)
         encoded = []
         for number, part in enumerate(pixels.split(self._batch_size)):
@@ -138,32 +165,37 @@ class ShardBuilder:
         for name, parts in zip(("mean", "logvar"), zip(*encoded, strict=True), strict=True):
             values = store(torch.cat(parts), self._dtype, f"latent {name}")
             statistics.append(values.unflatten(0, (len(pairs), 2)))
-        latents = torch.stack(statistics, dim=1)
-        self._latents[f"{latents.shape[-2]}x{latents.shape[-1]}"].append(latents)
+        return torch.stack(statistics, dim=1).unbind()
 
 
 def write_prompts(
-    config: Config, encoders: Encoders, folder: Path, part: CachePart, prompts: Sequence[str]
+    config: Config,
+    encoders: Encoders,
+    part: CachePart,
+    prompts: Sequence[str],
+    earlier: EarlierCache | None = None,
 ) -> None:
-    """Encodes a text part's prompts and puts it in place."""
+    """Encodes a text part's prompts, but for those of an earlier cache, and puts it in place."""
+    folder = config.prepare.cache_dir
     size, dtype = config.prepare.batch_size, DTYPES[config.prepare.store_precision]
+    known = earlier.prompts(prompts) if earlier else {}
+    unknown = [prompt for prompt in prompts if prompt not in known]
     encoded: dict[str, list[Tensor]] = defaultdict(list)
-    cut = 0
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
+    for start in range(0, len(unknown), size):
+        batch = unknown[start : start + size]
         with enough_memory(f"{len(batch)} prompts", size):
             conditions = encoders.encode_prompts(batch)
-        cut += encoders.count_cut(batch)
         for name, values in conditions.items():
             encoded[name].append(store(values, dtype, name))
-    text = {name: torch.cat(parts) for name, parts in encoded.items()}
+    new = {name: torch.cat(parts) for name, parts in encoded.items()}
+    text = in_order(prompts, known, new)
     rows = [{"prompt": prompt} for prompt in prompts]
     writers = {
         TEXT: tensor_writer(text),
         ROWS: rows_writer(TEXT, text),
         PROMPTS: table_writer(rows, PROMPT_SCHEMA),
     }
-    part.write(folder, writers, cut=cut)
+    part.write(folder, writers, cut=encoders.count_cut(prompts))
 
 
 @contextmanager

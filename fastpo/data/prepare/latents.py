@@ -36,6 +36,7 @@ from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.encode import ShardBuilder, write_prompts
 from fastpo.data.prepare.partition import partition
 from fastpo.data.prepare.remake import find_lost, take_back
+from fastpo.data.prepare.reuse import EarlierCache, EncodedPair
 from fastpo.data.prepare.verify_source import (
     PairDigests,
     check_contents,
@@ -93,6 +94,7 @@ def prepare(
         CacheError: The folder holds a cache made from something else (also from other images under
             the same names), a damaged one, or another process is preparing it with another
             `data.limit`.
+        ConfigError: `prepare.reuse` names the cache that is to be made.
         ForeignPathError: The folder holds other things, and no cache.
         DataError: The data set is missing, wrong, or has no usable pair.
         TooManyBadRowsError: More of its rows are bad than `data.max_bad` allows; what is finished
@@ -121,13 +123,14 @@ def prepare(
         lost = find_lost(folder, manifest, config.data.verify, retry_quarantined=retry_quarantined)
         done = manifest is not None and manifest.complete and manifest.covers(config.data.limit)
         if lost.reasons or not done:
+            earlier = EarlierCache.open(config, identity.fields)
             with _bad_rows_listed(folder):
                 source = open_source(config.data)
                 prompts = source.prompt_table()
                 if lost.reasons:
                     take_back(folder, lost, locks, source_pairs=len(source), tell=process.rank == 0)
                 manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
-                work = _Work(config, model, identity, manifest, source, prompts, process)
+                work = _Work(config, model, identity, manifest, source, prompts, process, earlier)
                 with progress_bar(
                     "encoding images", 2 * len(source), unit="images", show=show
                 ) as advance:
@@ -153,6 +156,7 @@ class _Work:
     source: PairSource
     prompts: PromptTable
     process: Rank
+    earlier: EarlierCache | None
 
     @cached_property
     def bad(self) -> BadRows:
@@ -176,7 +180,7 @@ class _Work:
             advance(self._images(part))
         elif part.kind == "text":
             prompts = self.prompts.prompts[part.span.start : part.span.stop]
-            write_prompts(self.config, self.encoders, folder, part, prompts)
+            write_prompts(self.config, self.encoders, part, prompts, self.earlier)
         else:
             self._make_shard(part, advance)
 
@@ -184,7 +188,7 @@ class _Work:
         start, stop = part.span.start, part.span.stop
         builder = ShardBuilder(self.config, self.encoders, start)
         loaded = read_ahead(
-            partial(_load, geometry=self.identity.geometry),
+            partial(_load, geometry=self.identity.geometry, earlier=self.earlier),
             self.source.pairs(start, stop),
             threads=self.config.prepare.workers,
         )
@@ -280,9 +284,11 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
 
 
 def _load(
-    pair: PreferencePair, geometry: Geometry
-) -> tuple[PreferencePair, PairDigests, PairImages | UnusableImageError]:
+    pair: PreferencePair, geometry: Geometry, earlier: EarlierCache | None
+) -> tuple[PreferencePair, PairDigests, PairImages | EncodedPair | UnusableImageError]:
     """Reads and decodes a pair's images, or says why they are unusable; with its digests.
+
+    Images that an earlier cache holds encoded are not decoded.
 
     Raises:
         DataError: A fault of the machine did not pass.
@@ -294,6 +300,9 @@ def _load(
     try:
         if pair.fault is not None:
             raise UnusableImageError(pair.fault)
+        known = earlier.pair(digests) if earlier and winner != loser else None
+        if known is not None:
+            return pair, digests, known
         with naming(pair, "decoding its images"):
             images = retrying(partial(load_pair, *give, geometry))
         if winner == loser:
