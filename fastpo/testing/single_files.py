@@ -63,7 +63,7 @@ def write_single_file(pipeline: Path, file: Path, *, without: tuple[str, ...] = 
     turns = {
         "unet": lambda w: _named("model.diffusion_model.", unet_names(w)),
         "vae": lambda w: _named("first_stage_model.", vae_names(w)),
-        "text_encoder": lambda w: _named(f"{text}text_model.", _without("text_model.", w)),
+        "text_encoder": lambda w: _named(f"{text}text_model.", clip_names(w)),
         "text_encoder_2": lambda w: _named("conditioner.embedders.1.model.", open_clip_names(w)),
     }
     weights: dict[str, Tensor] = {}
@@ -76,8 +76,20 @@ def write_single_file(pipeline: Path, file: Path, *, without: tuple[str, ...] = 
 
 
 def unet_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A UNet of two levels with one layer each, under the original names."""
-    return {_unet_name(name): tensor for name, tensor in weights.items()}
+    """A UNet under the original names."""
+    found = [re.match(r"down_blocks\.0\.resnets\.(\d+)", name) for name in weights]
+    layers = 1 + max(int(m[1]) for m in found if m)
+    attended = {m[1] for n in weights if (m := re.match(r"up_blocks\.(\d+)\.attentions", n))}
+    return {_unet_name(name, layers, attended): tensor for name, tensor in weights.items()}
+
+
+def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's text model with the positions' numbers, which transformers saved for long."""
+    import torch
+
+    turned = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    places = turned["embeddings.position_embedding.weight"].shape[0]
+    return turned | {"embeddings.position_ids": torch.arange(places)[None]}
 
 
 def vae_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,11 +132,7 @@ def _named(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
-def _without(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-
-
-def _unet_name(name: str) -> str:
+def _unet_name(name: str, layers: int, attended: set[str]) -> str:
     head, _, leaf = name.rpartition(".")
     if head in _UNET:
         return f"{_UNET[head]}.{leaf}"
@@ -137,12 +145,14 @@ def _unet_name(name: str) -> str:
     if where == "mid":
         return f"middle_block.{2 * int(number) + (kind == 'attentions')}.{rest}"
     if where == "down":
-        if kind == "downsamplers":
-            return f"input_blocks.{2 * int(level) + 2}.0.op.{rest.removeprefix('conv.')}"
-        return f"input_blocks.{2 * int(level) + 1 + int(number)}.{int(kind == 'attentions')}.{rest}"
-    if kind == "upsamplers":  # behind the level's last layer and its attention
-        return f"output_blocks.{2 * int(level) + 1}.{2 if level == '0' else 1}.{rest}"
-    return f"output_blocks.{2 * int(level) + int(number)}.{int(kind == 'attentions')}.{rest}"
+        first = 1 + int(level) * (layers + 1)
+        if kind == "downsamplers":  # behind the level's last layer
+            return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{first + int(number)}.{int(kind == 'attentions')}.{rest}"
+    first = int(level) * (layers + 1)
+    if kind == "upsamplers":  # in the level's last block, behind its attention
+        return f"output_blocks.{first + layers}.{1 + (level in attended)}.{rest}"
+    return f"output_blocks.{first + int(number)}.{int(kind == 'attentions')}.{rest}"
 
 
 def _vae_name(name: str, levels: int) -> str:

@@ -3,18 +3,23 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from fastpo.cli import main
-from fastpo.config import ModelConfig, parse_config
+from fastpo.config import ModelConfig, load_config, parse_config
 from fastpo.config.sections import PrepareConfig
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.errors import ModelError
+from fastpo.models import single_file
 from fastpo.models.folder import ModelFolder
+from fastpo.plan.architecture import resolve_architecture
 from fastpo.testing import write_single_file
+from fastpo.testing.single_files import unet_names, vae_names
 from fastpo.train.agreement import model_sample
 
 
@@ -75,6 +80,25 @@ def test_every_component_is_that_of_the_folder(files, bare, tiny_pipelines, fami
         assert same(one.components[name], two.components[name])
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_the_real_sizes_fit_too(monkeypatch, tmp_path, family):
+    """Names and shapes of SD1.5 and SDXL themselves, on the meta device."""
+    packaged = Path(single_file.__file__).parent / "architectures" / family
+    names = {
+        "unet": (UNet2DConditionModel, "model.diffusion_model.", unet_names),
+        "vae": (AutoencoderKL, "first_stage_model.", vae_names),
+    }
+    for name, (kind, prefix, turn) in names.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(packaged / f"{name}.json", tmp_path / name / "config.json")
+        with torch.device("meta"):
+            weights = kind.from_config(kind.load_config(tmp_path, subfolder=name)).state_dict()
+        turned = {prefix + key: tensor for key, tensor in turn(weights).items()}
+        monkeypatch.setattr(single_file, "header", lambda file, turned=turned: turned)
+        folder = ModelFolder(tmp_path)
+        single_file.check_component(kind, folder, name, tmp_path)
+
+
 @pytest.fixture
 def single_config(files, bare, tiny_data, experiment, tmp_path):
     """The configuration of a run of the SD1.5 file."""
@@ -90,9 +114,10 @@ def single_config(files, bare, tiny_data, experiment, tmp_path):
     return experiment("sd15"), [word for text in settings for word in ("--set", text)]
 
 
-def test_all_commands_run_from_one_file(single_config, tmp_path):
+def test_the_commands_run_from_one_file(single_config, tmp_path):
     path, settings = single_config
-    for command in ("plan", "prepare", "train", "evaluate"):
+    assert resolve_architecture(load_config(path, settings[1::2])).family == "sd15"
+    for command in ("prepare", "train", "evaluate"):
         with pytest.raises(SystemExit) as ended:
             main([command, str(path), *settings])
         assert ended.value.code in (0, None), command
