@@ -10,7 +10,9 @@ import pytest
 
 import fastpo.data.sources.folder as folder_module
 from fastpo.data.cache import PairCache
+from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.prepare import prepare, verify_source
+from fastpo.data.sources import source_stamps
 from fastpo.data.sources.files import DataFolder
 from fastpo.errors import CacheError
 from fastpo.models.encoders import Encoders
@@ -131,3 +133,35 @@ def test_a_cache_from_before_digests_were_kept_is_taken_as_it_is(config_for, tmp
     del about["stamp"], about["checksum"], about["beside"]
     manifest.write_text(json.dumps(about))
     assert prepare(config_for(), progress=False).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("source", ["folder", "pickapic"])
+def test_another_spelling_of_the_folder_is_the_same_data(config_for, tmp_path, monkeypatch, source):
+    """Nothing is read again: of another folder's name, of one with a slash, of one that moved."""
+    monkeypatch.chdir(tmp_path)
+    if source == "folder":
+        write_folder(tmp_path / "d2", 3)
+    else:
+        write_pickapic(tmp_path / "d2" / "train-0.parquet", [pickapic_row(i) for i in range(3)])
+    first = prepare(config_for(data={"path": "d2", "source": source}), progress=False)
+    monkeypatch.setattr(verify_source, "read_image", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("fastpo.data.prepare.latents.open_source", lambda _: pytest.fail("opened"))
+    (tmp_path / "link").symlink_to("d2")
+    (tmp_path / "in").mkdir()
+    for place in ("d2", "./d2/", "d2/.", "in/../d2", str(tmp_path / "d2"), "link"):
+        cache = prepare(config_for(data={"path": place, "source": source}), progress=False)
+        assert cache.fingerprint == first.fingerprint
+    (tmp_path / "d2").rename(tmp_path / "in" / "moved")
+    config = config_for(data={"path": "in/moved", "source": source})
+    assert prepare(config, progress=False).fingerprint == first.fingerprint
+
+
+def test_the_stamp_of_earlier_versions_is_known(config_for, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", 3)
+    config = config_for()
+    prepare(config, progress=False)
+    manifest = load_manifest(config.prepare.cache_dir)
+    manifest.stamp = source_stamps(config.data)[1]
+    manifest.save(config.prepare.cache_dir)
+    monkeypatch.setattr(verify_source, "read_image", lambda _: pytest.fail("read again"))
+    prepare(config, progress=False)

@@ -45,7 +45,7 @@ from fastpo.data.prepare.verify_source import (
     read_image,
 )
 from fastpo.data.prepare.work import share_work
-from fastpo.data.sources import PairSource, open_source, source_stamp
+from fastpo.data.sources import PairSource, open_source, source_stamps
 from fastpo.data.sources.bad_rows import MOST_TOLD, BadRows
 from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError, TooManyBadRowsError
@@ -270,10 +270,11 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
         CacheError: As `check_contents`.
     """
     folder, workers = config.prepare.cache_dir, config.prepare.workers
-    stamp = source_stamp(config.data)
+    stamps = source_stamps(config.data)
+    stamp = None if stamps is None else stamps[0]
     with locks.manifest():
         manifest = load_manifest(folder)
-        if manifest is None or stamp is None or manifest.stamp == stamp:
+        if manifest is None or stamps is None or manifest.stamp in stamps:
             return stamp
         source = open_source(config.data)
         check_contents(folder, manifest, source, workers=workers, show=show)

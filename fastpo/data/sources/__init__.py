@@ -18,7 +18,14 @@ from fastpo.data.sources.listing import ListingSource, find_listing
 from fastpo.data.sources.parquet import ParquetSource
 from fastpo.data.sources.tars import TarSource, find_tars
 
-__all__ = ["PairSource", "SourceReport", "open_source", "source_digest", "source_stamp"]
+__all__ = [
+    "PairSource",
+    "SourceReport",
+    "open_source",
+    "source_digest",
+    "source_stamp",
+    "source_stamps",
+]
 
 _KINDS: dict[str, type[PairSource]] = {
     "pickapic": ParquetSource,
@@ -67,18 +74,27 @@ def source_digest(config: DataConfig) -> str | None:
 def source_stamp(config: DataConfig) -> str | None:
     """Returns a SHA-256 that changes whenever a file of the data set is written.
 
-    Names, sizes and times of change count; nothing is read but the listing. None if the data set
-    is not on this disk.
+    Names in `data.path`, sizes and times of change count; nothing is read but the listing. None if
+    the data set is not on this disk.
     """
+    stamps = source_stamps(config)
+    return None if stamps is None else stamps[0]
+
+
+def source_stamps(config: DataConfig) -> tuple[str, str] | None:
+    """Returns the stamp, and the one that earlier versions kept, where the whole path counts."""
     files = _kind(config).files(config)
     if files is None:
         return None
-    digest = hashlib.sha256()
+    path = Path(config.path).expanduser()
+    inside = f"{path.parent if path.is_file() else path}{os.sep}"
+    stamp, former = hashlib.sha256(), hashlib.sha256()
     for file in files:
         try:
             stat = os.stat(file)
-            text = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            text = f"\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         except (OSError, ValueError):  # of a name with a zero byte
-            text = f"{file}\0missing\n"
-        digest.update(text.encode())
-    return digest.hexdigest()
+            text = "\0missing\n"
+        stamp.update((file.removeprefix(inside) + text).encode())
+        former.update((file + text).encode())
+    return stamp.hexdigest(), former.hexdigest()
