@@ -26,7 +26,14 @@ from rich.table import Table
 
 from fastpo.config import Config
 from fastpo.errors import ConfigError
-from fastpo.evaluate.folders import EVALUATION, SAMPLE_LIST, SAMPLES, SCORES, SUMMARY
+from fastpo.evaluate.folders import (
+    EVALUATION,
+    SAMPLE_LIST,
+    SAMPLES,
+    SCORES,
+    SUMMARY,
+    last_step,
+)
 from fastpo.evaluate.sampling import (
     ImageSampler,
     Sample,
@@ -37,6 +44,7 @@ from fastpo.evaluate.sampling import (
 )
 from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
 from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
+from fastpo.models.export import export_fingerprint
 from fastpo.system.files import write_json, write_text
 from fastpo.system.ownership import check_replaceable, claim, owned_folder
 from fastpo.system.progress import progress_bar
@@ -115,7 +123,12 @@ def evaluate(
             "base": sampler.fingerprint(samples),
             "aligned": sampler.fingerprint(samples, source),
         }
-        _write(result, config, sampler.settings, fingerprints)
+        about = {
+            "settings": sampler.settings,
+            "fingerprints": fingerprints,
+            "aligned": _about_weights(source, config.train.output_dir),
+        }
+        _write(result, config, about)
     if progress:
         _show(result)
     return result
@@ -198,15 +211,22 @@ def _fill_base(
             shutil.copytree(store, copy, dirs_exist_ok=True)
 
 
-def _write(
-    result: Evaluation, config: Config, settings: dict[str, Any], fingerprints: dict[str, str]
-) -> None:
+def _about_weights(source: Path, run: Path) -> dict[str, Any]:
+    """What the report compares with the run's weights and steps when it is made."""
+    inside = source.resolve().is_relative_to(run.resolve())
+    return {
+        "folder": str(source.resolve().relative_to(run.resolve())) if inside else str(source),
+        "weights": export_fingerprint(source),
+        "step": last_step(run),
+    }
+
+
+def _write(result: Evaluation, config: Config, about: dict[str, Any]) -> None:
     listed = [
         {**asdict(s), "base": f"base/{s.file}", "aligned": f"aligned/{s.file}"}
         for s in result.samples
     ]
-    about = {"settings": settings, "fingerprints": fingerprints, "samples": listed}
-    write_json(result.folder / SAMPLE_LIST, about)
+    write_json(result.folder / SAMPLE_LIST, {**about, "samples": listed})
     write_text(result.folder / SCORES, _scores_csv(result))
     summary = {
         "primary": result.primary,

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from fastpo.system.json_text import parse_json
 from fastpo.system.ownership import Kind, is_ours
 
 SET = "set.json"
@@ -15,6 +16,22 @@ SUMMARY, SAMPLE_LIST, SCORES = "summary.json", "samples.json", "scores.csv"
 def partial_folder(folder: Path, fingerprint: str) -> Path:
     """Returns where images of a fingerprint are collected until all of them are made."""
     return folder.with_name(f".{folder.name}.partial-{fingerprint[:16]}")
+
+
+def last_step(run: Path) -> int | None:
+    """Returns the step of the last whole line of a run's `metrics.jsonl`; None if there is none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in reversed(lines):
+        try:
+            step = parse_json(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(step, int):
+            return step
+    return None
 
 
 def _holds_images(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -88,6 +89,22 @@ def export_damage(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"{file} cannot be read ({error})"
     return None if files else f"{folder} is missing or holds no weights"
+
+
+def export_fingerprint(folder: Path) -> str | None:
+    """Returns what tells an export's weights from others'; None where there are none.
+
+    The SHA-256 of its manifest, which holds the files' checksums; of the files themselves where a
+    version wrote no manifest.
+    """
+    manifest = folder / EXPORT_MANIFEST
+    files = [manifest] if manifest.is_file() else sorted(folder.rglob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if files else None
 
 
 def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -56,7 +56,14 @@ class Panel:
 
 PANELS = (
     Panel("Loss", "loss", ("loss",)),
-    Panel("Implicit margin", "margin d", ("rewards/margins",), 0.0),
+    Panel("Implicit margin", "margin d", ("rewards/margins",), 0.0, reference=True),
+    Panel(
+        "Margin where there is no reference",
+        "the objective's own margin",
+        ("rewards/margins",),
+        0.0,
+        reference=False,
+    ),
     Panel("Implicit accuracy", "share of pairs with d > 0", ("rewards/accuracies",), 0.5),
     Panel(
         "Error against the reference (loser dashed)",

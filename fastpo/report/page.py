@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from fastpo._version import __version__
@@ -121,37 +120,61 @@ def write_report(
 def headline(runs: Sequence[Run]) -> str:
     """Says in one sentence what the evaluation found."""
     scored = [(run, run.evaluation) for run in runs if run.evaluation and run.evaluation.primary]
+    if not scored and any(run.evaluation for run in runs):
+        return (
+            "Sampled, not scored: base and aligned model made images of the same prompts and "
+            "seeds, and nothing rated them. Name scorers in evaluate.scorers, run `fastpo evaluate "
+            "CONFIG` (the images are kept), then make the page again."
+        )
     if not scored:
         return (
             "Not evaluated yet: this page shows the training only. Run `fastpo evaluate CONFIG` "
             "with prompts and scorers, then make the page again."
         )
-    primary = scored[0][1].primary
-    best, data = max(
-        (pair for pair in scored if pair[1].primary == primary),
-        key=lambda pair: pair[1].metrics[primary or ""].gain,
-    )
+    primary, base = scored[0][1].primary, scored[0][1].base
+    # One base fingerprint: the same model, prompts, seeds, guidance and other settings.
+    alike = [pair for pair in scored if (pair[1].primary, pair[1].base) == (primary, base)]
+    best, data = max(alike, key=lambda pair: pair[1].metrics[primary or ""].gain)
     metric = data.metrics[primary or ""]
     low, high = metric.win_interval
-    lead = f"Best of {len(scored)}: {best.name}. " if len(scored) > 1 else ""
+    lead = f"Best of {len(alike)}: {best.name}. " if len(alike) > 1 else ""
+    if len(alike) == 1 and len(scored) > 1:
+        lead = f"{best.name}: "
+    of = f" (of {best.stale})" if best.stale else ""
     change = (
         f"{primary} goes from {format_number(metric.base_mean)} to "
-        f"{format_number(metric.aligned_mean)} ({format_signed(metric.gain)})"
+        f"{format_number(metric.aligned_mean)} ({format_signed(metric.gain)}){of}"
+    )
+    apart = len(scored) - len(alike)
+    rest = (
+        f" {counted(apart, 'other run')} had another first scorer, other prompts or settings: not "
+        "compared with it."
+        if apart
+        else ""
     )
     compared = f"{data.summary['comparisons']:,} same-prompt, same-seed comparisons"
     interval = f"{data.summary['confidence']:.0%} interval {low:.0%} to {high:.0%}"
     if low <= 0.5 <= high:
         return (
             f"{lead}{change}, but it wins {metric.win_rate:.0%} of {compared} ({interval}): "
-            "no clear difference from the base."
+            f"no clear difference from the base.{rest}"
         )
     verb = "wins" if low > 0.5 else "wins only"
-    return f"{lead}{change} and {verb} {metric.win_rate:.0%} of {compared} ({interval})."
+    return f"{lead}{change} and {verb} {metric.win_rate:.0%} of {compared} ({interval}).{rest}"
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Names every metric that fell beyond doubt: an interval of the gain wholly below zero."""
-    return [
+    """Names evaluations of earlier weights, and every metric that fell beyond doubt.
+
+    Beyond doubt is an interval of the gain wholly below zero.
+    """
+    stale = [
+        f"{run.name}: scores and images are of {run.stale}, its weights and curves of "
+        f"{'later ones' if run.steps is None else f'step {run.steps:,}'}. Evaluate again."
+        for run in runs
+        if run.stale
+    ]
+    return stale + [
         f"{run.name}: {name} falls from {format_number(metric.base_mean)} to "
         f"{format_number(metric.aligned_mean)} (interval of the change "
         f"{format_signed(metric.gain_interval[0])} to {format_signed(metric.gain_interval[1])})."
@@ -244,17 +267,17 @@ def _row(run: Run, index: int) -> dict[str, Any]:
     """One line of the headline table."""
     metrics = run.evaluation.metrics if run.evaluation else {}
     rate = run.metrics.get("pairs_per_second")
-    steps = run.metrics.get("step")
     areas = run.minority.auroc() if run.minority else {}
     return {
         "name": run.name,
         "color": color(index),
         "objective": run.objective,
         "evaluated": run.evaluation is not None,
+        "stale": run.stale,
         "metrics": metrics,
         "bars": {name: _bar(metric) for name, metric in metrics.items()},
         "areas": [(MINORITY_NAMES[annotator], area) for annotator, area in areas.items()],
-        "steps": None if steps is None or not np.isfinite(steps[-1:]).any() else int(steps[-1]),
+        "steps": run.steps,
         "rate": None if rate is None or not len(rate) else float(sorted(rate)[len(rate) // 2]),
     }
 

@@ -19,6 +19,7 @@ from fastpo.config import OBJECTIVES
 from fastpo.config.load import read_yaml
 from fastpo.errors import DataError, one_line
 from fastpo.evaluate.win_rate import MetricSummary
+from fastpo.models.export import export_fingerprint
 from fastpo.system.json_text import parse_json, read_json
 
 Array = NDArray[np.float64]
@@ -60,6 +61,20 @@ class Minority:
         }
 
 
+class AboutWeights(BaseModel):
+    """Which weights an evaluation is about.
+
+    Attributes:
+        folder: Where they lay: in the run's folder, or elsewhere.
+        weights: `export_fingerprint` of them.
+        step: The run's last step at that time.
+    """
+
+    folder: str
+    weights: str | None
+    step: int | None
+
+
 @dataclass(frozen=True)
 class EvaluationData:
     """What `fastpo evaluate` wrote.
@@ -71,6 +86,7 @@ class EvaluationData:
         samples: The rows of `samples.json`.
         base: Fingerprint of the base's images.
         scores: Metrics of an image by (model, prompt index, seed).
+        weights: What the images were made with, if the version recorded it.
     """
 
     folder: Path
@@ -79,6 +95,7 @@ class EvaluationData:
     samples: list[dict[str, Any]]
     base: str
     scores: dict[tuple[str, int, int], dict[str, float]]
+    weights: AboutWeights | None = None
 
     @property
     def primary(self) -> str | None:
@@ -107,6 +124,24 @@ class Run:
     metrics: dict[str, Array] = field(default_factory=dict)
     minority: Minority | None = None
     evaluation: EvaluationData | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """The last step of the metrics."""
+        steps = self.metrics.get("step")
+        return None if steps is None or not np.isfinite(steps[-1:]).any() else int(steps[-1])
+
+    @property
+    def stale(self) -> str | None:
+        """Which weights the evaluation is of, `step 8`, where the run has others by now."""
+        about = None if self.evaluation is None else self.evaluation.weights
+        if about is None:
+            return None
+        folder = self.path / about.folder
+        changed = folder.is_dir() and export_fingerprint(folder) != about.weights
+        if about.step is not None and self.steps not in (None, about.step):
+            return f"step {about.step:,}"
+        return "earlier weights" if changed else None
 
     @property
     def has_reference(self) -> bool:
@@ -295,7 +330,8 @@ def load_evaluation(run: Path) -> EvaluationData | None:
                 }
                 for row in csv.DictReader(file)
             }
-        return EvaluationData(folder, raw, metrics, samples, about.fingerprints["base"], scores)
+        base = about.fingerprints["base"]
+        return EvaluationData(folder, raw, metrics, samples, base, scores, about.aligned)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         text = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"{folder} is damaged ({text}); evaluate again") from None
@@ -316,6 +352,7 @@ class _About(BaseModel):
 
     fingerprints: dict[str, str]
     samples: list[_Sample]
+    aligned: AboutWeights | None = None
 
 
 class _Summary(BaseModel):

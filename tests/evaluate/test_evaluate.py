@@ -22,7 +22,7 @@ from fastpo.evaluate import win_rate
 from fastpo.evaluate.compare import evaluate, score_folder, score_images
 from fastpo.evaluate.sampling import LORA_FILE, ImageSampler, plan_samples
 from fastpo.evaluate.win_rate import bootstrap_mean, compare_scores, wilson_interval
-from fastpo.models.export import EXPORT_MANIFEST
+from fastpo.models.export import EXPORT_MANIFEST, export_fingerprint
 from fastpo.system.checksums import checksum_of
 from fastpo.system.manifest import write_manifest
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
@@ -185,7 +185,10 @@ def test_lora_run_end_to_end(sdxl: Path, tmp_path: Path) -> None:
     assert np.mean([float(r["red"]) for r in rows if r["model"] == "base"]) == pytest.approx(
         red.base_mean
     )
-    listed = json.loads((folder / "samples.json").read_text())["samples"]
+    about = json.loads((folder / "samples.json").read_text())
+    weights = export_fingerprint(folder.parent / "final")
+    assert about["aligned"] == {"folder": "final", "weights": weights, "step": None}
+    listed = about["samples"]
     assert all((folder / row["aligned"]).is_file() for row in listed)
     assert {p.name for p in folder.glob(".*")} == {".fastpo", ".writer"}
 

@@ -17,6 +17,7 @@ from PIL import Image
 from fastpo.config import dump_config, parse_config
 from fastpo.errors import DataError
 from fastpo.evaluate.win_rate import NOTES, compare_scores
+from fastpo.models.export import export_fingerprint
 from fastpo.report import load_metrics, minority_auroc, write_report
 from fastpo.report.figures import PANELS, curve_panels, smooth
 from fastpo.report.grids import choose_samples
@@ -244,6 +245,72 @@ def test_headline_admits_a_loss(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     add_evaluation(run, -1.0)
     assert f"({MINUS}1) and wins only 0% of 6" in headline([load_run(run)])
+
+
+def describe_weights(run: Path, step: int, *, base: str = "b") -> None:
+    """Notes in an evaluation which weights it is about, as `fastpo evaluate` does."""
+    file = run / "evaluation" / "samples.json"
+    about = json.loads(file.read_text())
+    about["fingerprints"]["base"] = base
+    weights = export_fingerprint(run / "final")
+    about["aligned"] = {"folder": "final", "weights": weights, "step": step}
+    file.write_text(json.dumps(about))
+
+
+def test_scores_of_earlier_weights_say_of_which_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=8)
+    (run / "final").mkdir()
+    (run / "final" / "lora.safetensors").write_bytes(b"8")
+    add_evaluation(run, 1.0)
+    describe_weights(run, 8)
+    assert load_run(run).stale is None
+    assert "Evaluate again" not in write_report([run], tmp_path / "a", title="T").read_text()
+    (run / "final" / "lora.safetensors").write_bytes(b"other")
+    assert load_run(run).stale == "earlier weights"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "loss": 0.5}\n')
+    text = write_report([run], tmp_path / "b", title="T").read_text()
+    assert "(+1) (of step 8) and wins 100%" in text
+    assert "scores and images are of step 8, its weights and curves of step 16." in text
+    assert "scores of step 8" in text
+
+
+def test_images_without_scores_are_not_called_not_evaluated(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    add_evaluation(run, 1.0)
+    file = run / "evaluation" / "summary.json"
+    summary = json.loads(file.read_text()) | {"primary": None, "metrics": {}}
+    file.write_text(json.dumps(summary))
+    text = write_report([run], tmp_path / "out", title="T").read_text()
+    assert "Sampled, not scored" in text and "evaluate.scorers" in text
+    assert "Not evaluated yet" not in text
+
+
+def test_the_best_is_chosen_among_runs_that_were_evaluated_alike(tmp_path: Path) -> None:
+    """Another guidance scale, or other prompts, give base images of another fingerprint."""
+    runs = [make_run(tmp_path / name) for name in ("a", "b", "c")]
+    for run, gain, base in zip(runs, (0.5, 0.25, 9.0), ("b", "b", "other"), strict=True):
+        add_evaluation(run, gain)
+        describe_weights(run, 60, base=base)
+    said = headline(load_runs(runs))
+    assert said.startswith("Best of 2: a. ")
+    assert said.endswith("1 other run had another first scorer, other prompts or settings: not "
+        "compared with it.")  # fmt: skip
+    assert headline(load_runs(runs[1:])).startswith("b: pickscore goes")
+
+
+def test_margins_without_a_reference_are_on_an_axis_of_their_own(tmp_path: Path) -> None:
+    dpo = load_run(make_run(tmp_path / "dpo"))
+    (tmp_path / "mapo").mkdir()
+    text = (tmp_path / "dpo" / "config.yaml").read_text().replace("name: dpo", "name: mapo")
+    (tmp_path / "mapo" / "config.yaml").write_text(text)
+    (tmp_path / "mapo" / "metrics.jsonl").write_text('{"step": 1, "rewards/margins": 40.0}\n')
+    mapo = load_run(tmp_path / "mapo")
+    panels = [p for p in curve_panels([dpo, mapo]) if p.series == ("rewards/margins",)]
+    drawn = [
+        [run.name for run in (dpo, mapo) if p.column(run, p.series[0]) is not None] for p in panels
+    ]
+    assert drawn == [["dpo"], ["mapo"]]
 
 
 def test_samples_are_spread_over_prompts() -> None:
