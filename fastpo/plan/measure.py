@@ -61,7 +61,8 @@ class Shapes:
         height: Latent pixels.
         width: Latent pixels.
         vae_factor: Image pixels per latent pixel and side.
-        tokens: Tokens of a prompt.
+        tokens: Tokens of a prompt, in all of its chunks.
+        chunks: How many chunks the text encoders take it in.
     """
 
     pairs: int
@@ -69,6 +70,7 @@ class Shapes:
     width: int
     vae_factor: int
     tokens: int
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def measure_vae(vae: Any, shapes: Shapes, precision: Precision) -> Pass:
 def measure_texts(texts: tuple[Any, ...], shapes: Shapes) -> Pass:
     """Encoding every pair's prompt with all text encoders."""
     flops, peak = 0, 0
-    tokens = torch.zeros(shapes.pairs, shapes.tokens, device=META, dtype=torch.int64)
+    size = shapes.pairs * shapes.chunks, shapes.tokens // shapes.chunks
+    tokens = torch.zeros(size, device=META, dtype=torch.int64)
     for text in texts:
         with _watched(text, tokens, None) as (counter, tracker):
             text(tokens)

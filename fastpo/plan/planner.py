@@ -168,8 +168,9 @@ def _shapes(config: Config, architecture: Architecture) -> Shapes:
         denoiser_factor=2 ** (len(architecture.unet["block_out_channels"]) - 1),
     )
     side = config.prepare.resolution // factor
-    tokens = architecture.texts[0].get("max_position_embeddings", 77)
-    return Shapes(config.train.micro_batch_size, side, side, factor, tokens)
+    chunks = config.prepare.prompt_chunks
+    tokens = chunks * architecture.texts[0].get("max_position_embeddings", 77)
+    return Shapes(config.train.micro_batch_size, side, side, factor, tokens, chunks)
 
 
 def measure(

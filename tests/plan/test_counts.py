@@ -22,6 +22,7 @@ from fastpo.plan.measure import (
     unet_inputs,
 )
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+from fastpo.plan.planner import _shapes
 from fastpo.train.sharding import count_trained
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -91,6 +92,18 @@ def test_sdxl_costs_what_the_published_table_says(sdxl):
     assert repeated == 0
     assert measure_vae(sdxl.vae, shapes, "fp32").flops / 1e12 == pytest.approx(9.8, rel=0.01)
     assert measure_texts(sdxl.texts, shapes).flops / 1e12 == pytest.approx(0.1, abs=0.02)
+
+
+def test_prompts_in_chunks_cost_as_many_prompts(tiny_pipelines):
+    own = config(tiny_pipelines["sdxl"], resolution=32)
+    architecture = resolve_architecture(own)
+    texts = build_parts(architecture, own.train, reference=False).texts
+    prepare = own.prepare.model_copy(update={"prompt_chunks": 2})
+    one, two = (
+        _shapes(each, architecture) for each in (own, own.model_copy(update={"prepare": prepare}))
+    )
+    assert (one.tokens, two.tokens) == (77, 154)
+    assert measure_texts(texts, two).flops == 2 * measure_texts(texts, one).flops
 
 
 @pytest.mark.slow
