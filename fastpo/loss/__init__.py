@@ -20,6 +20,9 @@ known;
   of policy, reference, annotators and target may also be a tuple `(winner, loser)` of `[B, *dims]`.
   All are read where they lie (the oracle and `torch.compile` make halves of them); vectors, given
   or returned, are winners first in any case;
+* `mask`: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, with 1 for a dimension along
+  which it is the same (inpainting, padding): errors become `sum m (x - t)**2 / sum m`, in the same
+  launches. Ready errors must be made with it: `pair_errors(..., mask=)`. Not with a safeguard;
 * `reduction`: `"mean"`, or `"none"`, with which `loss` is every pair's, `[B]`;
 * `impl`: `"triton"`, `"cpu"`, `"reference"`, or None: triton if every tensor is on a supported GPU
   (compute capability 8.0, or AMD) and there are at most 2048 pairs, else `"cpu"`: the reference's
@@ -61,11 +64,10 @@ from fastpo.loss.preference import (
     ipo,
     kto,
     linear_dpo,
-    mapo,
     robust_dpo,
     sdpo,
-    sft,
 )
+from fastpo.loss.reference_free import mapo, sft
 from fastpo_kernels.pair_loss import (
     PairDraw,
     PairLoss,

@@ -54,6 +54,7 @@ def adaptive_dpo(
     safeguard: float | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO (arXiv 2503.16921): `w (-ls(z - gamma))`, doubtful pairs weighing less.
@@ -113,6 +114,7 @@ def adaptive_dpo(
         safeguard=safeguard,
         reduction=reduction,
         layout=layout,
+        mask=mask,
         impl=impl,
     )
 
@@ -141,6 +143,7 @@ def adaptive_ipo(
     safeguard: float | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Adaptive-DPO's IPO form: `w (d - gamma/beta - 1/(2 tau))**2`; options as in `adaptive_dpo`.
@@ -178,6 +181,7 @@ def adaptive_ipo(
         safeguard=safeguard,
         reduction=reduction,
         layout=layout,
+        mask=mask,
         impl=impl,
     )
 

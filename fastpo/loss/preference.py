@@ -1,4 +1,4 @@
-"""One function per objective: DPO and its relatives, KTO, MaPO, plain fine-tuning.
+"""One function per objective with a reference: DPO and its relatives, KTO.
 
 The conventions that all of them share are those of `fastpo.loss`.
 """
@@ -6,7 +6,6 @@ The conventions that all of them share are those of `fastpo.loss`.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -26,12 +25,9 @@ from fastpo_kernels.pair_loss import (
     Reduce,
     Reduction,
     Target,
-    pair_errors,
     pair_loss,
 )
-from fastpo_kernels.pair_loss.validate import check_reduction, check_vector, number
-
-Rows = Literal["pairs", "winners"]
+from fastpo_kernels.pair_loss.validate import number
 
 
 def _one_element(name: str, vector: Tensor) -> Tensor:
@@ -55,6 +51,7 @@ def dpo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-DPO: `-(1-a) ls(z) - a ls(-z)` with `a = label_smoothing` in [0, 1/2].
@@ -69,7 +66,7 @@ def dpo(
     return pair_loss(
         policy, reference, target, "dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -86,6 +83,7 @@ def robust_dpo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Robust DPO: `[-(1-a) ls(z) + a ls(-z)] / (1-2a)`, `a = label_smoothing` in [0, 1/2).
@@ -101,7 +99,7 @@ def robust_dpo(
     return pair_loss(
         policy, reference, target, "robust_dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -117,6 +115,7 @@ def ipo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """IPO: `(d - 1/(2 tau))**2`, on the margin d, not on the logit z.
@@ -128,7 +127,7 @@ def ipo(
     return pair_loss(
         policy, reference, target, "ipo", (tau,),
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -144,6 +143,7 @@ def hinge(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Hinge: `max(0, 1 - z)`, with gradient 0 at the kink.
@@ -156,7 +156,7 @@ def hinge(
     return pair_loss(
         policy, reference, target, "hinge", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -176,6 +176,7 @@ def kto(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-KTO on a pair read as two labeled images (Li et al. 2024, arXiv 2404.04465).
@@ -207,14 +208,14 @@ def kto(
         if safeguard is not None or sft_weight or layout != "halves":
             raise ValueError("kto with labels takes no safeguard, sft_weight or layout")
         likes = Likes(
-            labels, liked_weight, disliked_weight, pair_weight, statistics, reduce, reduction
+            labels, liked_weight, disliked_weight, pair_weight, statistics, reduce, reduction, mask
         )
         return kto_of_images(policy, reference, target, beta, likes, impl)  # pyright: ignore[reportArgumentType]
     options = (beta, liked_weight, disliked_weight)
     return pair_loss(
         policy, reference, target, "kto", options, statistics=statistics,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -231,6 +232,7 @@ def dmpo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """DMPO: `KL(Bern(sigmoid(z)) || Bern(1 - alpha))`, the divergence turned round.
@@ -245,7 +247,7 @@ def dmpo(
     return pair_loss(
         policy, reference, target, "dmpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -262,6 +264,7 @@ def linear_dpo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Linear-DPO: `c (e_w - e_l)`, `c = clip(0.5 - 0.2 z, eta, 1 - eta)` detached.
@@ -275,7 +278,7 @@ def linear_dpo(
     return pair_loss(
         policy, reference, target, "linear_dpo", options,
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip
 
 
@@ -291,6 +294,7 @@ def sdpo(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Diffusion-SDPO: `dpo` with the loser's gradient scaled so that the winner still gains.
@@ -306,94 +310,5 @@ def sdpo(
     return pair_loss(
         policy, reference, target, "dpo", (beta,),
         pair_weight=pair_weight, sft_weight=sft_weight, safeguard=mu, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
-    )  # fmt: skip
-
-
-def sft(
-    policy: Given,
-    target: Target,
-    *,
-    rows: Rows | None = None,
-    pair_weight: Tensor | None = None,
-    reduction: Reduction = "mean",
-    layout: Layout = "halves",
-    impl: Impl | None = None,
-) -> PairLoss:
-    """Fine-tuning on the winner: `e_w`. The losers' gradient is zero, the margin `e_l - e_w`.
-
-    Args:
-        rows: what the rows are: `pairs`, the first half being the winners; or `winners` alone, any
-            number of them, each with a target and, in `pair_weight`, a weight of its own: then the
-            margin is `-e_w`. None is `pairs` where the target is `[B, *dims]` for `[2B, *dims]`
-            predictions or a `PairTarget`, and is refused where it could be either.
-    """
-    if rows not in (None, *get_args(Rows)):
-        raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
-    single = isinstance(policy, Tensor) and isinstance(target, Tensor) and layout == "halves"
-    if rows is None and single and target.shape[:1] == policy.shape[:1]:
-        raise ValueError(
-            "sft cannot tell winners from pairs where policy and target have as many rows: give "
-            f"rows='winners' to train on all {len(policy)}, or rows='pairs' for the first half"
-        )
-    if rows != "winners":
-        return pair_loss(
-            policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction,
-            layout=layout, impl=impl,
-        )  # fmt: skip
-    if not single:
-        raise ValueError("rows='winners' needs policy and target to be tensors, without a layout")
-    return _winners_alone(policy, target, pair_weight, reduction, impl)
-
-
-def _winners_alone(
-    policy: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: Reduction,
-    impl: Impl | None,
-) -> PairLoss:
-    """The reduction, and a weighted mean of its errors."""
-    if target.shape != policy.shape:
-        raise ValueError(
-            f"rows='winners' needs a target of policy's shape {tuple(policy.shape)}, got "
-            f"{tuple(target.shape)}"
-        )
-    check_reduction(reduction)
-    errors = pair_errors(policy, target, impl=impl)
-    losses = errors
-    if weight is not None:
-        check_vector("pair_weight", weight, len(policy), policy)
-        weight = weight.detach().to(errors.dtype)
-        losses = weight * errors
-    loss = losses if reduction == "none" else losses.mean()
-    return PairLoss(loss, -errors, errors, None, None, weight)
-
-
-def mapo(
-    policy: Given,
-    target: Target,
-    *,
-    beta: Slope = 0.1,
-    snr: float = 0.5,
-    num_timesteps: int = 1000,
-    pair_weight: Tensor | None = None,
-    sft_weight: float = 0.0,
-    safeguard: float | None = None,
-    reduce: Reduce | None = None,
-    reduction: Reduction = "mean",
-    layout: Layout = "halves",
-    impl: Impl | None = None,
-) -> PairLoss:
-    """MaPO: `e_w - beta ls(T (f(e_w) - f(e_l)))`, `f(e) = snr e / expm1(snr e)`.
-
-    Hong et al. 2024 (arXiv 2406.06424). No reference. Small errors keep their digits in f.
-    """
-    require_slope(beta)
-    require_positive(snr=snr, num_timesteps=num_timesteps)
-    require_terms(safeguard, sft_weight)
-    return pair_loss(
-        policy, None, target, "mapo", (beta, snr, num_timesteps),
-        pair_weight=pair_weight, sft_weight=sft_weight, safeguard=safeguard, reduce=reduce,
-        reduction=reduction, layout=layout, impl=impl,
+        reduction=reduction, layout=layout, mask=mask, impl=impl,
     )  # fmt: skip

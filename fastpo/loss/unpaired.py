@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpo_kernels.pair_loss import Impl, PairLoss, Reduce, Reduction, pair_errors
+from fastpo_kernels.pair_loss import Given, Impl, PairLoss, Reduce, Reduction, pair_errors
 from fastpo_kernels.pair_loss.objectives import sigmoid
 from fastpo_kernels.pair_loss.validate import (
     check_reduce_alone,
@@ -29,6 +29,7 @@ class Likes:
         baseline: z0, `[1]`, or None: the batch's mean gain, not below zero.
         reduce: forms it over all processes from `sum g | images`.
         reduction: `mean` or `none`.
+        mask: `[N, *dims]`, or None; as in `pair_errors`.
     """
 
     labels: Tensor
@@ -38,6 +39,7 @@ class Likes:
     baseline: Tensor | None
     reduce: Reduce | None
     reduction: Reduction
+    mask: Given | None
 
 
 def kto_of_images(
@@ -47,11 +49,11 @@ def kto_of_images(
     """Mean of `w (1 - sigmoid(s beta (g - z0)))`, `s` being 1 of a like and -1 of a dislike."""
     check_reduction(likes.reduction)
     _check(policy, reference, target, likes)
-    errors = pair_errors(policy, target, impl=impl)
+    errors = pair_errors(policy, target, mask=likes.mask, impl=impl)
     with torch.no_grad():
         known = reference.to(errors.dtype)
         if reference.ndim > 1:
-            known = pair_errors(reference, target, impl=impl)
+            known = pair_errors(reference, target, mask=likes.mask, impl=impl)
     gain = known - errors
     baseline = _baseline(gain.detach(), likes)
     liked = likes.labels if likes.labels.dtype == torch.bool else likes.labels > 0

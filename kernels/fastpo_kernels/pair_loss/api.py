@@ -135,6 +135,7 @@ def pair_loss(
     reduce: Reduce | None = None,
     reduction: Reduction = "mean",
     layout: Layout = "halves",
+    mask: Given | None = None,
     impl: Impl | None = None,
 ) -> PairLoss:
     """Mean over pairs of `weight * (objective(e_w, e_l, r_w, r_l) + sft_weight * e_w)`.
@@ -168,6 +169,9 @@ def pair_loss(
         layout: of every `[2B, *dims]`: `halves`, winners first, or `interleaved`: winner, loser,
             winner, ... Any of these may instead be a tuple `(winner, loser)` of `[B, *dims]`, read
             where they lie. Vectors are winners first in any case.
+        mask: `[2B, *dims]`, or `[B, *dims]` where the pair shares it, dimensions along which it is
+            the same being 1; bool, or weights that are not negative: errors are means weighed by
+            it, `sum m (x - t)**2 / sum m`. Ready errors must be such means. Not with `safeguard`.
         impl: `triton`; `cpu`, torch operators in few passes; `reference`, the oracle, in plain
             ones. None is triton if every tensor is on a supported GPU (compute capability 8.0 or
             AMD) in a dtype it takes, with triton installed, at most 2048 pairs; else `cpu`. A name
@@ -192,8 +196,11 @@ def pair_loss(
     if not plain:
         reference = None if reference is None else sides.whole("reference", reference)
         annotators = [sides.whole(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
+    if mask is not None and safeguard is not None:
+        raise ValueError("a safeguard compares gradients of whole samples and takes no mask")
+    weights = None if mask is None else sides.weights_of(mask, rows, layout)
     tensors = PairTensors(
-        rows, ready, reference, annotators, minority, statistics, pair_weight, beta
+        rows, ready, reference, annotators, minority, statistics, pair_weight, beta, None, weights
     )
     per_pair = reduction == "none"
     spec = LossSpec(objective, numbers, adaptive, safeguard, float(sft_weight), per_pair)
@@ -209,7 +216,7 @@ def pair_loss(
     return (fused if chosen == "triton" else _EAGER[chosen]).pair_loss(tensors, spec, reduce)
 
 
-def _odd_errors(policy: Tensor, target: Target, impl: Impl | None) -> Tensor:
+def _odd_errors(policy: Tensor, target: Target, mask: Given | None, impl: Impl | None) -> Tensor:
     """The even rows' errors, and the last one's, which is read as both sides of a pair."""
     if not isinstance(target, Tensor) or target.shape != policy.shape:
         shape = target.shape if isinstance(target, Tensor) else type(target).__name__
@@ -217,15 +224,23 @@ def _odd_errors(policy: Tensor, target: Target, impl: Impl | None) -> Tensor:
             f"an odd number of rows needs a target of policy's shape {tuple(policy.shape)}, got "
             f"{tuple(shape) if isinstance(target, Tensor) else shape}"
         )
-    twice = (2, *policy.shape[1:])
-    last = pair_errors(policy[-1:].expand(twice), target[-1:].expand(twice), impl=impl)[:1]
+    if mask is not None and (not isinstance(mask, Tensor) or len(mask) != len(policy)):
+        raise ValueError(f"an odd number of rows needs a mask of as many, {len(policy)}")
+    ends = [t if t is None else torch.cat([t[-1:], t[-1:]]) for t in (policy, target, mask)]
+    last = pair_errors(ends[0], ends[1], mask=ends[2], impl=impl)[:1]
     if len(policy) == 1:
         return last
-    return torch.cat([pair_errors(policy[:-1], target[:-1], impl=impl), last])
+    most = None if mask is None else mask[:-1]
+    return torch.cat([pair_errors(policy[:-1], target[:-1], mask=most, impl=impl), last])
 
 
 def pair_errors(
-    policy: Given, target: Target, *, layout: Layout = "halves", impl: Impl | None = None
+    policy: Given,
+    target: Target,
+    *,
+    layout: Layout = "halves",
+    mask: Given | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Mean squared error of every row, the fused reduction alone; differentiable in `policy`.
 
@@ -234,6 +249,7 @@ def pair_errors(
             with a target of as many. The last of an odd number is a launch of its own.
         target: as in `pair_loss`.
         layout: as in `pair_loss`; the errors are winners first in any case.
+        mask: as in `pair_loss`.
         impl: as in `pair_loss`.
 
     Returns:
@@ -247,15 +263,16 @@ def pair_errors(
     rows = sides.whole("policy", policy)
     (validate.check_predictions if plain else validate.check_policy)(rows)
     if rows.shape[0] % 2:
-        return _odd_errors(rows, target, impl)
+        return _odd_errors(rows, target, mask, impl)
     ready = _ready(target, rows)
-    tensors = PairTensors(rows, ready)
+    weights = None if mask is None else sides.weights_of(mask, rows, layout)
+    tensors = PairTensors(rows, ready, mask=weights)
     chosen = _chosen(impl, tensors)
     if not plain:
         return _errors_of_sides(
             tensors, [policy, _as_given(target, ready, tensors.n_pairs)], chosen, layout
         )
-    return (fused if chosen == "triton" else _EAGER[chosen]).pair_errors(rows, ready)
+    return (fused if chosen == "triton" else _EAGER[chosen]).pair_errors(rows, ready, weights)
 
 
 def _errors_of_sides(
@@ -270,4 +287,4 @@ def _errors_of_sides(
         return cpu.sides_errors(sides.split_tensors(tensors, given, layout))[0].flatten()
     halves = sides.halves(tensors, given, layout)
     run = fused if chosen == "triton" else _EAGER[chosen]
-    return run.pair_errors(halves.policy, halves.target)
+    return run.pair_errors(halves.policy, halves.target, halves.mask)

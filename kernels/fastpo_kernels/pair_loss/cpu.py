@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
-from fastpo_kernels.pair_loss.epilogue import PairErrors, from_errors, residual
+from fastpo_kernels.pair_loss.epilogue import PairErrors, from_errors, mean_squares, residual
 from fastpo_kernels.pair_loss.objectives import OBJECTIVES, Judged, margin_of
 from fastpo_kernels.pair_loss.spec import LossSpec, PairLoss, PairTensors, Reduce
 
@@ -197,8 +197,10 @@ def _fits_pieces(policy: Tensor, target: Tensor, others: Sequence[Tensor]) -> bo
     return plain and same and policy.device.type == "cpu"
 
 
-def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
-    """Mean over every dimension but the first of `(pred - target)**2`: `[2B]`, winners first."""
+def pair_errors(policy: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over every dimension but the first of `mask (pred - target)**2`: `[2B]`."""
+    if mask is not None:
+        return mean_squares(policy, target, mask).flatten()
     if policy.numel() > 2 * _PIECE and _fits_pieces(policy, target, ()):
         return _ErrorsByPieces.apply(policy, target)[0].flatten()
     return _errors(policy, target, ())[0].flatten()
@@ -208,7 +210,8 @@ def _fits_small(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> 
     """Whether the batch is small and dense, plain predictions and a loss without statistics."""
     policy, target, reference = tensors.policy, tensors.target, tensors.reference
     plain = tensors.minority is tensors.statistics is tensors.pair_weight is reduce is None
-    plain = plain and tensors.beta is None and not spec.sft_weight and not spec.per_pair
+    plain = plain and tensors.beta is tensors.mask is None
+    plain = plain and not spec.sft_weight and not spec.per_pair
     if not plain or spec.has_statistics or len(tensors.annotators):
         return False
     if policy.numel() > 2 * _PIECE or not policy.is_cpu or torch.compiler.is_compiling():
@@ -262,7 +265,10 @@ def large_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = Non
     policy, target, judges = tensors.policy, _constant(tensors.target), tensors.judges
     full = [_constant(s) for s in judges if s.ndim > 1]
     by_pieces = policy.numel() > 2 * _PIECE and _fits_pieces(policy, target, full)
-    if by_pieces:
+    if tensors.mask is not None:
+        errors = mean_squares(policy, target, tensors.mask)
+        others = [mean_squares(s, target, tensors.mask) for s in full]
+    elif by_pieces:
         errors, others = _ErrorsByPieces.apply(policy, target, *full)
     else:
         errors, *others = _errors(policy, target, full)
@@ -276,10 +282,12 @@ def large_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = Non
     return from_errors(PairErrors(errors, known, judged, dot), tensors, spec, reduce)
 
 
-def _side_error(pred: Tensor, target: Tensor) -> Tensor:
+def _side_error(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared errors `[B]` of one side, differentiable in `pred`."""
     dtype = _accumulator(pred.dtype)
     square = _squared_difference(pred.to(dtype), target.to(dtype), _NO_REDUCTION)
+    if mask is not None:
+        square = square * mask
     return square.flatten(1).sum(1) / pred[0].numel()
 
 
@@ -288,11 +296,15 @@ def sides_errors(tensors: PairTensors) -> list[Tensor]:
     assert tensors.losers is not None
     target, *sources = tensors.target, *tensors.sources
     target_loser, found = tensors.losers[-1], []
+    masks = (None,) if tensors.mask is None else tensors.mask.split(tensors.n_pairs)
     for winner, loser in zip(sources, tensors.losers, strict=False):
         if winner.ndim == 1:
             found.append(_ready(winner, found[0]))
         else:
-            sides = _side_error(winner, target), _side_error(loser, target_loser)
+            sides = (
+                _side_error(winner, target, masks[0]),
+                _side_error(loser, target_loser, masks[-1]),
+            )
             found.append(torch.stack(sides))
     return [found[0], *(f.detach() for f in found[1:])]
 

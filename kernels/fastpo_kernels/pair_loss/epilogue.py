@@ -41,6 +41,14 @@ def residual(pred: Tensor, target: Tensor) -> Tensor:
     return pred - (target if target.shape[0] == shape[1] else target.view(shape))
 
 
+def mean_squares(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared errors `[2, B]`, each square times the mask."""
+    squares = residual(pred, target).square()
+    if mask is not None:
+        squares = squares * (mask if len(mask) == squares.shape[1] else mask.unflatten(0, (2, -1)))
+    return squares.flatten(2).mean(2)
+
+
 def batch_sums(
     gain: Tensor | None, margins: Sequence[Tensor], agreement: Sequence[Tensor], n_pairs: int
 ) -> Tensor:

@@ -7,6 +7,7 @@ its host work costs, and of that the operators' dispatcher would be the larger p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ from fastpo_kernels.pair_loss.spec import (
 from fastpo_kernels.pair_loss.validate import check_reduced
 
 
-def _eager_backward():
+def _eager_backward(mask: Tensor | None = None):
     # Under create_graph the operator, whose own backward refuses.
-    return ops.pair_loss_bwd if torch.is_grad_enabled() else ops.launch_backward
+    if not torch.is_grad_enabled():
+        return partial(ops.launch_backward, mask=mask) if mask is not None else ops.launch_backward
+    if mask is not None:
+        ops.refuse_double_backward()
+    return ops.pair_loss_bwd
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -39,11 +44,16 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, policy: Tensor, tensors: PairTensors, spec: LossSpec):
         loss, stats = ops.launch_forward(tensors, spec, traced=False)
         ops.keep_for_gradient(ctx, policy, tensors.target, stats, spec.safeguard)
+        ctx.mask = tensors.mask
         return loss, stats
 
     @staticmethod
     def backward(ctx, grad_loss, grad_stats):
-        return ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward()), None, None
+        return (
+            ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward(ctx.mask)),
+            None,
+            None,
+        )
 
 
 class _EagerFinish(torch.autograd.Function):
@@ -53,11 +63,16 @@ class _EagerFinish(torch.autograd.Function):
     def forward(ctx, policy: Tensor, errors: PairTensors, spec: LossSpec):
         loss, stats = ops.launch_finish(errors, spec)
         ops.keep_for_gradient(ctx, policy, errors.target, stats, spec.safeguard)
+        ctx.mask = errors.mask
         return loss, stats
 
     @staticmethod
     def backward(ctx, grad_loss, grad_stats):
-        return ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward()), None, None
+        return (
+            ops.policy_gradient(ctx, grad_loss, grad_stats, _eager_backward(ctx.mask)),
+            None,
+            None,
+        )
 
 
 def _side_gradients(ctx, target: Tensor, target_loser: Tensor, slopes: Any, given: Any) -> tuple:
@@ -72,7 +87,7 @@ def _side_gradients(ctx, target: Tensor, target_loser: Tensor, slopes: Any, give
         grads = outputs = tuple(torch.empty_like(side) for side in sides)
     loser_target = target if ctx.shared else target_loser
     winners, losers = (sides[0], target, outputs[0]), (sides[1], loser_target, outputs[1])
-    ops.launch_gradients(winners, losers, *slopes)
+    ops.launch_gradients(winners, losers, *slopes, ctx.mask)
     return grads
 
 
@@ -87,7 +102,7 @@ class _EagerSides(torch.autograd.Function):
             loss, stats = ops.launch_forward(tensors, spec, traced=False)
         else:
             loss, stats = ops.launch_finish(_reduced(tensors, spec, call.reduce), spec)
-        ctx.layout, ctx.shared = call.layout, losers[-1] is tensors.target
+        ctx.layout, ctx.shared, ctx.mask = call.layout, losers[-1] is tensors.target, tensors.mask
         ctx.behind = int(spec.safeguard is not None)
         ctx.save_for_backward(*given, tensors.target, losers[-1], stats)
         ctx.set_materialize_grads(False)
@@ -111,6 +126,7 @@ class _EagerSideErrors(torch.autograd.Function):
     def forward(ctx, tensors: PairTensors, layout: Layout, *given: Tensor):
         assert tensors.losers is not None
         ctx.layout, ctx.shared = layout, tensors.losers[-1] is tensors.target
+        ctx.mask = tensors.mask
         ctx.save_for_backward(*given, tensors.target, tensors.losers[-1])
         return ops.launch_partials(tensors, ops.ERRORS_ALONE, traced=False)
 
@@ -134,13 +150,15 @@ class _EagerErrors(torch.autograd.Function):
     """`pair_errors_fwd` without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, policy: Tensor, target: Tensor):
+    def forward(ctx, policy: Tensor, target: Tensor, mask: Tensor | None):
         ctx.save_for_backward(policy, target)
-        return ops.launch_partials(PairTensors(policy, target), ops.ERRORS_ALONE, traced=False)
+        ctx.mask = mask
+        read = PairTensors(policy, target, mask=mask)
+        return ops.launch_partials(read, ops.ERRORS_ALONE, traced=False)
 
     @staticmethod
     def backward(ctx, grad_errors):
-        return ops.errors_gradient(ctx, grad_errors, _eager_backward()), None
+        return ops.errors_gradient(ctx, grad_errors, _eager_backward(ctx.mask)), None, None
 
 
 def _adaptive_fields(adaptive: Adaptive | None) -> tuple[Any, ...]:
@@ -236,6 +254,8 @@ def _named(loss: Tensor, stats: Tensor, tensors: PairTensors, spec: LossSpec) ->
 
 def pair_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:
     """The loss in one launch, or in two with `reduce` between them; see `api.pair_loss`."""
+    if tensors.mask is not None and is_traced(tensors.policy):
+        tensors = masked(tensors)
     policy = tensors.policy
     if reduce is None:
         return _loss_of(policy, tensors, spec)
@@ -274,11 +294,35 @@ def _reduced(tensors: PairTensors, spec: LossSpec, reduce: Reduce) -> PairTensor
     )
 
 
-def pair_errors(policy: Tensor, target: Tensor) -> Tensor:
+def pair_errors(policy: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of every row in one launch."""
-    if is_traced(policy):
-        return ops.pair_errors_fwd(policy, target)
-    return _EagerErrors.apply(policy, target)
+    if not is_traced(policy):
+        return _EagerErrors.apply(policy, target, mask)
+    if mask is not None:
+        read = masked(PairTensors(policy, target, mask=mask))
+        policy, target = read.policy, read.target
+    return ops.pair_errors_fwd(policy, target)
+
+
+def masked(tensors: PairTensors) -> PairTensors:
+    """Predictions and targets times the mask's root, for operators, which take no mask."""
+    assert tensors.mask is not None
+    root = tensors.mask.sqrt()
+
+    def scaled(t: Tensor) -> Tensor:
+        if t.ndim == 1:
+            return t
+        both = torch.cat([root, root]) if len(root) < len(t) else root
+        return (t if len(t) == len(both) else torch.cat([t, t])) * both
+
+    return replace(
+        tensors,
+        policy=scaled(tensors.policy),
+        target=scaled(tensors.target),
+        reference=None if tensors.reference is None else scaled(tensors.reference),
+        annotators=[scaled(a) for a in tensors.annotators],
+        mask=None,
+    )
 
 
 def _parts(given: Given) -> tuple[Tensor, ...]:

@@ -212,19 +212,23 @@ def pair_loss_bwd(
 
 
 def launch_backward(
-    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+    policy: Tensor,
+    target: Tensor,
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The launcher."""
     from fastpo_kernels.pair_loss.gpu import launch
 
-    return launch.launch_backward(policy, target, coefficients, grad_loss)
+    return launch.launch_backward(policy, target, coefficients, grad_loss, mask)
 
 
-def launch_gradients(winners: Any, losers: Any, coefficients: Tensor, grad_loss: Tensor | None):
+def launch_gradients(winners: Any, losers: Any, *others: Any) -> None:
     """The launcher."""
     from fastpo_kernels.pair_loss.gpu import launch
 
-    launch.launch_gradients(winners, losers, coefficients, grad_loss)
+    launch.launch_gradients(winners, losers, *others)
 
 
 @pair_loss_bwd.register_fake

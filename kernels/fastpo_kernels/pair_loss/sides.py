@@ -54,6 +54,37 @@ def errors_in_order(errors: Given) -> Tensor:
     return torch.cat(list(errors)) if isinstance(errors, (tuple, list)) else errors
 
 
+def weights_of(mask: Given, policy: Tensor, layout: Layout) -> Tensor:
+    """What squared residuals are multiplied by: the mask, winners first, each row's mean 1.
+
+    A row whose mask is zero everywhere has an error of zero.
+
+    Raises:
+        TypeError: not a tensor of truth values or floating-point numbers.
+        ValueError: not one row for each pair or each prediction, or not of its dimensions.
+    """
+    rows = whole("mask", mask)
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(rows).__name__}")
+    if rows.dtype != torch.bool and not rows.is_floating_point():
+        raise TypeError(f"mask must be bool or floating-point, got {rows.dtype}")
+    n_rows, *dims = policy.shape
+    fits = rows.ndim == policy.ndim and len(rows) in (n_rows, n_rows / 2)
+    if not fits or any(m not in (1, d) for m, d in zip(rows.shape[1:], dims, strict=True)):
+        raise ValueError(
+            f"mask must be {(n_rows, *dims)}, or {n_rows // 2} rows that the pairs share, and 1 "
+            f"where it is the same along a dimension; got {tuple(rows.shape)}"
+        )
+    if rows.device != policy.device:
+        raise ValueError(f"mask must be on policy's {policy.device}, got {rows.device}")
+    plain = isinstance(mask, Tensor) and (layout == "halves" or len(mask) < n_rows)
+    given = rows if plain else torch.cat(split(mask, layout))
+    dtype = torch.promote_types(policy.dtype, torch.float32)
+    weights = given.detach().to(dtype)
+    mean = weights.flatten(1).mean(1).view(-1, *[1] * len(dims))
+    return (weights / torch.where(mean > 0, mean, 1.0)).expand(-1, *dims)
+
+
 def halves(tensors: PairTensors, given: Sequence[Given], layout: Layout) -> PairTensors:
     """`tensors` with one tensor each, winners first: copies."""
     n_pairs = tensors.n_pairs

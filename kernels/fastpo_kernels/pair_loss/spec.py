@@ -115,6 +115,8 @@ class PairTensors:
             are the winners' `[B, *dims]`, and these the losers' of policy, reference, annotators
             and target, each lying as the winners' do; of errors, and of a target that the pair
             shares, the same tensor again.
+        mask: `[B, *dims]` or `[2B, *dims]`, winners first, or None: what every squared residual is
+            multiplied by, each row's mean being 1.
     """
 
     policy: Tensor
@@ -126,6 +128,7 @@ class PairTensors:
     pair_weight: Tensor | None = None
     beta: Tensor | None = None
     losers: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None
 
     @property
     def n_pairs(self) -> int:

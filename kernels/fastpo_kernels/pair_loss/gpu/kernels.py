@@ -51,6 +51,7 @@ def _squared_errors(
     sources,
     target_ptr,
     losers,
+    mask_ptr,
     pair,
     chunk,
     n_pairs,
@@ -59,8 +60,10 @@ def _squared_errors(
     sizes,
     strides,
     target_strides,
+    mask_strides,
     READY: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     SAFEGUARD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -84,6 +87,10 @@ def _squared_errors(
             target_strides,
             SHARED_TARGET,
         )
+        if mask_ptr is not None:
+            mask_w, mask_l = _target_tile(
+                mask_ptr, None, pair, n_pairs, index, mask, sizes, mask_strides, SHARED_MASK
+            )
         new = ()
         dot = sums[2 * len(sources)]
         for s in tl.static_range(len(sources)):
@@ -98,7 +105,11 @@ def _squared_errors(
                 else:
                     loser = tl.load(losers[s] + at, mask=mask, other=0.0).to(tl.float32)
                 loser -= target_l
-                new = new + (sums[2 * s] + winner * winner, sums[2 * s + 1] + loser * loser)
+                if mask_ptr is None:
+                    new = new + (sums[2 * s] + winner * winner, sums[2 * s + 1] + loser * loser)
+                else:
+                    square_w, square_l = mask_w * (winner * winner), mask_l * (loser * loser)
+                    new = new + (sums[2 * s] + square_w, sums[2 * s + 1] + square_l)
                 if SAFEGUARD and s == 0:
                     dot += winner * loser
         sums = new + (dot,)
@@ -110,6 +121,7 @@ def pair_loss_fwd_kernel(
     sources,  # policy, then reference and annotators: each [2B, N], or errors [2B] where READY
     target_ptr,  # [B, N] where SHARED_TARGET, else [2B, N]
     losers,  # None; or losers of sources and target, each [B, N], the others' winners likewise
+    mask_ptr,  # [B, N] where SHARED_MASK, else [2B, N]; or None
     minority_ptr,  # [B] or None
     statistics_ptr,  # [1] or [1 + M] or None
     pair_weight_ptr,  # [B] or None
@@ -124,6 +136,7 @@ def pair_loss_fwd_kernel(
     sizes,
     strides,
     target_strides,
+    mask_strides,
     option_a,
     option_b,
     option_c,
@@ -136,6 +149,7 @@ def pair_loss_fwd_kernel(
     sft_weight,
     READY: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     FINISH: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -150,7 +164,7 @@ def pair_loss_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """e = mean (pred - target)**2 of both sides; loss = mean w objective(e_w, e_l, r_w, r_l).
+    """e = mean mask (pred - target)**2 of both sides; loss = mean w objective(e_w, e_l, r_w, r_l).
 
     Writes `StatsLayout`'s vector; where not FINISH, `errors [S, 2B] | sums`.
     """
@@ -160,6 +174,7 @@ def pair_loss_fwd_kernel(
         sources,
         target_ptr,
         losers,
+        mask_ptr,
         pair,
         chunk,
         n_pairs,
@@ -168,8 +183,10 @@ def pair_loss_fwd_kernel(
         sizes,
         strides,
         target_strides,
+        mask_strides,
         READY,
         SHARED_TARGET,
+        SHARED_MASK,
         SAFEGUARD,
         BLOCK_SIZE,
     )
@@ -332,6 +349,7 @@ def pair_loss_bwd_kernel(
     grad_loss_ptr,  # [] or None
     grad_policy_ptr,  # [2B, N]
     losers,  # None; or losers of policy, target and gradient, each [B, N], the others' likewise
+    mask_ptr,  # [B, N] where SHARED_MASK, else [2B, N]; or None
     n_pairs,
     n_chunks,
     n_elements,
@@ -339,10 +357,12 @@ def pair_loss_bwd_kernel(
     policy_strides,
     target_strides,
     grad_strides,
+    mask_strides,
     SHARED_TARGET: tl.constexpr,
+    SHARED_MASK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """dloss/dpred = grad_loss * dloss/de * 2/N * (pred - target)."""
+    """dloss/dpred = grad_loss * dloss/de * 2/N * mask * (pred - target)."""
     program = tl.program_id(0).to(tl.int64)
     pair, tile = program // n_chunks, (program % n_chunks).to(tl.int32)
     index = tile * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -361,6 +381,10 @@ def pair_loss_bwd_kernel(
         target_strides,
         SHARED_TARGET,
     )
+    if mask_ptr is not None:
+        masks = _target_tile(
+            mask_ptr, None, pair, n_pairs, index, mask, sizes, mask_strides, SHARED_MASK
+        )
     for side in tl.static_range(2):
         row = pair + side * n_pairs
         place, pred_ptr, grad_ptr = row, policy_ptr, grad_policy_ptr
@@ -371,5 +395,7 @@ def pair_loss_bwd_kernel(
         at = strided_offsets(index, sizes, policy_strides[1:]) + place * policy_strides[0]
         diff = tl.load(pred_ptr + at, mask=mask, other=0.0).to(tl.float32) - targets[side]
         grad = (upstream * tl.load(coefficient_ptr + row).to(tl.float32)) * diff
+        if mask_ptr is not None:
+            grad *= masks[side]
         at = strided_offsets(index, sizes, grad_strides[1:]) + place * grad_strides[0]
         tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)

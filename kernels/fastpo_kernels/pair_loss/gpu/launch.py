@@ -173,7 +173,13 @@ def launch_partials(tensors: PairTensors, spec: LossSpec, ticket: Tensor) -> Ten
 def _launch_reduction(tensors: PairTensors, spec: LossSpec, results: _Results) -> None:
     """One pass over the predictions."""
     policy, sources, losers = tensors.policy, tensors.sources, tensors.losers
-    vectors = (tensors.minority, tensors.statistics, tensors.pair_weight, tensors.beta)
+    vectors = (
+        tensors.mask,
+        tensors.minority,
+        tensors.statistics,
+        tensors.pair_weight,
+        tensors.beta,
+    )
     facts, at = described((*sources, tensors.target, *vectors, *(losers or ())))
     finishes, has_reference = results.loss is not None, tensors.reference is not None
     key = ("forward", policy.device, facts, spec.flags, has_reference, finishes)
@@ -216,7 +222,9 @@ def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) 
     """The launch for tensors that lie as these do."""
     n_pairs, sources = tensors.n_pairs, tensors.sources
     full = [s for s in sources if s.ndim > 1]
-    sizes, (*rows, target_strides) = joint_layout([*full, tensors.target])
+    masks = [] if tensors.mask is None else [tensors.mask]
+    sizes, (*rows, target_strides) = joint_layout([*full, *masks, tensors.target])
+    mask_strides = rows.pop() if masks else target_strides
     by_id = {id(s): r for s, r in zip(full, rows, strict=True)}
     n_elements = math.prod(sizes)
     config = forward_config(n_pairs, n_elements, len(full), len(sizes))
@@ -228,10 +236,11 @@ def _prepare_reduction(tensors: PairTensors, spec: LossSpec, *, finishes: bool) 
     return CachedLaunch(
         programs=n_pairs * n_chunks,
         scratch=n_partials * n_chunks * 2 * n_pairs,
-        sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides),
+        sizes=(n_pairs, n_chunks, n_elements, sizes, strides, target_strides, mask_strides),
         constexprs={
             "READY": sum(1 << k for k, s in enumerate(sources) if s.ndim == 1),
             "SHARED_TARGET": _shares(tensors.target, n_pairs, tensors.losers),
+            "SHARED_MASK": tensors.mask is None or tensors.mask.shape[0] == n_pairs,
             "FINISH": finishes,
             **_flags(spec, has_reference=tensors.reference is not None),
             "BLOCK_SIZE": config.block_size,
@@ -278,55 +287,68 @@ def launch_finish(errors: PairTensors, spec: LossSpec) -> tuple[Tensor, Tensor]:
 
 
 def launch_backward(
-    policy: Tensor, target: Tensor, coefficients: Tensor, grad_loss: Tensor | None
+    policy: Tensor,
+    target: Tensor,
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The policy's gradient, in its dtype and, where it is dense, its layout."""
     with device_guard(policy):
         grad_policy = torch.empty_like(policy)
-        _launch_gradient((policy, target, grad_policy), None, coefficients, grad_loss)
+        _launch_gradient((policy, target, grad_policy), None, coefficients, grad_loss, mask)
     return grad_policy
 
 
 def launch_gradients(
-    winners: Triple, losers: Triple, coefficients: Tensor, grad_loss: Tensor | None
+    winners: Triple,
+    losers: Triple,
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
+    mask: Tensor | None = None,
 ) -> None:
     """Fills both sides' gradients; `winners` and `losers` are policy, target and gradient."""
     with device_guard(winners[0]):
-        _launch_gradient(winners, losers, coefficients, grad_loss)
+        _launch_gradient(winners, losers, coefficients, grad_loss, mask)
 
 
 def _launch_gradient(
-    whole: Triple, losers: Triple | None, coefficients: Tensor, grad_loss: Tensor | None
+    whole: Triple,
+    losers: Triple | None,
+    coefficients: Tensor,
+    grad_loss: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """One pass over policy, target and gradient; without `losers` they hold both sides."""
     policy, target, grad_policy = whole
     # Without `losers` a gradient lies as the policy decides.
     sides = () if losers is None else (grad_policy, *losers)
-    facts, at = described((policy, target, grad_loss, *sides))
+    facts, at = described((policy, target, grad_loss, mask, *sides))
     key = ("backward", policy.device, facts)
     launch = _launches.get(key)
     if launch is not None:
-        others = None if losers is None else tuple(at[4:])
-        outputs = (coefficients.data_ptr(), at[2], grad_policy.data_ptr(), others)
+        others = None if losers is None else tuple(at[5:])
+        outputs = (coefficients.data_ptr(), at[2], grad_policy.data_ptr(), others, at[3])
         launch.relaunch((at[0], at[1], *outputs), ())
         return
     n_pairs = policy.shape[0] // (2 if losers is None else 1)
-    sizes, (policy_strides, grad_strides, target_strides) = joint_layout(
-        [policy, grad_policy, target]
+    sizes, (policy_strides, grad_strides, target_strides, *others) = joint_layout(
+        [policy, grad_policy, target, *([] if mask is None else [mask])]
     )
     n_elements = math.prod(sizes)
     config = backward_config(n_elements)
     n_chunks = -(-n_elements // config.block_size)
-    strides = (policy_strides, target_strides, grad_strides)
+    strides = (policy_strides, target_strides, grad_strides, *(others or [target_strides]))
     target_loser = None if losers is None else losers[1:2]
     launch = CachedLaunch(
         programs=n_pairs * n_chunks,
         sizes=(n_pairs, n_chunks, n_elements, sizes, *strides),
         constexprs={
             "SHARED_TARGET": _shares(target, n_pairs, target_loser),
+            "SHARED_MASK": mask is None or mask.shape[0] == n_pairs,
             "BLOCK_SIZE": config.block_size,
         },
         num_warps=config.num_warps,
     )
-    arguments = (policy, target, coefficients, grad_loss, grad_policy, losers)
+    arguments = (policy, target, coefficients, grad_loss, grad_policy, losers, mask)
     _launches.keep(key, launch.launch(pair_loss_bwd_kernel, arguments, ()))
