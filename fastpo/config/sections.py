@@ -53,7 +53,7 @@ class DataConfig(Section):
     source: Annotated[
         Literal["pickapic", "hpdv2", "pickstyle", "picksafety", "folder"], decides("cache", "run")
     ]
-    """The format of the data; `folder` is your own, with a file pairs.jsonl."""
+    """The format of the data; `folder` is your own: a listing and images, or tar files."""
     path: Annotated[Name, decides("cache", "run")]
     """Local folder or hub id."""
     split: Annotated[Name, decides("cache", "run")] = "train"
