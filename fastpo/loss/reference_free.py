@@ -47,20 +47,20 @@ def sft(
     """
     if rows not in (None, *get_args(Rows)):
         raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
-    single = isinstance(policy, Tensor) and isinstance(target, Tensor) and layout == "halves"
-    if rows is None and single and target.shape[:1] == policy.shape[:1]:
-        raise ValueError(
-            "sft cannot tell winners from pairs where policy and target have as many rows: give "
-            f"rows='winners' to train on all {len(policy)}, or rows='pairs' for the first half"
-        )
-    if rows != "winners":
-        return pair_loss(
-            policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction,
-            layout=layout, mask=mask, impl=impl,
-        )  # fmt: skip
-    if not single:
+    if isinstance(policy, Tensor) and isinstance(target, Tensor) and layout == "halves":
+        if rows == "winners":
+            return _winners_alone(policy, target, mask, pair_weight, reduction, impl)
+        if rows is None and target.shape[:1] == policy.shape[:1]:
+            raise ValueError(
+                "sft cannot tell winners from pairs where policy and target have as many rows: give"
+                f" rows='winners' to train on all {len(policy)}, or rows='pairs' for the first half"
+            )
+    elif rows == "winners":
         raise ValueError("rows='winners' needs policy and target to be tensors, without a layout")
-    return _winners_alone(policy, target, mask, pair_weight, reduction, impl)
+    return pair_loss(
+        policy, None, target, "sft", (), pair_weight=pair_weight, reduction=reduction,
+        layout=layout, mask=mask, impl=impl,
+    )  # fmt: skip
 
 
 def _winners_alone(

@@ -11,6 +11,7 @@ FREE = {
     "fastpo.cli",  # one parameter per option of a command
     "fastpo.loss.adaptive",  # a loss names each option of its formula
     "fastpo.loss.preference",
+    "fastpo.loss.reference_free",
     "fastpo.data.loader.make_loader",  # public, all but two by name
     "fastpo.noise.pair_noise.make_noise",
     "fastpo.plan.modes._attention",  # the signature of torch's scaled_dot_product_attention

@@ -64,14 +64,14 @@ def _is_plain(given: Sequence[object], layout: str) -> bool:
     """Whether every tensor holds the winners in its first half."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
-    return layout == "halves" and not any(isinstance(t, (tuple, list)) for t in given)
+    return layout == "halves" and not any(isinstance(t, tuple) for t in given)
 
 
 def _as_given(target: Target, ready: Tensor, n_pairs: int) -> Given:
     """The target for `sides`: what was given, without a gradient; a formed one holds halves."""
     if isinstance(target, PairTarget):
         return ready if len(ready) == n_pairs else (ready[:n_pairs], ready[n_pairs:])
-    return (target[0].detach(), target[1].detach()) if isinstance(target, (tuple, list)) else ready
+    return (target[0].detach(), target[1].detach()) if isinstance(target, tuple) else ready
 
 
 def _loss_of_sides(
@@ -193,14 +193,13 @@ def pair_loss(
         raise ValueError(f"{objective} needs a reference, got None")
     validate.check_reduction(reduction)
     ready = _ready(target, rows)
-    if not plain:
-        reference = None if reference is None else sides.whole("reference", reference)
-        annotators = [sides.whole(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
+    known = None if reference is None else sides.whole("reference", reference)
+    judges = [sides.whole(f"annotators[{k}]", a) for k, a in enumerate(annotators)]
     if mask is not None and safeguard is not None:
         raise ValueError("a safeguard compares gradients of whole samples and takes no mask")
     weights = None if mask is None else sides.weights_of(mask, rows, layout)
     tensors = PairTensors(
-        rows, ready, reference, annotators, minority, statistics, pair_weight, beta, None, weights
+        rows, ready, known, judges, minority, statistics, pair_weight, beta, None, weights
     )
     per_pair = reduction == "none"
     spec = LossSpec(objective, numbers, adaptive, safeguard, float(sft_weight), per_pair)

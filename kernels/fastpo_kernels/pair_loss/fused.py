@@ -326,7 +326,7 @@ def masked(tensors: PairTensors) -> PairTensors:
 
 
 def _parts(given: Given) -> tuple[Tensor, ...]:
-    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    return tuple(given) if isinstance(given, tuple) else (given,)
 
 
 def sides_loss(

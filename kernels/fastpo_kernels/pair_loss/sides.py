@@ -20,7 +20,7 @@ def whole(name: str, given: Given) -> Tensor:
         TypeError: a part of a tuple is no tensor, or of another dtype than the other.
         ValueError: a tuple is not one of two, or they differ in shape or device.
     """
-    if not isinstance(given, (tuple, list)):
+    if not isinstance(given, tuple):
         return given
     if len(given) != 2:
         raise ValueError(f"{name} must be a tensor or (winner, loser), got {len(given)} parts")
@@ -40,7 +40,7 @@ def whole(name: str, given: Given) -> Tensor:
 
 def split(given: Given, layout: Layout) -> tuple[Tensor, Tensor]:
     """Winners and losers `[B, *dims]`, views of what was given."""
-    if isinstance(given, (tuple, list)):
+    if isinstance(given, tuple):
         return given[0], given[1]
     if layout == "interleaved":
         winner, loser = given.unflatten(0, (-1, 2)).unbind(1)
@@ -51,7 +51,7 @@ def split(given: Given, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def errors_in_order(errors: Given) -> Tensor:
     """Errors that are known, `[2B]`, winners first: a layout is one of predictions."""
-    return torch.cat(list(errors)) if isinstance(errors, (tuple, list)) else errors
+    return torch.cat(list(errors)) if isinstance(errors, tuple) else errors
 
 
 def weights_of(mask: Given, policy: Tensor, layout: Layout) -> Tensor:
@@ -90,7 +90,7 @@ def halves(tensors: PairTensors, given: Sequence[Given], layout: Layout) -> Pair
     n_pairs = tensors.n_pairs
     found = []
     for source in given:
-        rows = source[0] if isinstance(source, (tuple, list)) else source
+        rows = source[0] if isinstance(source, tuple) else source
         known = rows.ndim == 1 or (isinstance(source, Tensor) and len(source) == n_pairs)
         found.append(errors_in_order(source) if known else torch.cat(split(source, layout)))
     policy, *judges, target = found
@@ -111,7 +111,7 @@ def split_tensors(tensors: PairTensors, given: Sequence[Given], layout: Layout) 
     n_pairs = tensors.n_pairs
     winners, losers = [], []
     for source in given[:-1]:
-        rows = source[0] if isinstance(source, (tuple, list)) else source
+        rows = source[0] if isinstance(source, tuple) else source
         if rows.ndim == 1:
             sides = (errors_in_order(source),) * 2
         else:
