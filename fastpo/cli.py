@@ -278,12 +278,29 @@ def export(
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Of the aligned model: a checkpoint, a run that has not ended, or an export such "
+            "as RUN/ema [RUN/final]",
+            show_default=False,
+        ),
+    ] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="The moving average (train.ema_decay).")
+    ] = False,
+) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
     with _configured(config, overrides) as resolved:
         from fastpo.evaluate import evaluate
+        from fastpo.train.consolidate import exported
 
-        evaluate(resolved)
+        with exported(resolved.train.output_dir, weights, average=average) as (folder, step):
+            evaluate(resolved, aligned=folder, step=step)
 
 
 @app.command()

@@ -83,6 +83,7 @@ def evaluate(
     scorers: Sequence[Scorer] | None = None,
     progress: bool = True,
     base_samples: Path | None = None,
+    step: int | None = None,
 ) -> Evaluation:
     """Samples both models alike, scores the images and writes `<output_dir>/evaluation/`.
 
@@ -98,6 +99,7 @@ def evaluate(
         progress: Whether to show progress bars and the outcome on standard error.
         base_samples: Folder in which several runs share the base's images: it is sampled once for
             all runs that agree in model, prompts, seeds and settings (by one run at a time).
+        step: The step of `aligned`, for the report; default: the run's last, of what it exported.
 
     Raises:
         ConfigError: No prompts, an unknown scorer, or two scorers with one metric's name.
@@ -126,7 +128,7 @@ def evaluate(
         about = {
             "settings": sampler.settings,
             "fingerprints": fingerprints,
-            "aligned": _about_weights(source, config.train.output_dir),
+            "aligned": _about_weights(source, config.train.output_dir, step),
         }
         _write(result, config, about)
     if progress:
@@ -211,13 +213,13 @@ def _fill_base(
             shutil.copytree(store, copy, dirs_exist_ok=True)
 
 
-def _about_weights(source: Path, run: Path) -> dict[str, Any]:
+def _about_weights(source: Path, run: Path, step: int | None) -> dict[str, Any]:
     """What the report compares with the run's weights and steps when it is made."""
     inside = source.resolve().is_relative_to(run.resolve())
     return {
         "folder": str(source.resolve().relative_to(run.resolve())) if inside else str(source),
         "weights": export_fingerprint(source),
-        "step": last_step(run),
+        "step": last_step(run) if inside and step is None else step,
     }
 
 

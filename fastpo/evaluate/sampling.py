@@ -304,7 +304,8 @@ def check_aligned(folder: Path, family: ModelFamily) -> Path:
     nothing = f"holds neither {LORA_FILE} nor {family.denoiser}/"
     reason = nothing if folder.is_dir() else "does not exist"
     raise CheckpointError(
-        f"no aligned model: {folder} {reason}; train first (fastpo train CONFIG), to the end"
+        f"no aligned model: {folder} {reason}; train first (fastpo train CONFIG), to the end, or "
+        "name a checkpoint or an unfinished run by --weights"
     )
 
 

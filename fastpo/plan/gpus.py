@@ -46,8 +46,18 @@ GPUS = {
     "l4": Gpu("NVIDIA L4", 121.0, 60.0, 30.3, 24),
     "l40s": Gpu("NVIDIA L40S", 362.1, 183.0, 91.6, 48),
     "mi300x": Gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 192),
+    # GeForce: matrix products at twice the float32 rate of the sheet, as the 3090's and 4090's.
+    "rtx3060": Gpu("NVIDIA GeForce RTX 3060 12GB", 25.5, 12.7, 12.7, 12),
+    "rtx3070": Gpu("NVIDIA GeForce RTX 3070", 40.6, 20.3, 20.3, 8),
+    "rtx3080": Gpu("NVIDIA GeForce RTX 3080 10GB", 59.5, 29.8, 29.8, 10),
     "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6, 24),
+    "rtx4060": Gpu("NVIDIA GeForce RTX 4060", 30.2, 15.1, 15.1, 8),
+    "rtx4060ti": Gpu("NVIDIA GeForce RTX 4060 Ti 16GB", 44.1, 22.1, 22.1, 16),
+    "rtx4070": Gpu("NVIDIA GeForce RTX 4070", 58.3, 29.1, 29.1, 12),
+    "rtx4080": Gpu("NVIDIA GeForce RTX 4080", 97.5, 48.7, 48.7, 16),
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6, 24),
+    "rtx5070": Gpu("NVIDIA GeForce RTX 5070", 61.7, 30.9, 30.9, 12),
+    "rtx5080": Gpu("NVIDIA GeForce RTX 5080", 112.6, 56.3, 56.3, 16),
     "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8, 32),
     "rtx6000ada": Gpu("NVIDIA RTX 6000 Ada", 364.2, 182.1, 91.1, 48),
 }

@@ -19,6 +19,16 @@ _LAUNCHERS = (
 )
 
 
+def started_alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch --cpu` was asked for several processes and started this one.
+
+    It then sets the address at which processes meet, and no rank.
+    """
+    alone = not any(name in environment for names in _LAUNCHERS for name in names[:2])
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    return alone and on_cpu and "MASTER_ADDR" in environment
+
+
 @dataclass(frozen=True)
 class Rank:
     """One process of a launch.

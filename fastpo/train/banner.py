@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from fastpo.system.process import started_alone
 from fastpo.system.words import counted
 from fastpo.train.data import TrainingData
 from fastpo.train.sharding import count_trained, held, read_sharding
@@ -45,6 +46,11 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         "memory": _memory(trainer),
         "folder": str(config.output_dir),
     }
+    if processes.count == 1 and started_alone():
+        rows["warning"] = (
+            "accelerate launch --cpu was asked for several processes and started one; use "
+            "torchrun --nproc_per_node N -m fastpo.train CONFIG"
+        )
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", value)

@@ -7,7 +7,10 @@ neither DeepSpeed nor a GPU, and host memory for one copy of the trained weights
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +26,7 @@ from fastpo.models.lora_formats import LoraFormat, write_lora
 from fastpo.system.files import make_folder, whole_file
 from fastpo.system.storage import storage_errors
 from fastpo.train.checkpoint_folders import (
+    FOLDER,
     STATE,
     WEIGHTS,
     check_whole,
@@ -94,6 +98,41 @@ def export_lora(source: Path, target: Path, form: LoraFormat, *, average: bool =
     with whole_file(file) as temporary:
         write_lora(model.family, policy, weights, temporary, form)
     return file
+
+
+@contextmanager
+def exported(
+    run: Path, weights: Path | None, *, average: bool = False
+) -> Iterator[tuple[Path | None, int | None]]:
+    """Gives an export of the weights that an evaluation is asked for, and their step.
+
+    Args:
+        run: The folder of the run that is evaluated.
+        weights: A checkpoint, a run, whose newest whole checkpoint is taken, or an export; None for
+            what `run` has exported.
+        average: Their moving average.
+
+    Raises:
+        CheckpointError: As `consolidate`; or an export has no moving average of its own.
+    """
+    if weights is None and not average:
+        yield None, None
+        return
+    source = run if weights is None else weights
+    if weights is None and (run / "ema").is_dir():
+        yield run / "ema", None
+    elif (source / STATE).is_file() or (source / FOLDER).is_dir():
+        checkpoint = _find(source)
+        with TemporaryDirectory() as folder:
+            made = consolidate(checkpoint, Path(folder, "export"), average=average)
+            yield made, read_about(checkpoint).step
+    elif average:
+        raise CheckpointError(
+            f"--average is for a run or a checkpoint, and {source} is neither; an exported average "
+            "is evaluated by its folder, RUN/ema"
+        )
+    else:
+        yield source, None
 
 
 def _trained(source: Path, *, average: bool) -> tuple[Config, dict[str, Tensor]]:

@@ -101,7 +101,7 @@ def _check_processes(run: Path) -> None:
     trained = record.starts[-1].processes if record and record.starts else here
     if trained != here:
         raise ConfigError(
-            f"{run} was trained by {counted(trained, 'process')}, here are {here}: sums are "
+            f"{run} was trained by {counted(trained, 'process')}, these are {here}: sums are "
             f"rounded in another order; launch as many"
         )
 

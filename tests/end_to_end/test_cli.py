@@ -11,6 +11,7 @@ import yaml
 from fastpo.cli import main
 from fastpo.config import load_config
 from fastpo.errors import ConfigError
+from fastpo.report.runs import load_run
 from fastpo.system.trackers import check_trackers
 from fastpo.train import train
 
@@ -154,6 +155,21 @@ def test_the_banner_states_what_is_about_to_run(capsys, experiment, monkeypatch)
         assert text in told, text
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_launcher_that_starts_one_process_of_several_is_warned_of(
+    capsys, experiment, monkeypatch, asked
+):
+    """`accelerate launch --cpu --num_processes 2` sets these, and starts one."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    if asked:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+    code, told = call(capsys, "train", experiment(max_steps=1))
+    assert code == 0
+    assert ("asked for several processes and started one; use torchrun" in told) == asked
+
+
 LAUNCHERS = {
     "fastpo": ("-m", "fastpo", "train"),
     "python -m": ("-m", "fastpo.train"),
@@ -275,3 +291,31 @@ def test_loading_shows_no_bars_of_other_libraries(capsys, experiment, monkeypatc
     assert "sample aligned" in text
     assert "Loading" not in text
     assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_a_checkpoint_an_average_and_an_unfinished_run_are_evaluated(capsys, experiment):
+    """By their own weights: the newest checkpoint's are those that the run exports."""
+    path = experiment(ema_decay=0.5)
+    folder = train(load_config(path), progress=False)
+    few = ("prompts=a cat", "seeds_per_prompt=1", "num_inference_steps=1")
+    options = [part for key in few for part in ("--set", f"evaluate.{key}")]
+
+    def evaluated(*arguments):
+        assert call(capsys, "evaluate", path, *options, *arguments)[0] == 0
+        about = json.loads((folder / "evaluation" / "samples.json").read_text())
+        return about["fingerprints"]["aligned"], about["aligned"]["step"]
+
+    first = folder / "checkpoints" / "step-00000002"
+    final, average = evaluated(), evaluated("--average")
+    assert final[1] == average[1] == 4
+    assert evaluated("--weights", folder / "ema") == average
+    middle = evaluated("--weights", first)
+    assert middle[1] == 2
+    assert evaluated("--weights", first, "--average")[1] == 2
+    assert load_run(folder).stale == "step 2"
+    (folder / "final").rename(folder.parent / "away")  # as if the run had not come to its end
+    assert evaluated("--weights", folder) == final
+    assert len({final[0], average[0], middle[0]}) == 3
+    assert "by --weights" in complaint(capsys, "evaluate", path, *options)
+    text = complaint(capsys, "evaluate", path, *options, "--average", "--weights", folder / "ema")
+    assert "--average is for a run or a checkpoint" in text

@@ -315,4 +315,7 @@ def test_the_hub_s_copy_on_this_machine_comes_before_the_packaged_one(
 def test_every_gpu_is_faster_in_half_precision():
     for name, gpu in GPUS.items():
         assert find_gpu(name.upper()) is gpu
+    assert {8, 10, 12, 16, 24} <= {gpu.memory_gb for gpu in GPUS.values()}
+    for name, memory in (("RTX 4060", 8), ("rtx3060", 12), ("rtx-4080", 16)):
+        assert find_gpu(name).memory_gb == memory
         assert gpu.rate("bf16") > gpu.rate("fp32", convolutions=True) >= gpu.rate("fp32")
