@@ -79,7 +79,7 @@ def _side_gradients(ctx, target: Tensor, target_loser: Tensor, slopes: Any, give
     """The gradients of what was given: of one tensor of both sides, or of each side's."""
     if torch.is_grad_enabled():  # under create_graph
         ops.refuse_double_backward()
-    sides = alike(*split(given[0] if len(given) == 1 else given, ctx.layout))
+    sides = alike(*split(given[0] if len(given) == 1 else tuple(given), ctx.layout))
     if len(given) == 1:
         grads = (torch.empty_like(given[0]),)
         outputs = split(grads[0], ctx.layout)
