@@ -321,7 +321,13 @@ def component_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def configurations(folder: Path) -> list[Path]:
-    """Returns a component's files but its weights, by name."""
+    """Returns a component's files but its weights, by name.
+
+    Raises:
+        ModelError: The folder is missing.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"missing folder: {folder}")
     found = [f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")]
     return sorted(f for f in found if not f.name.endswith(".index.json"))
 

@@ -142,6 +142,8 @@ def load_models(
 
 def _nothing_in(folder: Path) -> str:
     """Says that a folder has no plain weights, and which variants it has."""
+    if not folder.is_dir():
+        return "is missing"
     names = {variant_of(f) for kind in WEIGHTS for f in folder.glob(kind)}
     variants = sorted(name for name in names if name)
     if not variants:

@@ -58,6 +58,10 @@ def test_a_variant_that_was_not_asked_for_is_named(own, part):
 def test_a_folder_without_weights_says_what_is_there(own):
     [file] = (own / "vae").glob("*.safetensors")
     file.unlink()
+    shutil.rmtree(own / "text_encoder_2")
+    with pytest.raises(ModelError, match=r"text_encoder_2 is missing"):
+        everything(own)
+    (own / "text_encoder_2").mkdir()
     with pytest.raises(ModelError, match=r"vae holds no weights \(found: config\.json\)"):
         everything(own)
 
