@@ -111,9 +111,9 @@ def log_parts(path, seconds=0.03):
     def change():
         original = CachePart.write
 
-        def write(self, *arguments):
+        def write(self, *arguments, **options):
             time.sleep(seconds)
-            original(self, *arguments)
+            original(self, *arguments, **options)
             with path.open("a") as file:
                 file.write(f"{os.environ['RANK']} {self.name}\n")
 
