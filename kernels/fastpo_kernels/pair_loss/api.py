@@ -225,8 +225,9 @@ def _odd_errors(policy: Tensor, target: Target, mask: Given | None, impl: Impl |
         )
     if mask is not None and (not isinstance(mask, Tensor) or len(mask) != len(policy)):
         raise ValueError(f"an odd number of rows needs a mask of as many, {len(policy)}")
-    ends = [t if t is None else torch.cat([t[-1:], t[-1:]]) for t in (policy, target, mask)]
-    last = pair_errors(ends[0], ends[1], mask=ends[2], impl=impl)[:1]
+    last, last_target = (torch.cat([t[-1:], t[-1:]]) for t in (policy, target))
+    last_mask = None if mask is None else torch.cat([mask[-1:], mask[-1:]])
+    last = pair_errors(last, last_target, mask=last_mask, impl=impl)[:1]
     if len(policy) == 1:
         return last
     most = None if mask is None else mask[:-1]
