@@ -36,9 +36,9 @@ def _check_wandb() -> None:
     if os.environ.get("WANDB_MODE", "").lower() in _WITHOUT_ACCOUNT:
         return
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
-        key = wandb.api.api_key  # pyright: ignore[reportAttributeAccessIssue]
+        key = wandb.api.api_key
     except Exception as error:
         raise ConfigError(f"train.trackers: wandb cannot be used ({one_line(error)})") from error
     if not key:
