@@ -321,10 +321,11 @@ def _load_processor(scorer: str, path: str, model: Any, weights: str) -> Any:
 
 def _misfit(processor: Any, config: Any) -> str | None:
     """Says in which numbers a processor differs from a CLIP's configuration; None: in none."""
-    parts = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
-    images, tokenizer = parts
-    if images is None or tokenizer is None:
+    from transformers import CLIPProcessor
+
+    if not isinstance(processor, CLIPProcessor):
         return f"it is a {type(processor).__name__}, not one of images and text"
+    images, tokenizer = processor.image_processor, processor.tokenizer
     if len(tokenizer) > config.text_config.vocab_size:
         known = config.text_config.vocab_size
         return f"its tokenizer has {len(tokenizer)} tokens, the model knows {known}"

@@ -81,16 +81,20 @@ class PairSource(ABC):
         """
         self.config = config
         self.report = SourceReport()
-        self.bad = BadRows(f"data.path {config.path}", config.max_bad)
+        self.bad = BadRows(self._where(), config.max_bad)
         self._long_prompts_told = False
         self._scan()
         if self.report.pairs == 0:
             reasons = f"; {told(self.bad.kept, self.bad.count)}" if self.bad.count else ""
             raise DataError(
-                f"data.path {config.path} (source {config.source}, split {config.split}) holds no "
-                f"labeled pair: {self.report}{reasons}"
+                f"{self._where()} (source {config.source}, split {config.split}) holds no labeled "
+                f"pair: {self.report}{reasons}"
             )
         self.bad.check(self.report.rows)
+
+    def _where(self) -> str:
+        """What the rows stand in, for messages."""
+        return f"data.path {self.config.path}"
 
     def __len__(self) -> int:
         """Returns the number of pairs that iterating yields."""

@@ -43,6 +43,9 @@ class FolderSource(PairSource):
     Images lie in the folder unless `data.allow_outside` says that they need not.
     """
 
+    def _where(self) -> str:
+        return str(Path(self.config.path).expanduser() / "pairs.jsonl")
+
     def _scan(self) -> None:
         folder = Path(self.config.path).expanduser()
         self._file = folder / "pairs.jsonl"
