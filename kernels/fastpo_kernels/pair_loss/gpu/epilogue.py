@@ -170,14 +170,15 @@ def _mean(values, statistics_ptr, sums_ptr, n_pairs, N_SUMS: tl.constexpr):
 
 
 @triton.jit
-def _safeguard(e_w, dot, mu):
+def _safeguard(e_w, dot, share):
     """`lambda = clamp((1 - mu) |gA|**2 / (gA . gB), 0, 1)` where the products agree, else 1.
 
-    `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products. Of two
-    infinite sums there is no ratio, and lambda is 1.
+    `e_w` is the batch's sum of the winners' errors, `dot` that of the residuals' products, `share`
+    is `1 - mu`, whose digits float32 would lose. Of two infinite sums there is no ratio, and lambda
+    is 1.
     """
     agree = dot > 0.0
-    ratio = tl.div_rn((1.0 - mu) * e_w, tl.where(agree, dot, 1.0))
+    ratio = tl.div_rn(share * e_w, tl.where(agree, dot, 1.0))
     agree = agree & (ratio == ratio)
     return tl.where(agree, at_most(at_least(ratio, 0.0), 1.0), 1.0)
 
@@ -202,7 +203,7 @@ def finish(
     weight_intercept,
     shift_scale,
     margin_beta,
-    mu,
+    share,
     sft_weight,
     OBJECTIVE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -258,7 +259,7 @@ def finish(
         power = tl.sum(e_w)
         if sums_ptr is not None:
             power, dot = tl.load(sums_ptr + N_SUMS - 3), tl.load(sums_ptr + N_SUMS - 2)
-        factor = _safeguard(power, dot, mu)
+        factor = _safeguard(power, dot, share)
         slope_l *= factor
     if SFT:
         loss += sft_weight * e_w

@@ -118,10 +118,10 @@ def ticket(device: torch.device, *, fresh: bool) -> Tensor:
 def _numbers(spec: LossSpec) -> tuple[float, ...]:
     """The kernels' numbers, in their order: floats, since a launch is kept for their types."""
     a, b, c = (*spec.options, 0.0, 0.0, 0.0)[:3]
-    mu = 0.0 if spec.safeguard is None else float(spec.safeguard)
+    share = 0.0 if spec.safeguard is None else 1.0 - float(spec.safeguard)
     adaptive = spec.adaptive
     if adaptive is None:
-        return a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, mu, float(spec.sft_weight)
+        return a, b, c, 0.0, 0.0, 0.0, 0.0, 0.0, share, float(spec.sft_weight)
     return (
         a,
         b,
@@ -131,7 +131,7 @@ def _numbers(spec: LossSpec) -> tuple[float, ...]:
         float(adaptive.weight_intercept),
         float(adaptive.shift_scale),
         float(adaptive.beta),
-        mu,
+        share,
         float(spec.sft_weight),
     )
 
