@@ -72,7 +72,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mapo": Objective(_alone(fl.mapo), "mapo", (0.1, 0.5, 1000.0), 1),
     "sft": Objective(_alone(fl.sft), "sft", (), 1),
     "ipo": Objective(_referenced(fl.ipo, tau=5.0), "ipo", (5.0,)),
-    "kto": Objective(_referenced(fl.kto, beta=2500.0), "kto", _BETA),
+    "kto": Objective(_referenced(fl.kto, beta=2500.0), "kto", (2500.0, 1.0, 1.0)),
     "hinge": Objective(_referenced(fl.hinge, beta=2500.0), "hinge", _BETA),
     "robust_dpo": Objective(
         _referenced(fl.robust_dpo, beta=2500.0, label_smoothing=SMOOTH),
