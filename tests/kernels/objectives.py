@@ -19,7 +19,7 @@ CASES = {
     "dmpo": lambda x, **k: fl.dmpo(x.policy, x.reference, x.target, beta=20, **k),
     "linear_dpo": lambda x, **k: fl.linear_dpo(x.policy, x.reference, x.target, beta=20, **k),
     "sdpo": lambda x, **k: fl.sdpo(x.policy, x.reference, x.target, beta=20, mu=0.9, **k),
-    "sft": lambda x, **k: fl.sft(x.policy, x.target, **k),
+    "sft": lambda x, **k: fl.sft(x.policy, x.target, rows="pairs", **k),
     "mapo": lambda x, **k: fl.mapo(x.policy, x.target, **k),
     "adaptive_dpo": lambda x, **k: fl.adaptive_dpo(
         x.policy, x.reference, x.target, beta=20, margin_scale=20, **k
