@@ -147,7 +147,8 @@ class Heartbeat:
                 return
             if left is not None:
                 return
-            self._wake.wait(self._interval)
+            # Soon, until all have come: one that ends before it was seen could not be named.
+            self._wake.wait(self._interval if complete else self._interval / 20)
 
     def _take(self, texts: list[bytes]) -> None:
         beats = [Beat.unpack(text) for text in texts]
