@@ -155,6 +155,15 @@ class PairSource(ABC):
         self.report.bad += 1
         self.bad.add(place, reason)
 
+    def _no_pair(self, place: str, reason: str, *, tie: bool) -> None:
+        """Counts a row that is no pair: a bad one where there is a reason, a tie, or unlabeled."""
+        if reason:
+            self._bad_row(place, reason)
+            return
+        self.report.rows += 1
+        self.report.ties += tie
+        self.report.unlabeled += not tie
+
     def _full(self) -> bool:
         """Tells whether the limit is reached."""
         return self.config.limit is not None and self.report.pairs >= self.config.limit

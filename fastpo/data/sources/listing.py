@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, digest_file, printable
-from fastpo.data.sources.columns import TIE, UNLABELED, is_number, is_text, plain_type
+from fastpo.data.sources.columns import TIE, is_number, is_text, plain_type
 from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.data.sources.folder import OTHERS, json_lines
 from fastpo.data.sources.rows import NoPair, Row, find_columns, read_row
@@ -72,12 +72,7 @@ class ListingSource(PairSource):
 
     def _take(self, place: str, row: Row | NoPair, kept: list[Row]) -> None:
         if isinstance(row, NoPair):
-            if row.reason:
-                self._bad_row(place, row.reason)
-            else:
-                self.report.rows += 1
-                self.report.ties += row.kind == TIE
-                self.report.unlabeled += row.kind == UNLABELED
+            self._no_pair(place, row.reason, tie=row.kind == TIE)
             return
         for name in (row.winner, row.loser):
             complaint = self._images.complaint(name)

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from fastpo.config import DataConfig
 from fastpo.data.sources.base import PairSource, printable, shown
-from fastpo.data.sources.columns import BAD, TIE, UNLABELED
+from fastpo.data.sources.columns import BAD, TIE
 from fastpo.data.sources.files import MOST_IMAGE_BYTES
 from fastpo.data.sources.folder import MOST_LINE
 from fastpo.data.sources.rows import FILE_NAME, NoPair, Row, find_columns, read_row
@@ -61,7 +61,8 @@ class TarSource(PairSource):
             for key, values, members in _samples(file):
                 row = _row(key, values, members)
                 if isinstance(row, NoPair):
-                    self._take(f"{file.name}: {printable(key)}", row)
+                    place = f"{file.name}: {printable(key)}"
+                    self._no_pair(place, row.reason, tie=row.kind == TIE)
                 else:
                     names.append(row.name)
                     prompts.append(row.prompt)
@@ -74,14 +75,6 @@ class TarSource(PairSource):
                 break
         self._names, self._prompts = (pa.array(x, pa.large_string()) for x in (names, prompts))
         self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
-
-    def _take(self, place: str, row: NoPair) -> None:
-        if row.reason:
-            self._bad_row(place, row.reason)
-        else:
-            self.report.rows += 1
-            self.report.ties += row.kind == TIE
-            self.report.unlabeled += row.kind == UNLABELED
 
     def _captions(self) -> Iterator[str]:
         for start in range(0, len(self._prompts), 8192):
