@@ -107,7 +107,8 @@ class LossTensors:
         policy: predictions, one row a sample.
         target: one row a pair or a sample.
         sources: reference and annotators, as many as there are.
-        vectors: one number a pair each, by the call's names for them.
+        vectors: options that are tensors, by the call's names for them: one number a pair each, one
+            an image for `labels`, and the `mask`.
     """
 
     policy: Tensor
@@ -128,9 +129,12 @@ class LossCall:
         streams: how many predictions besides the policy's there are: reference, then annotators.
         ready: whether the reference's are not read, but its errors known.
         separate: whether the sides of a pair have targets of their own.
-        vectors: names of options that hold one number a pair.
+        vectors: names of options that hold one number a pair, or an image for `labels`.
         options: others.
         heavy: whether it keeps most in registers of all that are like it.
+        sides: how winners and losers lie: `halves`, `interleaved`, or as `tuples` of two tensors.
+        mask: `pair` for weights of places, which sides and channels share, `sample` for weights of
+            every element; or none.
     """
 
     variant: str
@@ -143,6 +147,8 @@ class LossCall:
     vectors: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     heavy: bool = False
+    sides: str = "halves"
+    mask: str = ""
 
     def empty(self, batch: Batch) -> LossTensors:
         """Tensors that hold nothing, of a batch like the call's own."""
@@ -151,15 +157,30 @@ class LossCall:
             sources = [torch.empty(2 * batch.pairs)]
         contiguous = Batch(batch.pairs, batch.dims, batch.dtype)
         target = contiguous.rows() if self.separate else contiguous.shared()
-        vectors = {name: torch.empty(batch.pairs) for name in self.vectors}
+        lengths = {name: batch.pairs * (1 + (name == "labels")) for name in self.vectors}
+        vectors = {name: torch.empty(length) for name, length in lengths.items()}
+        if self.mask:
+            own = self.mask == "sample"
+            dims = batch.dims if own else (1, *batch.dims[1:])
+            vectors["mask"] = torch.empty(batch.pairs * (1 + own), *dims)
         return LossTensors(batch.rows(), target, sources, vectors)
+
+    def _laid(self, t: Tensor) -> Any:
+        """A tensor of both sides' rows, winners first, as the call hands it over."""
+        if self.sides == "halves":
+            return t
+        sides = t.chunk(2)
+        return sides if self.sides == "tuples" else torch.stack(sides, 1).flatten(0, 1)
 
     def __call__(self, x: LossTensors, impl: str) -> Any:
         """The objective's result."""
         options = {**self.options, **x.vectors}
         if x.sources[1:]:
-            options["annotators"] = x.sources[1:]
-        return self.objective(x.policy, *x.sources[:1], x.target, impl=impl, **options)
+            options["annotators"] = [self._laid(s) for s in x.sources[1:]]
+        if self.sides == "interleaved":
+            options["layout"] = self.sides
+        given = [self._laid(t) for t in (x.policy, *x.sources[:1])]
+        return self.objective(*given, x.target, impl=impl, **options)
 
     def gradient(self, x: LossTensors, impl: str = "triton") -> tuple[Any, Tensor]:
         """The result, and the gradient of its sum, by the policy."""
@@ -172,9 +193,10 @@ class LossCall:
         """The call on tensors that hold nothing, unless others are given."""
         x = self.empty(self.batch) if x is None else x
         size, read = x.policy.itemsize, x.target.itemsize * len(x.target) // self.batch.pairs
-        full = sum(s.ndim > 1 for s in x.sources)
+        read += 8 if self.mask else 0
+        full = 0 if "labels" in x.vectors else sum(s.ndim > 1 for s in x.sources)
         forward, backward = 2 * size * (1 + full) + read, 4 * size + read
-        strided = self.batch.layout != "contiguous"
+        strided = self.batch.layout != "contiguous" or self.mask == "pair"
         return Case(
             self.variant, self.dtype, lambda: self.gradient(x), forward, backward, self.heavy,
             strided,
@@ -222,6 +244,7 @@ def calls() -> Iterator[LossCall | NoiseCall]:
     """All of them."""
     yield from _objectives()
     yield from _launches()
+    yield from _options()
     yield from _many_pairs()
     yield from _layouts()
     for dtype, drawn in itertools.product(DTYPES, (False, True)):
@@ -267,6 +290,23 @@ def _launches() -> Iterator[LossCall]:
             f"two annotators, all processes, {where}", dtype, adaptive, batch, 3,
             options={"reduce": lambda sums: sums},
         )  # fmt: skip
+
+
+def _options() -> Iterator[LossCall]:
+    """Options one by one, and pairs that lie not as halves: tuples run the interleaved's code."""
+    dpo, batch = OBJECTIVES["dpo"], Batch(16, SDXL, torch.bfloat16)
+    for name, options in {
+        "loss of every pair": {"reduction": "none"},
+        "safeguard": {"safeguard": 0.9},
+        "winner's error added": {"sft_weight": 0.1},
+    }.items():
+        yield LossCall(name, "bf16", dpo, batch, 1, options=options)
+    for sides in ("interleaved", "tuples"):
+        yield LossCall(f"dpo, {sides}", "bf16", dpo, batch, 1, sides=sides)
+    for mask in ("pair", "sample"):
+        yield LossCall(f"dpo, mask of a {mask}", "bf16", dpo, batch, 1, mask=mask)
+    kto = OBJECTIVES["kto"]
+    yield LossCall("kto, labels", "bf16", kto, batch, 1, separate=True, vectors=("labels",))
 
 
 def _many_pairs() -> Iterator[LossCall]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,18 @@ class _Programs(Machine):
 
 
 class _Counting(Machine):
-    """Executes once, in step; notes code and programs likewise."""
+    """Executes once, in step; notes code, programs and the counts of a kernel's first launch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noted = _Programs()
+        self.first: dict[str, Counts] = {}
 
     def launch(self, text, grid, *given) -> None:
         self.noted.launch(text, grid)
         super().launch(text, grid, *given)
+        name = parse(text).name
+        self.first.setdefault(name, deepcopy(self.counts[name]))
 
 
 def _small_launches(
@@ -100,7 +104,7 @@ def _small_launches(
     small_run(call, size, full)
     if machine.noted.texts != texts:
         raise AssertionError(f"{call.variant}, {call.dtype}: other code than in the full size")
-    return {name: (machine.noted.programs[name], machine.counts[name]) for name in texts}
+    return {name: (machine.noted.programs[name], machine.first[name]) for name in texts}
 
 
 def _parts(one: tuple[int, Counts], two: tuple[int, Counts]) -> tuple[Any, Any]:

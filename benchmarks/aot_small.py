@@ -24,6 +24,7 @@ from torch import Tensor
 from fastpo_kernels._shared.launch_cache import CachedLaunch
 from fastpo_kernels._shared.layout import joint_layout
 from fastpo_kernels.pair_loss.gpu import launch
+from fastpo_kernels.pair_loss.sides import weights_of
 
 WIDTH = 16  # of small samples: what divides the full sizes' divides theirs
 
@@ -47,7 +48,10 @@ def full_shape(call: LossCall) -> FullShape:
     """By the launch table."""
     x = call.empty(call.batch)
     full = [x.policy, *(s for s in x.sources if s.ndim > 1)]
-    sizes, _ = joint_layout([*full, x.target])
+    if "labels" in x.vectors:
+        full = full[:1]  # reference and policy have launches of their own
+    masks = [weights_of(x.vectors["mask"], x.policy, "halves")] if call.mask else []
+    sizes, _ = joint_layout([*full, *masks, x.target])
     elements = math.prod(sizes)
     config = launch.forward_config(call.batch.pairs, elements, len(full), len(sizes))
     return FullShape(call.batch.pairs, elements, config)

@@ -148,7 +148,7 @@ def rounding_scales(
         policy = errors[0].sqrt()[:, None].requires_grad_()
         y = PairInputs(policy, errors[1], target, list(errors[2:]))
         out = call(y, impl="reference", **options)
-        slope = torch.autograd.grad(out.loss, policy)[0]
+        slope = torch.autograd.grad(out.loss.sum(), policy)[0]
         found = {name: t.detach() for name, t in out._asdict().items() if t is not None}
         return found | {"slope": slope[:, 0] / (2 * policy.detach()[:, 0]).clamp_min(1e-9)}
 

@@ -41,7 +41,10 @@ class Loss:
 
     def __call__(self, x, impl="reference"):
         sources = [x.reference, *x.annotators] if self.has_reference else []
-        return self.call(LossTensors(x.policy, x.target, sources, self.vectors), impl)
+        # Rounding is followed from the errors on: predictions of one element, which have no mask.
+        whole = x.policy.ndim > 2
+        vectors = {k: v for k, v in self.vectors.items() if whole or k != "mask"}
+        return self.call(LossTensors(x.policy, x.target, sources, vectors), impl)
 
 
 def run(loss, x, impl):
