@@ -64,7 +64,11 @@ def _sections(schema: dict[str, Any], field: dict[str, Any]) -> list[dict[str, A
     """The sections that a key may hold."""
     if "$ref" in field:
         return [schema["$defs"][field["$ref"].rsplit("/", 1)[1]]]
-    parts = [*field.get("oneOf", []), *field.get("anyOf", [])]
+    parts = [
+        *field.get("oneOf", []),
+        *field.get("anyOf", []),
+        *([field["items"]] if "items" in field else []),
+    ]
     return [section for part in parts for section in _sections(schema, part)]
 
 

@@ -1,5 +1,6 @@
 """Typed configuration: one frozen model per stage, read from YAML, changed by `--set a.b=c`."""
 
+from fastpo.config.data import DataConfig, SourceConfig
 from fastpo.config.fields import Precision, Section, decides
 from fastpo.config.inputs import input_paths
 from fastpo.config.keys import as_text, decided_values, decides_result
@@ -7,7 +8,6 @@ from fastpo.config.load import Config, dump_config, flatten, load_config, parse_
 from fastpo.config.objectives import OBJECTIVES, AdaptiveOptions, Objective, ObjectiveConfig
 from fastpo.config.sections import (
     AnnotatorsConfig,
-    DataConfig,
     EmaAnnotators,
     EvaluateConfig,
     LedgerAnnotators,
@@ -36,6 +36,7 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "Section",
+    "SourceConfig",
     "TimestepsConfig",
     "TrainConfig",
     "as_text",

@@ -13,7 +13,7 @@ def input_paths(config: Config) -> list[Path]:
         config.model.path,
         config.model.config,
         config.model.vae,
-        config.data.path,
+        *(one.path for one in config.data.each()),
         config.train.deepspeed,
         config.prepare.reuse,
         config.evaluate.prompts_file,

@@ -21,6 +21,7 @@ def decides_result(key: str, result: Result) -> bool:
     (the configuration was saved by another one), by the section that it lies in.
     """
     statements = _statements()
+    key = ".".join(part for part in key.split(".") if not part.isdecimal())  # one of a list
     if key in statements:
         return result in statements[key]
     section = key

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
+from fastpo.config.data import DataConfig
 from fastpo.config.fields import Section, Seed, decides, with_words
 from fastpo.config.messages import explain
-from fastpo.config.sections import DataConfig, EvaluateConfig, ModelConfig, PrepareConfig
+from fastpo.config.sections import EvaluateConfig, ModelConfig, PrepareConfig
 from fastpo.config.train import TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.system.json_text import read_bounded
@@ -94,7 +95,8 @@ def with_keys(
 ) -> dict[str, Any]:
     """Returns nested mappings with some keys set, given by their full names; `raw` is not changed.
 
-    Sections that do not exist are made. To lay nested mappings over `raw`, `flatten` them first.
+    Sections that do not exist are made; in a list of sections a number names one, from 0. To lay
+    nested mappings over `raw`, `flatten` them first.
 
     Raises:
         ConfigError: A key lies in what is a value, not a section; the text begins with `where`.
@@ -102,20 +104,36 @@ def with_keys(
     result = dict(raw)
     for key, value in values.items():
         *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            section = node.get(parent)
-            if section is not None and not isinstance(section, Mapping):
+        node: Any = result
+        for parent, inner in zip(parents, [*parents[1:], leaf], strict=True):
+            place = _place(node, parent, key, where)
+            section = node[place] if isinstance(node, list) else node.get(place)
+            of_list = isinstance(section, list) and inner.isdecimal()
+            if section is not None and not isinstance(section, Mapping) and not of_list:
                 raise ConfigError(f"{where}: {parent!r} is a value, not a section")
-            node[parent] = node = dict(section or {})
-        node[leaf] = value
+            node[place] = node = list(section) if of_list else dict(section or {})
+        node[_place(node, leaf, key, where)] = value
     return result
 
 
+def _place(node: Any, name: str, key: str, where: str) -> Any:
+    """What a part of a key's name is in a mapping, or in a list."""
+    if not isinstance(node, list):
+        return name
+    if not name.isdecimal() or int(name) >= len(node):
+        raise ConfigError(f"{where}: {key}: the list has {len(node)}, numbered from 0")
+    return int(name)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, by full key: `{"train.optim.lr": 1e-5, ...}`."""
+    """Returns nested mappings as one, by full key: `{"train.optim.lr": 1e-5, ...}`.
+
+    Of a list of mappings each has its number: `data.sources.0.path`.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

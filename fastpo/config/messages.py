@@ -120,6 +120,8 @@ def _child(node: Any, part: str | int) -> Any:
     """The section, or the sections by tag, that a key holds; None for a plain value."""
     if not (isinstance(node, type) and issubclass(node, Section)):
         return None
+    if isinstance(part, int):  # one of a list of sections
+        return node
     field = node.model_fields.get(str(part))
     if field is None:
         return None

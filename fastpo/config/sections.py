@@ -1,4 +1,4 @@
-"""The sections of the experiment but training: model, data, preparation, evaluation; and parts."""
+"""The sections of model, preparation and evaluation, and parts of the training's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fastpo.config.fields import (
-    Chance,
     Count,
     Decay,
     Fraction,
@@ -17,7 +16,6 @@ from fastpo.config.fields import (
     PositiveInt,
     Precision,
     Section,
-    Share,
     UserPath,
     Whole,
     decides,
@@ -26,7 +24,6 @@ from fastpo.config.fields import (
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
-Verify = Literal["always", "first", "never"]
 ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -45,33 +42,6 @@ class ModelConfig(Section):
     """Which weight files to read, e.g. fp16 for `*.fp16.safetensors`."""
     vae: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
     """Another VAE folder, `.safetensors` file or hub id, e.g. an fp16-safe one."""
-
-
-class DataConfig(Section):
-    """The preference data and its labels."""
-
-    source: Annotated[
-        Literal["pickapic", "hpdv2", "pickstyle", "picksafety", "folder"], decides("cache", "run")
-    ]
-    """The format of the data; `folder` is your own: a listing and images, or tar files."""
-    path: Annotated[Name, decides("cache", "run")]
-    """Local folder or hub id."""
-    split: Annotated[Name, decides("cache", "run")] = "train"
-    """The split of a data set that has several."""
-    limit: Annotated[PositiveInt | None, decides("cache", "run")] = None
-    """Only so many pairs are read, from the start."""
-    flip_rate: Annotated[Chance, decides("reference", "run")] = 0.0
-    """Share of the labels that are exchanged on purpose, to study noisy labels."""
-    flip_seed: Annotated[Count, decides("reference", "run")] = 0
-    """Decides which labels these are."""
-    allow_outside: Annotated[bool, decides("nothing")] = False
-    """Whether a listing may name images outside of data.path, by its text or by links."""
-    max_bad: Annotated[Share | None, decides("nothing")] = None
-    """Share of the rows that may be bad (no caption or label, no or a broken image) before
-    `fastpo prepare` stops, such as 0.01 or 1%. Default: 1%, of few rows up to 16 or half."""
-    verify: Annotated[Verify, decides("nothing")] = "first"
-    """When prepared files are checked: all at the start, a row when it is first read, or sizes
-    alone."""
 
 
 class PrepareConfig(Section):

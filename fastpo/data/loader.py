@@ -27,8 +27,11 @@ from fastpo.types import PairBatch
 class PairReader(Protocol):
     """What the loader reads from; `fastpo.data.cache.PairCache` is one."""
 
-    def read(self, indices: Sequence[int], visit: int) -> PairBatch:
-        """Returns the pairs as a batch; may be called by several threads at once."""
+    def read(self, indices: Sequence[int], visit: int | Sequence[int]) -> PairBatch:
+        """Returns the pairs as a batch; may be called by several threads at once.
+
+        `visit` is how often they were drawn before: one number for all of them, or one each.
+        """
         ...
 
 
@@ -54,7 +57,8 @@ def make_loader(
 ) -> PairLoader:
     """Returns this process's batches of optimizer steps `start_step` to `total_steps` - 1.
 
-    Each step gives `accumulation_steps` batches; a batch's `visit` is its epoch.
+    Each step gives `accumulation_steps` batches; a batch's `visit` says how often its
+    pairs were drawn before.
 
     Args:
         cache: Where the pairs are read from.
@@ -159,12 +163,12 @@ class PairLoader:
     def _done(self) -> int:
         return self._given * self._numbers.step
 
-    def _drawn(self, numbers: range) -> Iterator[tuple[int, list[int]]]:
-        return map(self._sampler.micro_batch, numbers)
+    def _drawn(self, numbers: range) -> Iterator[tuple[int | list[int], list[int]]]:
+        return map(self._sampler.draw, numbers)
 
-    def _read(self, drawn: tuple[int, list[int]]) -> PairBatch:
-        epoch, indices = drawn
-        batch = self._cache.read(indices, visit=epoch)
+    def _read(self, drawn: tuple[int | list[int], list[int]]) -> PairBatch:
+        visits, indices = drawn
+        batch = self._cache.read(indices, visit=visits)
         return _pinned(batch) if self._pin else batch
 
 

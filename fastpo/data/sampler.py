@@ -49,7 +49,7 @@ class PairSampler:
         self._bucket = self._bucket.astype(np.uint16 if len(counts) <= 2**16 else np.uint32)
         self._size = micro_batch_size
         self._seed = seed
-        self._starts, self._ends = _cut(counts, micro_batch_size)
+        self._starts, self._ends = cut_batches(counts, micro_batch_size)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
@@ -73,17 +73,38 @@ class PairSampler:
         b = batches[k]
         return epoch, pairs[self._starts[b] : self._ends[b]].tolist()
 
+    def draw(self, n: int) -> tuple[int | list[int], list[int]]:
+        """Returns how often the pairs of the n-th micro-batch were visited before, and the pairs.
+
+        The former is one number for all of them, or one each.
+        """
+        return self.micro_batch(n)
+
+    def needed(self, micro_batches: int) -> list[np.ndarray]:
+        """Returns, visit by visit, the pairs that the first micro-batches of the stream draw.
+
+        Args:
+            micro_batches: How many; the last epoch may be partial.
+        """
+        visits, rest = divmod(micro_batches, self.micro_batches_per_epoch)
+        needed = [np.arange(len(self._bucket))] * visits
+        if rest:
+            first = visits * self.micro_batches_per_epoch
+            drawn = (self.micro_batch(first + k)[1] for k in range(rest))
+            needed.append(np.sort(np.concatenate([np.asarray(pairs) for pairs in drawn])))
+        return needed
+
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the pairs, permuted and grouped by bucket, and the order of the batches.
 
         Raw Philox output is the same in every version of numpy.
         """
         raw = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)).random_raw
-        pairs = _shuffled(raw(len(self._bucket)), self._bucket)
-        return pairs, _shuffled(raw(self.micro_batches_per_epoch))
+        pairs = shuffled(raw(len(self._bucket)), self._bucket)
+        return pairs, shuffled(raw(self.micro_batches_per_epoch))
 
 
-def _shuffled(raw: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+def shuffled(raw: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
     """Returns `0..N-1` in the order of random 64-bit numbers, group by group.
 
     Group, upper bits of the number, and position share one word, so one sort of plain integers does
@@ -103,7 +124,7 @@ def _shuffled(raw: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
     return raw.astype(np.int32 if len(raw) < 2**31 else np.int64)
 
 
-def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_batches(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns where each micro-batch begins and ends if the buckets stand one after another."""
     starts, ends, offset = [], [], 0
     for count in counts.tolist():

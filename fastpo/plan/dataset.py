@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from fastpo.config import Config
+from fastpo.config import Config, SourceConfig
 from fastpo.data.cache.manifest import load_manifest
-from fastpo.data.sources.bad_rows import passed_over
-from fastpo.data.sources.folder import listed
+from fastpo.data.mixing import visits_per_epoch
+from fastpo.data.sources import open_local
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.measure import Shapes
 from fastpo.plan.schema import CacheSize
@@ -30,53 +30,89 @@ class DataSize:
         pairs: Usable pairs, if known.
         prompts: Distinct prompts, if known; at most `pairs`.
         source: Where the numbers come from.
+        repeats: How often an epoch visits a pair, on average.
     """
 
     pairs: int | None
     prompts: int | None
     source: str
+    repeats: float = 1.0
 
 
 def find_size(config: Config, pairs: int | None) -> DataSize:
-    """Looks in the prepared cache, in a plain folder, then among public data sets.
+    """Looks in the prepared cache, in data on this disk, then among public data sets.
 
     Args:
         config: The experiment.
         pairs: The user's number, which comes first.
+
+    Raises:
+        DataError: Data on this disk cannot be read.
     """
-    size = _known_size(config)
-    if pairs is not None:
-        prompts = pairs if size.prompts is None else min(size.prompts, pairs)
-        return DataSize(pairs, prompts, "--pairs")
-    if size.pairs is None:
+    size = _prepared_size(config) or _joined(config, [_size_of(one) for one in config.data.each()])
+    if pairs is None:
         return size
-    kept = min(size.pairs, config.data.limit or size.pairs)
-    return DataSize(kept, min(size.prompts or kept, kept), size.source)
+    prompts = pairs if size.prompts is None else min(size.prompts, pairs)
+    return DataSize(pairs, prompts, "--pairs", size.repeats)
 
 
-def _known_size(config: Config) -> DataSize:
+def _prepared_size(config: Config) -> DataSize | None:
     manifest = load_manifest(config.prepare.cache_dir)
-    if manifest is not None and manifest.complete:
-        source = f"the cache {config.prepare.cache_dir}"
-        prompts = max((span.stop for span in manifest.texts), default=0)
-        return DataSize(manifest.pairs, prompts, source)
-    listing = Path(config.data.path).expanduser() / "pairs.jsonl"
-    if config.data.source == "folder" and listing.is_file():
-        prompts = [entry["prompt"] for _, _, entry in listed(listing, bad=passed_over)]
-        return DataSize(len(prompts), len(set(prompts)), str(listing))
-    if config.data.split == "train" and config.data.path in PUBLISHED:
-        return DataSize(*PUBLISHED[config.data.path], source=f"{config.data.path}, as published")
-    limit = config.data.limit
-    return DataSize(limit, limit, "data.limit" if limit else "not known; give --pairs")
+    if manifest is None or not manifest.complete:
+        return None
+    where = f"the cache {config.prepare.cache_dir}"
+    prompts = max((span.stop for span in manifest.texts), default=0)
+    pairs = min(manifest.pairs, config.data.limit or manifest.pairs)
+    each = [one.pairs for one in manifest.sources]
+    repeats = 1.0
+    if len(each) == len(config.data.sources) > 0:
+        repeats = _repeats(config, each)
+    return DataSize(pairs, min(prompts, pairs), where, repeats)
 
 
-def count_visits(config: Config, pairs: int | None, processes: int) -> int | None:
+def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
+    """The data sets together; one of unknown size leaves the whole unknown."""
+    if len(sizes) == 1:
+        return replace(sizes[0], repeats=_repeats(config, [sizes[0].pairs or 0]))
+    known = [size.pairs for size in sizes if size.pairs is not None]
+    if len(known) < len(sizes):
+        unknown = next(size for size in sizes if size.pairs is None)
+        return DataSize(None, None, unknown.source)
+    prompts = [size.pairs if size.prompts is None else size.prompts for size in sizes]
+    where = ", ".join(size.source for size in sizes)
+    return DataSize(sum(known), sum(prompts), where, _repeats(config, known))
+
+
+def _repeats(config: Config, pairs: Sequence[int]) -> float:
+    """Visits of an epoch for each pair of the data."""
+    sources = config.data.sources
+    if not sources or not sum(pairs):
+        return 1.0
+    visits = visits_per_epoch(sources, pairs)
+    return sum(v * n for v, n in zip(visits, pairs, strict=True)) / sum(pairs)
+
+
+def _size_of(one: SourceConfig) -> DataSize:
+    """Counts one data set: its labels are scanned, and its prompts read, if it is on this disk."""
+    source = open_local(one)
+    if source is not None:
+        return DataSize(len(source), len(source.prompt_table().prompts) - 1, one.path)
+    pairs, prompts, where = one.limit, one.limit, "data.limit"
+    if one.split == "train" and one.path in PUBLISHED:
+        published, prompts = PUBLISHED[one.path]
+        pairs, where = min(published, one.limit or published), f"{one.path}, as published"
+    if pairs is None:
+        return DataSize(None, None, f"{one.path} is not on this disk; give --pairs")
+    return DataSize(pairs, min(prompts or pairs, pairs), where)
+
+
+def count_visits(config: Config, size: DataSize, processes: int) -> int | None:
     """Pairs drawn in the whole run, repeats included."""
     train = config.train
     if train.max_steps is not None:
         return train.max_steps * processes * train.accumulation_steps * train.micro_batch_size
     assert train.epochs is not None
-    return None if pairs is None else round(train.epochs * pairs)
+    return None if size.pairs is None else round(train.epochs * size.pairs * size.repeats)
 
 
 def cache_size(

@@ -125,7 +125,7 @@ def make_plan(
     shapes = _shapes(config, architecture)
     measured = measure(architecture, config, shapes, status)
     size = find_size(config, pairs)
-    visits = count_visits(config, size.pairs, world_size)
+    visits = count_visits(config, size, world_size)
     elements = _latent_elements(architecture, shapes)
     own = own_recipe(config.train, elements, whole=sharding.stage < 3)
     costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]

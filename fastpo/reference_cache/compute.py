@@ -22,9 +22,9 @@ from torch import nn
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
+from fastpo.data.mixing import make_sampler
 from fastpo.data.prepare.encode import enough_memory
 from fastpo.data.prepare.work import share_work
-from fastpo.data.sampler import PairSampler
 from fastpo.errors import ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import setup_denoisers
@@ -32,7 +32,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, dropped_conditions, setup_noise
 from fastpo.precision import autocast
 from fastpo.reference_cache.fingerprint import reference_identity
-from fastpo.reference_cache.open import needed_pairs, run_steps
+from fastpo.reference_cache.open import run_steps
 from fastpo.reference_cache.store import (
     REFERENCE,
     ReferenceErrors,
@@ -97,10 +97,10 @@ def prepare_reference(
     noise = setup_noise(config, model, device)
     needed = [np.arange(len(cache))] * (visits or 0)
     if visits is None:
-        sampler = PairSampler(cache.bucket, config.train.micro_batch_size, config.seed)
+        sampler = make_sampler(cache, config)
         micro_batches = (processes or process.world_size) * config.train.accumulation_steps
         steps = run_steps(config, sampler, micro_batches)
-        needed = needed_pairs(sampler, len(cache), steps * micro_batches)
+        needed = sampler.needed(steps * micro_batches)
     root = reference_root(config.prepare.cache_dir)
     claim(root, REFERENCE)  # the denoiser's digest is noted there
     identity = reference_identity(config, model, cache, noise)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
@@ -13,23 +11,6 @@ from fastpo.noise import PairNoise
 from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.store import ReferenceErrors, open_reference_errors
 from fastpo.system.words import counted
-
-
-def needed_pairs(sampler: PairSampler, num_pairs: int, micro_batches: int) -> list[np.ndarray]:
-    """Returns, visit by visit, the positions of the pairs that a run draws.
-
-    Args:
-        sampler: The run's stream.
-        num_pairs: Pairs of the cache of latents.
-        micro_batches: How many the run takes of the stream; the last epoch may be partial.
-    """
-    per_epoch = sampler.micro_batches_per_epoch
-    visits, rest = divmod(micro_batches, per_epoch)
-    needed = [np.arange(num_pairs)] * visits
-    if rest:
-        drawn = (sampler.micro_batch(visits * per_epoch + k)[1] for k in range(rest))
-        needed.append(np.sort(np.concatenate([np.asarray(pairs) for pairs in drawn])))
-    return needed
 
 
 def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
@@ -70,7 +51,7 @@ def open_for_run(
         return None
     micro_batches = processes * config.train.accumulation_steps
     steps = run_steps(config, sampler, micro_batches)
-    needed = needed_pairs(sampler, len(cache), steps * micro_batches)
+    needed = sampler.needed(steps * micro_batches)
     whole = f"fastpo prepare CONFIG --reference {len(needed)}"
     errors = open_reference_errors(
         config.prepare.cache_dir,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import PairLoader, make_loader
+from fastpo.data.mixing import make_sampler
 from fastpo.data.sampler import PairSampler, count_steps
 from fastpo.models.folder import ModelFolder
 from fastpo.train.distributed import Processes
@@ -61,7 +62,7 @@ def setup_data(config: Config, model: ModelFolder, processes: Processes) -> Trai
     """
     train = config.train
     cache = PairCache.open(config, model=model)
-    sampler = PairSampler(cache.bucket, train.micro_batch_size, config.seed)
+    sampler = make_sampler(cache, config)
     micro_batches_per_step = processes.count * train.accumulation_steps
     total_steps = count_steps(
         train.max_steps,

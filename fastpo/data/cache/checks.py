@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from fastpo.config.sections import Verify
+from fastpo.config.data import Verify
 from fastpo.data.cache.manifest import (
     MOST_BYTES,
     REMAKE,

@@ -16,12 +16,14 @@ class Comparisons:
 
     Attributes:
         again: `(N,)` bool, pairs whose prompt, winner and loser are those of an earlier one.
-        contradictions: Comparisons (a prompt and two images) of which some pairs say that the one
-            image won, and some the other.
+        contradicted: `(N,)` bool, one pair of each comparison (a prompt and two images) of which
+            some pairs say that the one image won, and some the other.
+        first: `(N,)` for each pair the first that compares the same; its own place, if none does.
     """
 
     again: np.ndarray
-    contradictions: int
+    contradicted: np.ndarray
+    first: np.ndarray
 
 
 def image_digests(records: Iterable[PartRecord]) -> np.ndarray | None:
@@ -54,4 +56,10 @@ def find_comparisons(prompt: np.ndarray, images: np.ndarray) -> Comparisons:
     changes = np.concatenate([[False], way[1:] != way[:-1]])[: len(order)]
     again = np.zeros(len(order), dtype=bool)
     again[order] = same & ~changes
-    return Comparisons(again, int((same & changes).sum()))
+    contradicted = np.zeros(len(order), dtype=bool)
+    contradicted[order] = same & changes
+    first = np.empty(len(order), dtype=np.int64)
+    if len(order):
+        smallest = np.minimum.reduceat(order, np.flatnonzero(~same))
+        first[order] = smallest[np.cumsum(~same) - 1]
+    return Comparisons(again, contradicted, first)

@@ -30,6 +30,7 @@ from fastpo.data.cache.manifest import (
     write_recorded,
 )
 from fastpo.data.cache.parts import INDEX, PROMPTS, RECORD, CachePart, parts_of
+from fastpo.data.cache.summary import CUT_PROMPTS
 from fastpo.data.sources.base import numbered
 from fastpo.errors import CacheError, one_line
 from fastpo.system.files import write_text
@@ -113,10 +114,6 @@ def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
     return torch.from_dlpack(lists.flatten()).view(-1, lists.type.list_size)
 
 
-CUT_PROMPTS = "cut prompts"
-"""In a manifest's report: how many prompts are longer than what was encoded of them."""
-
-
 def merge(
     folder: Path, manifest: Manifest, bad_rows: Sequence[Quarantined] = ()
 ) -> list[Quarantined]:
@@ -145,6 +142,9 @@ def merge(
         if position < manifest.source_pairs
     }
     index, manifest.shapes, repeated = _merge_index(folder, manifest, shards, quarantined)
+    for position, pair in quarantined.items():
+        if manifest.sources:
+            pair.source = manifest.sources[int(manifest.source_of(np.array(position)))].name
     left_out = [quarantined[position] for position in sorted(quarantined)] + list(bad_rows)
     manifest.pairs, manifest.quarantined = index.num_rows, len(left_out)
     _count(manifest, index, repeated, image_digests(records[part] for part in shards), left_out)
@@ -216,7 +216,7 @@ def _count(
     images: np.ndarray | None,
     left_out: Sequence[Quarantined],
 ) -> None:
-    """Enters into the manifest's report what is known only now; what is 0 is left away.
+    """Enters into the manifest's reports what is known only now; what is 0 is left away.
 
     Args:
         manifest: The manifest.
@@ -226,15 +226,37 @@ def _count(
         left_out: What is in quarantine.
     """
     named_again, duplicates = repeated
-    found = {kind: sum(pair.kind == kind for pair in left_out) for kind in ("aspect", "same")}
+    position, prompt = (index.column(name).to_numpy() for name in ("position", "prompt"))
+    source = manifest.source_of(position)
+    nowhere = np.zeros(len(position), dtype=bool)
+    pairs = {"shared": nowhere, "contradictions": nowhere}
+    again = nowhere
     if images is not None:
-        position, prompt = (index.column(name).to_numpy() for name in ("position", "prompt"))
         comparisons = find_comparisons(prompt, images[position])
-        duplicates += int((comparisons.again & ~named_again).sum())
-        found["contradictions"] = comparisons.contradictions
-    kept = {name: n for name, n in manifest.report.items() if name not in found}
-    found = {name: count for name, count in found.items() if count}
-    manifest.report = kept | {"duplicates": duplicates} | found
+        pairs["shared"] = source > source[comparisons.first]
+        pairs["contradictions"] = comparisons.contradicted
+        again = comparisons.again & ~named_again & ~pairs["shared"]
+    duplicates += int(again.sum())
+    counts = {name: int(found.sum()) for name, found in pairs.items()}
+    manifest.report = _counted(manifest.report, left_out, counts | {"duplicates": duplicates})
+    for number, one in enumerate(manifest.sources):
+        here = source == number
+        own = [pair for pair in left_out if pair.source == one.name]
+        counts = {name: int(found[here].sum()) for name, found in pairs.items()}
+        counts["duplicates"] = int(((again | named_again) & here).sum())
+        one.report = _counted(one.report, own, counts)
+        one.pairs, one.quarantined = int(here.sum()), len(own)
+
+
+def _counted(
+    report: dict[str, int], left_out: Sequence[Quarantined], counts: dict[str, int]
+) -> dict[str, int]:
+    """Returns a report with counts in place of its own; of what is 0 only the duplicates."""
+    found = {kind: sum(pair.kind == kind for pair in left_out) for kind in ("aspect", "same")}
+    found |= counts
+    kept = {name: count for name, count in report.items() if name not in found}
+    kept["duplicates"] = found.pop("duplicates")
+    return kept | {name: count for name, count in found.items() if count}
 
 
 def _number_names(

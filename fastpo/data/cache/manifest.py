@@ -10,7 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from fastpo.errors import CacheError, one_line
 from fastpo.models.folder import DigestMemo
@@ -56,11 +63,18 @@ class Quarantined(Record):
         pair_id: Its name; of a row that is no pair, where it stands.
         reason: What is wrong with it.
         kind: See `fastpo.data.images.UnusableImageError`; caches of before it was kept say `bad`.
+        source: Of several data sets the name of its own.
     """
 
     pair_id: str
     reason: str
     kind: Literal["bad", "aspect", "same"] = "bad"
+    source: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what a single data set has no use for."""
+        return _without_empty(handler(self), "source")
 
 
 class Range(Record):
@@ -75,6 +89,25 @@ class Range(Record):
 
     start: int
     stop: int
+
+
+class SourceCount(Record):
+    """One of several data sets, and what was found of it.
+
+    Attributes:
+        name: Its name.
+        stop: One past the position of its last pair; the first data set begins at 0.
+        report: As `Manifest.report`, of this data set alone; and of its pairs those that an earlier
+            data set has too (`shared`).
+        pairs: Usable pairs.
+        quarantined: How many pairs and bad rows were left out as unusable.
+    """
+
+    name: str
+    stop: int
+    report: dict[str, int] = {}
+    pairs: int = 0
+    quarantined: int = 0
 
 
 class Manifest(Record):
@@ -96,6 +129,7 @@ class Manifest(Record):
         shapes: `(h, w)` of the latents, by bucket number.
         pairs: Usable pairs.
         quarantined: How many pairs and bad rows were left out as unusable.
+        sources: Of several data sets each, in the order of the pairs; empty for a single one.
         files: The finished cache's files by their path in the folder.
         beside: The same of files that add nothing to the content, and so not to the fingerprint:
             records of the parts, checksums of rows, the quarantine.
@@ -114,6 +148,7 @@ class Manifest(Record):
     shapes: list[tuple[int, int]] = []
     pairs: int = 0
     quarantined: int = 0
+    sources: list[SourceCount] = []
     files: dict[str, FileRecord] = {}
     beside: dict[str, FileRecord] = {}
 
@@ -125,7 +160,20 @@ class Manifest(Record):
                 raise ValueError(f"{name} do not follow one another from 0 on")
         if self.complete and not (self.shards and self.texts and self.shapes):
             raise ValueError("it is complete and has no part")
+        stops = [source.stop for source in self.sources]
+        if stops and (stops != sorted(stops) or stops[-1] != self.source_pairs):
+            raise ValueError("its sources do not follow one another up to the last pair")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what a single data set has no use for."""
+        return _without_empty(handler(self), "sources")
+
+    def source_of(self, position: np.ndarray) -> np.ndarray:
+        """Returns the number of the data set of each position; all 0 for a single one."""
+        stops = [source.stop for source in self.sources[:-1]]
+        return np.searchsorted(np.array(stops, dtype=np.int64), position, side="right")
 
     @property
     def fingerprint(self) -> str:
@@ -141,6 +189,10 @@ class Manifest(Record):
     def save(self, cache_dir: Path) -> None:
         """Writes `manifest.json`, whole or not at all."""
         write_text(cache_dir / MANIFEST, seal(self.model_dump(mode="json")))
+
+
+def _without_empty(written: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in written.items() if value or name != key}
 
 
 def load_manifest(cache_dir: Path) -> Manifest | None:
@@ -196,15 +248,19 @@ def differing_fields(expected: Mapping[str, str], found: Mapping[str, str]) -> l
     Data that lies elsewhere and lists the same is the same data.
     """
     listed = [identity.get("data files", "") for identity in (expected, found)]
-    moved = {"data.path"} if listed[0] == listed[1] != "" else set()
+    same = listed[0] == listed[1] != ""
     return [
         f"{name}: the configuration gives {_short(expected.get(name))}, the cache was made with "
         f"{_short(found.get(name))}"
         for name in dict.fromkeys([*expected, *found])
-        if name not in moved
+        if not (same and _is_data_path(name))
         and expected.get(name) != found.get(name)
         and expected.get(name) != "" != found.get(name)
     ]
+
+
+def _is_data_path(name: str) -> bool:
+    return name.startswith("data.") and name.endswith(".path")
 
 
 def write_recorded(path: Path, write: Callable[[Path], Any]) -> FileRecord:

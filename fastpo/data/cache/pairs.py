@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from fastpo.data.cache.checks import RowChecks
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
 from fastpo.data.cache.index import (
-    CUT_PROMPTS,
     INDEX_FILE,
     PROMPTS_FILE,
     QUARANTINE,
@@ -35,6 +33,7 @@ from fastpo.data.cache.manifest import (
     load_manifest,
 )
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
+from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.errors import CacheError, one_line
 from fastpo.models.folder import ModelFolder
@@ -58,6 +57,8 @@ class PairCache:
         latent_shapes: `(h, w)` by bucket number.
         prompts: The distinct prompts; number 0 is the empty one.
         prompt_index: `(N,)` int64, number of each pair's prompt.
+        source_names: Of several data sets the names, in their order; empty for a single one.
+        source_index: `(N,)` int64, the number of each pair's data set; all 0 for a single one.
     """
 
     def __init__(
@@ -100,6 +101,9 @@ class PairCache:
         self.prompt_index = column(index, "prompt")
         self.bucket = column(index, "bucket")
         self._positions = column(index, "position")
+        self._sources = manifest.sources
+        self.source_names = [one.name for one in manifest.sources]
+        self.source_index = torch.from_numpy(manifest.source_of(self._positions.numpy()))
         self._shard, self._slot = column(index, "shard"), column(index, "slot")
         known = (len(self.latent_shapes), len(manifest.shards), len(self.prompts))
         for numbers, count in zip(
@@ -171,7 +175,7 @@ class PairCache:
         """Returns the number of pairs."""
         return len(self.pair_ids)
 
-    def read(self, indices: Sequence[int], visit: int) -> PairBatch:
+    def read(self, indices: Sequence[int], visit: int | Sequence[int]) -> PairBatch:
         """Reads pairs of one latent shape.
 
         Flipped pairs come with winner and loser exchanged. Latents and embeddings keep the dtype
@@ -179,7 +183,7 @@ class PairCache:
 
         Args:
             indices: B positions in the cache, all of one bucket.
-            visit: How often these pairs were drawn before.
+            visit: How often these pairs were drawn before; one number for all, or one each.
 
         Raises:
             ValueError: No index, or indices of different buckets.
@@ -196,7 +200,7 @@ class PairCache:
         return PairBatch(
             index=index,
             pair_key=self.pair_keys[index],
-            visit=torch.full_like(index, visit),
+            visit=torch.as_tensor(visit, dtype=torch.int64).expand(len(index)).clone(),
             flipped=flipped,
             latent_mean=mean,
             latent_logvar=logvar,
@@ -238,36 +242,23 @@ class PairCache:
         """Says what was left out of all pairs that were prepared, and what looks like a mistake.
 
         Returns:
-            Such as `65 of 75 pairs; left out: 4 ties, 2 bad rows or images, ...`; None where there
-            is nothing to say.
+            Such as `65 of 75 pairs; left out: 4 ties, 2 bad rows or images, ...`; of several data
+            sets followed by a line for each. None where there is nothing to say.
         """
-        counts = Counter(self.report)
-        unusable = counts["aspect"] + counts["same"]
-        left = {
-            "tie": counts["ties"],
-            "unlabeled": counts["unlabeled"],
-            "bad row or image": self.quarantined - unusable,
-            "of another aspect ratio than its other image": counts["aspect"],
-            "whose winner is its loser": counts["same"],
-        }
-        kept = {
-            "duplicate": counts["duplicates"],
-            "comparison labeled both ways": counts["contradictions"],
-        }
         total = len(self._all_pair_ids)
-        everything = total + sum(left.values())
-        sentences = [counted(total, "pair", of=everything)]
-        sentences += [f"left out: {_listed(left)}"] if any(left.values()) else []
-        sentences += [f"kept: {_listed(kept)}"] if any(kept.values()) else []
-        if cut := counts[CUT_PROMPTS]:
-            many = f"{cut} prompt is" if cut == 1 else f"{cut} prompts are"
-            sentences.append(
-                f"{many} longer than the text encoders read, and cut (see prepare.prompt_chunks)"
-            )
-        if len(sentences) == 1:
+        said = told_counts(self.report, pairs=total, quarantined=self.quarantined)
+        if said is None:
             return None
         first = f"; listed in {self._first_left_out()}" if self.quarantined else ""
-        return "; ".join(sentences) + first
+        each = [
+            f"{one.name}: "
+            + (
+                told_counts(one.report, pairs=one.pairs, quarantined=one.quarantined)
+                or counted(one.pairs, "pair")
+            )
+            for one in self._sources
+        ]
+        return "\n".join([said + first, *each])
 
     def left_out(self) -> str | None:
         """Says how many pairs of the data set are in quarantine, and why the first one is."""
@@ -332,18 +323,3 @@ class PairCache:
         for into, (name, row) in zip(bytes_of(found), places, strict=True):
             self._files.read(name, key, row, [into])
         return found
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    """Lists what there is of something: `3 ties, 1 duplicate`."""
-    plural = {
-        "tie": "ties",
-        "bad row or image": "bad rows or images",
-        "duplicate": "duplicates",
-        "comparison labeled both ways": "comparisons labeled both ways",
-    }
-    return ", ".join(
-        f"{count} {name if count == 1 else plural.get(name, name)}"
-        for name, count in counts.items()
-        if count
-    )

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.fingerprint import CacheFingerprint, cache_fingerprint
@@ -104,8 +106,8 @@ def prepare(
     folder, process = config.prepare.cache_dir, Rank.of_launch()
     manifest = load_manifest(folder)
     if retry_quarantined and manifest is not None and not manifest.complete:
-        data = config.data.model_copy(update={"max_bad": 1.0})
-        prepare(config.model_copy(update={"data": data}), progress=progress, model=model)
+        tolerant = config.model_copy(update={"data": config.data.with_all_bad()})
+        prepare(tolerant, progress=progress, model=model)
         manifest = load_manifest(folder)
     try:
         claim(folder, CACHE)
@@ -159,9 +161,9 @@ class _Work:
     earlier: EarlierCache | None
 
     @cached_property
-    def bad(self) -> BadRows:
-        """The data set's bad rows, and the pairs that this process found to be bad."""
-        return self.source.bad.without_pairs()
+    def bad(self) -> dict[str | None, BadRows]:
+        """Each data set's bad rows, and the pairs that this process found to be bad."""
+        return _bad_rows(self.source)
 
     @cached_property
     def encoders(self) -> Encoders:
@@ -193,12 +195,16 @@ class _Work:
             threads=self.config.prepare.workers,
         )
         numbers = self.prompts.numbers[start:stop].tolist()
+        parts = list(self.source.parts)
+        owners = self.manifest.source_of(np.arange(start, start + len(numbers))).tolist()
         with closing(loaded):
-            for number, (pair, digests, images) in zip(numbers, loaded, strict=True):
+            each = zip(numbers, owners, loaded, strict=True)
+            for number, owner, (pair, digests, images) in each:
                 builder.add(pair, number, digests, images)
                 if isinstance(images, UnusableImageError) and images.kind == "bad":
-                    self.bad.add(pair.pair_id, str(images))
-                    self.bad.check(self.source.report.rows)
+                    name = parts[owner]
+                    self.bad[name].add(pair.pair_id, str(images))
+                    self.bad[name].check(self.source.parts[name].report.rows)
                 advance(2)
         builder.write(self.config.prepare.cache_dir, part)
 
@@ -207,6 +213,11 @@ class _Work:
         if part.kind == "text":
             return 0
         return 2 * (min(part.span.stop, len(self.source)) - part.span.start)
+
+
+def _bad_rows(source: PairSource) -> dict[str | None, BadRows]:
+    """Returns by data set the rows that are no pair."""
+    return {name: part.bad.without_pairs() for name, part in source.parts.items()}
 
 
 @contextmanager
@@ -231,19 +242,24 @@ def _finish(config: Config, manifest: Manifest, source: PairSource, locks: Folde
         raise CacheError(f"another process changed the plan of {folder}; prepare again")
     if current.complete:
         return
-    bad = source.bad.without_pairs()
-    rows = [Quarantined(pair_id=row.place, reason=row.reason) for row in bad.kept]
+    bad = _bad_rows(source)
+    rows = [
+        Quarantined(pair_id=row.place, reason=row.reason, source=name)
+        for name, of_part in bad.items()
+        for row in of_part.kept
+    ]
     quarantined = merge(folder, current, rows)
     if not current.pairs:
         raise DataError(
-            f"data.path {config.data.path}: none of {counted(len(quarantined), 'pair')} is usable; "
-            f"the first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: "
+            f"data.path {config.data.title}: none of {counted(len(quarantined), 'pair')} is "
+            f"usable; the first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: "
             f"{folder / QUARANTINE})"
         )
     for pair in quarantined[: len(quarantined) - len(rows)]:
         if pair.kind == "bad":
-            bad.add(pair.pair_id, pair.reason)
-    bad.check(source.report.rows)
+            bad[pair.source].add(pair.pair_id, pair.reason)
+    for name, of_part in bad.items():
+        of_part.check(source.parts[name].report.rows)
     check_files(folder, current.files, verify=False)
     current.complete = True
     current.save(folder)

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from fastpo.config import Config
 from fastpo.data.cache.fingerprint import CacheFingerprint
-from fastpo.data.cache.manifest import Manifest, Range, check_identity, load_manifest
+from fastpo.data.cache.manifest import (
+    Manifest,
+    Range,
+    SourceCount,
+    check_identity,
+    load_manifest,
+)
 from fastpo.data.cache.parts import PART, parts_of
 from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable
@@ -50,13 +56,26 @@ def partition(
         before = manifest.model_copy(deep=True)
         if manifest.source_pairs != len(source):
             _extend(config, manifest, source, prompts, locks)
+            manifest.sources = _counts(source)
         if not manifest.covers(config.data.limit):
             manifest.limit = config.data.limit
         manifest.report = manifest.report | source.report.as_dict()
+        for count, found in zip(manifest.sources, _counts(source), strict=True):
+            count.report = count.report | found.report
         manifest.weights = manifest.weights or identity.weights
         if manifest != before:
             manifest.save(folder)
         return manifest
+
+
+def _counts(source: PairSource) -> list[SourceCount]:
+    """Returns the data sets where there are several."""
+    counts, stop = [], 0
+    for name, part in source.parts.items():
+        stop += len(part)
+        if name is not None:
+            counts.append(SourceCount(name=name, stop=stop, report=part.report.as_dict()))
+    return counts
 
 
 def _extend(

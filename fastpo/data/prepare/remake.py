@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpo.config.sections import Verify
+from fastpo.config.data import Verify
 from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, QUARANTINE
 from fastpo.data.cache.manifest import Manifest, damages, load_manifest
 from fastpo.data.cache.parts import PART, CachePart, parts_of

@@ -139,7 +139,7 @@ def check_contents(
     if changed:
         names = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
         raise CacheError(
-            f"{len(changed)} pair(s) of {source.config.path} have other images or prompts than "
+            f"{len(changed)} pair(s) of {source.where} have other images or prompts than "
             f"those the cache {folder} was made from: {names}. Restore them, or point "
             "prepare.cache_dir at a new folder and prepare again"
         )

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, SourceReport
+from fastpo.config import DataConfig, SourceConfig
+from fastpo.data.sources.base import PairSource, ScannedSource, SourceReport
 from fastpo.data.sources.folder import FolderSource
 from fastpo.data.sources.hpdv2 import HPDv2Source
 from fastpo.data.sources.listing import ListingSource, find_listing
 from fastpo.data.sources.parquet import ParquetSource
+from fastpo.data.sources.several import SeveralSources
 from fastpo.data.sources.tars import TarSource, find_tars
 
 __all__ = [
     "PairSource",
     "SourceReport",
+    "open_local",
     "open_source",
     "source_digest",
     "source_stamp",
     "source_stamps",
 ]
 
-_KINDS: dict[str, type[PairSource]] = {
+_KINDS: dict[str, type[ScannedSource]] = {
     "pickapic": ParquetSource,
     "pickstyle": ParquetSource,
     "picksafety": ParquetSource,
@@ -37,11 +40,13 @@ _KINDS: dict[str, type[PairSource]] = {
 
 
 def open_source(config: DataConfig) -> PairSource:
-    """Opens the configured data set, scans its labels and reports what they hold.
+    """Opens the configured data, scans the labels and reports what they hold.
+
+    Several data sets follow one another, and their pairs' names begin with the data set's.
 
     Args:
-        config: Source, path, split and limit. The flip settings play no part here: flips are
-            applied when the cache is read.
+        config: Source, path, split and limit, or several of them. The flip settings play no part
+            here: flips are applied when the cache is read.
 
     Returns:
         An iterable of pairs that can be iterated again, with `report`.
@@ -50,10 +55,23 @@ def open_source(config: DataConfig) -> PairSource:
         DataError: A file or column is missing, a label is not what the schema allows, or no pair
             is left.
     """
-    return _kind(config)(config)
+    opened = {one.name: _kind(one)(one) for one in config.each()}
+    return SeveralSources(opened) if config.sources else next(iter(opened.values()))
 
 
-def _kind(config: DataConfig) -> type[PairSource]:
+def open_local(config: SourceConfig) -> PairSource | None:
+    """Opens one data set if it is on this disk, however many of its rows are bad; else None.
+
+    Raises:
+        DataError: As `open_source`.
+    """
+    kind = _kind(config)
+    if kind.digest(config) is None:
+        return None
+    return kind(config.model_copy(update={"max_bad": 1.0}))
+
+
+def _kind(config: SourceConfig) -> type[ScannedSource]:
     """Of a folder, what is read is told by the listing that there is."""
     kind = _KINDS[config.source]
     if kind is not FolderSource or (Path(config.path).expanduser() / "pairs.jsonl").is_file():
@@ -66,9 +84,18 @@ def _kind(config: DataConfig) -> type[PairSource]:
 def source_digest(config: DataConfig) -> str | None:
     """Returns a SHA-256 of what the data set lists, or None if it is not on this disk.
 
-    Listings count by content, parquet files by name and size.
+    Listings count by content, parquet files by name and size; of several data sets each.
     """
-    return _kind(config).digest(config)
+    digests = [_kind(one).digest(one) for one in config.each()]
+    return _joined(digests) if config.sources else digests[0]
+
+
+def _joined(digests: Sequence[str | None]) -> str | None:
+    """Returns a SHA-256 of several, None if one is not known."""
+    known = [digest for digest in digests if digest is not None]
+    if len(known) < len(digests):
+        return None
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def source_stamp(config: DataConfig) -> str | None:
@@ -83,6 +110,15 @@ def source_stamp(config: DataConfig) -> str | None:
 
 def source_stamps(config: DataConfig) -> tuple[str, str] | None:
     """Returns the stamp, and the one that earlier versions kept, where the whole path counts."""
+    found = [_stamps(one) for one in config.each()]
+    if not config.sources:
+        return found[0]
+    stamps = _joined([None if one is None else one[0] for one in found])
+    return None if stamps is None else (stamps, stamps)
+
+
+def _stamps(config: SourceConfig) -> tuple[str, str] | None:
+    """As `source_stamps`, of one data set."""
     files = _kind(config).files(config)
     if files is None:
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastpo.config import DataConfig
+from fastpo.config import SourceConfig
 from fastpo.data.sources.bad_rows import BadRows, told
 from fastpo.errors import DataError
 from fastpo.types import MOST_PROMPT, PreferencePair, pair_key
@@ -63,38 +63,24 @@ class PromptTable:
 
 
 class PairSource(ABC):
-    """Preference pairs by their position in the data set.
+    """Preference pairs by their position in the data.
 
     Attributes:
-        config: What was asked for.
+        where: What the rows stand in, for messages.
         report: Counts of the label scan, complete once the source is open.
         bad: Rows known to be unusable before any image is read: those that `report` counts as bad,
             and pairs whose image is missing or, once the prompts are read, whose prompt is too
             long.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        """Scans the labels.
+    where: str
+    report: SourceReport
+    bad: BadRows
 
-        Raises:
-            DataError: As `open_source`.
-        """
-        self.config = config
-        self.report = SourceReport()
-        self.bad = BadRows(self._where(), config.max_bad)
-        self._long_prompts_told = False
-        self._scan()
-        if self.report.pairs == 0:
-            reasons = f"; {told(self.bad.kept, self.bad.count)}" if self.bad.count else ""
-            raise DataError(
-                f"{self._where()} (source {config.source}, split {config.split}) holds no labeled "
-                f"pair: {self.report}{reasons}"
-            )
-        self.bad.check(self.report.rows)
-
-    def _where(self) -> str:
-        """What the rows stand in, for messages."""
-        return f"data.path {self.config.path}"
+    @property
+    def parts(self) -> Mapping[str | None, PairSource]:
+        """The data sets that it is made of, by name, in order; a single one has none."""
+        return {None: self}
 
     def __len__(self) -> int:
         """Returns the number of pairs that iterating yields."""
@@ -119,6 +105,7 @@ class PairSource(ABC):
         end = len(self) if stop is None else min(stop, len(self))
         return map(_with_fault, self._pairs(start, end)) if start < end else iter(())
 
+    @abstractmethod
     def prompt_table(self) -> PromptTable:
         """Returns every distinct prompt and each pair's, from the text alone.
 
@@ -127,6 +114,45 @@ class PairSource(ABC):
         Raises:
             TooManyBadRowsError: There are more of them than `data.max_bad` allows.
         """
+
+    @abstractmethod
+    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
+        """Yields the pairs at positions `start` to `stop` - 1, of those that the scan counted."""
+
+
+class ScannedSource(PairSource):
+    """One data set, whose labels are scanned when it is opened.
+
+    Attributes:
+        config: What was asked for.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Scans the labels.
+
+        Raises:
+            DataError: As `open_source`.
+        """
+        self.config = config
+        self.report = SourceReport()
+        self.where = self._where()
+        self.bad = BadRows(self.where, config.max_bad)
+        self._long_prompts_told = False
+        self._scan()
+        if self.report.pairs == 0:
+            reasons = f"; {told(self.bad.kept, self.bad.count)}" if self.bad.count else ""
+            raise DataError(
+                f"{self.where} (source {config.source}, split {config.split}) holds no labeled "
+                f"pair: {self.report}{reasons}"
+            )
+        self.bad.check(self.report.rows)
+
+    def _where(self) -> str:
+        """What the rows stand in, for messages."""
+        return f"data.path {self.config.path}"
+
+    def prompt_table(self) -> PromptTable:
+        """See the base class."""
         known = {"": 0}
         numbers = np.fromiter(
             (
@@ -173,21 +199,17 @@ class PairSource(ABC):
         """Reads the labels of all rows up to the limit and fills `report`."""
 
     @abstractmethod
-    def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
-        """Yields the pairs at positions `start` to `stop` - 1, of those that the scan counted."""
-
-    @abstractmethod
     def _captions(self) -> Iterable[str]:
         """Yields the prompt of every pair that the scan counted; no image is read."""
 
     @classmethod
     @abstractmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
 
     @classmethod
     @abstractmethod
-    def files(cls, config: DataConfig) -> Iterable[str] | None:
+    def files(cls, config: SourceConfig) -> Iterable[str] | None:
         """Yields the paths of all files, some perhaps missing; None: not on this disk."""
 
 

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastpo.config import DataConfig
+from fastpo.config import SourceConfig
 from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.base import (
-    PairSource,
+    ScannedSource,
     digest_file,
     found_in,
     plain_text,
@@ -35,7 +35,7 @@ MOST_LINE = 1 << 20
 """Bytes of a line of the listing."""
 
 
-class FolderSource(PairSource):
+class FolderSource(ScannedSource):
     """One JSON object per line: prompt, winner, loser, optionally id; `data.split` is not used.
 
     Image paths are relative to the folder. Without an id a pair is named after its image paths
@@ -91,12 +91,12 @@ class FolderSource(PairSource):
             yield PreferencePair(str(name), entry["prompt"], winner, loser)
 
     @classmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
         return digest_file(Path(config.path).expanduser() / "pairs.jsonl")
 
     @classmethod
-    def files(cls, config: DataConfig) -> Iterator[str] | None:
+    def files(cls, config: SourceConfig) -> Iterator[str] | None:
         """See the base class."""
         listing = Path(config.path).expanduser() / "pairs.jsonl"
         return cls._named_in(listing) if listing.is_file() else None

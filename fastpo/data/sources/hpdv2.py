@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.config import DataConfig
+from fastpo.config import SourceConfig
 from fastpo.data.sources.bad_rows import passed_over
 from fastpo.data.sources.base import (
-    PairSource,
+    ScannedSource,
     content_hash,
     digest_file,
     found_in,
@@ -36,7 +36,7 @@ MOST_IMAGES = 1000
 _KEYS = {"train": ("file_path", "human_preference"), "test": ("image_path", "rank")}
 
 
-class HPDv2Source(PairSource):
+class HPDv2Source(ScannedSource):
     """`train.json` (two images, 1 marks the preferred) and `test.json` (k images, rank 1 is best).
 
     k images give every one of the k(k-1)/2 comparisons, better image first; equal ranks are ties.
@@ -121,12 +121,12 @@ class HPDv2Source(PairSource):
         )
 
     @classmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
         return digest_file(Path(config.path).expanduser() / f"{config.split}.json")
 
     @classmethod
-    def files(cls, config: DataConfig) -> Iterator[str] | None:
+    def files(cls, config: SourceConfig) -> Iterator[str] | None:
         """See the base class; an image may lie in either of two folders."""
         listing = Path(config.path).expanduser() / f"{config.split}.json"
         known = config.split in _KEYS and listing.is_file()
@@ -142,7 +142,7 @@ class HPDv2Source(PairSource):
                     yield from (os.path.join(root, path) for root in roots)
 
 
-def _listing(config: DataConfig) -> Path:
+def _listing(config: SourceConfig) -> Path:
     if config.split not in _KEYS:
         raise DataError(f"data.split: HPDv2 has the splits train and test, got {config.split!r}")
     folder = Path(config.path).expanduser()

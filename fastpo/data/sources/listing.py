@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, digest_file, printable
+from fastpo.config import SourceConfig
+from fastpo.data.sources.base import ScannedSource, digest_file, printable
 from fastpo.data.sources.columns import TIE, is_number, is_text, plain_type
 from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.data.sources.folder import OTHERS, json_lines
@@ -25,7 +25,7 @@ from fastpo.types import PreferencePair
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 
 
-def find_listing(config: DataConfig) -> Path | None:
+def find_listing(config: SourceConfig) -> Path | None:
     """Returns the listing in `data.path` or its folder of the split's name, or the file itself."""
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -38,7 +38,7 @@ def find_listing(config: DataConfig) -> Path | None:
     return None
 
 
-class ListingSource(PairSource):
+class ListingSource(ScannedSource):
     """Rows of a listing that name images relative to the listing's folder.
 
     Of the listing its prompts and names are held in memory, some hundred bytes a row.
@@ -98,13 +98,13 @@ class ListingSource(PairSource):
                 yield PreferencePair(row["name"], row["prompt"], winner, loser)
 
     @classmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
         listing = find_listing(config)
         return None if listing is None else digest_file(listing)
 
     @classmethod
-    def files(cls, config: DataConfig) -> Iterator[str] | None:
+    def files(cls, config: SourceConfig) -> Iterator[str] | None:
         """See the base class."""
         listing = find_listing(config)
         return None if listing is None else cls._named_in(listing)

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, content_hash, found_in
+from fastpo.config import SourceConfig
+from fastpo.data.sources.base import ScannedSource, content_hash, found_in
 from fastpo.data.sources.columns import (
     BAD,
     IMAGES,
@@ -97,7 +97,7 @@ class RowGroups:
             return table
 
 
-class ParquetSource(PairSource):
+class ParquetSource(ScannedSource):
     """Rows of two images, a caption and two labels in parquet files.
 
     The files stand in `data.path` or its `data/` subfolder and their names begin with the split
@@ -188,7 +188,7 @@ class ParquetSource(PairSource):
         return PreferencePair(name, prompt, images[winner], images[1 - winner])
 
     @classmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
         files = cls.files(config)
         if files is None:
@@ -197,7 +197,7 @@ class ParquetSource(PairSource):
         return hashlib.sha256("\n".join(sizes).encode()).hexdigest()
 
     @classmethod
-    def files(cls, config: DataConfig) -> list[str] | None:
+    def files(cls, config: SourceConfig) -> list[str] | None:
         """See the base class."""
         path = Path(config.path).expanduser()
         return [str(f) for f in _local_files(path, config.split)] if path.exists() else None
@@ -261,7 +261,7 @@ def _read_in_batches(
     return pa.Table.from_batches(list(batches))
 
 
-def _files(config: DataConfig) -> Iterator[Path]:
+def _files(config: SourceConfig) -> Iterator[Path]:
     """Yields the split's files, from the disk or from the hub."""
     path = Path(config.path).expanduser()
     if path.exists():

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fastpo.config import DataConfig
-from fastpo.data.sources.base import PairSource, printable, shown
+from fastpo.config import SourceConfig
+from fastpo.data.sources.base import ScannedSource, printable, shown
 from fastpo.data.sources.columns import BAD, TIE
 from fastpo.data.sources.files import MOST_IMAGE_BYTES
 from fastpo.data.sources.folder import MOST_LINE
@@ -33,7 +33,7 @@ NUMBERS = {"0": "image_0", "1": "image_1"}
 """`key.0.jpg` and `key.1.jpg` are two images that labels tell apart."""
 
 
-def find_tars(config: DataConfig) -> list[Path]:
+def find_tars(config: SourceConfig) -> list[Path]:
     """Returns the tar files of `data.path`: those of the split if any is named so, or all."""
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -44,7 +44,7 @@ def find_tars(config: DataConfig) -> list[Path]:
     ] or found
 
 
-class TarSource(PairSource):
+class TarSource(ScannedSource):
     """Pairs of WebDataset shards; a pair's name is its key.
 
     `key.winner.png` and `key.loser.png`, or `key.jpg_0` and `key.jpg_1` (or `key.0.png` and
@@ -90,14 +90,14 @@ class TarSource(PairSource):
             yield PreferencePair(name, prompt, winner, loser)
 
     @classmethod
-    def digest(cls, config: DataConfig) -> str | None:
+    def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
         files = find_tars(config)
         sizes = [f"{file.name}:{file.stat().st_size}" for file in files]
         return hashlib.sha256("\n".join(sizes).encode()).hexdigest() if files else None
 
     @classmethod
-    def files(cls, config: DataConfig) -> list[str] | None:
+    def files(cls, config: SourceConfig) -> list[str] | None:
         """See the base class."""
         return [str(file) for file in find_tars(config)] or None
 
