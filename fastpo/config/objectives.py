@@ -36,6 +36,13 @@ class Objective(Section):
     def describe_slope(self) -> str:
         """States the slope of the logit, and the published flags that mean the same."""
 
+    def fresh_slope(self) -> float:
+        """`|dloss/de|` of a pair of weight 1 on which policy and reference agree.
+
+        The unit of a pair's gradient scale, see `train.backward`; 1 where there is no reference.
+        """
+        return 1.0
+
     def check_running(self) -> None:
         """Refuses `train.statistics: running` where the statistics cannot run over steps.
 
@@ -72,6 +79,10 @@ class DpoObjective(Objective):
         """See the base class."""
         return _slope(self.beta)
 
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta * (0.5 - self.label_smoothing)
+
 
 class RobustDpoObjective(Objective):
     """`fastpo.loss.robust_dpo`."""
@@ -88,6 +99,10 @@ class RobustDpoObjective(Objective):
         """See the base class."""
         return _slope(self.beta)
 
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta / (2.0 - 4.0 * self.label_smoothing)
+
 
 class IpoObjective(Objective):
     """`fastpo.loss.ipo`."""
@@ -99,6 +114,10 @@ class IpoObjective(Objective):
     def describe_slope(self) -> str:
         """See the base class."""
         return _regression(self.tau)
+
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return 1.0 / self.tau
 
 
 class HingeObjective(Objective):
@@ -113,6 +132,10 @@ class HingeObjective(Objective):
     def describe_slope(self) -> str:
         """See the base class."""
         return _slope(self.beta)
+
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta
 
 
 class KtoObjective(Objective):
@@ -129,6 +152,10 @@ class KtoObjective(Objective):
         """See the base class."""
         return _own_slope(self.beta)
 
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta / 8.0
+
 
 class DmpoObjective(Objective):
     """`fastpo.loss.dmpo`."""
@@ -143,6 +170,10 @@ class DmpoObjective(Objective):
         """See the base class."""
         return _slope(self.beta, "DMPO --beta")
 
+    def fresh_slope(self) -> float:
+        """See the base class; near alpha = 1/2, where that vanishes, of a logit one away."""
+        return self.beta * max(abs(math.log(1.0 / self.alpha - 1.0)), 1.0) / 4.0
+
 
 class LinearDpoObjective(Objective):
     """`fastpo.loss.linear_dpo`."""
@@ -156,6 +187,10 @@ class LinearDpoObjective(Objective):
     def describe_slope(self) -> str:
         """See the base class."""
         return _own_slope(self.beta)
+
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return 0.5
 
 
 class SdpoObjective(Objective):
@@ -180,6 +215,10 @@ class SdpoObjective(Objective):
             "train.statistics: sdpo's safeguard holds for the batch at hand; use processes or "
             "micro_batch, not running"
         )
+
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta / 2.0
 
 
 class SftObjective(Objective):
@@ -255,6 +294,10 @@ class AdaptiveDpoObjective(AdaptiveOptions):
         """See the base class."""
         return _slope(self.beta)
 
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return self.beta / 2.0
+
 
 class AdaptiveIpoObjective(AdaptiveOptions):
     """`fastpo.loss.adaptive_ipo`."""
@@ -266,6 +309,10 @@ class AdaptiveIpoObjective(AdaptiveOptions):
     def describe_slope(self) -> str:
         """See the base class."""
         return _regression(self.tau)
+
+    def fresh_slope(self) -> float:
+        """See the base class."""
+        return 1.0 / self.tau
 
 
 ObjectiveConfig = Annotated[

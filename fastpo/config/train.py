@@ -73,6 +73,12 @@ class TrainConfig(Section):
     """`sdpa`: torch chooses the kernel; `flash`: torch's flash kernel or an error; `xformers`."""
     channels_last: Annotated[bool, decides("run")] = False
     """The weights' memory format; convolutions on tensor cores like it."""
+    backward: Annotated[Literal["all", "alive", "sampled"], decides("run")] = "all"
+    """Which pairs get a backward pass. `alive`: those whose gradient is not exactly zero;
+    `sampled`: of small gradients a part, drawn at random and weighed up, so that the mean stays."""
+    backward_threshold: Annotated[Positive, decides("run")] = 0.5
+    """Of `sampled`: a pair whose gradient scale c (1 where policy and reference agree) is below it
+    is kept with probability c / threshold."""
     compile: Annotated[bool, decides("run")] = False
     """Compiles the transformer blocks by `torch.compile`; a reference or averages that share the
     policy's weights run without it."""
@@ -147,6 +153,7 @@ class TrainConfig(Section):
         if self.statistics == "running":
             self.objective.check_running()
         _check_used(self)
+        _check_backward(self)
         _check_deepspeed(self)
         _check_weights(self)
         _check_timesteps(self)
@@ -200,6 +207,20 @@ def _check_used(config: TrainConfig) -> None:
         raise ValueError(
             f"train.reference: cached has no use for {config.objective.name}, which compares with "
             "no reference; leave it out (on the command line: --set train.reference=live)"
+        )
+
+
+def _check_backward(config: TrainConfig) -> None:
+    """Refuses a threshold that nobody reads, and dropout, whose mask no second pass repeats."""
+    threshold = TrainConfig.model_fields["backward_threshold"].default
+    if config.backward != "sampled" and config.backward_threshold != threshold:
+        raise ValueError(
+            f"train.backward_threshold is for train.backward: sampled, not {config.backward}"
+        )
+    if config.backward != "all" and config.lora.dropout > 0.0:
+        raise ValueError(
+            f"train.backward: {config.backward} decides by one forward pass and differentiates "
+            "another, whose dropout would differ; use train.lora.dropout: 0, or train.backward: all"
         )
 
 

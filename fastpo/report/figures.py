@@ -86,6 +86,8 @@ PANELS = (
         ("minority/q50", "minority/q90"),
     ),
     Panel("Mean weight of a pair", "weight", ("weight/mean",)),
+    Panel("Pairs with a backward pass", "share", ("backward/share",)),
+    Panel("Passes through the policy (forward 1, backward 2)", "a pair", ("backward/cost",)),
 )
 
 

@@ -40,6 +40,7 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         + (f", {counted(flipped, 'label')} flipped" if flipped else ""),
         "batch": f"{counted(pairs, 'pair')} = {config.micro_batch_size} x "
         f"{config.accumulation_steps} accumulation x {processes.count} process(es)",
+        **_backward(trainer),
         "steps": f"{data.total_steps:,}" + (f", going on after {start:,}" if start else ""),
         "precision": config.precision,
         "device": _device_name(processes.device),
@@ -55,6 +56,18 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", value)
     return table
+
+
+def _backward(trainer: Trainer) -> dict[str, str]:
+    """Which pairs get a backward pass, where not all do."""
+    config, share = trainer.config, trainer.state.live_share
+    if share is None:
+        return {}
+    which = {
+        "alive": "pairs whose gradient is not zero",
+        "sampled": f"all but part of the gradient scales below {config.backward_threshold:g}",
+    }[config.backward]
+    return {"backward": f"{which}; {share.value:.0%} needed of late"}
 
 
 def _reference(trainer: Trainer) -> str:

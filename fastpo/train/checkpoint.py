@@ -158,7 +158,8 @@ def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
 def _history(state: TrainingState) -> dict[str, Tensor]:
     """What the run has noted about its pairs: votes, last minority metric, running statistics."""
     statistics = {} if state.statistics is None else state.statistics.state_dict()
-    return {**state.ledger.state_dict(), "metric": state.last_minority, **statistics}
+    live = {} if state.live_share is None else state.live_share.state_dict()
+    return {**state.ledger.state_dict(), "metric": state.last_minority, **statistics, **live}
 
 
 def _load_history(file: Path, state: TrainingState) -> None:
@@ -171,6 +172,8 @@ def _load_history(file: Path, state: TrainingState) -> None:
     if state.statistics is not None:
         device = next(iter(state.trainable.values())).device
         state.statistics.load_state_dict(history, device)
+    if state.live_share is not None:
+        state.live_share.load_state_dict(history)
 
 
 def load_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -113,6 +113,41 @@ class Processes:
     def accumulate(self, policy: nn.Module) -> AbstractContextManager[Any]:
         """Around one micro-batch: gradients are exchanged in the last one of a step alone."""
         return self._accelerator.accumulate(policy)
+
+    @contextmanager
+    def pass_of_step(self, policy: nn.Module, *, last: bool) -> Iterator[None]:
+        """As `accumulate`, around one of a step's backward passes, however many there are.
+
+        Args:
+            policy: The policy as the launcher wrapped it.
+            last: Whether it is the step's last, in which the weights move; alike on all processes.
+        """
+        self._accelerator.sync_gradients = last
+        with nullcontext() if last else self._accelerator.no_sync(policy):
+            yield
+
+    def must_differentiate(self, *, last: bool) -> bool:
+        """Whether a step's pass needs a backward pass though this process has no gradient for it.
+
+        The others would wait in a collective; and DeepSpeed, like the gradient scaler, moves the
+        weights only behind one.
+        """
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return True
+        return last and (self.count > 1 or self.scaler is not None)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a forward pass gathers weights from all processes (ZeRO-3)."""
+        plugin = self._accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    def most(self, number: int) -> int:
+        """Returns the greatest of all processes' numbers (collective)."""
+        if self.count == 1:
+            return number
+        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
+        return int(self.gather(mine).max())
 
     def backward(self, loss: Tensor) -> None:
         """Differentiates the loss, divided by the micro-batches of a step on this process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ COLUMNS = (
     "error_loser",
     "minority",
     "weight",
+    "scale",
+    "closed",
+    "kept",
+    "cost",
 )
+"""The last four are those of `train.backward`, NaN where it is `all`: a pair's gradient scale;
+whether the ledger had closed its gate before the forward pass; the weight of its backward pass, 0
+without one; and its passes through the policy, counted as in `Passes`."""
 TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
@@ -99,7 +107,21 @@ class StepTable:
                 metrics[f"minority/q{round(100 * q)}"] = minority.quantile(q).item()
         if not weight.isnan().any():
             metrics["weight/mean"] = weight.mean().item()
-        return metrics
+        return metrics | self._passes()
+
+    def _passes(self) -> dict[str, float]:
+        """What `train.backward` has saved; nothing where it is `all`."""
+        kept = self["kept"]
+        if kept.isnan().any():
+            return {}
+        weights = (self["scale"] * kept).nan_to_num()
+        power = weights.square().sum()
+        return {
+            "backward/share": (kept > 0).double().mean().item(),
+            "backward/closed": self["closed"].mean().item(),
+            "backward/effective": (weights.sum().square() / power).item() if power > 0 else 0.0,
+            "backward/cost": self["cost"].mean().item(),
+        }
 
 
 @dataclass(frozen=True)
@@ -135,8 +157,36 @@ def with_ending(rows: Tensor, ending: bool) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, 1), value=ENDING if ending else -1.0)
 
 
-def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) -> Tensor:
-    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device."""
+class Passes(NamedTuple):
+    """What became of B pairs' backward passes, each `(B,)`.
+
+    Attributes:
+        closed: Whether the ledger had closed the pair's gate before the forward pass.
+        kept: Weight of the backward pass, 0 where there was none.
+        cost: Passes through the policy: 1 forward, 2 backward.
+    """
+
+    closed: Tensor
+    kept: Tensor
+    cost: Tensor
+
+
+def table_rows(
+    batch: PairBatch,
+    timesteps: Tensor,
+    out: PairLoss,
+    size: int,
+    sparse: tuple[Tensor, Passes] | None = None,
+) -> Tensor:
+    """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device.
+
+    Args:
+        batch: B pairs, on the device.
+        timesteps: `(B,)`, their places in the noise schedule.
+        out: Their loss.
+        size: Rows of the result.
+        sparse: With `train.backward`, gradient scales `(B,)`, and the backward passes.
+    """
     pairs = len(batch)
     error = out.policy_error.detach().double()
     if out.reference_error is not None:
@@ -152,5 +202,9 @@ def table_rows(batch: PairBatch, timesteps: Tensor, out: PairLoss, size: int) ->
         "minority": nothing if out.minority is None else out.minority,
         "weight": nothing if out.weight is None else out.weight,
     }
-    rows = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
+    if sparse is not None:
+        scale, passes = sparse
+        columns |= {"scale": scale, **passes._asdict()}
+    stay = [columns.get(name, nothing).to(error.device).double() for name in COLUMNS]
+    rows = torch.stack(stay, dim=1)
     return torch.nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastpo.ledger import PairLedger
 from fastpo.train.batch_statistics import RunningStatistics
 from fastpo.train.ema import MovingAverages
+from fastpo.train.live_share import LiveShare
 from fastpo.train.weights import PolicyWeights
 
 
@@ -30,6 +31,7 @@ class TrainingState:
         averages: Moving averages by role (`annotators`, `export`).
         scaler: The gradient scaler (fp16), or None.
         statistics: Running batch statistics, where the run keeps any.
+        live_share: How many pairs of late had a gradient, where others get no backward pass.
     """
 
     trainable: dict[str, nn.Parameter]
@@ -41,3 +43,4 @@ class TrainingState:
     averages: dict[str, MovingAverages]
     scaler: Any = None
     statistics: RunningStatistics | None = None
+    live_share: LiveShare | None = None

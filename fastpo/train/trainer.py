@@ -8,40 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastpo.config import Config, EmaAnnotators, TrainConfig
+from fastpo.config import Config, EmaAnnotators
 from fastpo.ledger import PairLedger
-from fastpo.models.denoisers import Denoisers, setup_denoisers
+from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder
-from fastpo.noise import PairNoise, dropped_conditions, setup_noise
+from fastpo.noise import dropped_conditions, setup_noise
 from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
 from fastpo.train.batch_statistics import RunningStatistics, make_statistics
 from fastpo.train.data import TrainingData
 from fastpo.train.distributed import Processes
 from fastpo.train.ema import setup_averages
+from fastpo.train.live_share import LiveShare
 from fastpo.train.metrics import StepResult, StepTable, table_rows, with_ending
-from fastpo.train.objective import LossFunction, build_loss
+from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import has_moved, setup_schedule
+from fastpo.train.sparse import SparseStep
 from fastpo.train.state import TrainingState
-from fastpo.types import PairBatch, PairPredictions, pair_key
-
-
-class ErrorLookup(Protocol):
-    """The reference's errors, computed before; `ReferenceErrors` is one."""
-
-    def lookup(self, batch: PairBatch) -> Tensor:
-        """Returns the errors on this visit of the pairs, `(2B,)` float32, in host memory."""
-        ...
-
-    @property
-    def visits(self) -> int:
-        """Visits of the pairs that it covers, from the first."""
-        ...
+from fastpo.train.step_parts import StepParts
+from fastpo.types import PairBatch, pair_key
 
 
 class StepLeftError(Exception):
@@ -49,34 +38,8 @@ class StepLeftError(Exception):
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What an optimizer step uses, and the state that it changes.
-
-    Attributes:
-        config: The training's section.
-        seed: The run's seed; keys the dropout.
-        processes: Device, precision, and what processes exchange.
-        noise: Shared timesteps and noise.
-        empty_prompt: The conditions of a dropped caption, each `(1, ...)`.
-        denoisers: Policy and reference.
-        policy: The policy as the launcher wrapped it.
-        annotators: The passes without gradients.
-        reference_errors: The reference's errors, where they were computed before.
-        loss: The objective.
-        state: Everything a checkpoint holds.
-    """
-
-    config: TrainConfig
-    seed: int
-    processes: Processes
-    noise: PairNoise
-    empty_prompt: dict[str, Tensor]
-    denoisers: Denoisers
-    policy: nn.Module
-    annotators: Annotators
-    reference_errors: ErrorLookup | None
-    loss: LossFunction
-    state: TrainingState
+class Trainer(StepParts):
+    """The steps, on their parts."""
 
     def training_step(self, batch: PairBatch, step: int) -> tuple[Tensor, Tensor]:
         """Noise, reference, annotators, policy, loss.
@@ -89,21 +52,14 @@ class Trainer:
             The loss to differentiate, and `(micro_batch_size, K)` float64 rows of `COLUMNS`; rows
             that a short micro-batch leaves over hold the index -1.
         """
-        config = self.config
-        minority = self.annotators.minority(batch, step)
-        errors = None if self.reference_errors is None else self.reference_errors.lookup(batch)
-        batch = batch.to(self.processes.device)
-        noised = self.noise.noised_pair(batch)
-        batch = self.noise.drop_captions(batch, config.empty_prompt_rate, self.empty_prompt)
-        reference, annotators = self.annotators.predict(noised, batch, step, errors)
+        judged = self.judged(batch, step)
         with self.processes.autocast():
-            policy = self.denoisers.predict(self.policy, noised, batch.conditions)
-        predictions = PairPredictions(policy, reference, annotators)
-        weight = self.noise.snr_weight(noised.index, config.snr_gamma)
-        out = self.loss(predictions, noised.target, minority, weight)
-        rows = table_rows(batch, noised.index, out, config.micro_batch_size)
+            policy = self.denoisers.predict(self.policy, judged.noised, judged.batch.conditions)
+        out = self.pair_loss(judged, policy)
+        size = self.config.micro_batch_size
+        rows = table_rows(judged.batch, judged.noised.index, out, size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
-        return out.loss * (len(batch) / config.micro_batch_size), rows
+        return out.loss * (len(batch) / size), rows
 
     def optimizer_step(
         self,
@@ -124,20 +80,15 @@ class Trainer:
         """
         processes, config, state = self.processes, self.config, self.state
         moved = has_moved(state.schedule)
-        tables: list[Tensor] = []
-        norm: Tensor | float | None = None
-        for micro in range(config.accumulation_steps):
+
+        def check() -> None:
             if processes.count == 1 and must_end():
                 raise StepLeftError
-            with processes.accumulate(self.policy):
-                if config.lora.dropout > 0.0:
-                    self._seed_dropout(step * config.accumulation_steps + micro)
-                loss, rows = self.training_step(next(batches), step)
-                processes.backward(loss)
-                tables.append(rows)
-                norm = processes.clip(state.trainable.values())
-                state.optimizer.step()
-                state.optimizer.zero_grad()
+
+        if config.backward == "all":
+            tables, norm = self._dense_step(batches, step, check)
+        else:
+            tables, norm = SparseStep(self, step, check).run(batches)
         assert norm is not None, "accelerate exchanges gradients in a step's last micro-batch"
         if state.statistics is not None:
             state.statistics.finish_step(processes.sum)
@@ -151,14 +102,33 @@ class Trainer:
             rows = processes.gather(with_ending(rows, must_end()))
         return StepResult(rows, norm, rate, moved)
 
+    def _dense_step(
+        self, batches: Iterator[PairBatch], step: int, check: Callable[[], None]
+    ) -> tuple[list[Tensor], Tensor | float | None]:
+        """Every pair with a backward pass; returns the rows and the gradient's norm."""
+        config, processes, tables = self.config, self.processes, []
+        norm: Tensor | float | None = None
+        for micro in range(config.accumulation_steps):
+            check()
+            with processes.accumulate(self.policy):
+                if config.lora.dropout > 0.0:
+                    self._seed_dropout(step * config.accumulation_steps + micro)
+                loss, rows = self.training_step(next(batches), step)
+                processes.backward(loss)
+                tables.append(rows)
+                norm = self.update()
+        return tables, norm
+
     def _seed_dropout(self, local: int) -> None:
         """Keys dropout by the micro-batch's number in the stream: a resumed run repeats it."""
         number = local * self.processes.count + self.processes.rank
         torch.manual_seed(pair_key(f"dropout {self.seed} {number}"))
 
     def record(self, table: StepTable) -> None:
-        """Enters the step's votes into the ledger, on every process alike."""
+        """Keeps what later steps need of this one: the ledger's votes above all."""
         self.state.ledger.update(table.index, table.votes, table["timestep"])
+        if self.state.live_share is not None:
+            self.state.live_share.update(table)
         if isinstance(self.config.annotators, EmaAnnotators):
             self.state.last_minority[table.index] = table["minority"].float()
 
@@ -196,6 +166,7 @@ def setup_trainer(
         averages=setup_averages(train, weights),
         scaler=processes.scaler,
         statistics=reduce if isinstance(reduce, RunningStatistics) else None,
+        live_share=None if train.backward == "all" else LiveShare(train),
     )
     return Trainer(
         config=train,

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     POSTERIOR_WINNER = 2
     POSTERIOR_LOSER = 3
     EMPTY_PROMPT = 4
+    BACKWARD = 5
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,0 +1,67 @@
+"""How many pairs of late had a gradient worth a backward pass: decides how a step goes about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastpo.config import TrainConfig
+from fastpo.train.metrics import StepTable
+
+FADING = 0.9  # weight of the older share after each step: about ten steps count
+NAME = "live_share"
+
+
+class LiveShare:
+    """Running share of backward passes that are needed, of pairs whose gate is not known closed.
+
+    A forward pass costs 1 a pair, a backward pass 2. To differentiate all of them costs 3; to look
+    first, without gradients, and then to differentiate a share s in a second pass costs 1 + 3 s.
+    With gradient checkpointing, whose backward pass repeats the forward pass, these are 4 and
+    1 + 4 s. So looking first pays below s = 2/3 and 3/4.
+
+    The share is that of all processes' pairs and is saved, so all of them, and a resumed run,
+    decide alike.
+
+    Args:
+        config: The run.
+
+    Attributes:
+        value: The share, 1 before the first step.
+        dense: What a pair costs that is differentiated at once.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.value = 1.0
+        self.dense = 4.0 if config.gradient_checkpointing else 3.0
+        self._threshold = config.backward_threshold if config.backward == "sampled" else None
+
+    @property
+    def probes(self) -> bool:
+        """Whether to look first is cheaper."""
+        return 1.0 + self.dense * self.value < self.dense
+
+    def chance(self, scale: Tensor) -> Tensor:
+        """The probability of a pair's backward pass, from its gradient scale; 1 where it is NaN."""
+        if self._threshold is None:
+            return (scale != 0).to(scale.dtype)
+        return (scale / self._threshold).clamp(max=1.0).nan_to_num(1.0)
+
+    def update(self, table: StepTable) -> None:
+        """Moves the share on by one step."""
+        chance = self.chance(table["scale"])[table["closed"] == 0]
+        if len(chance):
+            # Sorted, so that the sum rounds alike however pairs are spread over processes.
+            step = chance.sort().values.mean().item()
+            self.value = FADING * self.value + (1.0 - FADING) * step
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the share, for a checkpoint."""
+        return {NAME: torch.tensor([self.value], dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores the share; entries of other names are left alone."""
+        if NAME in state:
+            self.value = state[NAME].item()

@@ -1,0 +1,257 @@
+"""Steps without backward passes that bring nothing: `train.backward`."""
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from fastpo.config import load_config
+from fastpo.config.objectives import OBJECTIVES, ObjectiveConfig
+from fastpo.errors import ConfigError
+from fastpo.loss import dpo
+from fastpo.train import train
+from fastpo.train.distributed import joined
+from fastpo.train.live_share import LiveShare
+from fastpo.train.loop import setup
+from fastpo.train.objective import LOSSES
+from fastpo.train.run_folder import RunFolder
+from fastpo.train.sparse import backward_weights, gradient_scale
+from fastpo.types import PairBatch
+
+ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0, "weight_kind": "gate"}
+GATE = {"objective": ADAPTIVE, "annotators": {"kind": "ledger"}}
+VERDICTS = torch.tensor([1.0, -1.0] * 5 + [1.0])  # right, wrong, right, ...
+PROBED, AT_ONCE = 0.1, 1.0
+
+
+@pytest.fixture
+def one_step(experiment):
+    """Gradients and rows of one step: `one_step(share, verdicts, **options)`."""
+
+    def run(share=AT_ONCE, verdicts=VERDICTS, **options):
+        options = {"accumulation_steps": 2, "micro_batch_size": 4, **options}
+        config = load_config(experiment(**options))
+        with joined(config.train) as processes:
+            made = setup(config, processes, RunFolder(config.train.output_dir, main=True))
+            trainer, state = made.trainer, made.trainer.state
+            torch.manual_seed(0)
+            for parameter in state.trainable.values():
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+            state.ledger.total[:] = verdicts[: len(state.ledger)]
+            state.ledger.visits[:] = 3
+            if state.live_share is not None:
+                state.live_share.value = share
+            kept = {}
+
+            def keep(*_):
+                kept.update({name: p.grad.clone() for name, p in state.trainable.items()})
+
+            state.optimizer.optimizer.register_step_pre_hook(keep)
+            with_batches = iter(made.data.loader(processes, 0, workers=0))
+            table = trainer.optimizer_step(with_batches, 0).read()
+            with_batches.close()
+        return kept, table
+
+    return run
+
+
+def assert_same_gradient(a, b, *, tolerance=2e-5):
+    apart = math.sqrt(sum((a[name] - b[name]).square().sum().item() for name in a))
+    length = math.sqrt(sum(a[name].square().sum().item() for name in a))
+    assert a.keys() == b.keys()
+    assert 0 < length
+    assert apart <= tolerance * length
+
+
+CASES = {
+    "gate, at once": (AT_ONCE, GATE),
+    "gate, probed": (PROBED, GATE),
+    "hinge": (PROBED, {"objective": {"name": "hinge", "beta": 2000.0}}),
+    "kto": (PROBED, {"objective": {"name": "kto", "beta": 500.0}}),
+    "sdpo": (PROBED, {"objective": {"name": "sdpo", "beta": 500.0}, "statistics": "micro_batch"}),
+    "full, checkpointing, captions": (
+        AT_ONCE,
+        {
+            **GATE,
+            "method": "full",
+            "gradient_checkpointing": True,
+            "empty_prompt_rate": 0.5,
+            "snr_gamma": 5.0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("share", "options"), CASES.values(), ids=CASES)
+def test_a_step_without_needless_backward_passes_has_the_same_gradient(one_step, share, options):
+    whole, expected = one_step(**options)
+    sparse, table = one_step(share, backward="alive", **options)
+    assert_same_gradient(whole, sparse)
+    assert table["index"].equal(expected["index"])
+    for column in ("margin", "loss", "error_winner", "weight"):
+        torch.testing.assert_close(table[column], expected[column], equal_nan=True)
+    assert table["kept"].bool().equal(table["scale"] != 0)
+    needed = 4.0 if options.get("gradient_checkpointing") else 3.0
+    first = 1.0 if share == PROBED else 0.0
+    kept = first + needed * table["kept"]
+    assert table["cost"].equal(torch.where(table["kept"] > 0, kept, 1.0))
+
+
+@pytest.mark.parametrize("share", [AT_ONCE, PROBED])
+def test_closed_pairs_get_no_backward_pass_and_still_have_their_margin(one_step, share):
+    _, table = one_step(share, backward="alive", **GATE)
+    closed = VERDICTS[table.index] < 0
+    assert 0 < closed.sum() < len(closed)
+    assert table["closed"].bool().equal(closed)
+    assert table["kept"].equal((~closed).double())
+    assert (table["margin"] != 0).all()
+
+
+@pytest.mark.parametrize("share", [AT_ONCE, PROBED])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_of_closed_pairs_alone_moves_nothing_but_the_optimizer(
+    one_step, share, accumulation
+):
+    options = {"accumulation_steps": accumulation, "backward": "alive", **GATE}
+    gradients, table = one_step(share, torch.full((11,), -1.0), **options)
+    assert gradients
+    assert not any(g.any() for g in gradients.values())
+    assert table.grad_norm == 0.0
+    assert table.metrics(step=1, epoch=1.0, seconds=1.0)["backward/effective"] == 0.0
+
+
+def test_sampled_pairs_weigh_what_they_stand_for(one_step):
+    options = {"objective": {"name": "dpo", "beta": 500.0}}
+    sampled = {"backward": "sampled", "backward_threshold": 1.5}
+    _, table = one_step(PROBED, **options, **sampled)
+    chance = (table["scale"] / 1.5).clamp(max=1.0)
+    kept = table["kept"] > 0
+    assert 0 < kept.sum() < len(kept)
+    torch.testing.assert_close(table["kept"][kept], 1.0 / chance[kept], rtol=1e-6, atol=0)
+    told = table.metrics(step=1, epoch=1.0, seconds=1.0)
+    assert told["backward/share"] == kept.double().mean()
+    assert told["backward/cost"] == pytest.approx(1.0 + 3.0 * told["backward/share"])
+    # every kept pair weighs threshold at most, and all of them alike where the chance is below 1
+    assert told["backward/effective"] == pytest.approx(kept.sum().item(), rel=0.1)
+
+
+def test_draws_do_not_depend_on_the_micro_batches(one_step):
+    options = {"data": {"limit": 3}, "backward": "sampled", "backward_threshold": 3.0}
+    ones, rows = one_step(PROBED, micro_batch_size=1, accumulation_steps=3, **options)
+    three, others = one_step(PROBED, micro_batch_size=3, accumulation_steps=1, **options)
+    kept = [dict(zip(t["index"].tolist(), t["kept"].tolist(), strict=True)) for t in (rows, others)]
+    assert kept[0] == pytest.approx(kept[1], rel=1e-4)
+    assert 0 < sum(map(bool, kept[0].values())) < 3
+    assert_same_gradient(ones, three, tolerance=1e-3)
+
+
+def pairs(key, visit):
+    nothing = torch.zeros(0)
+    return PairBatch(key, key, visit, key > 0, nothing, nothing, {})
+
+
+def test_the_mean_of_sampled_gradients_is_the_gradient():
+    """A linear model: 4 pairs, 40,000 visits; four standard errors of the mean."""
+    torch.manual_seed(0)
+    n_pairs, visits = 4, 40_000
+    model = torch.nn.Linear(6, 6, bias=False)
+    seen, target = torch.randn(2 * n_pairs, 6), torch.randn(n_pairs, 6)
+    policy = model(seen)
+    out = dpo(policy, torch.rand(2 * n_pairs), target, beta=2.0)
+    (slopes,) = torch.autograd.grad(out.loss, policy, retain_graph=True)
+    scale = gradient_scale(slopes, out.policy_error.detach(), unit=1.0)
+    chance = (scale / 1.5).clamp(max=1.0)
+    assert chance.min() < 0.3
+    key = torch.arange(n_pairs).repeat(visits)
+    visit = torch.arange(visits).repeat_interleave(n_pairs)
+    weight = backward_weights(chance.repeat(visits), pairs(key, visit), seed=3)
+    weight = weight.view(visits, n_pairs)
+    by_pair = torch.stack(
+        [
+            torch.autograd.grad((policy[i::n_pairs] * slopes[i::n_pairs]).sum(), model.weight,
+                                retain_graph=True)[0].flatten()
+            for i in range(n_pairs)
+        ]
+    ).double()  # fmt: skip
+    drawn = weight @ by_pair
+    error = drawn.std(0) / math.sqrt(visits)
+    (whole,) = torch.autograd.grad(out.loss, model.weight)
+    assert ((drawn.mean(0) - whole.flatten().double()).abs() <= 4 * error + 1e-7).all()
+    assert backward_weights(chance, pairs(key[:4], visit[:4]), seed=3).equal(weight[0])
+    assert not backward_weights(0 * chance, pairs(key[:4], visit[:4]), seed=3).any()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_gradient_scale_is_one_where_policy_and_reference_agree(name):
+    section = TypeAdapter(ObjectiveConfig).validate_python({"name": name})
+    policy = torch.randn(8, 64, generator=torch.manual_seed(0)).requires_grad_()
+    target = torch.randn(4, 64)
+    options = section.model_dump(exclude={"name"})
+    judges = [policy.detach().clone()] if section.needs_reference else []
+    if name.startswith("adaptive"):
+        options["minority"] = torch.zeros(4)
+        options["weight_kind"] = "gate"
+    out = LOSSES[name](policy, *judges, target, **options)
+    (slopes,) = torch.autograd.grad(out.loss, policy)
+    scale = gradient_scale(slopes, out.policy_error.detach(), section.fresh_slope())
+    if name == "mapo":  # the winner's error alone gives 1, the preference adds to it
+        assert (scale >= 1.0 - 1e-6).all()
+    else:
+        torch.testing.assert_close(scale, torch.ones(4, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_the_gradient_scale_falls_as_a_pair_is_settled():
+    e_w, e_l, beta = 0.5, torch.tensor([0.5, 0.6, 0.9]), 10.0
+    errors = torch.cat([torch.full((3,), e_w), e_l])
+    policy = errors.sqrt()[:, None].expand(6, 5).clone().requires_grad_()
+    out = dpo(policy, torch.full((6,), 0.5), torch.zeros(6, 5), beta=beta)
+    (slopes,) = torch.autograd.grad(out.loss, policy)
+    scale = gradient_scale(slopes, out.policy_error.detach(), unit=beta / 2)
+    expected = 2 * torch.sigmoid(-beta * (e_l - e_w)).double()
+    torch.testing.assert_close(scale, expected, rtol=1e-5, atol=0)
+
+
+def test_a_pair_without_gradient_or_error_has_scale_zero():
+    slopes = torch.tensor([[0.0, 0.0], [1e-30, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    scale = gradient_scale(slopes, torch.tensor([0.0, 1.0, 0.0, 1.0]), unit=1.0)
+    assert scale[0] == 0
+    assert scale[1] > 0  # its square is no float32
+
+
+def test_looking_first_is_chosen_where_it_is_cheaper(experiment):
+    config = load_config(experiment(backward="sampled", backward_threshold=0.5)).train
+    share = LiveShare(config)
+    for value, probes in ((1.0, False), (0.67, False), (0.66, True)):
+        share.value = value
+        assert share.probes is probes
+    checkpointed = LiveShare(config.model_copy(update={"gradient_checkpointing": True}))
+    for value, probes in ((0.76, False), (0.74, True)):
+        checkpointed.value = value
+        assert checkpointed.probes is probes
+    chance = share.chance(torch.tensor([0.0, 0.1, 0.7, math.nan], dtype=torch.float64))
+    torch.testing.assert_close(chance, torch.tensor([0.0, 0.2, 1.0, 1.0], dtype=torch.float64))
+
+
+def test_a_run_goes_over_to_looking_first_and_resumes_to_the_bit(experiment, read_metrics):
+    options = {"max_steps": 8, "backward": "sampled", "backward_threshold": 8.0}
+    whole = train(load_config(experiment(name="whole", **options)), progress=False)
+    steps = read_metrics(whole)
+    assert steps[0]["backward/cost"] == 3.0  # all at once
+    assert steps[-1]["backward/cost"] < 3.0
+    path = experiment(name="parts", **options)
+    train(load_config(path, ["train.max_steps=6"]), progress=False)
+    parts = train(load_config(path), resume=True, progress=False)
+    assert read_metrics(parts) == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"backward": "alive", "lora": {"dropout": 0.1}}, "use train.lora.dropout: 0"),
+        ({"backward": "alive", "backward_threshold": 0.3}, "is for train.backward: sampled"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(experiment, options, text):
+    with pytest.raises(ConfigError, match=text):
+        load_config(experiment(**options))
