@@ -17,6 +17,7 @@ from fastpo.config.fields import (
     PositiveInt,
     Section,
     Share,
+    SomeShare,
     decides,
 )
 
@@ -69,6 +70,11 @@ class DataConfig(Section):
     """Share of the labels that are exchanged on purpose, to study noisy labels."""
     flip_seed: Annotated[Count, decides("reference", "run")] = 0
     """Decides which labels these are."""
+    held_out: Annotated[SomeShare, decides("run")] = 0.0
+    """Share of the pairs that training leaves out, such as 0.01 or 1%, and on which it measures
+    (`train.held_out_every`). A hash chooses them: the same in every run, also when data grow."""
+    held_out_by: Annotated[Literal["pair", "prompt"], decides("run")] = "pair"
+    """What is hashed: the pair's name, or its prompt, so that all pairs of a prompt go together."""
     allow_outside: Annotated[bool, decides("nothing")] = False
     """Whether a listing may name images outside of data.path, by its text or by links."""
     max_bad: Annotated[Share | None, decides("nothing")] = None

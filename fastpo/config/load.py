@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from fastpo.config.data import DataConfig
 from fastpo.config.fields import Section, Seed, decides, with_words
 from fastpo.config.messages import explain
 from fastpo.config.sections import EvaluateConfig, ModelConfig, PrepareConfig
-from fastpo.config.train import TrainConfig
+from fastpo.config.train import TrainConfig, check_held_out
 from fastpo.errors import ConfigError
 from fastpo.system.json_text import read_bounded
 
@@ -37,6 +37,11 @@ class Config(Section):
     prepare: PrepareConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        check_held_out(self.train, self.data.held_out)
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -107,6 +107,17 @@ class TrainConfig(Section):
     """Steps from one checkpoint to the next."""
     keep_checkpoints: Annotated[PositiveInt, decides("nothing")] = 2
     """How many checkpoints stay, the newest; others are removed."""
+    held_out_every: Annotated[PositiveInt | None, decides("nothing")] = None
+    """Steps from one measurement on the held-out pairs (`data.held_out`) to the next; none: as
+    checkpoint_every. The last step has one too."""
+    held_out_draws: Annotated[PositiveInt, decides("run")] = 1
+    """Timesteps and noises of each held-out pair, the same at every measurement; a pair's margin is
+    their mean."""
+    keep_best: Annotated[bool, decides("nothing")] = False
+    """Saves a checkpoint at every measurement with a higher held-out accuracy than all before,
+    keeps the best one beside the newest, and exports it as `best/`."""
+    early_stop: Annotated[PositiveInt | None, decides("nothing")] = None
+    """The run ends after so many measurements in a row without a higher held-out accuracy."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], decides("nothing")] = (
         "tensorboard",
     )
@@ -133,6 +144,11 @@ class TrainConfig(Section):
     def reads_reference_errors(self) -> bool:
         """Whether the reference's errors are read from disk, so that none runs or is held."""
         return self.needs_reference and self.reference == "cached"
+
+    @property
+    def measures_every(self) -> int:
+        """Steps from one measurement on held-out pairs to the next."""
+        return self.held_out_every or self.checkpoint_every
 
     @property
     def ledger_min_visits(self) -> int:
@@ -172,6 +188,25 @@ def check_stage_3(config: TrainConfig) -> None:
         raise ValueError(
             f"train.annotators.batched: true does not work with ZeRO-3 ({config.deepspeed})"
         )
+
+
+def check_held_out(config: TrainConfig, share: float) -> None:
+    """Refuses keys about held-out pairs where none are (`data.held_out` is 0).
+
+    Raises:
+        ValueError: The text names the key.
+    """
+    given = {
+        "held_out_every": config.held_out_every is not None,
+        "held_out_draws": config.held_out_draws > 1,
+        "keep_best": config.keep_best,
+        "early_stop": config.early_stop is not None,
+    }
+    for key, used in given.items():
+        if used and not share:
+            raise ValueError(
+                f"train.{key} is about held-out pairs; set data.held_out to a share, such as 0.01"
+            )
 
 
 def _check_annotators(config: TrainConfig) -> None:

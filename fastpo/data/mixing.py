@@ -30,12 +30,15 @@ def make_sampler(cache: PairCache, config: Config) -> PairSampler:
         cache: Its cache.
         config: The configuration.
     """
-    size, seed = config.train.micro_batch_size, config.seed
-    counts = np.bincount(cache.source_index.numpy(), minlength=len(config.data.sources))
+    size, seed, kept = config.train.micro_batch_size, config.seed, cache.trained
+    source = cache.source_index if kept is None else cache.source_index[kept]
+    counts = np.bincount(source.numpy(), minlength=len(config.data.sources))
     visits = visits_per_epoch(config.data.sources, counts.tolist())
     if all(number == 1.0 for number in visits):
-        return PairSampler(cache.bucket, size, seed)
-    return MixedSampler(cache.bucket, size, seed, source=cache.source_index, visits=visits)
+        return PairSampler(cache.bucket, size, seed, kept)
+    return MixedSampler(
+        cache.bucket, size, seed, source=cache.source_index, visits=visits, pairs=kept
+    )
 
 
 def visits_per_epoch(sources: Sequence[SourceConfig], pairs: Sequence[int]) -> list[float]:
@@ -72,6 +75,7 @@ class MixedSampler(PairSampler):
         *,
         source: Tensor,
         visits: Sequence[float],
+        pairs: Tensor | None = None,
     ) -> None:
         """Prepares the stream.
 
@@ -81,11 +85,13 @@ class MixedSampler(PairSampler):
             seed: Seed of the order.
             source: `(N,)` int64, the number of each pair's data set.
             visits: How often an epoch visits each pair, by data set; 1 or more.
+            pairs: As of `PairSampler`.
 
         Raises:
             ValueError: As `PairSampler`.
         """
-        super().__init__(bucket, micro_batch_size, seed)
+        super().__init__(bucket, micro_batch_size, seed, pairs)
+        source = source if pairs is None else source[pairs]
         keys = np.stack([source.numpy(), self._bucket.astype(np.int64)], axis=1)
         kinds, group = np.unique(keys, axis=0, return_inverse=True)
         self._groups = [np.flatnonzero(group.ravel() == g) for g in range(len(kinds))]
@@ -100,7 +106,7 @@ class MixedSampler(PairSampler):
         epoch, k = divmod(n, self.micro_batches_per_epoch)
         pairs, visits, batches = self._epoch_of(epoch)
         here = slice(self._starts[batches[k]], self._ends[batches[k]])
-        return visits[here].tolist(), pairs[here].tolist()
+        return visits[here].tolist(), self._at(pairs[here]).tolist()
 
     def micro_batch(self, n: int) -> tuple[int, list[int]]:
         """Returns the epoch and the pairs of the n-th micro-batch of the stream."""
@@ -118,9 +124,9 @@ class MixedSampler(PairSampler):
         for number, group in enumerate(self._groups):
             cycles, part = divmod(epochs * self._draws[number], len(group))
             for visit in range(cycles):
-                add(visit, group)
+                add(visit, self._at(group))
             if part:
-                add(cycles, self._cycle(number, cycles)[:part])
+                add(cycles, self._at(self._cycle(number, cycles)[:part]))
         for k in range(rest):
             visits, pairs = self.draw(epochs * self.micro_batches_per_epoch + k)
             for visit, pair in zip(visits, pairs, strict=True):

@@ -27,17 +27,22 @@ class PairSampler:
         >>> epoch, indices = sampler.micro_batch(5)
     """
 
-    def __init__(self, bucket: Tensor, micro_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, bucket: Tensor, micro_batch_size: int, seed: int, pairs: Tensor | None = None
+    ) -> None:
         """Prepares the stream.
 
         Args:
             bucket: `(N,)` int64, the bucket of each pair.
             micro_batch_size: Pairs in a full micro-batch.
             seed: Seed of the order.
+            pairs: `(M,)` int64, positions of the pairs that are drawn; None: all.
 
         Raises:
             ValueError: No pair, or a micro-batch size below 1.
         """
+        self._pairs = None if pairs is None else pairs.numpy()
+        bucket = bucket if pairs is None else bucket[pairs]
         if bucket.ndim != 1 or not len(bucket):
             raise ValueError(f"bucket must be (N,) with N > 0, got {tuple(bucket.shape)}")
         if micro_batch_size < 1:
@@ -51,6 +56,11 @@ class PairSampler:
         self._seed = seed
         self._starts, self._ends = cut_batches(counts, micro_batch_size)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """The positions of all pairs that an epoch visits, ascending."""
+        return self._at(np.arange(len(self._bucket)))
 
     @property
     def micro_batches_per_epoch(self) -> int:
@@ -71,7 +81,11 @@ class PairSampler:
             self._epoch = (epoch, *self._shuffle(epoch))
         _, pairs, batches = self._epoch
         b = batches[k]
-        return epoch, pairs[self._starts[b] : self._ends[b]].tolist()
+        return epoch, self._at(pairs[self._starts[b] : self._ends[b]]).tolist()
+
+    def _at(self, rows: np.ndarray) -> np.ndarray:
+        """The positions of pairs, of which an epoch may leave some out, by their number in it."""
+        return rows if self._pairs is None else self._pairs[rows]
 
     def draw(self, n: int) -> tuple[int | list[int], list[int]]:
         """Returns how often the pairs of the n-th micro-batch were visited before, and the pairs.
@@ -87,7 +101,7 @@ class PairSampler:
             micro_batches: How many; the last epoch may be partial.
         """
         visits, rest = divmod(micro_batches, self.micro_batches_per_epoch)
-        needed = [np.arange(len(self._bucket))] * visits
+        needed = [self.pairs] * visits
         if rest:
             first = visits * self.micro_batches_per_epoch
             drawn = (self.micro_batch(first + k)[1] for k in range(rest))

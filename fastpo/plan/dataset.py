@@ -112,7 +112,9 @@ def count_visits(config: Config, size: DataSize, processes: int) -> int | None:
     if train.max_steps is not None:
         return train.max_steps * processes * train.accumulation_steps * train.micro_batch_size
     assert train.epochs is not None
-    return None if size.pairs is None else round(train.epochs * size.pairs * size.repeats)
+    if size.pairs is None:
+        return None
+    return round(train.epochs * size.pairs * size.repeats * (1.0 - config.data.held_out))
 
 
 def cache_size(

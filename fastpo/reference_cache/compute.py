@@ -32,7 +32,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, dropped_conditions, setup_noise
 from fastpo.precision import autocast
 from fastpo.reference_cache.fingerprint import reference_identity
-from fastpo.reference_cache.open import run_steps
+from fastpo.reference_cache.open import needed_pairs, run_steps
 from fastpo.reference_cache.store import (
     REFERENCE,
     ReferenceErrors,
@@ -100,7 +100,7 @@ def prepare_reference(
         sampler = make_sampler(cache, config)
         micro_batches = (processes or process.world_size) * config.train.accumulation_steps
         steps = run_steps(config, sampler, micro_batches)
-        needed = sampler.needed(steps * micro_batches)
+        needed = needed_pairs(config, cache, sampler, steps * micro_batches)
     root = reference_root(config.prepare.cache_dir)
     claim(root, REFERENCE)  # the denoiser's digest is noted there
     identity = reference_identity(config, model, cache, noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
@@ -11,6 +13,27 @@ from fastpo.noise import PairNoise
 from fastpo.reference_cache.fingerprint import reference_identity
 from fastpo.reference_cache.store import ReferenceErrors, open_reference_errors
 from fastpo.system.words import counted
+
+
+def needed_pairs(
+    config: Config, cache: PairCache, sampler: PairSampler, micro_batches: int
+) -> list[np.ndarray]:
+    """Returns, visit by visit, the positions of the pairs that a run draws or measures on.
+
+    Args:
+        config: The run's configuration.
+        cache: Its prepared latents.
+        sampler: Its stream.
+        micro_batches: How many the run takes of the stream; the last epoch may be partial.
+    """
+    needed = sampler.needed(micro_batches)
+    held_out = cache.held_out.nonzero().flatten().numpy()
+    for draw in range(config.train.held_out_draws if len(held_out) else 0):
+        if draw == len(needed):
+            needed.append(held_out)
+        else:
+            needed[draw] = np.sort(np.concatenate([needed[draw], held_out]))
+    return needed
 
 
 def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
@@ -51,7 +74,7 @@ def open_for_run(
         return None
     micro_batches = processes * config.train.accumulation_steps
     steps = run_steps(config, sampler, micro_batches)
-    needed = sampler.needed(steps * micro_batches)
+    needed = needed_pairs(config, cache, sampler, steps * micro_batches)
     whole = f"fastpo prepare CONFIG --reference {len(needed)}"
     errors = open_reference_errors(
         config.prepare.cache_dir,

@@ -36,6 +36,7 @@ class Panel:
         series: Keys of the metrics; the first is drawn solid, the second dashed.
         level: A value to mark by a thin line, or None.
         smoothed: Whether a moving mean is drawn over the raw values.
+        sparse: Few steps have a value; these are marked and joined.
         reference: Draw only runs with (True) or without (False) a reference model; None: all.
     """
 
@@ -44,6 +45,7 @@ class Panel:
     series: tuple[str, ...]
     level: float | None = None
     smoothed: bool = True
+    sparse: bool = False
     reference: bool | None = None
 
     def column(self, run: Run, key: str) -> Array | None:
@@ -76,6 +78,35 @@ PANELS = (
         "Error where there is no reference (loser dashed)",
         "denoising error",
         ("error/winner", "error/loser"),
+        reference=False,
+    ),
+    Panel(
+        "Accuracy on held-out pairs",
+        "share of pairs with d > 0",
+        ("held_out/accuracy",),
+        0.5,
+        sparse=True,
+    ),
+    Panel(
+        "The same by label (flipped on purpose dashed)",
+        "share of pairs with d > 0",
+        ("held_out/clean/accuracy", "held_out/flipped/accuracy"),
+        0.5,
+        sparse=True,
+    ),
+    Panel("Margin on held-out pairs", "margin d", ("held_out/margin",), 0.0, sparse=True),
+    Panel(
+        "Held-out error against the reference (loser dashed)",
+        "policy - reference",
+        ("held_out/against_reference/winner", "held_out/against_reference/loser"),
+        0.0,
+        sparse=True,
+    ),
+    Panel(
+        "Held-out error (loser dashed)",
+        "denoising error",
+        ("held_out/error/winner", "held_out/error/loser"),
+        sparse=True,
         reference=False,
     ),
     Panel("Gradient norm before clipping", "norm", ("grad_norm",)),
@@ -113,11 +144,15 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             if values is None:
                 continue
             steps = run.metrics.get("step", np.arange(1.0, len(values) + 1))
-            mean = smooth(values) if panel.smoothed else values
+            if panel.sparse:
+                known = np.isfinite(values)
+                steps, values = steps[known], values[known]
+            mean = smooth(values) if panel.smoothed and not panel.sparse else values
             if len(panel.series) == 1 and mean is not values:
                 axes.plot(steps, values, color=color(i), alpha=0.2, linewidth=0.7)
             label = run.name if key == panel.series[0] else None
-            axes.plot(steps, mean, color=color(i), linestyle=dash, linewidth=1.6, label=label)
+            line = {"color": color(i), "linestyle": dash, "linewidth": 1.6, "label": label}
+            axes.plot(steps, mean, marker="o" if panel.sparse else None, markersize=3, **line)
     axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.label)

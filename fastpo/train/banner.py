@@ -30,14 +30,15 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
     annotators = "" if config.annotators is None else f", annotators: {config.annotators.kind}"
     pairs = config.micro_batch_size * data.micro_batches_per_step
     first = config.objective.initial_loss
-    flipped = int(data.cache.flipped.sum())
+    flipped = int(data.cache.flipped[data.sampler.pairs].sum())
     rows = {
         "objective": config.objective.name + annotators,
         "slope": config.objective.describe_slope(),
         "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
         "reference": _reference(trainer),
-        "pairs": f"{len(data.cache):,}"
+        "pairs": f"{len(data.sampler.pairs):,}"
         + (f", {counted(flipped, 'label')} flipped" if flipped else ""),
+        "held out": _held_out(trainer, data),
         "batch": f"{counted(pairs, 'pair')} = {config.micro_batch_size} x "
         f"{config.accumulation_steps} accumulation x {processes.count} process(es)",
         **_backward(trainer),
@@ -47,6 +48,8 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         "memory": _memory(trainer),
         "folder": str(config.output_dir),
     }
+    if not rows["held out"]:
+        del rows["held out"]
     if processes.count == 1 and started_alone():
         rows["warning"] = (
             "accelerate launch --cpu was asked for several processes and started one; use "
@@ -68,6 +71,19 @@ def _backward(trainer: Trainer) -> dict[str, str]:
         "sampled": f"all but part of the gradient scales below {config.backward_threshold:g}",
     }[config.backward]
     return {"backward": f"{which}; {share.value:.0%} needed of late"}
+
+
+def _held_out(trainer: Trainer, data: TrainingData) -> str:
+    """How much is measured on held-out pairs, and how often; empty without any."""
+    held, config = int(data.cache.held_out.sum()), trainer.config
+    if not held:
+        return ""
+    kept = "; the best checkpoint is kept" if config.keep_best else ""
+    patience = config.early_stop
+    stops = "" if patience is None else f"; stops after {patience} without a higher accuracy"
+    draws = counted(config.held_out_draws, "draw")
+    every = counted(config.measures_every, "step")
+    return f"{counted(held, 'pair')}, {draws} each, every {every}{kept}{stops}"
 
 
 def _reference(trainer: Trainer) -> str:

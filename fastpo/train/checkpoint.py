@@ -118,6 +118,7 @@ def _files(
         metrics=checksum(metrics) if metrics.exists() else None,
         model=origin.model or None,
         changes=list(origin.changes),
+        best=state.best if state.best.step else None,
     )
     text = about.model_dump_json(indent=1)
     yield STATE, lambda path: path.write_text(text)
@@ -214,6 +215,7 @@ def load_checkpoint(
     _load_schedule(state.schedule, rest["schedule"])
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])
+    state.best.copy_from(about.best)
     return about
 
 

@@ -21,6 +21,7 @@ from fastpo.errors import CheckpointError, NoWholeCheckpointError
 from fastpo.system.checksums import Checksum
 from fastpo.system.manifest import MANIFEST, find_damage, first_mistake
 from fastpo.system.ownership import Kind, remove_owned, strangers
+from fastpo.train.best import BestHeldOut
 from fastpo.train.changes import Change
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class About(BaseModel):
         metrics: `metrics.jsonl` as it was then, if the version recorded it.
         model: The model's fingerprint, if the version recorded it.
         changes: Keys that were changed on the way, oldest first.
+        best: The best measurement on held-out pairs, if there was one.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -63,6 +65,7 @@ class About(BaseModel):
     metrics: Checksum | None = None
     model: str | None = None
     changes: list[Change] = []
+    best: BestHeldOut | None = None
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -174,12 +177,20 @@ class Rotation:
     def __init__(self, run: Path, *, keep: int, main: bool) -> None:
         self._run, self._keep, self._main = run, keep, main
         self._whole: set[str] = set()
+        self._best: list[str] = []
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
     def trust(self, checkpoint: Path) -> None:
         """Takes a checkpoint for whole that was verified already."""
         self._whole.add(checkpoint.name)
+
+    def prefer(self, checkpoint: Path) -> None:
+        """Keeps a checkpoint, the best so far, beside the newest.
+
+        The one before may go when this one was found whole in this process.
+        """
+        self._best.append(checkpoint.name)
 
     def begin(self, newest: Path) -> None:
         """Starts to read the newest checkpoint back and then to remove old ones."""
@@ -216,9 +227,11 @@ class Rotation:
             return
         self._whole.add(newest.name)
         older = [path for path in list_checkpoints(self._run) if path.name <= newest.name]
-        whole = 0
+        whole, best = 0, self._best
+        certain = [i for i, name in enumerate(best) if name in self._whole]
+        kept = best[certain[-1] :] if certain else best
         for path in reversed(older):
-            if whole >= self._keep and is_ours(path):
+            if whole >= self._keep and path.name not in kept and is_ours(path):
                 remove_owned(path, CHECKPOINT)
                 self._whole.discard(path.name)
             whole += path.name in self._whole

@@ -7,6 +7,7 @@ neither DeepSpeed nor a GPU, and host memory for one copy of the trained weights
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError
-from fastpo.models.denoisers import add_lora
+from fastpo.models.denoisers import Denoisers, add_lora
 from fastpo.models.export import LORA_FILE, export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.models.lora_formats import LoraFormat, write_lora
@@ -98,6 +99,23 @@ def export_lora(source: Path, target: Path, form: LoraFormat, *, average: bool =
     with whole_file(file) as temporary:
         write_lora(model.family, policy, weights, temporary, form)
     return file
+
+
+def export_best(denoisers: Denoisers, checkpoint: Path, target: Path, method: str) -> None:
+    """Exports the checkpoint that `train.keep_best` has kept; one that is damaged is told of.
+
+    Args:
+        denoisers: The run's; the policy tells the architecture.
+        checkpoint: The checkpoint's folder.
+        target: The run's folder `best`, which an earlier one may have left.
+        method: As of `export_policy`.
+    """
+    try:
+        _, weights = _trained(checkpoint, average=False)
+    except CheckpointError as error:
+        print(f"{target} is not written: {error}", file=sys.stderr)
+        return
+    export_policy(denoisers.family, denoisers.policy, target, method, weights)
 
 
 @contextmanager

@@ -14,17 +14,15 @@ adds the gradient scaler's own check.)
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from fastpo.config import Config, input_paths
 from fastpo.data.loader import TimedIterator
-from fastpo.errors import CheckpointError, ConfigError, NonFiniteLossError, NonFiniteWeightsError
+from fastpo.errors import CheckpointError, ConfigError
 from fastpo.models.export import export_damage, export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.system.ownership import protecting
@@ -33,54 +31,24 @@ from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
-from fastpo.train.checkpoint import Origin, load_checkpoint, save_checkpoint
-from fastpo.train.checkpoint_folders import Rotation, list_checkpoints, step_of
-from fastpo.train.data import TrainingData, setup_data
+from fastpo.train.checkpoint import load_checkpoint, save_checkpoint
+from fastpo.train.checkpoint_folders import (
+    Rotation,
+    checkpoint_folder,
+)
+from fastpo.train.consolidate import export_best
+from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, joined
 from fastpo.train.ema import exported_weights
-from fastpo.train.finite import non_finite_weights
+from fastpo.train.experiment import Experiment, check_finite, check_finite_weights
+from fastpo.train.held_out import HeldOut
 from fastpo.train.history import describe_start, write_record
 from fastpo.train.memory import memory_errors
-from fastpo.train.metrics import StepTable
 from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
 from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
-from fastpo.train.trainer import StepLeftError, Trainer, setup_trainer
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One run's parts, from its configuration to its folder.
-
-    Attributes:
-        config: The resolved configuration.
-        processes: The processes that train.
-        folder: Where results go.
-        data: What is read, and how many steps that makes.
-        trainer: What a step uses.
-        rotation: Removes old checkpoints.
-        model: The model's fingerprint.
-        point: Where the run goes on; None if it begins.
-    """
-
-    config: Config
-    processes: Processes
-    folder: RunFolder
-    data: TrainingData
-    trainer: Trainer
-    rotation: Rotation
-    model: str
-    point: ResumePoint | None
-
-    @property
-    def origin(self) -> Origin:
-        """What a checkpoint of this run is computed from."""
-        data = self.data
-        changes = () if self.point is None else self.point.changes
-        return Origin(
-            self.config, data.cache.fingerprint, data.micro_batches_per_step, self.model, changes
-        )
+from fastpo.train.trainer import StepLeftError, setup_trainer
 
 
 @storage_errors()
@@ -139,7 +107,8 @@ def train(
             if is_finished(run, start):
                 if folder.main:
                     done = "the step is" if start == 1 else f"all {start} steps are"
-                    print(f"{folder.path} is finished: {done} done")
+                    early = f"it has stopped early, after {counted(start, 'step')}"
+                    print(f"{folder.path} is finished: {early if run.stopped else f'{done} done'}")
                 return folder.path
             begin(run, start, progress=progress)
             with closing(run.rotation):
@@ -168,8 +137,9 @@ def setup(
     trainer = setup_trainer(config, model, data, processes)
     keep = config.train.keep_checkpoints
     rotation = Rotation(folder.path, keep=keep, main=processes.main)
+    held_out = HeldOut(trainer, data.cache)
     return Experiment(
-        config, processes, folder, data, trainer, rotation, model_sample(model), point
+        config, processes, folder, data, trainer, held_out, rotation, model_sample(model), point
     )
 
 
@@ -182,6 +152,8 @@ def restore(run: Experiment, point: ResumePoint) -> int:
     """
     about = load_checkpoint(point.checkpoint, run.trainer.state, run.origin, verified=True)
     run.rotation.trust(point.checkpoint)
+    if run.config.train.keep_best and about.best is not None:
+        run.rotation.prefer(checkpoint_folder(run.folder.path, about.best.step))
     start = about.step
     warning = check_metrics(run.folder.path / METRICS, start, about.metrics)
     if warning and run.folder.main:
@@ -198,10 +170,11 @@ def restore(run: Experiment, point: ResumePoint) -> int:
 
 def is_finished(run: Experiment, start: int) -> bool:
     """Whether all steps are done and the results written; every process gets the same answer."""
-    if start < run.data.total_steps:
+    if start < run.data.total_steps and not run.stopped:
         return False
     state, folder = run.trainer.state, run.folder
-    exports = exported_weights(state.weights, state.averages)
+    exports = [*exported_weights(state.weights, state.averages)]
+    exports += ["best"] if (folder.path / "best").exists() else []
     whole = folder.main and folder.has_results(exports)
     damage = [text for name in exports if whole and (text := export_damage(folder.path / name))]
     for text in damage:
@@ -252,7 +225,7 @@ def run_steps(
     loader = place.reading(data.loader(run.processes, start, workers=config.loader_workers))
     bar = step_progress(data.total_steps, start, show=progress and folder.main)
     with TimedIterator(loader) as batches, bar as advance:
-        for step in range(start, data.total_steps):
+        for step in range(start, start if run.stopped else data.total_steps):
             place.step(step + 1, slow=config.compile or step == start)
             began = time.perf_counter()
             try:
@@ -266,19 +239,35 @@ def run_steps(
                 epoch=data.epoch(step + 1),
                 seconds=time.perf_counter() - began,
                 waited=batches.taken(),
-            )
+            ) | measure(run, step + 1)
             folder.log(metrics)
             if step == 0:
                 folder.begun()
             run.processes.log(metrics, step + 1)
             advance(metrics)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == data.total_steps:
+            if run.saves_at(step + 1):
                 checkpoint(run, step + 1)
             for observer in observers:
                 place.at("an observer's work")
                 observer.on_step(step + 1, table, metrics)
+            if run.stopped:
+                break
             if table.ending and step + 1 < data.total_steps:
                 end(run, start, step + 1, signals)
+
+
+def measure(run: Experiment, step: int) -> dict[str, float]:
+    """Measures on the held-out pairs where that is due (collective); the metrics, or none."""
+    if not run.held_out.is_due(step, run.data.total_steps):
+        return {}
+    best, metrics = run.trainer.state.best, run.held_out.measure()
+    best.take(step, metrics["held_out/accuracy"])
+    if run.stopped and run.folder.main:
+        print(
+            f"stopped early after {counted(step, 'step')}: {counted(best.since, 'measurement')} "
+            f"without a higher held-out accuracy than {best.accuracy:.4f}, of step {best.step}"
+        )
+    return metrics
 
 
 def end(run: Experiment, start: int, step: int, signals: EndingSignals) -> NoReturn:
@@ -293,59 +282,12 @@ def end(run: Experiment, start: int, step: int, signals: EndingSignals) -> NoRet
     Raises:
         Interrupted: Always; `--resume` goes on.
     """
-    if step > start and step % run.config.train.checkpoint_every:
+    if step > start and not run.saves_at(step):
         checkpoint(run, step)
     cause = signals.received or "a signal to another process"
     done = f"after {counted(step, 'step', of=run.data.total_steps)}, saved"
     raise Interrupted(
         f"ended by {cause} {done if step else 'before the first step'}: go on with --resume"
-    )
-
-
-def check_finite(run: Experiment, table: StepTable, step: int) -> None:
-    """Stops at a NaN or infinite loss or gradient, before anything of this step is kept.
-
-    Raises:
-        NonFiniteLossError: The text names the pairs and the last good checkpoint.
-    """
-    bad, what = table.non_finite(), "loss"
-    # fp16 gradients overflow now and then; the scaler leaves such a step out.
-    if not bad and not math.isfinite(table.grad_norm) and run.processes.scaler is None:
-        bad, what = table.index.tolist(), "gradient"
-    if not bad:
-        return
-    names = [run.data.cache.pair_ids[i] for i in bad[:8]]
-    more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-    raise NonFiniteLossError(
-        f"the {what} of step {step + 1} is not finite, in micro-batches with the pairs "
-        f"{', '.join(names)}{more}; {_way_back(run, step + 1)}"
-    )
-
-
-def check_finite_weights(run: Experiment, step: int) -> None:
-    """Stops before weights or averages that are not finite are written (collective).
-
-    Raises:
-        NonFiniteWeightsError: The text names the first of them and the last good checkpoint.
-    """
-    bad = non_finite_weights(run.trainer.state, run.processes)
-    if not bad:
-        return
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    raise NonFiniteWeightsError(
-        f"after step {step}, {bad[0]}{more} is not finite and was not saved; {_way_back(run, step)}"
-    )
-
-
-def _way_back(run: Experiment, step: int) -> str:
-    """What helps after NaN in step `step`."""
-    kept = [path for path in list_checkpoints(run.folder.path) if step_of(path) < step]
-    lower = f"--change train.optim.lr={run.config.train.optim.lr / 2:g}"
-    if not kept:
-        return "no checkpoint was written yet. A lower train.optim.lr or slope usually helps."
-    return (
-        f"the last good checkpoint is {kept[-1]}. A lower rate usually helps: go on from there "
-        f"with --resume {lower} (a lower slope needs a new run)."
     )
 
 
@@ -357,6 +299,8 @@ def checkpoint(run: Experiment, step: int) -> None:
     run.rotation.wait()
     saved = save_checkpoint(run.folder.path, step, run.trainer.state, run.origin)
     run.processes.wait()
+    if run.config.train.keep_best and run.trainer.state.best.step == step:
+        run.rotation.prefer(saved)
     run.rotation.begin(saved)
 
 
@@ -373,5 +317,9 @@ def finish(run: Experiment) -> None:
         whole = state.weights.gather(parts)
         if folder.main:
             export_policy(denoisers.family, denoisers.policy, folder.path / name, method, whole)
+    best = state.best.step
+    if folder.main and run.config.train.keep_best and best:
+        run.rotation.wait()
+        export_best(denoisers, checkpoint_folder(folder.path, best), folder.path / "best", method)
     if folder.main:
         folder.write_minority(run.data.cache, state.ledger, state.last_minority)

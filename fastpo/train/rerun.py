@@ -25,7 +25,7 @@ from fastpo.train.metrics_log import METRICS
 from fastpo.train.observers import Observer
 from fastpo.train.run_folder import MINORITY
 
-EXPORTS = ("final", "ema")
+EXPORTS = ("final", "ema", "best")
 
 
 class _SegmentDone(Exception):
@@ -116,7 +116,10 @@ def _original(saved: dict, changes: list[Change], target: Path, *, where: str) -
 
 def _train_to(config: Config, step: int, changes: list[str], *, progress: bool) -> None:
     """Trains up to a step, with a checkpoint there."""
-    raw = with_keys(config.model_dump(mode="json"), {"train.checkpoint_every": step})
+    values = {"train.checkpoint_every": step}
+    if config.data.held_out:
+        values["train.held_out_every"] = config.train.measures_every
+    raw = with_keys(config.model_dump(mode="json"), values)
     try:
         train(
             parse_config(raw),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.ledger import PairLedger
 from fastpo.train.batch_statistics import RunningStatistics
+from fastpo.train.best import BestHeldOut
 from fastpo.train.ema import MovingAverages
 from fastpo.train.live_share import LiveShare
 from fastpo.train.weights import PolicyWeights
@@ -32,6 +33,7 @@ class TrainingState:
         scaler: The gradient scaler (fp16), or None.
         statistics: Running batch statistics, where the run keeps any.
         live_share: How many pairs of late had a gradient, where others get no backward pass.
+        best: The best measurement on held-out pairs.
     """
 
     trainable: dict[str, nn.Parameter]
@@ -44,3 +46,4 @@ class TrainingState:
     scaler: Any = None
     statistics: RunningStatistics | None = None
     live_share: LiveShare | None = None
+    best: BestHeldOut = field(default_factory=BestHeldOut)

@@ -38,8 +38,8 @@ from fastpo.train.metrics_log import METRICS
 
 MINORITY, CONFIG = "minority.csv", "config.yaml"
 RESULTS = (METRICS, CONFIG, MINORITY, RECORD)
-FOLDERS = ("checkpoints", "final", "ema", "evaluation")
-EXPORTS = ("final", "ema")
+FOLDERS = ("checkpoints", "final", "ema", "best", "evaluation")
+EXPORTS = ("final", "ema", "best")
 # Where earlier versions let trackers write; beside a checkout it is the package's own folder.
 TRACKERS = ("tensorboard", "fastpo")
 # Their moves are under way; all are done, and everything else in the folder is the new run's.
@@ -76,7 +76,13 @@ CHECKPOINTS = Kind(
     r"step-\d{8}/.*",
     lambda folder: not strangers(folder, CHECKPOINTS),
 )
-KINDS = {"checkpoints": CHECKPOINTS, "final": EXPORT, "ema": EXPORT, "evaluation": EVALUATION}
+KINDS = {
+    "checkpoints": CHECKPOINTS,
+    "final": EXPORT,
+    "ema": EXPORT,
+    "best": EXPORT,
+    "evaluation": EVALUATION,
+}
 
 
 def is_written_config(path: Path) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpo.data.loader import make_loader, micro_batch_numbers
+from fastpo.data.mixing import MixedSampler
 from fastpo.data.sampler import PairSampler
 from fastpo.types import PairBatch
 
@@ -180,3 +181,22 @@ def test_loading_leaves_the_random_state_alone():
     state = torch.random.get_rng_state()
     loaded()
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_epoch_visits_the_given_pairs_alone_each_once():
+    bucket, pairs = torch.tensor([0, 1, 0, 0, 1, 0]), torch.tensor([0, 1, 3, 5])
+    sampler = PairSampler(bucket, 2, seed=0, pairs=pairs)
+    drawn = [sampler.micro_batch(n)[1] for n in range(sampler.micro_batches_per_epoch)]
+    assert sorted(i for batch in drawn for i in batch) == pairs.tolist()
+    assert all(len(set(bucket[batch].tolist())) == 1 for batch in drawn)
+
+
+def test_repeats_and_held_out_pairs_go_together():
+    bucket, source = torch.tensor([0, 1, 0, 0, 1, 0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    kept = torch.tensor([0, 1, 3, 5])
+    sampler = MixedSampler(bucket, 2, 0, source=source, visits=[1.0, 3.0], pairs=kept)
+    batches = [sampler.draw(n) for n in range(sampler.micro_batches_per_epoch)]
+    drawn = Counter(i for _, pairs in batches for i in pairs)
+    assert drawn == {0: 1, 1: 1, 3: 3, 5: 3}
+    needed = sampler.needed(sampler.micro_batches_per_epoch)
+    assert [pairs.tolist() for pairs in needed] == [[0, 1, 3, 5], [3, 5], [3, 5]]

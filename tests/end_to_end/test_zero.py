@@ -22,7 +22,12 @@ ADAPTIVE = "train.objective={name: adaptive_dpo, beta: 500.0}"
 OBJECTIVES = {
     "dpo": [],
     "mapo": ["train.objective={name: mapo}"],
-    "ledger": [ADAPTIVE, "train.annotators={kind: ledger}"],
+    "ledger": [
+        ADAPTIVE,
+        "train.annotators={kind: ledger}",
+        "data.held_out=0.3",
+        "train.held_out_every=1",
+    ],
 }
 # Adapters start at zero: slower ones would leave margins that are little more than rounding.
 METHODS = {

@@ -162,6 +162,29 @@ def test_old_ones_stay_where_the_new_one_reads_back_differently(tmp_path, capsys
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000004"]
 
 
+def test_the_best_one_stays_until_a_better_one_is_read_back_whole(tmp_path):
+    save(tmp_path, 1)
+    rotation = Rotation(tmp_path, keep=1, main=True)
+    rotation.prefer(list_checkpoints(tmp_path)[0])
+
+    def add(step, *, best=False, whole=True):
+        new = save_checkpoint(tmp_path, step, make_state(step), origin_of(tmp_path))
+        if not whole:
+            flip(new / "trainable.safetensors", 0.9)
+        if best:
+            rotation.prefer(new)
+        rotation.begin(new)
+        rotation.wait()
+        return [int(p.name[-1]) for p in list_checkpoints(tmp_path)]
+
+    assert add(2) == [1, 2]
+    assert add(3, best=True, whole=False) == [1, 2, 3]
+    assert add(4) == [1, 3, 4]
+    assert add(5, best=True) == [5]
+    assert add(6) == [5, 6]
+    rotation.close()
+
+
 def test_a_broken_newer_one_does_not_push_out_the_whole_one(tmp_path):
     """A run that went back to step 1 saves step 2 while the broken step 3 is still there."""
     save(tmp_path, 1, 3)

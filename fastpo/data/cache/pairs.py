@@ -15,6 +15,7 @@ from fastpo.config import Config
 from fastpo.data.cache.checks import RowChecks
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
+from fastpo.data.cache.held_out import held_out_mask
 from fastpo.data.cache.index import (
     INDEX_FILE,
     PROMPTS_FILE,
@@ -35,7 +36,7 @@ from fastpo.data.cache.manifest import (
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
 from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
-from fastpo.errors import CacheError, one_line
+from fastpo.errors import CacheError, ConfigError, one_line
 from fastpo.models.folder import ModelFolder
 from fastpo.system.words import counted
 from fastpo.types import PairBatch
@@ -53,6 +54,7 @@ class PairCache:
         pair_ids: Names, in the order of the source.
         pair_keys: `(N,)` int64, `fastpo.types.pair_key` of each name.
         flipped: `(N,)` bool, pairs whose winner and loser `read` exchanges.
+        held_out: `(N,)` bool, pairs that training leaves out, see `data.held_out`.
         bucket: `(N,)` int64, number of the pair's latent shape.
         latent_shapes: `(h, w)` by bucket number.
         prompts: The distinct prompts; number 0 is the empty one.
@@ -117,6 +119,7 @@ class PairCache:
         self.flipped = torch.zeros(len(self), dtype=torch.bool)
         if rate > 0:
             self.flipped = torch.from_numpy(np.fromiter(flips, dtype=bool, count=len(self)))
+        self.held_out = self._held_out(config.data.held_out, config.data.held_out_by)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the mapped index out: a copy maps it again."""
@@ -206,6 +209,25 @@ class PairCache:
             latent_logvar=logvar,
             conditions=of_prompts | of_pairs,
         )
+
+    def _held_out(self, share: float, by: str) -> Tensor:
+        """Which pairs are held out; errors where that leaves nothing to train or to measure on."""
+        if by == "pair":
+            mask = held_out_mask(self.pair_ids, share, len(self))
+        else:
+            mask = held_out_mask(self.prompts, share, len(self.prompts))[self.prompt_index]
+        if share and (not mask.any() or mask.all()):
+            kept = "no pair" if not mask.any() else f"all {counted(len(self), 'pair')}"
+            raise ConfigError(
+                f"data.held_out: {share:g} by {by} holds out {kept} of {self.folder}, expected "
+                f"some of its {counted(len(self), 'pair')}; give another share"
+            )
+        return mask
+
+    @property
+    def trained(self) -> Tensor | None:
+        """Positions of the pairs that training draws, `(M,)` int64; None: all of them."""
+        return (~self.held_out).nonzero().flatten() if bool(self.held_out.any()) else None
 
     @property
     def positions(self) -> Tensor:
