@@ -191,7 +191,8 @@ def table(rows: list[Row], counts: Counted) -> str:
 
 def document(rows: list[Row], counts: Counted) -> str:
     """The table with its conditions."""
-    first = rows[0]
+    first, names = rows[0], list(dict.fromkeys(row.commit for row in rows))
+    commits = f"commit{'s' if names[1:] else ''} {', '.join(names)}"
     executed = (
         "Executed: PTX instructions of a pair-element, on sm_90; bank conflicts: passes over "
         "shared memory's banks that conflicts add to a launch's requests; both by kind in "
@@ -201,7 +202,7 @@ def document(rows: list[Row], counts: Counted) -> str:
         f"# Kernels, compiled ahead of time\n\nRegisters a thread by target, none of "
         f"{len(rows)} kernels spilling. B/element: bytes of a pair-element that 16-byte loads and "
         f"stores move, which is all that the call must move; blank where layouts differ. "
-        f"{executed if counts else ''}Triton {first.triton}, commit {first.commit}, "
+        f"{executed if counts else ''}Triton {first.triton}, {commits}, "
         f"{first.date}.\n\n{table(rows, counts)}\n"
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastpo_kernels.testing import PairInputs, assert_within_budget, rounding_scales
 
+SCHEDULES = 3
 FULL = bool(os.environ.get("PTX_MACHINE_FULL"))
 
 

@@ -10,6 +10,7 @@ import torch
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
 
+SCHEDULES = 2
 CALLS = [("dpo", 1030), ("adaptive_dpo-annotators", 1030), ("sdpo", 2048), ("kto", 2048)]
 PROBES = 32  # of the errors' rounding: one by one they are some thousands
 

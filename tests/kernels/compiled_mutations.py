@@ -12,6 +12,7 @@ import torch
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check, run
 
+SCHEDULES = 2
 FORWARD, BACKWARD = "pair_loss_fwd_kernel", "pair_loss_bwd_kernel"
 # The last barrier, by its place from the end: it follows the ticket's, which every thread has read.
 UNNEEDED = [-1]

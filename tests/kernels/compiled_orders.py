@@ -10,6 +10,7 @@ from fastpo_kernels.pair_noise import noised_pair
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
 
+SCHEDULES = 100
 NAMES = ["dpo", "sdpo"]
 
 

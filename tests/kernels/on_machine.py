@@ -4,7 +4,8 @@
 
 Every launch is executed in several orders, which must leave the same bits, and every counter that
 atomics changed must be back where it was. PTX_MACHINE_TARGET names the GPU, PTX_MACHINE_SEED the
-device and the orders, PTX_MACHINE_SCHEDULES their number.
+device and the orders, PTX_MACHINE_SCHEDULES their number, unless a file of tests has a number
+`SCHEDULES` of its own.
 """
 
 from __future__ import annotations
@@ -37,10 +38,8 @@ class _Machine(Machine):
             raise AssertionError(f"counters not back where they were: {changed}")
 
 
-MACHINE = _Machine(
-    int(os.environ.get("PTX_MACHINE_SEED", "0")),
-    schedules=int(os.environ.get("PTX_MACHINE_SCHEDULES", "3")),
-)
+SCHEDULES = int(os.environ.get("PTX_MACHINE_SCHEDULES", "3"))
+MACHINE = _Machine(int(os.environ.get("PTX_MACHINE_SEED", "0")), schedules=SCHEDULES)
 HOOK = LaunchHook(GPU.library, MACHINE)
 
 
@@ -49,6 +48,11 @@ class _Nothing(Machine):
 
     def launch(self, *given, **named):
         pass
+
+
+@pytest.fixture(autouse=True)
+def _schedules(request):
+    MACHINE.schedules = getattr(request.module, "SCHEDULES", SCHEDULES)
 
 
 @pytest.fixture
