@@ -110,7 +110,7 @@ def with_keys(
     for key, value in values.items():
         *parents, leaf = key.split(".")
         node: Any = result
-        for parent, inner in zip(parents, [*parents[1:], leaf], strict=True):
+        for parent, inner in zip(parents, [*parents, leaf][1:], strict=True):
             place = _place(node, parent, key, where)
             section = node[place] if isinstance(node, list) else node.get(place)
             of_list = isinstance(section, list) and inner.isdecimal()

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpo.config import dump_config, load_config, parse_config
+from fastpo.config import dump_config, load_config, parse_config, with_keys
 from fastpo.errors import ConfigError
 
 MINIMAL = {
@@ -297,3 +297,10 @@ def test_any_valid_value_survives_the_round_trip(lr, seed, rate, precision):
 )
 def test_every_shipped_configuration_loads(path):
     load_config(path)
+
+
+def test_a_key_outside_of_all_sections_can_be_set():
+    assert with_keys({"seed": 1, "data": {"limit": 2}}, {"seed": 3}) == {
+        "seed": 3,
+        "data": {"limit": 2},
+    }
