@@ -87,6 +87,7 @@ class Batch:
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "dpo": partial(fl.dpo, beta=2500.0),
     "robust_dpo": partial(fl.robust_dpo, beta=2500.0, label_smoothing=0.1),
+    "poly_dpo": partial(fl.poly_dpo, beta=2500.0, alpha=8.0),
     "ipo": partial(fl.ipo, tau=5.0),
     "hinge": partial(fl.hinge, beta=2500.0),
     "kto": partial(fl.kto, beta=2500.0),

@@ -64,6 +64,7 @@ from fastpo.loss.preference import (
     ipo,
     kto,
     linear_dpo,
+    poly_dpo,
     robust_dpo,
     sdpo,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "linear_dpo",
     "mapo",
     "pair_errors",
+    "poly_dpo",
     "robust_dpo",
     "sdpo",
     "sft",

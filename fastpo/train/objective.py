@@ -17,6 +17,7 @@ LossFunction = Callable[[PairPredictions, Tensor, Tensor | None, Tensor | None],
 LOSSES: dict[str, Callable[..., PairLoss]] = {
     "dpo": loss.dpo,
     "robust_dpo": loss.robust_dpo,
+    "poly_dpo": loss.poly_dpo,
     "ipo": loss.ipo,
     "hinge": loss.hinge,
     "kto": loss.kto,

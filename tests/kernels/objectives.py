@@ -13,6 +13,9 @@ CASES = {
     "robust_dpo": lambda x, **k: fl.robust_dpo(
         x.policy, x.reference, x.target, beta=20, label_smoothing=0.2, **k
     ),
+    "poly_dpo": lambda x, **k: fl.poly_dpo(
+        x.policy, x.reference, x.target, beta=20, alpha=8, **k
+    ),
     "ipo": lambda x, **k: fl.ipo(x.policy, x.reference, x.target, tau=5, **k),
     "hinge": lambda x, **k: fl.hinge(x.policy, x.reference, x.target, beta=20, **k),
     "kto": lambda x, **k: fl.kto(x.policy, x.reference, x.target, beta=20, **k),

@@ -32,6 +32,11 @@ SLOPES = {
         {"beta": 1.0, "label_smoothing": SMOOTH},
         lambda z: ((1 - SMOOTH) * up(-z) + SMOOTH * up(z)) / (1 - 2 * SMOOTH),
     ),
+    "poly_dpo": (
+        fl.poly_dpo,
+        {"beta": 1.0, "alpha": 8.0},
+        lambda z: up(-z) * (1 + 8.0 * up(z)),
+    ),
     "ipo": (fl.ipo, {"tau": TAU}, lambda z: -2 * (z - 0.5 / TAU)),
     "hinge": (fl.hinge, {"beta": 1.0}, lambda z: (z < 1).double()),
     "kto": (

@@ -115,7 +115,10 @@ def test_a_term_costs_no_launch(monkeypatch, device):
 
 
 WITH_TERMS = [name for name in CASES if name != "sft"]
-WITH_SLOPES = ("dpo", "robust_dpo", "hinge", "kto", "dmpo", "linear_dpo", "sdpo", "adaptive_dpo")
+WITH_SLOPES = (
+    *("dpo", "robust_dpo", "poly_dpo", "hinge", "kto", "dmpo", "linear_dpo", "sdpo"),
+    "adaptive_dpo",
+)
 
 
 @pytest.mark.parametrize("name", WITH_TERMS)
@@ -176,6 +179,7 @@ def test_every_pairs_own_beta(name, impl, device):
     x, betas = inputs(device), [4.0, 20.0, 60.0]
     options = {"mu": 0.9} if name == "sdpo" else {}
     options |= {"label_smoothing": 0.2} if name == "robust_dpo" else {}
+    options |= {"alpha": 8.0} if name == "poly_dpo" else {}
 
     def call(x, beta, impl):
         return getattr(fl, name)(

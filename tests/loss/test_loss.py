@@ -54,6 +54,13 @@ BY_HAND = [
         [(-0.9 * LS_UP + 0.1 * LS_DOWN) / 0.8, (-0.9 * LS_DOWN + 0.1 * LS_UP) / 0.8],
         [s * (0.9 * a + 0.1 * b) / 0.8 for s in (1, -1) for a, b in ((NEAR, FAR), (FAR, NEAR))],
     ),
+    # -ls(z) + 2 (1 - p); slopes beta (1 - p) (1 + 2 p), shared out over two pairs.
+    (
+        fl.poly_dpo,
+        {"beta": 2.0, "alpha": 2.0},
+        [-LS_UP + 2 * NEAR, -LS_DOWN + 2 * FAR],
+        [s * a * (1 + 2 * b) for s in (1, -1) for a, b in ((NEAR, FAR), (FAR, NEAR))],
+    ),
     # 1 / (2 tau) = 0.25: gaps 0.5 and -1.
     (fl.ipo, {"tau": 2.0}, [0.25, 1.0], [-0.5, 1.0, 0.5, -1.0]),
     (fl.hinge, {"beta": 2.0}, [0.0, 2.5], [0.0, 1.0, 0.0, -1.0]),

@@ -89,6 +89,12 @@ def robust_dpo(pair: Judged, beta: Slope, smoothing: float) -> Tensor:
     return (scale * (1 - smoothing)) * _softplus(-z) - (scale * smoothing) * _softplus(z)
 
 
+def poly_dpo(pair: Judged, beta: Slope, alpha: float) -> Tensor:
+    """`-ls(z) + a (1 - sigmoid(z))` (Poly-DPO, arXiv 2604.24953)."""
+    z = _logit(pair, beta)
+    return _softplus(-z) + alpha * sigmoid(-z)
+
+
 def ipo(pair: Judged, tau: float) -> Tensor:
     """`(d - shift - 1/(2 tau))**2`: on the margin itself, not on the logit (Azar et al. 2023)."""
     return (pair.d - (pair.shift + 0.5 / tau)).square()
@@ -190,6 +196,7 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     "dpo": Objective(dpo, ("beta", "smoothing"), n_optional=1),
     "robust_dpo": Objective(robust_dpo, ("beta", "smoothing")),
+    "poly_dpo": Objective(poly_dpo, ("beta", "alpha")),
     "ipo": Objective(ipo, ("tau",)),
     "hinge": Objective(hinge, ("beta",)),
     "kto": Objective(kto, ("beta", "liked", "disliked")),

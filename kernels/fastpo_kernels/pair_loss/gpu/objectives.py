@@ -45,6 +45,14 @@ def robust_dpo(d, e_w, e_l, r_w, r_l, shift, beta, smoothing, _):
 
 
 @triton.jit
+def poly_dpo(d, e_w, e_l, r_w, r_l, shift, beta, alpha, _):
+    z = _logit(d, shift, beta)
+    not_p = sigmoid(-z)
+    slope = beta * not_p * (1.0 + alpha * sigmoid(z))
+    return alpha * not_p - log_sigmoid(z), slope, -slope
+
+
+@triton.jit
 def ipo(d, e_w, e_l, r_w, r_l, shift, tau, _, __):
     gap = d - shift - tl.div_rn(0.5, tau)
     return gap * gap, -2.0 * gap, 2.0 * gap
@@ -115,6 +123,7 @@ def mapo(d, e_w, e_l, r_w, r_l, shift, weight, snr, num_timesteps):
 OBJECTIVES = {
     "dpo": dpo,
     "robust_dpo": robust_dpo,
+    "poly_dpo": poly_dpo,
     "ipo": ipo,
     "hinge": hinge,
     "kto": kto,
