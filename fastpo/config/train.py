@@ -118,6 +118,11 @@ class TrainConfig(Section):
     keeps the best one beside the newest, and exports it as `best/`."""
     early_stop: Annotated[PositiveInt | None, decides("nothing")] = None
     """The run ends after so many measurements in a row without a higher held-out accuracy."""
+    sample_every: Annotated[PositiveInt | None, decides("nothing")] = None
+    """Steps from one set of sample images to the next, base beside policy, as `evaluate` says but
+    with one image a prompt; none: no images. Not with ZeRO-3, whose weights are shared out."""
+    sample_prompts: Annotated[tuple[str, ...], decides("nothing")] = ()
+    """What to sample while training; none: the first four of evaluate's prompts."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], decides("nothing")] = (
         "tensorboard",
     )
@@ -187,6 +192,11 @@ def check_stage_3(config: TrainConfig) -> None:
     if config.batches_annotators:
         raise ValueError(
             f"train.annotators.batched: true does not work with ZeRO-3 ({config.deepspeed})"
+        )
+    if config.sample_every is not None:
+        raise ValueError(
+            f"train.sample_every does not work with ZeRO-3 ({config.deepspeed}), where no process "
+            "has whole weights; sample from checkpoints with fastpo evaluate --weights"
         )
 
 

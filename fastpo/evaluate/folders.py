@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 from fastpo.system.json_text import parse_json
-from fastpo.system.ownership import Kind, is_ours
+from fastpo.system.ownership import Kind, is_ours, strangers
 
 SET = "set.json"
+SAMPLES_FOLDER, BASE = "samples", "base"
+"""Of a run: images that were sampled while it trained, and those of the base among them."""
 SUMMARY, SAMPLE_LIST, SCORES = "summary.json", "samples.json", "scores.csv"
 
 
@@ -63,3 +65,13 @@ EVALUATION = Kind(
     r"(base|aligned|\.(base|aligned)\.partial-\w+)/.*|samples\.json|scores\.csv|summary\.json",
     _holds_an_evaluation,
 )
+TRAINING_SAMPLES = Kind(
+    "a run's sample images",
+    r"(base|\.base\.partial-\w+|step-\d{8})/.*",
+    lambda folder: not strangers(folder, TRAINING_SAMPLES),
+)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Returns where the policy's images of a step lie in a run's folder of samples."""
+    return folder / f"step-{step:08d}"

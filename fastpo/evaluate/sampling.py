@@ -130,6 +130,10 @@ class ImageSampler:
         self.family = self.model.family
         self.device = default_device()
 
+    def check_size(self) -> None:
+        """Refuses a size of images; errors as `settings`."""
+        _ = self.settings
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything besides prompts, seeds and weights that decides how an image looks.
@@ -237,12 +241,13 @@ class ImageSampler:
         ):
             for i in range(0, len(missing), size):
                 batch = missing[i : i + size]
-                for sample, image in zip(batch, self._images(pipeline, batch), strict=True):
+                for sample, image in zip(batch, self.images(pipeline, batch), strict=True):
                     write_png(folder / sample.file, image)
                 advance(len(batch))
 
     @torch.inference_mode()
-    def _images(self, pipeline: Any, batch: list[Sample]) -> list[Image.Image]:
+    def images(self, pipeline: Any, batch: Sequence[Sample]) -> list[Image.Image]:
+        """Makes images with a pipeline that is on its device."""
         settings = self.settings
         prompts = [sample.prompt for sample in batch]
         return pipeline(
@@ -269,6 +274,8 @@ class ImageSampler:
             yield pipeline
         elif (folder / LORA_FILE).is_file():
             self.family.load_lora(pipeline, folder)
+            # diffusers makes the adapters' layers in training mode: a dropout would be at work
+            pipeline.components[self.family.denoiser].eval()
             try:
                 yield pipeline
             finally:

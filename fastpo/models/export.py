@@ -121,8 +121,11 @@ def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dic
 
 
 def lora_metadata(denoiser: Denoiser) -> dict[str, Any]:
-    """Returns the adapter's configuration, its sets as sorted lists: their order is random."""
-    config = denoiser.peft_config["default"].to_dict()
+    """Returns the adapter's configuration, its sets as sorted lists: their order is random.
+
+    Without dropout: diffusers' loader makes layers in training mode, which would drop in sampling.
+    """
+    config = {**denoiser.peft_config["default"].to_dict(), "lora_dropout": 0.0}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 

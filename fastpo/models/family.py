@@ -184,8 +184,15 @@ class ModelFamily(ABC):
             backend = {"flash": "_native_flash", "xformers": "xformers"}[name]
             denoiser.set_attention_backend(backend)
 
-    def pipeline(self, folder: ModelFolder, dtype: torch.dtype) -> Any:
+    def pipeline(
+        self, folder: ModelFolder, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
         """Loads the pipeline that makes images, in a precision.
+
+        Args:
+            folder: The pipeline's.
+            dtype: Of what is loaded.
+            denoiser: One to sample with as it is, instead of the folder's.
 
         Raises:
             ModelError: A part of it could not be loaded.
@@ -193,6 +200,8 @@ class ModelFamily(ABC):
         options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
         if folder.other_vae is not None:
             options["vae"] = load_vae_of(folder, dtype)
+        if denoiser is not None:
+            options[self.denoiser] = denoiser
         options |= load_models(folder, dtype, without=options)
         with loading(f"{folder.path} could not be loaded"):
             return self.pipeline_class.from_pretrained(folder.path, **options)

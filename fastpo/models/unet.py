@@ -169,9 +169,11 @@ class UNetFamily(ModelFamily):
         """As `ModelFamily.predict`; see `predict`."""
         return predict(denoiser, noised, conditions)
 
-    def pipeline(self, folder: ModelFolder, dtype: torch.dtype) -> Any:
+    def pipeline(
+        self, folder: ModelFolder, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
         """As `ModelFamily.pipeline`; its tokenizers are those that prompts are encoded with."""
-        pipeline = super().pipeline(folder, dtype)
+        pipeline = super().pipeline(folder, dtype, denoiser)
         for name in self.encoder_parts:
             if name.startswith("text_encoder"):
                 tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]

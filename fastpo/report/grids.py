@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastpo.errors import DataError, one_line
+from fastpo.evaluate.folders import BASE, SAMPLES_FOLDER, SET
 from fastpo.report.figures import BASE_COLOR, INK, color, to_png
 from fastpo.report.runs import EvaluationData, Run
+from fastpo.system.json_text import read_json
 
 COLUMNS = 8
+ROWS = 6
+MOST_LIST = 1 << 24
+"""Bytes of the list of a step's images."""
+IMAGE = re.compile(r"\d{5,}-\d+\.png")
 SMALL = 128  # images up to this side are enlarged without smoothing
 MOST_PIXELS = 80_000_000  # of an image, told by its header before it is decoded
 LARGE = 288  # larger ones are reduced to this side on the page; the full ones stay in the run
@@ -52,6 +59,7 @@ class Grid:
         metric: What the scores are, or None.
         small: Whether the images are shown enlarged, pixel by pixel.
         total: How many images each model has in all.
+        run: The run, where the rows are steps of its training.
     """
 
     prompts: list[str]
@@ -60,6 +68,49 @@ class Grid:
     metric: str | None
     small: bool
     total: int
+    run: str | None = None
+
+
+def build_training_grids(runs: Sequence[Run]) -> list[Grid]:
+    """Returns a grid of every run that has sampled while it trained: the base, then its steps.
+
+    Raises:
+        DataError: One of the images, or their list, is damaged.
+    """
+    grids = []
+    for i, run in enumerate(runs):
+        folder = run.path / SAMPLES_FOLDER
+        steps = sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+        if steps:
+            grids.append(_training_grid(run.name, color(i), folder, steps))
+    return grids
+
+
+def _training_grid(name: str, shade: str, folder: Path, steps: list[Path]) -> Grid:
+    """A grid of the base and of up to `ROWS` steps, evenly spread, the last among them."""
+    try:
+        listed = read_json(steps[-1] / SET, most_bytes=MOST_LIST)["samples"]
+        samples = [(str(s["prompt"]), int(s["seed"]), str(s["file"])) for s in listed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{steps[-1] / SET} is damaged: {one_line(error)}") from None
+    samples = [one for one in samples if IMAGE.fullmatch(one[2])][:COLUMNS]
+    places = np.linspace(0, len(steps) - 1, min(ROWS, len(steps))).round().astype(int)
+    shown = [("base", BASE_COLOR, folder / BASE)]
+    shown += [(f"step {int(p.name[5:]):,}", shade, p) for p in (steps[k] for k in places)]
+    rows = []
+    for title, tint, path in shown:
+        if all((path / file).is_file() for _, _, file in samples):
+            images = [_open(path / file) for _, _, file in samples]
+            rows.append(Row(title, tint, [Cell(_image_url(image), "") for image in images]))
+    return Grid(
+        prompts=[prompt for prompt, _, _ in samples],
+        seeds=[seed for _, seed, _ in samples],
+        rows=rows,
+        metric=None,
+        small=all(_is_small(_open(steps[-1] / file)) for _, _, file in samples),
+        total=len(listed),
+        run=name,
+    )
 
 
 def build_grids(runs: Sequence[Run]) -> list[Grid]:
@@ -142,13 +193,18 @@ def _cell(
     evaluation: EvaluationData, model: str, sample: dict[str, Any], metric: str | None
 ) -> Cell:
     image = _open(evaluation.folder / sample[model])
+    scores = evaluation.scores.get((model, sample["prompt_index"], sample["seed"]), {})
+    score = f"{scores[metric]:.3g}" if metric in scores else ""
+    return Cell(_image_url(image), score)
+
+
+def _image_url(image: Image.Image) -> str:
+    """An image as the page holds it, reduced where it is large."""
     if not _is_small(image):
         image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    scores = evaluation.scores.get((model, sample["prompt_index"], sample["seed"]), {})
-    score = f"{scores[metric]:.3g}" if metric in scores else ""
-    return Cell(data_url(buffer.getvalue()), score)
+    return data_url(buffer.getvalue())
 
 
 def _open(path: Path) -> Image.Image:

@@ -22,7 +22,7 @@ from fastpo.report.figures import (
     panel_figure,
     roc_figure,
 )
-from fastpo.report.grids import build_grids, data_url, grid_figure
+from fastpo.report.grids import build_grids, build_training_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 from fastpo.system.files import write_bytes, write_text
 from fastpo.system.ownership import Kind, claim
@@ -97,6 +97,7 @@ def write_report(
         areas=any(run.minority and run.minority.auroc() for run in loaded),
         notes=_notes(loaded),
         grids=build_grids(loaded),
+        training_grids=build_training_grids(loaded),
         panels=[
             (panel.title, data_url(panel_figure(panel, loaded))) for panel in curve_panels(loaded)
         ],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
@@ -19,6 +20,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
 )
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -220,6 +222,16 @@ class Processes:
         """Hands a step's metrics to the trackers."""
         with storage_errors(self._config.output_dir):
             self._accelerator.log(metrics, step=step)
+
+    def log_images(self, name: str, images: Sequence[Image.Image], step: int) -> None:
+        """Hands images of one size to the trackers, on the main process."""
+        with storage_errors(self._config.output_dir):
+            for tracker in self._accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    batch = np.stack([np.asarray(image) for image in images])
+                    tracker.log_images({name: batch}, step=step, dataformats="NHWC")
+                else:
+                    tracker.log_images({name: list(images)}, step=step)
 
     def choose_optimizer(self, trainable: dict[str, nn.Parameter], *, seed: int) -> Optimizer:
         """The configured optimizer; DeepSpeed's AdamW where its state stays in host memory."""

@@ -16,6 +16,7 @@ from fastpo.train.held_out import HeldOut
 from fastpo.train.metrics import StepTable
 from fastpo.train.resume import ResumePoint
 from fastpo.train.run_folder import RunFolder
+from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import Trainer
 
 
@@ -30,6 +31,7 @@ class Experiment:
         data: What is read, and how many steps that makes.
         trainer: What a step uses.
         held_out: Measures on the pairs that are held out.
+        samples: Sample images while it trains.
         rotation: Removes old checkpoints.
         model: The model's fingerprint.
         point: Where the run goes on; None if it begins.
@@ -41,6 +43,7 @@ class Experiment:
     data: TrainingData
     trainer: Trainer
     held_out: HeldOut
+    samples: TrainingSamples
     rotation: Rotation
     model: str
     point: ResumePoint | None

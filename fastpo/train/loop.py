@@ -48,6 +48,7 @@ from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
 from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
+from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import StepLeftError, setup_trainer
 
 
@@ -130,6 +131,7 @@ def setup(
     if point is not None:
         config = point.config
         processes.follow(config.train)
+    samples = TrainingSamples(config, folder.path)
     model = ModelFolder.resolve(config.model)
     data = setup_data(config, model, processes)
     require_same(processes, settings_of(config, model, data))
@@ -139,7 +141,16 @@ def setup(
     rotation = Rotation(folder.path, keep=keep, main=processes.main)
     held_out = HeldOut(trainer, data.cache)
     return Experiment(
-        config, processes, folder, data, trainer, held_out, rotation, model_sample(model), point
+        config,
+        processes,
+        folder,
+        data,
+        trainer,
+        held_out,
+        samples,
+        rotation,
+        model_sample(model),
+        point,
     )
 
 
@@ -202,6 +213,7 @@ def begin(run: Experiment, start: int, *, progress: bool) -> None:
     if folder.main and progress:
         show_banner(run.trainer, run.data, start)
     run.processes.start_trackers()
+    run.samples.begin(run.processes)
 
 
 def run_steps(
@@ -247,6 +259,8 @@ def run_steps(
             advance(metrics)
             if run.saves_at(step + 1):
                 checkpoint(run, step + 1)
+            last = step + 1 if run.stopped else data.total_steps
+            run.samples.take(trainer, step + 1, last)
             for observer in observers:
                 place.at("an observer's work")
                 observer.on_step(step + 1, table, metrics)

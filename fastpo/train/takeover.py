@@ -19,7 +19,7 @@ import yaml
 from fastpo.config import Config, load_config
 from fastpo.config.load import read_yaml
 from fastpo.errors import CheckpointError, ConfigError, ForeignPathError
-from fastpo.evaluate.folders import EVALUATION, SAMPLES
+from fastpo.evaluate.folders import EVALUATION, SAMPLES, TRAINING_SAMPLES
 from fastpo.models.export import EXPORT
 from fastpo.system import files
 from fastpo.system.ownership import (
@@ -38,7 +38,7 @@ from fastpo.train.metrics_log import METRICS
 
 MINORITY, CONFIG = "minority.csv", "config.yaml"
 RESULTS = (METRICS, CONFIG, MINORITY, RECORD)
-FOLDERS = ("checkpoints", "final", "ema", "best", "evaluation")
+FOLDERS = ("checkpoints", "final", "ema", "best", "samples", "evaluation")
 EXPORTS = ("final", "ema", "best")
 # Where earlier versions let trackers write; beside a checkout it is the package's own folder.
 TRACKERS = ("tensorboard", "fastpo")
@@ -82,6 +82,7 @@ KINDS = {
     "ema": EXPORT,
     "best": EXPORT,
     "evaluation": EVALUATION,
+    "samples": TRAINING_SAMPLES,
 }
 
 
