@@ -29,6 +29,8 @@ class Objective(Section):
     """Whether the loss compares the policy with a frozen reference model."""
     has_batch_statistics: ClassVar[bool] = False
     """Whether the loss of a pair depends on sums over the other pairs of the batch."""
+    has_logit: ClassVar[bool] = True
+    """Whether the margin d enters the loss as a logit z = beta d."""
     initial_loss: ClassVar[float | None] = None
     """The loss while policy and reference agree; None where it is not a fixed number."""
 
@@ -42,6 +44,10 @@ class Objective(Section):
         The unit of a pair's gradient scale, see `train.backward`; 1 where there is no reference.
         """
         return 1.0
+
+    def logit_slope(self) -> float | None:
+        """The beta of the logit z = beta d; None where the loss has no logit."""
+        return self.model_dump()["beta"] if self.has_logit else None
 
     def check_running(self) -> None:
         """Refuses `train.statistics: running` where the statistics cannot run over steps.
@@ -124,6 +130,8 @@ class PolyDpoObjective(Objective):
 
 class IpoObjective(Objective):
     """`fastpo.loss.ipo`."""
+
+    has_logit: ClassVar[bool] = False
 
     name: Annotated[Literal["ipo"], decides("run")]
     tau: Annotated[Positive, decides("run")] = 100.0
@@ -243,6 +251,7 @@ class SftObjective(Objective):
     """`fastpo.loss.sft`: fine-tuning on the winners alone."""
 
     needs_reference: ClassVar[bool] = False
+    has_logit: ClassVar[bool] = False
 
     name: Annotated[Literal["sft"], decides("run")]
 
@@ -255,6 +264,7 @@ class MapoObjective(Objective):
     """`fastpo.loss.mapo`: no reference model."""
 
     needs_reference: ClassVar[bool] = False
+    has_logit: ClassVar[bool] = False
 
     name: Annotated[Literal["mapo"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 0.1
@@ -319,6 +329,8 @@ class AdaptiveDpoObjective(AdaptiveOptions):
 
 class AdaptiveIpoObjective(AdaptiveOptions):
     """`fastpo.loss.adaptive_ipo`."""
+
+    has_logit: ClassVar[bool] = False
 
     name: Annotated[Literal["adaptive_ipo"], decides("run")]
     tau: Annotated[Positive, decides("run")] = 100.0

@@ -50,6 +50,7 @@ from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
 from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import StepLeftError, setup_trainer
+from fastpo.train.winner_watch import WinnerWatch
 
 
 @storage_errors()
@@ -235,6 +236,7 @@ def run_steps(
         place.at("an observer's work")
         observer.on_start(trainer, start)
     loader = place.reading(data.loader(run.processes, start, workers=config.loader_workers))
+    winners = WinnerWatch(compared=config.needs_reference)
     bar = step_progress(data.total_steps, start, show=progress and folder.main)
     with TimedIterator(loader) as batches, bar as advance:
         for step in range(start, start if run.stopped else data.total_steps):
@@ -253,6 +255,8 @@ def run_steps(
                 waited=batches.taken(),
             ) | measure(run, step + 1)
             folder.log(metrics)
+            if (warning := winners.see(metrics)) and folder.main:
+                print(warning)
             if step == 0:
                 folder.begun()
             run.processes.log(metrics, step + 1)

@@ -33,6 +33,7 @@ TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
 ENDING = -2.0
+SATURATED = 4.0  # logit from which on a pair's gradient is below 4 % of a fresh one's
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class StepTable:
         learning_rate: The rate this step used.
         moved: Whether an earlier update has changed the weights.
         ending: Whether a signal has asked one of several processes to end.
+        slope: The beta of the logit z = beta d, or None where the loss has no logit.
     """
 
     rows: Tensor
@@ -52,6 +54,7 @@ class StepTable:
     learning_rate: float
     moved: bool
     ending: bool = False
+    slope: float | None = None
 
     def __getitem__(self, column: str) -> Tensor:
         """Returns one column, `(N,)` float64."""
@@ -101,6 +104,9 @@ class StepTable:
             "pairs_per_second": len(margin) / seconds,
             "data/wait": waited / seconds,
         }
+        if self.slope is not None:
+            settled = self.slope * margin.abs() > SATURATED
+            metrics["rewards/saturated"] = settled.double().mean().item()
         minority, weight = self["minority"], self["weight"]
         if not minority.isnan().any():
             for q in (0.1, 0.5, 0.9):
@@ -134,12 +140,14 @@ class StepResult:
         grad_norm: Norm of the gradient before clipping.
         learning_rate: The rate this step used.
         moved: Whether an earlier update has changed the weights.
+        slope: The beta of the logit, or None.
     """
 
     rows: Tensor
     grad_norm: Tensor | float
     learning_rate: float
     moved: bool
+    slope: float | None = None
 
     def read(self) -> StepTable:
         """Brings the rows and the gradient norm to the host."""
@@ -149,7 +157,7 @@ class StepResult:
         rows, norm = host[:-1], host[-1, 0]
         ending = bool((rows[:, 0].numpy() == ENDING).any())
         pairs = rows[rows[:, 0] >= 0]
-        return StepTable(pairs, norm.item(), self.learning_rate, self.moved, ending)
+        return StepTable(pairs, norm.item(), self.learning_rate, self.moved, ending, self.slope)
 
 
 def with_ending(rows: Tensor, ending: bool) -> Tensor:

@@ -100,7 +100,7 @@ class Trainer(StepParts):
         rows = torch.cat(tables)
         if processes.count > 1:
             rows = processes.gather(with_ending(rows, must_end()))
-        return StepResult(rows, norm, rate, moved)
+        return StepResult(rows, norm, rate, moved, config.objective.logit_slope())
 
     def _dense_step(
         self, batches: Iterator[PairBatch], step: int, check: Callable[[], None]

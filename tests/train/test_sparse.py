@@ -255,3 +255,13 @@ def test_a_run_goes_over_to_looking_first_and_resumes_to_the_bit(experiment, rea
 def test_what_does_not_go_together_is_refused(experiment, options, text):
     with pytest.raises(ConfigError, match=text):
         load_config(experiment(**options))
+
+
+def test_pairs_whose_logit_is_beyond_four_are_counted(one_step):
+    _, table = one_step(objective={"name": "dpo", "beta": 20_000.0})
+    settled = (20_000.0 * table["margin"]).abs() > 4.0
+    assert 0 < settled.sum() < len(settled)
+    told = table.metrics(step=1, epoch=1.0, seconds=1.0)
+    assert told["rewards/saturated"] == settled.double().mean()
+    _, table = one_step(objective={"name": "ipo", "tau": 10.0})
+    assert "rewards/saturated" not in table.metrics(step=1, epoch=1.0, seconds=1.0)
