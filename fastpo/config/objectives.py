@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
@@ -48,6 +48,10 @@ class Objective(Section):
     def logit_slope(self) -> float | None:
         """The beta of the logit z = beta d; None where the loss has no logit."""
         return self.model_dump()["beta"] if self.has_logit else None
+
+    def with_slope(self, beta: float) -> Self:
+        """The same objective with another beta."""
+        return self.model_copy(update={"beta": beta})
 
     def check_running(self) -> None:
         """Refuses `train.statistics: running` where the statistics cannot run over steps.
@@ -168,6 +172,7 @@ class KtoObjective(Objective):
     """`fastpo.loss.kto`."""
 
     has_batch_statistics: ClassVar[bool] = True
+    has_logit: ClassVar[bool] = False
     initial_loss: ClassVar[float | None] = 0.5
 
     name: Annotated[Literal["kto"], decides("run")]

@@ -49,6 +49,9 @@ class TrainConfig(Section):
     reference: Annotated[Literal["live", "cached"], decides("nothing")] = "live"
     """Of `cached`, its errors come from `fastpo prepare CONFIG --reference K`, no reference model
     is held; to rounding the errors are the same, and errors of other settings are refused."""
+    auto_slope: Annotated[Fraction | None, decides("run")] = None
+    """Share of the pairs whose logit shall be beyond 4: objective.beta then is where the slope
+    begins, and follows the running mean of the margins' sizes. None: the slope stays."""
     optim: OptimConfig = OptimConfig()
     epochs: Annotated[Positive | None, decides("run")] = None
     """How often each pair is visited; may be a fraction. This or max_steps."""
@@ -175,6 +178,7 @@ class TrainConfig(Section):
             self.objective.check_running()
         _check_used(self)
         _check_backward(self)
+        _check_slope(self)
         _check_deepspeed(self)
         _check_weights(self)
         _check_timesteps(self)
@@ -252,6 +256,15 @@ def _check_used(config: TrainConfig) -> None:
         raise ValueError(
             f"train.reference: cached has no use for {config.objective.name}, which compares with "
             "no reference; leave it out (on the command line: --set train.reference=live)"
+        )
+
+
+def _check_slope(config: TrainConfig) -> None:
+    """Refuses a slope that follows the margins where these are no logit."""
+    if config.auto_slope is not None and not config.objective.has_logit:
+        raise ValueError(
+            "train.auto_slope moves the beta of a logit beta d, which "
+            f"{config.objective.name} has not; leave it out"
         )
 
 

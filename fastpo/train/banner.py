@@ -33,7 +33,7 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
     flipped = int(data.cache.flipped[data.sampler.pairs].sum())
     rows = {
         "objective": config.objective.name + annotators,
-        "slope": config.objective.describe_slope(),
+        "slope": trainer.objective.describe_slope() + _follows(trainer),
         "first loss": "not fixed" if first is None else f"{first:.4f} where policy = reference",
         "reference": _reference(trainer),
         "pairs": f"{len(data.sampler.pairs):,}"
@@ -59,6 +59,12 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", value)
     return table
+
+
+def _follows(trainer: Trainer) -> str:
+    """Towards what a slope that is not fixed moves."""
+    share = trainer.config.auto_slope
+    return "" if share is None else f"; moves until {share:.0%} of the pairs are saturated"
 
 
 def _backward(trainer: Trainer) -> dict[str, str]:

@@ -160,7 +160,9 @@ def _history(state: TrainingState) -> dict[str, Tensor]:
     """What the run has noted about its pairs: votes, last minority metric, running statistics."""
     statistics = {} if state.statistics is None else state.statistics.state_dict()
     live = {} if state.live_share is None else state.live_share.state_dict()
-    return {**state.ledger.state_dict(), "metric": state.last_minority, **statistics, **live}
+    slope = {} if state.slope is None else state.slope.state_dict()
+    ledger = state.ledger.state_dict()
+    return {**ledger, "metric": state.last_minority, **statistics, **live, **slope}
 
 
 def _load_history(file: Path, state: TrainingState) -> None:
@@ -175,6 +177,8 @@ def _load_history(file: Path, state: TrainingState) -> None:
         state.statistics.load_state_dict(history, device)
     if state.live_share is not None:
         state.live_share.load_state_dict(history)
+    if state.slope is not None:
+        state.slope.load_state_dict(history)
 
 
 def load_checkpoint(

@@ -106,6 +106,7 @@ class StepTable:
         }
         if self.slope is not None:
             settled = self.slope * margin.abs() > SATURATED
+            metrics["slope"] = self.slope
             metrics["rewards/saturated"] = settled.double().mean().item()
         minority, weight = self["minority"], self["weight"]
         if not minority.isnan().any():

@@ -243,7 +243,9 @@ class SparseStep:
         config, leaf = self.trainer.config, policy.detach().requires_grad_()
         out = self.trainer.pair_loss(judged, leaf)
         (slopes,) = torch.autograd.grad(out.loss, leaf)
-        scale = gradient_scale(slopes, out.policy_error.detach(), config.objective.fresh_slope())
+        scale = gradient_scale(
+            slopes, out.policy_error.detach(), self.trainer.objective.fresh_slope()
+        )
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return Answer(out, slopes * (len(judged.batch) / config.micro_batch_size), scale)
 

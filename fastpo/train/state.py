@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.ledger import PairLedger
+from fastpo.train.auto_slope import AutoSlope
 from fastpo.train.batch_statistics import RunningStatistics
 from fastpo.train.best import BestHeldOut
 from fastpo.train.ema import MovingAverages
@@ -32,6 +33,7 @@ class TrainingState:
         averages: Moving averages by role (`annotators`, `export`).
         scaler: The gradient scaler (fp16), or None.
         statistics: Running batch statistics, where the run keeps any.
+        slope: The slope that follows the margins, where it does.
         live_share: How many pairs of late had a gradient, where others get no backward pass.
         best: The best measurement on held-out pairs.
     """
@@ -45,5 +47,6 @@ class TrainingState:
     averages: dict[str, MovingAverages]
     scaler: Any = None
     statistics: RunningStatistics | None = None
+    slope: AutoSlope | None = None
     live_share: LiveShare | None = None
     best: BestHeldOut = field(default_factory=BestHeldOut)

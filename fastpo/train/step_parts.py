@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fastpo.config import TrainConfig
+from fastpo.config import Objective, TrainConfig
 from fastpo.loss import PairLoss
 from fastpo.models.denoisers import Denoisers
 from fastpo.noise import PairNoise
@@ -81,6 +81,12 @@ class StepParts:
     reference_errors: ErrorLookup | None
     loss: LossFunction
     state: TrainingState
+
+    @property
+    def objective(self) -> Objective:
+        """The objective with the slope of the moment."""
+        slope, objective = self.state.slope, self.config.objective
+        return objective if slope is None else objective.with_slope(slope.value)
 
     def judged(self, batch: PairBatch, step: int) -> JudgedBatch:
         """Noise, reference and annotators of a micro-batch: everything but the policy.

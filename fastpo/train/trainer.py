@@ -19,6 +19,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import dropped_conditions, setup_noise
 from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
+from fastpo.train.auto_slope import make_slope
 from fastpo.train.batch_statistics import RunningStatistics, make_statistics
 from fastpo.train.data import TrainingData
 from fastpo.train.distributed import Processes
@@ -100,7 +101,7 @@ class Trainer(StepParts):
         rows = torch.cat(tables)
         if processes.count > 1:
             rows = processes.gather(with_ending(rows, must_end()))
-        return StepResult(rows, norm, rate, moved, config.objective.logit_slope())
+        return StepResult(rows, norm, rate, moved, self.objective.logit_slope())
 
     def _dense_step(
         self, batches: Iterator[PairBatch], step: int, check: Callable[[], None]
@@ -127,6 +128,8 @@ class Trainer(StepParts):
     def record(self, table: StepTable) -> None:
         """Keeps what later steps need of this one: the ledger's votes above all."""
         self.state.ledger.update(table.index, table.votes, table["timestep"])
+        if self.state.slope is not None:
+            self.state.slope.update(table)
         if self.state.live_share is not None:
             self.state.live_share.update(table)
         if isinstance(self.config.annotators, EmaAnnotators):
@@ -154,6 +157,7 @@ def setup_trainer(
     schedule = setup_schedule(optimizer, train.optim, data.total_steps)
     policy, optimizer, weights = processes.prepare_policy(denoisers.policy, trainable, optimizer)
     reduce = make_statistics(train, processes.sum if processes.count > 1 else None)
+    slope = make_slope(train)
     state = TrainingState(
         trainable=trainable,
         weights=weights,
@@ -166,6 +170,7 @@ def setup_trainer(
         averages=setup_averages(train, weights),
         scaler=processes.scaler,
         statistics=reduce if isinstance(reduce, RunningStatistics) else None,
+        slope=slope,
         live_share=None if train.backward == "all" else LiveShare(train),
     )
     return Trainer(
@@ -178,6 +183,6 @@ def setup_trainer(
         policy=policy,
         annotators=Annotators(train, processes, denoisers, state),
         reference_errors=errors,
-        loss=build_loss(train, reduce),
+        loss=build_loss(train, reduce, slope),
         state=state,
     )

@@ -110,7 +110,7 @@ def test_two_processes_equal_accumulation_over_two(experiment, read_metrics, tra
         "ledger": {**running, "annotators": {"kind": "ledger"}},
         "ema": {**running, "annotators": {"kind": "ema"}},
         "alive": {**gate, "annotators": {"kind": "ledger"}, "backward": "alive", "max_steps": 12},
-        "sampled": {"max_steps": 8, "method": "full", **sampled},
+        "sampled": {"max_steps": 8, "method": "full", "auto_slope": 0.3, **sampled},
     }
     for kind, options in kinds.items():
         run(name=f"{kind}-one", accumulation_steps=2, **options)
