@@ -295,6 +295,7 @@ def test_the_resolved_configuration_is_read_back_and_changed_by_number(made):
     assert [one.limit for one in limited.data.sources] == [None, 4]
     keys = decided_values(limited, "cache", named=())
     assert keys["data.sources.1.limit"] == 4 and "data.sources.1.repeats" not in keys
+    assert with_keys({"data": {}}, {"seed": 3}) == {"data": {}, "seed": 3}
     with pytest.raises(ConfigError, match=r"data\.sources\.2\.limit: the list has 2"):
         with_keys(config.model_dump(mode="json"), {"data.sources.2.limit": 4})
 
