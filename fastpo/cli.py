@@ -123,6 +123,22 @@ def _root(
 
 
 @app.command()
+def init(
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="YAML file to write.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .safetensors file, hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder, file, hub id.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="As for plan; default: this one's.")] = None,
+    objective: Annotated[str, typer.Option(help="dpo, adaptive_dpo, mapo, kto, ...")] = "dpo",
+    lora: Annotated[bool | None, typer.Option("--lora/--full", help="Default: what fits.")] = None,
+) -> None:
+    """Write a commented configuration for a model, data and a GPU."""
+    from fastpo.plan.command import init
+
+    method = None if lora is None else ("lora" if lora else "full")
+    init(out, model=model, data=data, gpu=gpu, objective=objective, method=method)
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -174,9 +190,10 @@ def prepare(
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
+    from fastpo.reference_cache.open import read_visits
     from fastpo.system.trackers import check_trackers
 
-    visits = _visits(reference)
+    visits = read_visits(reference)
     if processes is not None and reference != "auto":
         raise typer.BadParameter("--processes is for --reference auto alone")
     with _configured(config, overrides) as resolved:
@@ -194,14 +211,6 @@ def prepare(
             errors = prepare_reference(resolved, visits, processes=processes, model=model)
             if tell:
                 print(f"the reference's errors on them in {errors.folder}")
-
-
-def _visits(reference: str | None) -> int | None:
-    if reference is None or reference == "auto":
-        return None
-    if reference.isdecimal() and int(reference) > 0:
-        return int(reference)
-    raise typer.BadParameter(f"must be a number of visits, or auto; got {reference!r}")
 
 
 @app.command()
@@ -306,9 +315,7 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that `fastpo train` made.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path(
-        "report"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("report"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "FastPO report",
 ) -> None:
     """Write one self-contained HTML page about one run or several."""

@@ -49,7 +49,9 @@ def find_size(config: Config, pairs: int | None) -> DataSize:
     Raises:
         DataError: Data on this disk cannot be read.
     """
-    size = _prepared_size(config) or _joined(config, [_size_of(one) for one in config.data.each()])
+    size = _prepared_size(config) or _joined(
+        config, [count_source(one) for one in config.data.each()]
+    )
     if pairs is None:
         return size
     prompts = pairs if size.prompts is None else min(size.prompts, pairs)
@@ -92,7 +94,7 @@ def _repeats(config: Config, pairs: Sequence[int]) -> float:
     return sum(v * n for v, n in zip(visits, pairs, strict=True)) / sum(pairs)
 
 
-def _size_of(one: SourceConfig) -> DataSize:
+def count_source(one: SourceConfig) -> DataSize:
     """Counts one data set: its labels are scanned, and its prompts read, if it is on this disk."""
     source = open_local(one)
     if source is not None:

@@ -46,7 +46,10 @@ GPUS = {
     "l4": Gpu("NVIDIA L4", 121.0, 60.0, 30.3, 24),
     "l40s": Gpu("NVIDIA L40S", 362.1, 183.0, 91.6, 48),
     "mi300x": Gpu("AMD Instinct MI300X", 1307.4, 653.7, 163.4, 192),
-    # GeForce: matrix products at twice the float32 rate of the sheet, as the 3090's and 4090's.
+    # GeForce: dense "FP16/BF16 Tensor TFLOPS with FP32 accumulate" of NVIDIA's whitepapers (Ampere
+    # GA102, appendix A; Ada, appendix A; RTX Blackwell, appendix A): half of the rate with FP16
+    # accumulate, twice the float32 rate, which TF32 has. Checked for the 3090 Ti (40, 80), 4060
+    # (15.1, 30.2) and 4090 (82.6, 165.2) against hmc-tech.com/gpu and waredb.com/processor.
     "rtx3060": Gpu("NVIDIA GeForce RTX 3060 12GB", 25.5, 12.7, 12.7, 12),
     "rtx3070": Gpu("NVIDIA GeForce RTX 3070", 40.6, 20.3, 20.3, 8),
     "rtx3080": Gpu("NVIDIA GeForce RTX 3080 10GB", 59.5, 29.8, 29.8, 10),

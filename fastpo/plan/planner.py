@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fastpo.config import Config, Precision, TrainConfig
 from fastpo.errors import ConfigError
@@ -12,6 +13,7 @@ from fastpo.models.encoders import vae_factor
 from fastpo.models.geometry import make_geometry
 from fastpo.plan.architecture import Architecture, resolve_architecture
 from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
+from fastpo.plan.fit import find_largest
 from fastpo.plan.gpus import Gpu, find_gpu
 from fastpo.plan.measure import (
     Parts,
@@ -24,7 +26,7 @@ from fastpo.plan.measure import (
     measure_vae,
     module_bytes,
 )
-from fastpo.plan.memory import peak
+from fastpo.plan.memory import Measured, step_memory
 from fastpo.plan.recipes import (
     BARE,
     RELEASED,
@@ -32,12 +34,17 @@ from fastpo.plan.recipes import (
     describe_own,
     own_recipe,
 )
-from fastpo.plan.schema import Assumptions, Cost, Flops, Memory, Plan, Preparing
+from fastpo.plan.schema import Assumptions, Cost, Flops, Plan, Preparing
 from fastpo.plan.verdict import make_notes, make_verdict
 from fastpo.precision import autocast_dtype
-from fastpo.train.sharding import Sharding, Trained, count_trained, held, read_sharding
+from fastpo.train.sharding import Sharding, count_trained, read_sharding
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
 
 TERA = 1e12
+LARGE = 64
+"""Times a batch of which the second one is."""
 
 
 @dataclass(frozen=True)
@@ -57,41 +64,6 @@ class Hardware:
     def seconds(self, tflop: float, precision: Precision, *, convolutions: bool = False) -> float:
         """Seconds for some TFLOP in a precision."""
         return tflop / (self.gpu.rate(precision, convolutions=convolutions) * self.utilization)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What each part costs for one micro-batch, and what is held for it.
-
-    Attributes:
-        forward: The policy's forward pass.
-        training: Its forward and backward.
-        recompute: FLOPs of the backward that gradient checkpointing repeats.
-        reference: An annotator's forward pass with the adapters off.
-        vae: Encoding the images in float32.
-        text: Encoding the prompts.
-        trained: The policy's weights.
-        reference_bytes: Bytes of a frozen copy, 0 where the policy without adapters serves.
-        average_bytes: Bytes of a float32 average of the trainable weights.
-        whole_average_bytes: Of one of all weights in half precision.
-        encoder_bytes: Bytes of a float32 VAE and half-precision text encoders.
-        batch_bytes: Of latents, embeddings, noise and target.
-        prediction_bytes: Of one model's answer.
-    """
-
-    forward: Pass
-    training: Pass
-    recompute: int
-    reference: Pass
-    vae: Pass
-    text: Pass
-    trained: Trained
-    reference_bytes: int
-    average_bytes: int
-    whole_average_bytes: int
-    encoder_bytes: int
-    batch_bytes: int
-    prediction_bytes: int
 
 
 def make_plan(
@@ -122,11 +94,11 @@ def make_plan(
     hardware = Hardware(find_gpu(gpu), utilization, world_size)
     sharding = read_sharding(config.train, world_size)
     architecture = resolve_architecture(config)
-    shapes = _shapes(config, architecture)
+    shapes = make_shapes(config, architecture)
     measured = measure(architecture, config, shapes, status)
     size = find_size(config, pairs)
     visits = count_visits(config, size, world_size)
-    elements = _latent_elements(architecture, shapes)
+    elements = latent_elements(architecture, shapes)
     own = own_recipe(config.train, elements, whole=sharding.stage < 3)
     costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]
     base = costs[0].seconds_per_pair
@@ -135,6 +107,15 @@ def make_plan(
     assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
     preparing = _preparing(config, measured, hardware)
     hours = _prepare_hours(preparing, hardware, size.pairs, visits)
+    largest = find_largest(
+        measured,
+        own,
+        sharding,
+        room=hardware.gpu.memory_gb * 1e9,
+        pairs=shapes.pairs,
+        side=config.prepare.resolution,
+        step=shapes.vae_factor * denoiser_factor(architecture),
+    )
     cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)
     return Plan(
         family=architecture.family,
@@ -144,7 +125,8 @@ def make_plan(
         assumptions=assumptions,
         costs=tuple(costs),
         cache=cache,
-        verdict=make_verdict(tuple(costs), assumptions, preparing),
+        largest=largest,
+        verdict=make_verdict(tuple(costs), assumptions, preparing, largest),
         notes=make_notes(config, assumptions, cache, size),
     )
 
@@ -158,19 +140,23 @@ def _check(utilization: float, world_size: int, pairs: int | None) -> None:
         raise ConfigError(f"--pairs must be at least 1, got {pairs}")
 
 
-def _shapes(config: Config, architecture: Architecture) -> Shapes:
+def make_shapes(config: Config, architecture: Architecture) -> Shapes:
     """The square bucket's sizes; the other buckets have about as many pixels."""
     factor = vae_factor(architecture.vae)
     make_geometry(
         config.prepare.resolution,
         use_buckets=config.prepare.buckets,
         vae_factor=factor,
-        denoiser_factor=2 ** (len(architecture.unet["block_out_channels"]) - 1),
+        denoiser_factor=denoiser_factor(architecture),
     )
     side = config.prepare.resolution // factor
     chunks = config.prepare.prompt_chunks
     tokens = chunks * architecture.texts[0].get("max_position_embeddings", 77)
     return Shapes(config.train.micro_batch_size, side, side, factor, tokens, chunks)
+
+
+def denoiser_factor(architecture: Architecture) -> int:
+    return 2 ** (len(architecture.unet["block_out_channels"]) - 1)
 
 
 def measure(
@@ -195,7 +181,7 @@ def measure(
     forward, training, recompute = measure_training(
         policy, shapes, train.precision, checkpointing=train.gradient_checkpointing
     )
-    latent = _latent_elements(architecture, shapes)
+    latent = latent_elements(architecture, shapes)
     trained = count_trained(policy.parameters(), train)
     return Measured(
         forward=forward,
@@ -211,10 +197,25 @@ def measure(
         encoder_bytes=_encoder_bytes(parts, train),
         batch_bytes=_batch_bytes(config, architecture, shapes, latent),
         prediction_bytes=latent * _answer_size(train),
+        constant=_constant(policy, shapes, train, training),
     )
 
 
-def _latent_elements(architecture: Architecture, shapes: Shapes) -> int:
+def _constant(policy: Denoiser, shapes: Shapes, train: TrainConfig, training: Pass) -> int:
+    """Bytes of a step's peak that do not grow with the batch: autocast's copies of the weights.
+
+    From a second batch, which is large: the peak is the largest of several sums, and a chord of
+    such a function lies above it. Of adapters they are too small to run it for.
+    """
+    if train.method == "lora":
+        return 0
+    large = replace(shapes, pairs=LARGE * shapes.pairs)
+    checkpointing = train.gradient_checkpointing
+    _, more, _ = measure_training(policy, large, train.precision, checkpointing=checkpointing)
+    return max(0, (LARGE * training.peak - more.peak) // (LARGE - 1))
+
+
+def latent_elements(architecture: Architecture, shapes: Shapes) -> int:
     """Elements of the noisy latents `(2B, C, h, w)`."""
     channels = architecture.vae["latent_channels"]
     return 2 * shapes.pairs * channels * shapes.height * shapes.width
@@ -251,28 +252,6 @@ def _flops(recipe: Recipe, m: Measured, pairs: int) -> Flops:
     )
 
 
-def _memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
-    """A process's parts; averages of the trainable weights are shared as the weights are."""
-    average = sharding.part(m.average_bytes, 3)
-    annotator_bytes = m.whole_average_bytes if recipe.whole_averages else average
-    step = sharding.part(m.trained.step, 1) if not sharding.offload_optimizer else 0
-    phases = {
-        "policy's forward and backward": m.training.peak,
-        "optimizer's step": step,
-        "annotators' forward": recipe.annotators_at_once * m.reference.peak,
-        "VAE's encoding": max(m.vae.peak, m.text.peak) if recipe.encodes else 0,
-    }
-    answers = 1 + recipe.reference + recipe.averages
-    parts = held(m.trained, sharding) | {
-        "reference": m.reference_bytes if recipe.reference else 0,
-        "annotators": recipe.averages * annotator_bytes,
-        "averages": average if recipe.exports_average else 0,
-        "encoders": m.encoder_bytes if recipe.encodes else 0,
-        "batch": m.batch_bytes + answers * m.prediction_bytes,
-    }
-    return peak(parts, phases)
-
-
 def _cost(
     recipe: Recipe,
     m: Measured,
@@ -282,7 +261,7 @@ def _cost(
     visits: int | None,
 ) -> Cost:
     flops = _flops(recipe, m, config.train.micro_batch_size)
-    memory = _memory(recipe, m, sharding)
+    memory = step_memory(recipe, m, sharding)
     half: Precision = "bf16"
     unet = flops.policy + flops.reference + flops.annotators
     seconds = (

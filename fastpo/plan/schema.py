@@ -193,6 +193,18 @@ class Assumptions(_Record):
     parameters: int
 
 
+class Largest(_Record):
+    """The largest sizes that fit on the card, everything else as configured; 0: none does.
+
+    Attributes:
+        pairs: Pairs a process and pass, at the configured resolution.
+        resolution: Pixels of a side, with the configured pairs a pass.
+    """
+
+    pairs: int
+    resolution: int
+
+
 class Plan(_Record):
     """A run, planned.
 
@@ -205,6 +217,7 @@ class Plan(_Record):
         assumptions: What the numbers rest on.
         costs: This configuration first, then plain fine-tuning, then the released recipes.
         cache: On disk.
+        largest: What fits at most.
         verdict: The answer in sentences.
         notes: What is estimated, assumed or left out.
     """
@@ -217,5 +230,6 @@ class Plan(_Record):
     assumptions: Assumptions
     costs: tuple[Cost, ...]
     cache: CacheSize
+    largest: Largest
     verdict: tuple[str, ...]
     notes: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastpo.config import Config
 from fastpo.plan.dataset import DataSize
-from fastpo.plan.schema import Assumptions, CacheSize, Cost, Preparing
+from fastpo.plan.schema import Assumptions, CacheSize, Cost, Largest, Preparing
 
 PARTS = {
     "policy_forward": "the policy's forward pass",
@@ -18,14 +18,15 @@ PARTS = {
 
 
 def make_verdict(
-    costs: tuple[Cost, ...], assumed: Assumptions, preparing: Preparing
+    costs: tuple[Cost, ...], assumed: Assumptions, preparing: Preparing, most: Largest
 ) -> tuple[str, ...]:
-    """Fit, rate, ratios, when preparing pays, and the part that dominates.
+    """Fit, the largest that fits, rate, ratios, when preparing pays, and the part that dominates.
 
     Args:
         costs: This configuration, plain fine-tuning, the released recipes.
         assumed: The GPU and its memory.
         preparing: What comes before training.
+        most: What fits at most.
     """
     own, bare, *released = costs
     share, part = max((value / own.tflop, name) for name, value in own.flops.model_dump().items())
@@ -37,6 +38,7 @@ def make_verdict(
     advice = "" if own.fits else f"; {_advice(assumed)}"
     return (
         f"{fit} of {assumed.gpu}: {own.peak_bytes / 1e9:.1f} GB at the peak, {spare}{advice}",
+        _most(assumed, most),
         f"{own.pairs_per_second:.3g} pairs/s on {assumed.world_size} GPU(s) at "
         f"{assumed.utilization:.0%} of the peak"
         + ("" if own.hours is None else f", {own.hours:.3g} h for {assumed.visits:,} visits"),
@@ -46,6 +48,21 @@ def make_verdict(
         _break_even(own, released, preparing),
         f"most of the time goes to {PARTS[part]} ({share:.0%}), "
         f"most of the memory to {largest} ({held[largest] / own.peak_bytes:.0%})",
+    )
+
+
+def _most(assumed: Assumptions, largest: Largest) -> str:
+    """The largest batch and resolution, by the memory model alone."""
+    size, side = assumed.resolution, largest.resolution
+    pairs = (
+        f"{largest.pairs} pair(s) a pass at {size} x {size}"
+        if largest.pairs
+        else (f"no batch at {size} x {size}")
+    )
+    pixels = f"{side} x {side}" if side else "no resolution"
+    return (
+        f"at most fit, by this estimate: {pairs}; {pixels} with {assumed.micro_batch_size} pair(s) "
+        "a pass"
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.sampler import PairSampler, count_steps
-from fastpo.errors import CacheError
+from fastpo.errors import CacheError, ConfigError
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise
 from fastpo.reference_cache.fingerprint import reference_identity
@@ -34,6 +34,19 @@ def needed_pairs(
         else:
             needed[draw] = np.sort(np.concatenate([needed[draw], held_out]))
     return needed
+
+
+def read_visits(text: str | None) -> int | None:
+    """Returns the number of visits that `--reference` gives; None for auto, or without it.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text is None or text == "auto":
+        return None
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ConfigError(f"--reference must be a number of visits, or auto; got {text!r}")
 
 
 def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:

@@ -22,7 +22,7 @@ from fastpo.plan.measure import (
     unet_inputs,
 )
 from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
-from fastpo.plan.planner import _shapes
+from fastpo.plan.planner import make_shapes
 from fastpo.train.sharding import count_trained
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -100,7 +100,8 @@ def test_prompts_in_chunks_cost_as_many_prompts(tiny_pipelines):
     texts = build_parts(architecture, own.train, reference=False).texts
     prepare = own.prepare.model_copy(update={"prompt_chunks": 2})
     one, two = (
-        _shapes(each, architecture) for each in (own, own.model_copy(update={"prepare": prepare}))
+        make_shapes(each, architecture)
+        for each in (own, own.model_copy(update={"prepare": prepare}))
     )
     assert (one.tokens, two.tokens) == (77, 154)
     assert measure_texts(texts, two).flops == 2 * measure_texts(texts, one).flops

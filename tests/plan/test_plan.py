@@ -1,6 +1,7 @@
 """Plans: counts against torch's own on real tensors, against arithmetic, and against the models."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from fastpo.config import load_config, parse_config
 from fastpo.errors import ModelError
 from fastpo.plan import Plan, make_plan, print_plan
 from fastpo.plan.architecture import resolve_architecture
+from fastpo.plan.fit import find_largest, scaled
 from fastpo.plan.gpus import GPUS, find_gpu
-from fastpo.plan.memory import ALLOWANCE
+from fastpo.plan.measure import build_parts, measure_training
+from fastpo.plan.memory import ALLOWANCE, step_memory
+from fastpo.plan.planner import make_shapes, measure
 from fastpo.plan.recipes import own_recipe
 from fastpo.plan.table import gigabytes, tflop
+from fastpo.train.sharding import Sharding
 
 ROOT = Path(__file__).parents[2]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -70,6 +75,34 @@ def test_sd15_costs_its_published_forward_pass():
     assert plan.costs[0].flops.policy == pytest.approx(3 * 1.6, rel=0.02)
     assert plan.family == "sd15"
     assert "packaged" in plan.architecture
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_larger_batch_holds_what_is_foretold_and_the_largest_is_the_last_that_fits(
+    tiny_pipelines, method
+):
+    chosen = config(tiny_pipelines["sd15"], resolution=64, method=method, precision="bf16")
+    architecture = resolve_architecture(chosen)
+    shapes = make_shapes(chosen, architecture)
+    measured = measure(architecture, chosen, shapes)
+    policy = build_parts(architecture, chosen.train, reference=False).denoisers.policy
+    wide = replace(shapes, height=2 * shapes.height, width=2 * shapes.width)
+    for factor, larger in ((9, replace(shapes, pairs=9)), (4, wide)):
+        real = measure_training(policy, larger, "bf16", checkpointing=False)[1].peak
+        foretold = scaled(measured, factor).training.peak
+        assert real <= foretold * 1.001 and foretold < 1.35 * real
+    own = own_recipe(chosen.train, 1)
+    room = step_memory(own, scaled(measured, 50), Sharding()).total
+    most = find_largest(measured, own, Sharding(), room=room, pairs=1, side=64, step=64)
+    assert (most.pairs, most.resolution) == (50, 64 * 7)  # seven squared is 49
+    none = find_largest(measured, own, Sharding(), room=1e9, pairs=1, side=64, step=64)
+    assert (none.pairs, none.resolution) == (0, 0)
+
+
+def test_the_verdict_says_what_fits_at_most(tiny):
+    plan = tiny(gpu="rtx4060")
+    pairs, side = plan.largest.pairs, plan.largest.resolution
+    assert f"{pairs} pair(s) a pass at 32 x 32; {side} x {side} with 1 pair" in plan.verdict[1]
 
 
 def test_checkpointing_holds_less_and_batches_hold_in_proportion(tiny):

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fastpo.config import DataConfig, SourceConfig
-from fastpo.data.sources.base import PairSource, ScannedSource, SourceReport
-from fastpo.data.sources.folder import FolderSource
+from fastpo.config.data import SourceKind
+from fastpo.data.sources.base import PairSource, ScannedSource, SourceReport, found_in
+from fastpo.data.sources.folder import OTHERS, FolderSource
 from fastpo.data.sources.hpdv2 import HPDv2Source
 from fastpo.data.sources.listing import ListingSource, find_listing
 from fastpo.data.sources.parquet import ParquetSource
 from fastpo.data.sources.several import SeveralSources
 from fastpo.data.sources.tars import TarSource, find_tars
+from fastpo.errors import DataError, one_line
+from fastpo.models.hub import is_hub_id
 
 __all__ = [
     "PairSource",
     "SourceReport",
     "open_local",
     "open_source",
+    "recognize",
     "source_digest",
     "source_stamp",
     "source_stamps",
@@ -69,6 +77,51 @@ def open_local(config: SourceConfig) -> PairSource | None:
     if kind.digest(config) is None:
         return None
     return kind(config.model_copy(update={"max_bad": 1.0}))
+
+
+def recognize(path: str) -> SourceKind:
+    """Tells what kind of data a path names, by what lies there, or a hub id by its name.
+
+    Raises:
+        DataError: There is nothing that any source reads.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if not is_hub_id(path):
+            raise DataError(f"no such file or folder: {path} (and no hub id either)")
+        named = [kind for kind in ("pickstyle", "picksafety") if kind in _plain(path)]
+        return named[0] if named else "pickapic"
+    one = SourceConfig(name="data", source="folder", path=path)
+    listing = (folder / "pairs.jsonl").is_file() or find_listing(one) is not None
+    columns = _first_columns(folder)
+    if listing and not (folder.is_file() and "jpg_0" in columns):
+        return "folder"
+    if "jpg_0" in columns:
+        return "pickapic"
+    if any((folder / f"{split}.json").is_file() for split in ("train", "test")):
+        return "hpdv2"
+    if find_tars(one):
+        return "folder"
+    raise DataError(
+        f"{path} holds no preferences that FastPO reads: Parquet files with the columns caption, "
+        f"jpg_0, jpg_1, label_0 and label_1, train.json of HPDv2, or pairs.jsonl, "
+        f"{', '.join(OTHERS)}, *.tar (found: "
+        f"{found_in(folder if folder.is_dir() else folder.parent)})"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())
+
+
+def _first_columns(path: Path) -> list[str]:
+    """The columns of a Parquet file, or of the first one in a folder."""
+    inside = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    files = [path] if path.suffix == ".parquet" else inside
+    try:
+        return pq.read_schema(files[0]).names if files else []
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{files[0]} is no readable Parquet file: {one_line(error)}") from None
 
 
 def _kind(config: SourceConfig) -> type[ScannedSource]:
