@@ -115,8 +115,7 @@ def _try(
         recipe,
         sharding,
         room=room,
-        pairs=1,
-        side=config.prepare.resolution,
+        shapes=shapes,
         step=shapes.vae_factor * denoiser_factor(architecture),
     )
     if not largest.pairs:

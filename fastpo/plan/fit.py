@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fastpo.plan.measure import Pass
+from fastpo.plan.measure import Pass, Shapes
 from fastpo.plan.memory import Measured, step_memory
 from fastpo.plan.recipes import Recipe
 from fastpo.plan.schema import Largest, Memory
@@ -43,8 +43,7 @@ def find_largest(
     sharding: Sharding,
     *,
     room: float,
-    pairs: int,
-    side: int,
+    shapes: Shapes,
     step: int,
 ) -> Largest:
     """Looks for both by bisection.
@@ -54,10 +53,10 @@ def find_largest(
         recipe: What is run on it.
         sharding: How processes share what they hold.
         room: Bytes of the card.
-        pairs: Pairs of the measured batch.
-        side: Its resolution.
+        shapes: The measured batch, of a square resolution.
         step: What resolutions are multiples of.
     """
+    pairs, side = shapes.pairs, shapes.height * shapes.vae_factor
 
     def peak(factor: float) -> Memory:
         return step_memory(recipe, scaled(measured, factor), sharding)

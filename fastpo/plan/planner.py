@@ -112,8 +112,7 @@ def make_plan(
         own,
         sharding,
         room=hardware.gpu.memory_gb * 1e9,
-        pairs=shapes.pairs,
-        side=config.prepare.resolution,
+        shapes=shapes,
         step=shapes.vae_factor * denoiser_factor(architecture),
     )
     cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)

@@ -93,9 +93,9 @@ def test_a_larger_batch_holds_what_is_foretold_and_the_largest_is_the_last_that_
         assert real <= foretold * 1.001 and foretold < 1.35 * real
     own = own_recipe(chosen.train, 1)
     room = step_memory(own, scaled(measured, 50), Sharding()).total
-    most = find_largest(measured, own, Sharding(), room=room, pairs=1, side=64, step=64)
+    most = find_largest(measured, own, Sharding(), room=room, shapes=shapes, step=64)
     assert (most.pairs, most.resolution) == (50, 64 * 7)  # seven squared is 49
-    none = find_largest(measured, own, Sharding(), room=1e9, pairs=1, side=64, step=64)
+    none = find_largest(measured, own, Sharding(), room=1e9, shapes=shapes, step=64)
     assert (none.pairs, none.resolution) == (0, 0)
 
 
