@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastpo_kernels.pair_loss import cpu
+from fastpo_kernels.pair_loss.native import loss as native
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, run
 
@@ -44,7 +45,9 @@ def test_infinite_errors_are_those_of_the_reference(name, rows, device, monkeypa
         CASES[name], far_from_the_target(torch.float32, device, ROWS[rows]), "reference"
     )
     assert expected.policy_error.isinf().sum() == len(ROWS[rows])
-    for impl in ("triton", None, "long"):
+    for impl in ("triton", None, "operators", "long"):
+        if impl == "operators":
+            monkeypatch.setattr(native, "takes", lambda _: False)
         if impl == "long":
             monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
         x = far_from_the_target(torch.float32, device, ROWS[rows])

@@ -6,6 +6,7 @@ import torch
 
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import cpu
+from fastpo_kernels.pair_loss.native import loss as native
 from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 from tests.kernels.objectives import CASES, check, run
@@ -177,9 +178,12 @@ def test_rerun_is_bitwise_equal_and_reads_nothing_unset(name, device, small_tile
     assert torch.equal(first_grad, again_grad) and torch.isfinite(first_grad).all()
 
 
-@pytest.fixture(params=["whole", "pieces"])
+@pytest.fixture(params=["compiled", "whole", "pieces"])
 def cpu_way(request, monkeypatch):
-    """The two long ways of the default on a CPU; pieces of 32 elements cut rows and batches."""
+    """The default on a CPU, and its two long ways by operators; pieces of 32 elements cut rows."""
+    if request.param == "compiled":
+        return request.param
+    monkeypatch.setattr(native, "takes", lambda _: False)
     monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     monkeypatch.setattr(cpu, "_PIECE", 32 if request.param == "pieces" else 1 << 40)
     return request.param
@@ -269,6 +273,7 @@ PLAIN = [n for n in CASES if n != "kto" and not n.startswith(("sdpo", "adaptive"
 @pytest.mark.parametrize("name", PLAIN)
 def test_cpu_short_way_equals_the_long_bit_for_bit(name, dtype, shared, monkeypatch):
     x = pair_inputs(3, (4, 7, 11), dtype, shared_target=shared)
+    monkeypatch.setattr(native, "takes", lambda _: False)
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "large_loss", None)
         short, short_grad = run(CASES[name], x, None)

@@ -7,6 +7,7 @@ import torch
 
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import cpu
+from fastpo_kernels.pair_loss.native import loss as native
 from fastpo_kernels.testing import DTYPES
 
 LOGITS = torch.tensor([0, 0.5, 2, 5, 8, 13, 18, 20, 30, 36, 38, 45, 52, 60], dtype=torch.float64)
@@ -75,9 +76,11 @@ def gradient(call, options, dtype, impl, device):
     return grad[: len(Z), 0].double().cpu() / 2
 
 
-@pytest.fixture(params=["triton", "reference", "small", "long"])
+@pytest.fixture(params=["triton", "reference", "compiled", "small", "long"])
 def impl(request, monkeypatch):
-    """Every implementation; the default on a CPU has two ways."""
+    """Every implementation; the default on a CPU has two ways besides the compiled one."""
+    if request.param in ("small", "long"):
+        monkeypatch.setattr(native, "takes", lambda _: False)
     if request.param == "long":
         monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     return request.param if request.param in ("triton", "reference") else None

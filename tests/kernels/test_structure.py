@@ -1,6 +1,7 @@
 """What the kernels' modules may import, and how their functions look."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,15 @@ FORBIDDEN = {
         "pair_loss.objectives",
     ),
     "pair_loss.cpu": ("pair_loss.reference", "pair_loss.gpu"),
-    "pair_loss.reference": ("pair_loss.cpu", "pair_loss.gpu"),
+    "pair_loss.native": (
+        "pair_loss.api",
+        "pair_loss.cpu",
+        "pair_loss.fused",
+        "pair_loss.gpu",
+        "pair_loss.reference",
+        "pair_loss.epilogue",
+    ),
+    "pair_loss.reference": ("pair_loss.cpu", "pair_loss.gpu", "pair_loss.native"),
     "pair_loss.epilogue": ("pair_loss.reference", "pair_loss.cpu", "pair_loss.gpu"),
     "pair_loss.objectives": ("pair_loss.reference", "pair_loss.cpu", "pair_loss.gpu"),
     "pair_noise.reference": ("pair_noise.kernel", "pair_noise.ops"),
@@ -112,6 +121,17 @@ def test_functions_and_files_are_short_and_take_few_parameters(path):
         docstring = ast.get_docstring(function, clean=False) or ""
         lines = function.end_lineno - function.lineno - len(docstring.splitlines())
         assert is_flat or lines <= MOST_LINES_OF_A_FUNCTION, f"{function.name} has {lines} lines"
+
+
+def test_every_objective_has_its_twin_in_cpp():
+    """In the order of the enumeration; one that is left out there runs on torch's operators."""
+    from fastpo_kernels.pair_loss import OBJECTIVES
+    from fastpo_kernels.pair_loss.native import launch
+
+    text = (ROOT / "pair_loss" / "native" / "objectives.h").read_text()
+    found = re.search(r"enum class Objective : int64_t { (.*) };", text)
+    assert found and found[1].split(", ") == list(launch._OBJECTIVE)
+    assert launch.OBJECTIVES <= OBJECTIVES.keys()
 
 
 def test_every_objective_has_its_twin_in_triton():

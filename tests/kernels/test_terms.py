@@ -5,25 +5,28 @@ import torch
 
 from fastpo import loss as fl
 from fastpo_kernels.pair_loss import cpu
+from fastpo_kernels.pair_loss.native import loss as native
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
 
 STATISTICS = ("kto", "sdpo", "adaptive_dpo-annotators")
 
 
-@pytest.fixture(params=["triton", "reference", "pieces"])
+@pytest.fixture(params=["triton", "reference", "compiled", "pieces"])
 def impl(request, monkeypatch):
     """Every implementation."""
     return _way(request, monkeypatch)
 
 
-@pytest.fixture(params=["triton", "reference", "small", "long", "pieces"])
+@pytest.fixture(params=["triton", "reference", "compiled", "small", "long", "pieces"])
 def way(request, monkeypatch):
-    """The same; the default on a CPU has three ways."""
+    """The same; the default on a CPU has three ways besides the compiled one."""
     return _way(request, monkeypatch)
 
 
 def _way(request, monkeypatch):
+    if request.param in ("small", "long", "pieces"):
+        monkeypatch.setattr(native, "takes", lambda _: False)
     if request.param in ("long", "pieces"):
         monkeypatch.setattr(cpu, "small_loss", lambda *_: None)
     if request.param == "pieces":

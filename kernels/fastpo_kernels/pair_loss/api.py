@@ -284,7 +284,7 @@ def _errors_of_sides(
         split = sides.split_tensors(tensors, given, layout)
         return fused.sides_errors(split, policy, layout)
     if chosen == "cpu" and not torch.compiler.is_compiling():
-        return cpu.sides_errors(sides.split_tensors(tensors, given, layout))[0].flatten()
+        return cpu.sides_errors(sides.split_tensors(tensors, given, layout))
     halves = sides.halves(tensors, given, layout)
     run = fused if chosen == "triton" else _EAGER[chosen]
     return run.pair_errors(halves.policy, halves.target, halves.mask)

@@ -1,4 +1,7 @@
-"""The implementation for a CPU: the same mathematics in fewer operators and bytes. Torch only.
+"""The implementation for a CPU: compiled, or the same mathematics in fewer operators and bytes.
+
+What `native` takes is computed there. The rest is written with torch's operators: float64, what is
+traced or transformed, derivatives of the gradient, and everything where `native` was not built.
 
 A loss on a CPU costs its number of operators while the batch is small, and the bytes that miss the
 cache when it is large. So the squared residual is one `mse_loss` and its gradient one
@@ -19,6 +22,7 @@ from torch import Tensor
 from torch._C import _nn  # pyright: ignore[reportAttributeAccessIssue]
 
 from fastpo_kernels.pair_loss.epilogue import PairErrors, from_errors, mean_squares, residual
+from fastpo_kernels.pair_loss.native import loss as native
 from fastpo_kernels.pair_loss.objectives import OBJECTIVES, Judged, margin_of
 from fastpo_kernels.pair_loss.spec import LossSpec, PairLoss, PairTensors, Reduce
 
@@ -199,6 +203,17 @@ def _fits_pieces(policy: Tensor, target: Tensor, others: Sequence[Tensor]) -> bo
 
 def pair_errors(policy: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over every dimension but the first of `mask (pred - target)**2`: `[2B]`."""
+    tensors = PairTensors(policy, target, mask=mask)
+    if native.takes(tensors):
+        return native.pair_errors(tensors, eager_errors)
+    return eager_errors(tensors)
+
+
+def eager_errors(tensors: PairTensors) -> Tensor:
+    """`pair_errors` by operators; of sides too."""
+    if tensors.losers is not None:
+        return _side_errors(tensors)[0].flatten()
+    policy, target, mask = tensors.policy, tensors.target, tensors.mask
     if mask is not None:
         return mean_squares(policy, target, mask).flatten()
     if policy.numel() > 2 * _PIECE and _fits_pieces(policy, target, ()):
@@ -256,6 +271,8 @@ def small_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> P
 
 def pair_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None = None) -> PairLoss:
     """`loss = mean_i weight_i * objective(d, e, r)_i`; see `api.pair_loss`."""
+    if spec.objective in native.OBJECTIVES and native.takes(tensors):
+        return native.pair_loss(tensors, spec, reduce, large_loss)
     small = small_loss(tensors, spec, reduce)
     return small if small is not None else large_loss(tensors, spec, reduce)
 
@@ -291,7 +308,14 @@ def _side_error(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     return square.flatten(1).sum(1) / pred[0].numel()
 
 
-def sides_errors(tensors: PairTensors) -> list[Tensor]:
+def sides_errors(tensors: PairTensors) -> Tensor:
+    """Mean squared errors `[2B]` of the policy, where `tensors` has `losers`."""
+    if native.takes(tensors):
+        return native.pair_errors(tensors, eager_errors)
+    return eager_errors(tensors)
+
+
+def _side_errors(tensors: PairTensors) -> list[Tensor]:
     """Mean squared errors `[2, B]` of every source, where `tensors` has `losers`."""
     assert tensors.losers is not None
     target, *sources = tensors.target, *tensors.sources
@@ -311,8 +335,15 @@ def sides_errors(tensors: PairTensors) -> list[Tensor]:
 
 def sides_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> PairLoss:
     """`pair_loss` where `tensors` has `losers`, each side read where it lies."""
+    if spec.objective in native.OBJECTIVES and native.takes(tensors):
+        return native.pair_loss(tensors, spec, reduce, eager_sides_loss)
+    return eager_sides_loss(tensors, spec, reduce)
+
+
+def eager_sides_loss(tensors: PairTensors, spec: LossSpec, reduce: Reduce | None) -> PairLoss:
+    """`sides_loss` by operators."""
     assert tensors.losers is not None
-    errors, *others = sides_errors(tensors)
+    errors, *others = _side_errors(tensors)
     dot = None
     if spec.safeguard is not None:
         dtype = errors.dtype
