@@ -18,7 +18,7 @@ _NONE, _READY = (-1,), 3
 _OBJECTIVE = {
     name: k
     for k, name in enumerate(
-        ("dpo", "robust_dpo", "ipo", "hinge", "kto", "dmpo", "linear_dpo", "sft", "mapo")
+        "dpo robust_dpo ipo hinge kto dmpo linear_dpo sft mapo poly_dpo".split()
     )
 }
 OBJECTIVES = frozenset(_OBJECTIVE)  # that the module knows

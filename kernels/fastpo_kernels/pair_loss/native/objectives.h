@@ -24,7 +24,7 @@ struct Options {
 };
 
 // In the order of the names in `launch.py`.
-enum class Objective : int64_t { dpo, robust_dpo, ipo, hinge, kto, dmpo, linear_dpo, sft, mapo };
+enum class Objective : int64_t { dpo, robust_dpo, ipo, hinge, kto, dmpo, linear_dpo, sft, mapo, poly_dpo };
 
 // Beyond it a sigmoid is 0 or 1, and its product with a larger logit no number.
 constexpr double kSaturated = 700.0;
@@ -109,6 +109,12 @@ inline Slopes mapo(const Pair& p, const Options& o) {
   return {p.e_w + weight * softplus(-v), 1 - pull * slope_w, pull * slope_l};
 }
 
+inline Slopes poly_dpo(const Pair& p, const Options& o) {
+  const double z = o.a * p.d - p.shift, no = sigmoid(-z);
+  const double slope = o.a * no * (1 + o.b * sigmoid(z));
+  return {softplus(-z) + o.b * no, slope, -slope};
+}
+
 inline Slopes slopes_of(Objective objective, const Pair& p, const Options& o) {
   switch (objective) {
     case Objective::dpo: return dpo(p, o);
@@ -119,6 +125,7 @@ inline Slopes slopes_of(Objective objective, const Pair& p, const Options& o) {
     case Objective::dmpo: return dmpo(p, o);
     case Objective::linear_dpo: return linear_dpo(p, o);
     case Objective::mapo: return mapo(p, o);
+    case Objective::poly_dpo: return poly_dpo(p, o);
     case Objective::sft: break;
   }
   return {p.e_w, 1, 0};
