@@ -84,6 +84,8 @@ def _values(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         parts = field.get("prefixItems")
         return f"{len(parts)} numbers" if parts else f"list: {_values(field['items'])}"
+    if field["type"] == "object":
+        return f"mapping of text to: {_values(field['additionalProperties'])}"
     if field["type"] == "string":
         return "path" if field.get("format") == "path" else "text"
     bounds = [text.format(field[key]) for key, text in BOUNDS.items() if key in field]
@@ -92,7 +94,7 @@ def _values(field: dict[str, Any]) -> str:
 
 def _default(field: dict[str, Any]) -> str:
     if "default" not in field:
-        return "required"
+        return "`{}`" if field.get("type") == "object" else "required"
     value = field["default"]
     if isinstance(value, list):
         return "`[" + ", ".join(map(str, value)) + "]`"

@@ -13,6 +13,7 @@ def input_paths(config: Config) -> list[Path]:
         config.model.path,
         config.model.config,
         config.model.vae,
+        config.model.lora,
         *(one.path for one in config.data.each()),
         config.train.deepspeed,
         config.prepare.reuse,

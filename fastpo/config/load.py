@@ -17,7 +17,7 @@ from fastpo.config.data import DataConfig
 from fastpo.config.fields import Section, Seed, decides, with_words
 from fastpo.config.messages import explain
 from fastpo.config.sections import EvaluateConfig, ModelConfig, PrepareConfig
-from fastpo.config.train import TrainConfig, check_held_out
+from fastpo.config.train import TrainConfig, check_held_out, check_lora_start
 from fastpo.errors import ConfigError
 from fastpo.system.json_text import read_bounded
 
@@ -41,6 +41,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         check_held_out(self.train, self.data.held_out)
+        check_lora_start(self.train, self.model.lora)
         return self
 
 

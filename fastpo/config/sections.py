@@ -31,8 +31,11 @@ class ModelConfig(Section):
     """The model to align, SD1.5 or SDXL: a diffusers folder, a hub id, or a single file."""
 
     path: Annotated[Name, decides("cache", "reference", "run", "images")]
-    """A diffusers folder, the id of a repository on the Hugging Face hub, or a checkpoint in one
-    `.safetensors` file."""
+    """A diffusers folder, the id of a repository on the Hugging Face hub, a checkpoint in one
+    `.safetensors` file, or `RUN/final` of a run that trained the whole model."""
+    lora: Annotated[UserPath | None, decides("run")] = None
+    """An earlier LoRA that training goes on with: `RUN/final`, or a file of diffusers, peft or
+    kohya, with the layers, ranks and alphas of `train.lora`. The reference stays the base."""
     config: Annotated[str | None, decides("cache", "reference", "run", "images")] = None
     """Of a checkpoint in one file, which holds weights alone: the diffusers folder or hub id that
     gives configurations, tokenizers and scheduler."""
@@ -87,6 +90,15 @@ class LoraConfig(Section):
     """Dropout of the adapters' inputs; annotators run without it."""
     target_modules: Annotated[tuple[str, ...], decides("run")] = ATTENTION_PROJECTIONS
     """How the names of the adapted layers end; these are the attention's projections."""
+    rank_pattern: Annotated[dict[str, PositiveInt], Field(default_factory=dict), decides("run")]
+    """Other ranks, by how names of layers end (or a regular expression), as peft reads it:
+    `{attn2.to_k: 16}`."""
+    alpha_pattern: Annotated[dict[str, Positive], Field(default_factory=dict), decides("run")]
+    """Other alphas, likewise; a layer of another rank keeps alpha unless it is named here too."""
+    use_rslora: Annotated[bool, decides("run")] = False
+    """Multiplies by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
+    use_dora: Annotated[bool, decides("run")] = False
+    """Trains a magnitude of each output beside its direction (DoRA, arXiv 2402.09353); slower."""
 
 
 class EmaAnnotators(Section):

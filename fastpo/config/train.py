@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import model_validator
@@ -223,6 +224,20 @@ def check_held_out(config: TrainConfig, share: float) -> None:
             )
 
 
+def check_lora_start(config: TrainConfig, lora: Path | None) -> None:
+    """Refuses an earlier LoRA where no adapters are trained.
+
+    Raises:
+        ValueError: `model.lora` does not go with `train.method`.
+    """
+    if lora is not None and config.method != "lora":
+        raise ValueError(
+            "model.lora is continued by train.method: lora; to train the whole model from it, put "
+            "it into the weights first (diffusers' fuse_lora and save_pretrained) and set "
+            "model.path to that folder"
+        )
+
+
 def _check_annotators(config: TrainConfig) -> None:
     """Refuses annotators that the objective or the method cannot use, and a gate without any.
 
@@ -238,6 +253,11 @@ def _check_annotators(config: TrainConfig) -> None:
         )
     if config.method == "full" and config.batches_annotators:
         raise ValueError("train.annotators.batched: true needs train.method: lora")
+    if config.lora.use_dora and config.batches_annotators:
+        raise ValueError(
+            "train.annotators.batched: true does not work with train.lora.use_dora, whose outputs "
+            "are no sum of the base's and a low-rank term"
+        )
     if adaptive and objective.weight_kind == "gate" and config.annotators is None:
         raise ValueError(
             "train.objective.weight_kind: gate needs train.annotators (ledger, or ema): without "

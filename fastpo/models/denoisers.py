@@ -181,6 +181,10 @@ def add_lora(family: ModelFamily, denoiser: Denoiser, config: LoraConfig) -> Non
                 lora_dropout=config.dropout,
                 init_lora_weights="gaussian",
                 target_modules=list(config.target_modules),
+                rank_pattern=dict(config.rank_pattern),
+                alpha_pattern=dict(config.alpha_pattern),
+                use_rslora=config.use_rslora,
+                use_dora=config.use_dora,
             )
         )
     except ValueError as error:

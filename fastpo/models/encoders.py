@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastpo.config import Config
 from fastpo.errors import ModelError, NonFiniteLatentsError
-from fastpo.models.folder import ModelFolder, halvings, loading
+from fastpo.models.folder import ModelFolder, loading
+from fastpo.models.geometry import halvings
 from fastpo.models.weights import load_component, load_part
 from fastpo.system.process import default_device
 

@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastpo.models.trained import LORA_FILE as LORA_FILE
 from fastpo.system.checksums import folder_checksums
 from fastpo.system.manifest import find_damage, write_manifest
 from fastpo.system.ownership import Kind, owned_folder, strangers
@@ -22,8 +23,6 @@ from fastpo.system.ownership import Kind, owned_folder, strangers
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser, ModelFamily
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The file that diffusers' pipelines write and look for."""
 EXPORT_MANIFEST = "fastpo-manifest.json"
 """Sizes and checksums of what was exported; no program that loads the weights reads it."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from fastpo.models.hub import download_configurations, download_pipeline, downlo
 from fastpo.models.hub import is_hub_id as is_hub_id
 from fastpo.models.quiet import without_bars
 from fastpo.models.registry import detect
+from fastpo.models.trained import base_of, holds_an_export
 from fastpo.system import json_text
 from fastpo.system.files import listing
 
@@ -35,7 +36,6 @@ WEIGHTS = ("*.safetensors", "*.bin")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 MOST_JSON_BYTES = 1 << 26
 """Of a model's JSON file."""
-MOST_LEVELS = 10
 MOST_REASON = 600
 """Characters of a library's message that are passed on."""
 _VOLATILE_KEYS = ("transformers_version", "torch_dtype", "dtype", "architectures")
@@ -59,12 +59,14 @@ class ModelFolder:
         variant: Weight variant such as `fp16`, preferred where a component has it.
         other_vae: `model.vae`: a folder, file or hub id of a VAE that replaces the pipeline's own.
         checkpoint: The single file with the weights, where `path` gives the configurations alone.
+        trained: A folder with the denoiser alone, as a run exports it, which replaces `path`'s own.
     """
 
     path: Path
     variant: str | None = None
     other_vae: str | None = None
     checkpoint: Path | None = None
+    trained: Path | None = None
     _digests: dict[Path, DigestMemo] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -79,6 +81,9 @@ class ModelFolder:
             check_single_file(file)
             path = resolve_config_folder(config.config, file, config.revision)
             return cls(path, config.variant, config.vae, file)
+        if holds_an_export(file):
+            base = cls.resolve(base_of(file))
+            return replace(base, trained=file, other_vae=config.vae or base.other_vae)
         path = resolve_model_folder(config.path, config.revision, config.variant)
         if config.config is not None:
             raise ModelError(
@@ -116,6 +121,8 @@ class ModelFolder:
         if name == "vae" and self.other_vae is not None:
             file = Path(self.other_vae).expanduser()
             return file if file.is_file() else None
+        if self.place(name) != self.path:
+            return None
         held = self.checkpoint is not None and holds(self.checkpoint, name)
         return self.checkpoint if held else None
 
@@ -128,7 +135,12 @@ class ModelFolder:
 
     def component(self, name: str) -> Path:
         """Returns the folder of a component by its name in the pipeline, such as `text_encoder`."""
-        return self.vae if name == "vae" else self.path / name
+        return self.vae if name == "vae" else self.place(name) / name
+
+    def place(self, name: str) -> Path:
+        """Returns the folder in which a component's own folder lies, but the VAE's."""
+        own = self.trained
+        return own if own is not None and (own / name).is_dir() else self.path
 
     def digest(self, name: str, memo: DigestMemo | None = None) -> DigestMemo:
         """Hashes what a component computes with, once.
@@ -236,21 +248,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
-
-
-def halvings(config: Mapping[str, Any], part: str) -> int:
-    """Returns by how much a UNet or VAE reduces a side: 2 for each level but the first.
-
-    Raises:
-        ModelError: Its configuration does not list its levels.
-    """
-    levels = config.get("block_out_channels")
-    if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
-        raise ModelError(
-            f"block_out_channels of {part} must be a list of 1 to {MOST_LEVELS} sizes, got "
-            f"{ascii(levels)[:80]}"
-        )
-    return 2 ** (len(levels) - 1)
 
 
 @contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from fastpo.errors import ConfigError
+from fastpo.errors import ConfigError, ModelError
 
 MAX_ASPECT = 2.0
 """Longest side over shortest side of the most extreme bucket."""
 
 GEOMETRY_VERSION = 1
 """Part of the cache's identity: raise it when buckets, resampling or crops change."""
+
+MOST_LEVELS = 10
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,18 @@ def make_geometry(
         if width / height <= MAX_ASPECT + 0.05:
             found |= {(height, width), (width, height)}
     return Geometry(resolution, step, tuple(sorted(found)))
+
+
+def halvings(config: Mapping[str, Any], part: str) -> int:
+    """Returns by how much a UNet or VAE reduces a side: 2 for each level but the first.
+
+    Raises:
+        ModelError: Its configuration does not list its levels.
+    """
+    levels = config.get("block_out_channels")
+    if not isinstance(levels, list) or not 0 < len(levels) <= MOST_LEVELS:
+        raise ModelError(
+            f"block_out_channels of {part} must be a list of 1 to {MOST_LEVELS} sizes, got "
+            f"{ascii(levels)[:80]}"
+        )
+    return 2 ** (len(levels) - 1)

@@ -14,6 +14,7 @@ A loader of the last two multiplies a layer's product by alpha / rank.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
@@ -80,6 +81,12 @@ def write_lora(
                 f"--format {form} is for LoRA of sd15 and sdxl, not of {family.name}; use "
                 "--format diffusers"
             )
+        if any("lora_magnitude_vector" in name for name in weights):
+            raise ModelError(
+                f"--format {form} is for plain LoRA; this run trained DoRA (train.lora.use_dora), "
+                "which diffusers writes under no name that these programs read; use --format "
+                "diffusers"
+            )
         original = form == "kohya" and family.name == "sdxl"
         save_file(other_names(denoiser, weights, original=original), file, _about(family, denoiser))
     sort_metadata(file)
@@ -108,7 +115,9 @@ def other_names(
         if original:
             layer = original_name(layer, denoiser)
         flat = f"lora_unet_{layer.replace('.', '_')}"
-        alphas[f"{flat}.alpha"] = module.lora_alpha["default"]
+        # These programs divide by the rank; rsLoRA divides by its root.
+        root = math.sqrt(module.r["default"]) if module.use_rslora["default"] else 1.0
+        alphas[f"{flat}.alpha"] = module.lora_alpha["default"] * root
         renamed[f"unet.{layer}.{kind}{rest}"] = tensor.contiguous()
     # diffusers writes the rank for alpha, whatever the adapters were trained with.
     return convert_state_dict_to_kohya(renamed) | {

@@ -28,7 +28,8 @@ from fastpo.models.clip import ClipEncoders, PenultimateEncoders, latent_normali
 from fastpo.models.encoders import Encoders, limit_tokens, load_clip, load_vae_of
 from fastpo.models.export import LORA_FILE
 from fastpo.models.family import ModelFamily
-from fastpo.models.folder import ModelFolder, halvings, read_json, weight_files
+from fastpo.models.folder import ModelFolder, read_json, weight_files
+from fastpo.models.geometry import halvings
 from fastpo.models.headers import header
 from fastpo.models.schedule import NoiseSchedule, read_ddpm_schedule
 from fastpo.models.single_file import check_component

@@ -99,7 +99,7 @@ def load_part(
     file = folder.weights_file(name)
     if file is None:
         own = name == "vae" and folder.other_vae is not None
-        path, subfolder = (folder.vae, "") if own else (folder.path, name)
+        path, subfolder = (folder.vae, "") if own else (folder.place(name), name)
         return load_component(
             kind, path, what=what, subfolder=subfolder, variant=folder.variant, dtype=dtype
         )

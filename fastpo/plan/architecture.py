@@ -16,6 +16,7 @@ from fastpo.errors import ModelError
 from fastpo.models.folder import ModelFolder, read_json, resolve_vae_folder
 from fastpo.models.hub import is_hub_id
 from fastpo.models.registry import detect
+from fastpo.models.trained import holds_an_export
 
 PACKAGED: dict[str, str] = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -67,7 +68,8 @@ def resolve_architecture(config: Config) -> Architecture:
     """
     model = config.model
     folder, cached = Path(model.path).expanduser(), False
-    whole = ModelFolder.resolve(model) if folder.is_file() else ModelFolder(folder)
+    known = folder.is_file() or holds_an_export(folder)
+    whole = ModelFolder.resolve(model) if known else ModelFolder(folder)
     folder = whole.path
     if not folder.is_dir():
         found = _cached(model.path, "model_index.json", model.revision)
@@ -76,7 +78,7 @@ def resolve_architecture(config: Config) -> Architecture:
     if folder.is_dir():
         # Of a hub's model only the files that were asked for are here; its parts are not checked.
         family = (detect(folder) if cached else whole.family).name
-        unet = read_json(folder / "unet" / "config.json")
+        unet = read_json(whole.place("unet") / "unet" / "config.json")
         parts = ("text_encoder", "text_encoder_2")[: 2 if family == "sdxl" else 1]
         texts = tuple(read_json(folder / part / "config.json") for part in parts)
         source = f"the hub's copy on this machine, {folder}" if cached else str(folder)

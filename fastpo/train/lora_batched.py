@@ -43,7 +43,7 @@ def in_one_pass(config: TrainConfig, n_elements: int) -> bool:
         n_elements: Of the noisy latents `(2B, C, h, w)`.
     """
     ema = config.annotators
-    if config.method != "lora" or not isinstance(ema, EmaAnnotators):
+    if config.method != "lora" or not isinstance(ema, EmaAnnotators) or config.lora.use_dora:
         return False
     return n_elements <= SMALL if ema.batched == "auto" else ema.batched
 

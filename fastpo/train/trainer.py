@@ -16,6 +16,7 @@ from fastpo.config import Config, EmaAnnotators
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder
+from fastpo.models.lora_start import start_from_lora
 from fastpo.noise import dropped_conditions, setup_noise
 from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
@@ -150,6 +151,8 @@ def setup_trainer(
     torch.manual_seed(config.seed)  # the adapters' first values
     denoiser = model.family.load_denoiser(model)
     denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
+    if config.model.lora is not None:
+        start_from_lora(model.family, denoisers.policy, config.model.lora)
     if denoisers.frozen is not None:
         nn.Module.to(denoisers.frozen, device)
     trainable = denoisers.trainable
