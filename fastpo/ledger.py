@@ -140,7 +140,7 @@ class PairLedger:
 
     def _votes(self, margin: Tensor, timestep: Tensor) -> Tensor:
         """Moves the moments on by one step's margins, and weighs these by them."""
-        bins = timestep * BINS // self.num_timesteps
+        bins = self.bins(timestep)
         seen = margin != 0
         sizes = margin.abs().where(seen, 1.0).log()
         added = torch.zeros_like(self.moments)
@@ -156,6 +156,21 @@ class PairLedger:
         overall = follows.sum() / (count.sum() + DOUBT)
         s = ((follows + PRIOR * overall) / (count + PRIOR)).clamp(0.0, CERTAIN)
         return z * (s / (1.0 - s.square()) / rms)[bins]
+
+    def bin_sizes(self) -> Tensor:
+        """How large margins are in each timestep bin, `(BINS,)` float32, relative to all of them.
+
+        `exp(mean_b(log |d|) - mean(log |d|))`, the mean of a bin with few margins drawn towards
+        that of all; 1 before there are any.
+        """
+        count, sums = self.moments[:2]
+        overall = sums.sum() / count.sum().clamp_min(1e-9)
+        logs = (sums + PRIOR * overall) / (count + PRIOR)
+        return torch.exp(logs - overall).float()
+
+    def bins(self, timestep: Tensor) -> Tensor:
+        """The bins of timesteps in [0, T), int64, on their device."""
+        return timestep.long() * BINS // self.num_timesteps
 
     def record(self, index: Tensor, margin: Tensor, timestep: Tensor | None = None) -> None:
         """Keeps one micro-batch's margins until `merge`; arguments as in `update`.

@@ -53,6 +53,9 @@ class TrainConfig(Section):
     auto_slope: Annotated[Fraction | None, decides("run")] = None
     """Share of the pairs whose logit shall be beyond 4: objective.beta then is where the slope
     begins, and follows the running mean of the margins' sizes. None: the slope stays."""
+    slope_by_timestep: Annotated[bool, decides("run")] = False
+    """Divides the slope by how large margins are at the pair's timestep, relative to all: a running
+    mean by tenths of the schedule. So no timestep saturates before others (arXiv 2505.18736)."""
     optim: OptimConfig = OptimConfig()
     epochs: Annotated[Positive | None, decides("run")] = None
     """How often each pair is visited; may be a fraction. This or max_steps."""
@@ -280,11 +283,17 @@ def _check_used(config: TrainConfig) -> None:
 
 
 def _check_slope(config: TrainConfig) -> None:
-    """Refuses a slope that follows the margins where these are no logit."""
-    if config.auto_slope is not None and not config.objective.has_logit:
+    """Refuses a slope that depends on the margins where these are no logit."""
+    if config.objective.has_logit:
+        return
+    asked = {
+        "train.auto_slope": config.auto_slope is not None,
+        "train.slope_by_timestep": config.slope_by_timestep,
+    }
+    for key in [key for key, value in asked.items() if value]:
         raise ValueError(
-            "train.auto_slope moves the beta of a logit beta d, which "
-            f"{config.objective.name} has not; leave it out"
+            f"{key} changes the beta of a logit beta d, which {config.objective.name} has not; "
+            "leave it out"
         )
 
 

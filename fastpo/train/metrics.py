@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo.loss import PairLoss
+from fastpo.train.slope import Slope
 from fastpo.types import PairBatch
 
 COLUMNS = (
@@ -54,7 +55,7 @@ class StepTable:
     learning_rate: float
     moved: bool
     ending: bool = False
-    slope: float | None = None
+    slope: Slope | None = None
 
     def __getitem__(self, column: str) -> Tensor:
         """Returns one column, `(N,)` float64."""
@@ -105,8 +106,8 @@ class StepTable:
             "data/wait": waited / seconds,
         }
         if self.slope is not None:
-            settled = self.slope * margin.abs() > SATURATED
-            metrics["slope"] = self.slope
+            settled = self.slope.at(self["timestep"]) * margin.abs() > SATURATED
+            metrics["slope"] = self.slope.value
             metrics["rewards/saturated"] = settled.double().mean().item()
         minority, weight = self["minority"], self["weight"]
         if not minority.isnan().any():
@@ -148,7 +149,7 @@ class StepResult:
     grad_norm: Tensor | float
     learning_rate: float
     moved: bool
-    slope: float | None = None
+    slope: Slope | None = None
 
     def read(self) -> StepTable:
         """Brings the rows and the gradient norm to the host."""

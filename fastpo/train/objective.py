@@ -10,11 +10,11 @@ from torch import Tensor
 from fastpo import loss
 from fastpo.config import AdaptiveOptions, TrainConfig
 from fastpo.loss import PairLoss
-from fastpo.train.auto_slope import AutoSlope
 from fastpo.train.batch_statistics import Reduce
 from fastpo.types import PairPredictions
 
-LossFunction = Callable[[PairPredictions, Tensor, Tensor | None, Tensor | None], PairLoss]
+LossFunction = Callable[..., PairLoss]
+"""`(predictions, target, minority, pair_weight, beta)`; `beta` may be left out."""
 LOSSES: dict[str, Callable[..., PairLoss]] = {
     "dpo": loss.dpo,
     "robust_dpo": loss.robust_dpo,
@@ -32,43 +32,31 @@ LOSSES: dict[str, Callable[..., PairLoss]] = {
 }
 
 
-def build_loss(
-    config: TrainConfig, reduce: Reduce | None = None, slope: AutoSlope | None = None
-) -> LossFunction:
+def build_loss(config: TrainConfig, reduce: Reduce | None = None) -> LossFunction:
     """Returns `loss(predictions, target, minority, pair_weight)` for the configured objective.
 
     `minority` is `(B,)`, a metric that takes the annotators' place, or None; objectives other than
     the adaptive ones do not use it. `pair_weight` is `(B,)`, or None: it multiplies each pair's
-    loss after the log-sigmoid, so margins, and the slope, stay on one scale. `reduce` is the scope
-    of the batch's statistics; see `fastpo.train.batch_statistics`. `slope`, if it is given, takes
-    the place of the objective's beta at each call.
+    loss after the log-sigmoid, so margins, and the slope, stay on one scale. A fifth argument is a
+    slope, or one for each pair `(B,)`, in the place of the objective's beta. `reduce` is the scope
+    of the batch's statistics; see `fastpo.train.batch_statistics`.
     """
     options = config.objective.model_dump(exclude={"name"})
     if reduce is not None:
         options["reduce"] = reduce
     function = partial(LOSSES[config.objective.name], impl=config.loss_impl, **options)
-    if slope is not None:
-        function = _following(function, slope)
-    if isinstance(config.objective, AdaptiveOptions):
-        return lambda p, target, minority, weight: function(
-            p.policy,
-            p.reference,
-            target,
-            annotators=p.annotators,
-            minority=minority,
-            pair_weight=weight,
-        )
-    if config.needs_reference:
-        return lambda p, target, _, weight: function(
-            p.policy, p.reference, target, pair_weight=weight
-        )
-    return lambda p, target, _, weight: function(p.policy, target, pair_weight=weight)
+    adaptive = isinstance(config.objective, AdaptiveOptions)
 
+    def loss(
+        predictions: PairPredictions,
+        target: Tensor,
+        minority: Tensor | None,
+        weight: Tensor | None,
+        beta: Tensor | float | None = None,
+    ) -> PairLoss:
+        given = [predictions.reference] if config.needs_reference else []
+        judges = {"annotators": predictions.annotators, "minority": minority} if adaptive else {}
+        slope = {} if beta is None else {"beta": beta}
+        return function(predictions.policy, *given, target, pair_weight=weight, **judges, **slope)
 
-def _following(function: Callable[..., PairLoss], slope: AutoSlope) -> Callable[..., PairLoss]:
-    """The loss with the slope of the moment."""
-
-    def with_slope(*tensors: object, **options: object) -> PairLoss:
-        return function(*tensors, **options, beta=slope.value)
-
-    return with_slope
+    return loss

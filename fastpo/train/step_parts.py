@@ -14,6 +14,7 @@ from fastpo.noise import PairNoise
 from fastpo.train.annotators import Annotators
 from fastpo.train.distributed import Processes
 from fastpo.train.objective import LossFunction
+from fastpo.train.slope import Slope
 from fastpo.train.state import TrainingState
 from fastpo.types import NoisedPair, PairBatch, PairPredictions
 
@@ -112,7 +113,22 @@ class StepParts:
     def pair_loss(self, judged: JudgedBatch, policy: Tensor) -> PairLoss:
         """The objective of a micro-batch, from the policy's predictions `(2B, C, h, w)`."""
         predictions = PairPredictions(policy, judged.reference, judged.annotators)
-        return self.loss(predictions, judged.noised.target, judged.minority, judged.weight)
+        target, beta = judged.noised.target, self._beta(judged.noised.index)
+        return self.loss(predictions, target, judged.minority, judged.weight, beta)
+
+    def slope(self) -> Slope | None:
+        """The slope of this step's logits, None where there is no logit."""
+        beta, ledger = self.objective.logit_slope(), self.state.ledger
+        if beta is None or not self.config.slope_by_timestep:
+            return None if beta is None else Slope(beta)
+        return Slope(beta, ledger.bin_sizes(), ledger.bins)
+
+    def _beta(self, timesteps: Tensor) -> Tensor | float | None:
+        """What takes the objective's beta's place; None where that is what holds."""
+        if self.state.slope is None and not self.config.slope_by_timestep:
+            return None
+        slope = self.slope()
+        return None if slope is None else slope.at(timesteps)
 
     def update(self) -> Tensor | float | None:
         """Behind each backward pass: in a step's last one the weights move.

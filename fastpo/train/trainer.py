@@ -81,7 +81,7 @@ class Trainer(StepParts):
                 Several processes tell one another in the result instead.
         """
         processes, config, state = self.processes, self.config, self.state
-        moved = has_moved(state.schedule)
+        moved, slope = has_moved(state.schedule), self.slope()
 
         def check() -> None:
             if processes.count == 1 and must_end():
@@ -102,7 +102,7 @@ class Trainer(StepParts):
         rows = torch.cat(tables)
         if processes.count > 1:
             rows = processes.gather(with_ending(rows, must_end()))
-        return StepResult(rows, norm, rate, moved, self.objective.logit_slope())
+        return StepResult(rows, norm, rate, moved, slope)
 
     def _dense_step(
         self, batches: Iterator[PairBatch], step: int, check: Callable[[], None]
@@ -186,6 +186,6 @@ def setup_trainer(
         policy=policy,
         annotators=Annotators(train, processes, denoisers, state),
         reference_errors=errors,
-        loss=build_loss(train, reduce, slope),
+        loss=build_loss(train, reduce),
         state=state,
     )

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from fastpo.config import load_config
+from fastpo.data.cache import PairCache
 from fastpo.errors import ConfigError
+from fastpo.ledger import PairLedger
+from fastpo.models.folder import ModelFolder
 from fastpo.train import train
 from fastpo.train.auto_slope import RANGE, AutoSlope
+from fastpo.train.distributed import joined
+from fastpo.train.loop import setup
+from fastpo.train.run_folder import RunFolder
+from fastpo.train.slope import Slope
 
 
 def test_the_stated_share_of_exponential_margins_is_saturated():
@@ -54,5 +61,41 @@ def test_a_run_moves_its_slope_and_resumes_to_the_bit(experiment, read_metrics):
 
 @pytest.mark.parametrize("name", ["ipo", "kto", "mapo", "sft", "adaptive_ipo"])
 def test_an_objective_without_a_logit_is_refused(experiment, name):
-    with pytest.raises(ConfigError, match=r"which .* has not"):
-        load_config(experiment(auto_slope=0.1, objective={"name": name}))
+    for option in ({"auto_slope": 0.1}, {"slope_by_timestep": True}):
+        with pytest.raises(ConfigError, match=r"which .* has not"):
+            load_config(experiment(objective={"name": name}, **option))
+
+
+def test_the_ledger_tells_how_large_margins_are_at_a_timestep():
+    ledger = PairLedger(4000)
+    assert ledger.bin_sizes().eq(1.0).all()
+    index, t = torch.arange(4000), torch.arange(4000) % 1000
+    margins = torch.where(t < 500, 1e-3, 4e-3) * torch.tensor([1.0, -1.0]).repeat(2000)
+    ledger.update(index, margins, t)
+    sizes = ledger.bin_sizes()
+    assert sizes[:5].tolist() == pytest.approx([0.5] * 5, rel=0.1)
+    assert sizes[5:].tolist() == pytest.approx([2.0] * 5, rel=0.1)
+    slope = Slope(100.0, sizes, ledger.bins).at(torch.tensor([0, 999]))
+    assert slope.tolist() == pytest.approx([200.0, 50.0], rel=0.1)
+    assert Slope(100.0).at(t) == 100.0
+
+
+def test_a_slope_by_timestep_multiplies_each_pairs_margin(experiment):
+    config = load_config(experiment(slope_by_timestep=True, micro_batch_size=4))
+    with joined(config.train) as processes:
+        trainer = setup(config, processes, RunFolder(config.train.output_dir, main=True)).trainer
+        ledger = trainer.state.ledger
+        ledger.moments[0] = 1000.0
+        ledger.moments[1] = 1000.0 * torch.linspace(-7, -3, 10)
+        judged = trainer.judged(trainer_batch(config), step=0)
+        policy = judged.noised.noisy_latents + torch.randn_like(judged.noised.noisy_latents)
+        out = trainer.pair_loss(judged, policy)
+        slopes = 500.0 / ledger.bin_sizes()[judged.noised.index // 100]
+        assert len(slopes.unique()) > 1
+        expected = torch.nn.functional.softplus(-slopes * out.margin).mean()
+        torch.testing.assert_close(out.loss, expected)
+
+
+def trainer_batch(config):
+    model = ModelFolder.resolve(config.model)
+    return PairCache.open(config, model=model).read([0, 1, 2, 4], visit=0)
