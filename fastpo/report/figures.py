@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 from sklearn.metrics import roc_curve
 
 from fastpo.report.runs import MINORITY_NAMES, Array, Run
@@ -227,7 +229,11 @@ def _draw_minority(axes: Axes, run: Run, annotator: str) -> None:
     axes.set_yscale("log")  # flipped labels are few: on a linear scale they would hardly show
     axes.set(xlim=(0.0, 1.0))
     axes.set_ylim(bottom=0.7)
-    axes.set_title(f"{run.name}: {MINORITY_NAMES[annotator]}", loc="left", fontsize=9.5, color=INK)
+    # Plain numbers: the default's powers of ten are formulas, which names may not become.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    title = fill(f"{run.name}: {MINORITY_NAMES[annotator]}", 50)
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel("minority metric u")
     axes.set_ylabel("pairs (log scale)")
     axes.legend(frameon=False, fontsize=8)

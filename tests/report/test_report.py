@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastpo.config import dump_config, parse_config
@@ -19,7 +20,7 @@ from fastpo.errors import DataError
 from fastpo.evaluate.win_rate import NOTES, compare_scores
 from fastpo.models.export import export_fingerprint
 from fastpo.report import load_metrics, minority_auroc, write_report
-from fastpo.report.figures import PANELS, curve_panels, smooth
+from fastpo.report.figures import PANELS, _draw_minority, curve_panels, smooth, to_png
 from fastpo.report.grids import choose_samples
 from fastpo.report.page import config_differences, format_number, format_signed, headline
 from fastpo.report.runs import load_run, load_runs
@@ -311,6 +312,20 @@ def test_margins_without_a_reference_are_on_an_axis_of_their_own(tmp_path: Path)
         [run.name for run in (dpo, mapo) if p.column(run, p.series[0]) is not None] for p in panels
     ]
     assert drawn == [["dpo"], ["mapo"]]
+
+
+def test_counts_are_plain_numbers_and_a_long_name_stays_in_its_diagram(tmp_path: Path) -> None:
+    """The logarithmic axis had formulas for ticks, which were printed as they are written."""
+    run = make_run(tmp_path / ("a-run-with-" + "a-long-name-" * 6 + "end"))
+    add_minority(run, [(0, 3, 0.02 * (i // 9), "") for i in range(40)])
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    _draw_minority(axes, load_run(run), "ledger")
+    to_png(figure)
+    shown = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert "1" in shown and not any("$" in text for text in shown)
+    title = axes.get_title(loc="left")
+    assert title.endswith("end: ledger") and max(map(len, title.split("\n"))) <= 50
 
 
 def test_samples_are_spread_over_prompts() -> None:
