@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastpo.config.fields import (
     Fraction,
@@ -37,6 +37,10 @@ class Objective(Section):
     @abstractmethod
     def describe_slope(self) -> str:
         """States the slope of the logit, and the published flags that mean the same."""
+
+    def first_loss(self) -> float | None:
+        """The loss while policy and reference agree; None where it is not a fixed number."""
+        return self.initial_loss
 
     def fresh_slope(self) -> float:
         """`|dloss/de|` of a pair of weight 1 on which policy and reference agree.
@@ -178,14 +182,34 @@ class KtoObjective(Objective):
     name: Annotated[Literal["kto"], decides("run")]
     beta: Annotated[Positive, decides("run")] = 1000.0
     """Slope of an image's gain over the reference inside the sigmoid."""
+    liked_weight: Annotated[NotNegative, decides("run")] = 1.0
+    """Weight of the winners' terms: TRL's `desirable_weight`."""
+    disliked_weight: Annotated[NotNegative, decides("run")] = 1.0
+    """Weight of the losers' terms: TRL's `undesirable_weight`."""
+
+    @property
+    def _mean_weight(self) -> float:
+        return (self.liked_weight + self.disliked_weight) / 2.0
 
     def describe_slope(self) -> str:
         """See the base class."""
         return _own_slope(self.beta)
 
-    def fresh_slope(self) -> float:
+    def first_loss(self) -> float | None:
         """See the base class."""
-        return self.beta / 8.0
+        return 0.5 * self._mean_weight
+
+    def fresh_slope(self) -> float:
+        """See the base class; the mean of both images."""
+        return self._mean_weight * self.beta / 8.0
+
+    @model_validator(mode="after")
+    def _check(self) -> KtoObjective:
+        if not self._mean_weight:
+            raise ValueError(
+                "train.objective: liked_weight and disliked_weight are both 0, which trains nothing"
+            )
+        return self
 
 
 class DmpoObjective(Objective):
@@ -292,8 +316,9 @@ class AdaptiveOptions(Objective):
 
     beta: Annotated[Positive, decides("run")] = 1000.0
     """Slope of the margin inside the log-sigmoid."""
-    normalize: Annotated[Literal["rms", "l2"], decides("run")] = "rms"
-    """How annotators' margins are brought on one scale; the ledger has its own."""
+    normalize: Annotated[Literal["rms", "l2", "none"], decides("run")] = "rms"
+    """How annotators' margins are brought on one scale: by their rms over the batch, their l2 norm
+    as released, or not at all; the ledger has its own."""
     rho: Annotated[Positive, decides("run")] = 3.75
     """Factor of annotators' normalized margins inside the sigmoid; not of the ledger's."""
     weight_kind: Annotated[
@@ -340,6 +365,9 @@ class AdaptiveIpoObjective(AdaptiveOptions):
     name: Annotated[Literal["adaptive_ipo"], decides("run")]
     tau: Annotated[Positive, decides("run")] = 100.0
     """The margin is regressed on 1 / (2 tau)."""
+    released_sign: Annotated[bool, decides("run")] = False
+    """Adds the adaptive margin as the released code's IPO form does; its DPO form, and ours of
+    both, subtract it."""
 
     def describe_slope(self) -> str:
         """See the base class."""

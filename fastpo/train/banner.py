@@ -29,7 +29,7 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
     config, processes = trainer.config, trainer.processes
     annotators = "" if config.annotators is None else f", annotators: {config.annotators.kind}"
     pairs = config.micro_batch_size * data.micro_batches_per_step
-    first = config.objective.initial_loss
+    first = config.objective.first_loss()
     flipped = int(data.cache.flipped[data.sampler.pairs].sum())
     rows = {
         "objective": config.objective.name + annotators,
