@@ -1,8 +1,8 @@
 """The commands: `fastpo --help` lists them.
 
 User errors are reported in one line, with exit code 2, and leave nothing half-written behind;
-`--debug` shows the traceback instead. A command that a signal ends exits with 75 if the same
-command goes on (`train` with `--resume`), see `fastpo.system.signals`.
+`--debug` shows the traceback instead. `--verbose` shows what other libraries log. A command that a
+signal ends exits with 75 if the same goes on (`train` with `--resume`): `fastpo.system.signals`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ except ImportError as error:
 
 from fastpo._version import __version__
 from fastpo.errors import FastPOError
+from fastpo.system.library_log import is_of_use, kept_apart
 from fastpo.system.process import Rank
 from fastpo.system.signals import (
     EXIT_INTERRUPTED,
@@ -41,22 +42,25 @@ if TYPE_CHECKING:
 
 OLD_SPELLINGS = {"--utilisation": "--utilization"}
 """Options as they were called, and their names now; the old ones are accepted for one release."""
+SHARED = ("--debug", "--verbose")
 
 
 class Commands(TyperGroup):
     """The group of all commands: the options that they share, and how errors are reported."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """Takes `--debug` from anywhere, and old spellings with a warning."""
+        """Takes shared options from anywhere, and old spellings with a warning."""
         args = [_spelled_anew(argument) for argument in args]
-        debug = [argument for argument in args if argument == "--debug"]
-        return super().parse_args(ctx, debug + [a for a in args if a != "--debug"])
+        return super().parse_args(ctx, sorted(args, key=lambda a: a not in SHARED))
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Runs a command; a user error ends the process with exit code 2."""
         try:
-            with storage_errors():
-                return super().invoke(ctx)
+            with storage_errors(), kept_apart(shown=ctx.params["verbose"]) as log:
+                result = super().invoke(ctx)
+            if log.waiting and Rank.of_launch().rank == 0 and not ctx.params["verbose"]:
+                _tell("[dim]note:[/]", log.told())
+            return result
         except FastPOError as error:
             if ctx.params["debug"]:
                 raise
@@ -113,8 +117,9 @@ def _configured(path: Path, overrides: list[str] | None) -> Iterator[Config]:
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error; also after a command.")
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show other libraries' messages.")
     ] = False,
 ) -> None:
     if version:
@@ -383,17 +388,12 @@ def selftest(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; the process exits with 2 at a user error."""
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)
+    logging.getLogger("transformers.utils.import_utils").addFilter(is_of_use)
     try:
         app(list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
     except KeyboardInterrupt:  # before a command had begun
         _tell("[bold yellow]ended:[/]", "by Ctrl-C")
         raise SystemExit(EXIT_KEYBOARD) from None
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """transformers tells at every start of image processors that nothing here uses."""
-    return "requires torchvision" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fastpo.data.loader import TimedIterator
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.models.export import export_damage, export_policy
 from fastpo.models.folder import ModelFolder
+from fastpo.system.library_log import write_library_log
 from fastpo.system.ownership import protecting
 from fastpo.system.signals import EndingSignals, Interrupted, catch_signals
 from fastpo.system.storage import storage_errors
@@ -198,6 +199,8 @@ def begin(run: Experiment, start: int, *, progress: bool) -> None:
     """Prepares the run's folder, and tells what is about to run."""
     folder, cache = run.folder, run.data.cache
     folder.begin(run.config, start)
+    run.processes.wait()  # for the folder, in which every process has a log
+    write_library_log(folder.path)
     if folder.main:
         started = describe_start(
             step=start,
