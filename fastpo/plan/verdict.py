@@ -121,6 +121,8 @@ def make_notes(
             f"bf16 weights: their gradients are summed over {config.train.accumulation_steps} "
             "micro-batches in bf16, with an rms error of 1.3 % after 128 and 2.7 % after 512."
         )
+    if config.train.backward != "all":
+        notes.append(_sparse(config.train.gradient_checkpointing))
     if config.train.reads_reference_errors and cache.prepare_hours is not None:
         notes.append(
             "The reference cache costs one forward pass for each visit, once; it is in the hours "
@@ -131,3 +133,14 @@ def make_notes(
     else:
         notes.append(f"Pairs: {assumed.pairs:,}, from {size.source}.")
     return tuple(notes)
+
+
+def _sparse(checkpointing: bool) -> str:
+    """What `train.backward` may save: how many pairs have a gradient only the run can tell."""
+    dense = 4 if checkpointing else 3
+    return (
+        f"train.backward: counted as if every pair had a backward pass ({dense} passes through the "
+        "policy, with its forward pass as one). Behind a gate that the ledger has closed a pair "
+        f"takes 1; where a share s below {(dense - 1) / dense:.2f} of the others needs one, these "
+        f"take 1 + {dense} s. metrics.jsonl tells what it was."
+    )

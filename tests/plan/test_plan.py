@@ -352,3 +352,10 @@ def test_every_gpu_is_faster_in_half_precision():
     for name, memory in (("RTX 4060", 8), ("rtx3060", 12), ("rtx-4080", 16)):
         assert find_gpu(name).memory_gb == memory
         assert gpu.rate("bf16") > gpu.rate("fp32", convolutions=True) >= gpu.rate("fp32")
+
+
+@pytest.mark.parametrize(("checkpointing", "told"), [(False, "below 0.67"), (True, "below 0.75")])
+def test_what_leaving_out_backward_passes_may_save_is_said(tiny, checkpointing, told):
+    notes = tiny(backward="sampled", gradient_checkpointing=checkpointing).notes
+    (note,) = [note for note in notes if note.startswith("train.backward")]
+    assert told in note
