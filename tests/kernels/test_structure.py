@@ -129,8 +129,8 @@ def test_every_objective_has_its_twin_in_cpp():
     from fastpo_kernels.pair_loss.native import launch
 
     text = (ROOT / "pair_loss" / "native" / "objectives.h").read_text()
-    found = re.search(r"enum class Objective : int64_t { (.*) };", text)
-    assert found and found[1].split(", ") == list(launch._OBJECTIVE)
+    found = re.search(r"enum class Objective : int64_t {\s(.*)\s};", text)
+    assert found and found[1].strip().split(", ") == list(launch._OBJECTIVE)
     assert launch.OBJECTIVES <= OBJECTIVES.keys()
 
 

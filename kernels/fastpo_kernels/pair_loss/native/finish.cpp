@@ -148,7 +148,8 @@ void finish(const Batch& batch, const Spec& spec, const Given& given, const Resu
     if (given.beta != nullptr) options.a = margin_beta = given.beta[i];
     if (adaptive) {
       weight = weight_of(u[i], spec);
-      shift = spec.shift_scale * (mean - (spec.quadratic_margin ? u[i] * u[i] : u[i]) / margin_beta);
+      const double power = spec.quadratic_margin ? u[i] * u[i] : u[i];
+      shift = spec.shift_scale * (mean - power / margin_beta);
     }
     if (given.pair_weight != nullptr) weight *= given.pair_weight[i];
     const Pair pair{margins.margin(0, i), margins.error(0, 0, i), margins.error(0, 1, i),

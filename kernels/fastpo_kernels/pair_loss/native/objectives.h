@@ -24,7 +24,9 @@ struct Options {
 };
 
 // In the order of the names in `launch.py`.
-enum class Objective : int64_t { dpo, robust_dpo, ipo, hinge, kto, dmpo, linear_dpo, sft, mapo, poly_dpo };
+enum class Objective : int64_t {
+  dpo, robust_dpo, ipo, hinge, kto, dmpo, linear_dpo, sft, mapo, poly_dpo
+};
 
 // Beyond it a sigmoid is 0 or 1, and its product with a larger logit no number.
 constexpr double kSaturated = 700.0;

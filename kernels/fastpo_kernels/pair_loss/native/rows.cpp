@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "vectors.h"
 
@@ -9,7 +10,7 @@ namespace {
 
 // Elements of a sample whose sums are one number: it does not depend on the number of threads, so
 // neither do the bits of a sum.
-constexpr int64_t kBlock = 8 * kPiece;
+constexpr int64_t kBlock = kPiece;
 constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
 
 ParallelFor parallel = nullptr;
@@ -17,6 +18,13 @@ ParallelFor parallel = nullptr;
 struct alignas(64) Buffer {
   float values[kPiece];
 };
+
+// Of targets, masks and predictions of both sides: memory that a thread keeps; fresh pages cost
+// as much as the arithmetic on them.
+Buffer* scratch() {
+  static thread_local std::unique_ptr<Buffer[]> kept(new Buffer[6]);
+  return kept.get();
+}
 
 size_t width_of(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 
@@ -122,10 +130,10 @@ void put(const Shape& shape, const Rows& rows, int side, int64_t pair, int64_t f
 struct Shared {
   const float* target[2];
   const float* mask[2] = {nullptr, nullptr};
-  Buffer buffers[4];
 
   Shared(const Shape& shape, const Rows& targets, const Rows& masks, int64_t pair, int64_t first,
       int64_t n) {
+    Buffer* buffers = scratch();
     read(shape, targets, pair, first, n, target, buffers);
     if (masks.kind != Kind::none) read(shape, masks, pair, first, n, mask, buffers + 2);
   }
@@ -153,26 +161,38 @@ struct Reduction {
   int64_t n_blocks, n_sums;
   std::vector<double> sums;  // [pairs, blocks, sums]: of each source both sides, then the product
 
+  // Of one side of a piece: half-precision numbers that lie in a row are widened in registers.
+  double square(const Rows& rows, const Shared& shared, int side, int64_t pair, int64_t first,
+      int64_t n, Buffer& buffer) const {
+    const float *t = shared.target[side], *m = shared.mask[side];
+    if (rows.kind != Kind::f32 && is_dense(shape, rows)) {
+      const uint16_t* x = reinterpret_cast<const uint16_t*>(row_of(rows, side, pair)) + first;
+      return rows.kind == Kind::bf16 ? squares_bf16(x, t, m, n) : squares_f16(x, t, m, n);
+    }
+    return squares(fetch(shape, rows, side, pair, first, n, buffer), t, m, n);
+  }
+
   // One block of one pair.
   void block(int64_t unit) {
     const int64_t pair = unit / n_blocks, start = unit % n_blocks * kBlock;
     const int64_t end = std::min(start + kBlock, shape.n_elements);
     double* into = sums.data() + unit * n_sums;
-    Buffer buffers[2];
+    Buffer* buffers = scratch() + 4;
     for (int64_t first = start; first < end; first += kPiece) {
       const int64_t n = std::min<int64_t>(kPiece, end - first);
       const Shared shared(shape, target, mask, pair, first, n);
       for (size_t s = 0; s < sources.size(); ++s) {
         if (sources[s].kind == Kind::ready) continue;
-        const float* x[2];
         for (int side = 0; side < 2; ++side) {
-          x[side] = fetch(shape, sources[s], side, pair, first, n, buffers[side]);
-          into[2 * s + side] += squares(x[side], shared.target[side], shared.mask[side], n);
-        }
-        if (with_dots && s == 0) {
-          into[n_sums - 1] += products(x[0], shared.target[0], x[1], shared.target[1], n);
+          into[2 * s + side] += square(sources[s], shared, side, pair, first, n, buffers[side]);
         }
       }
+      if (!with_dots) continue;
+      const float* x[2];
+      for (int side = 0; side < 2; ++side) {
+        x[side] = fetch(shape, sources[0], side, pair, first, n, buffers[side]);
+      }
+      into[n_sums - 1] += products(x[0], shared.target[0], x[1], shared.target[1], n);
     }
   }
 };
@@ -184,17 +204,35 @@ struct Gradient {
   float scale;
   int64_t n_blocks;
 
+  // Half-precision rows, in registers.
+  void of_halves(int side, int64_t pair, int64_t first, int64_t n, const float* t,
+      float slope) const {
+    const auto* x = reinterpret_cast<const uint16_t*>(row_of(policy, side, pair)) + first;
+    auto* to = reinterpret_cast<uint16_t*>(row_of(gradient, side, pair)) + first;
+    if (policy.kind == Kind::bf16) {
+      residuals_bf16(x, t, slope, to, n);
+    } else {
+      residuals_f16(x, t, slope, to, n);
+    }
+  }
+
   void block(int64_t unit) const {
     const int64_t pair = unit / n_blocks, start = unit % n_blocks * kBlock;
     const int64_t end = std::min(start + kBlock, shape.n_elements);
     const bool direct = gradient.kind == Kind::f32 && is_dense(shape, gradient);
-    Buffer read, made;
+    const bool halves = gradient.kind != Kind::f32 && mask.kind == Kind::none &&
+                        is_dense(shape, gradient) && is_dense(shape, policy);
+    Buffer &read = scratch()[4], &made = scratch()[5];
     for (int64_t first = start; first < end; first += kPiece) {
       const int64_t n = std::min<int64_t>(kPiece, end - first);
       const Shared shared(shape, target, mask, pair, first, n);
       for (int side = 0; side < 2; ++side) {
-        const float* x = fetch(shape, policy, side, pair, first, n, read);
         const float slope = scale * slopes[side * shape.n_pairs + pair];
+        if (halves) {
+          of_halves(side, pair, first, n, shared.target[side], slope);
+          continue;
+        }
+        const float* x = fetch(shape, policy, side, pair, first, n, read);
         float* to = made.values;
         if (direct) to = reinterpret_cast<float*>(row_of(gradient, side, pair)) + first;
         residuals(x, shared.target[side], shared.mask[side], slope, to, n);

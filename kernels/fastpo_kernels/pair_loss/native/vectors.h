@@ -1,6 +1,6 @@
 // Loops over a piece of a row: conversions to and from float32, sums, gradients.
 //
-// A sum has 32 lanes in float32, whose number does not depend on the processor, and ends in float64.
+// A sum has 32 lanes in float32, as many on every processor, and ends in float64.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,9 @@
 
 namespace fastpo {
 
-constexpr int kPiece = 2048;  // elements: five float32 buffers of it stay in the first cache
+// Elements that are read of a row before the next row's turn: long enough for processors to see the
+// stream coming, and few enough that the target in float32 stays in the second cache.
+constexpr int kPiece = 16384;
 
 inline float as_float(uint32_t bits) {
   float value;
@@ -62,11 +64,16 @@ void widen_bf16(const uint16_t* from, float* to, int64_t n);
 void widen_f16(const uint16_t* from, float* to, int64_t n);
 void narrow_bf16(const float* from, uint16_t* to, int64_t n);
 void narrow_f16(const float* from, uint16_t* to, int64_t n);
-// Sum of (x - t)**2, of which each is multiplied by m where there is one.
+// Sum of (x - t)**2, of which each is multiplied by m where there is one; x as it lies in memory.
 double squares(const float* x, const float* t, const float* m, int64_t n);
+double squares_bf16(const uint16_t* x, const float* t, const float* m, int64_t n);
+double squares_f16(const uint16_t* x, const float* t, const float* m, int64_t n);
 // Sum of (x - t) (y - u).
 double products(const float* x, const float* t, const float* y, const float* u, int64_t n);
 // slope (x - t), times m where there is one.
 void residuals(const float* x, const float* t, const float* m, float slope, float* to, int64_t n);
+// The same without a mask, of half-precision numbers to such.
+void residuals_bf16(const uint16_t* x, const float* t, float slope, uint16_t* to, int64_t n);
+void residuals_f16(const uint16_t* x, const float* t, float slope, uint16_t* to, int64_t n);
 
 }  // namespace fastpo
