@@ -24,6 +24,7 @@ from fastpo.config.fields import (
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 ATTENTION_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -127,9 +128,14 @@ AnnotatorsConfig = Annotated[EmaAnnotators | LedgerAnnotators, Field(discriminat
 class OptimConfig(Section):
     """Optimizer, schedule and clipping."""
 
-    name: Annotated[Literal["adamw", "adamw_8bit", "adafactor"], decides("run")] = "adamw"
+    name: Annotated[
+        Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "lion", "schedule_free"],
+        decides("run"),
+    ] = "adamw"
     """`adamw_8bit` keeps moments in 8 bits, by bitsandbytes (`pip install fastpo[8bit]`); on a
-    GPU: results on a CPU mean nothing."""
+    GPU: results on a CPU mean nothing. `prodigy` finds the rate, of which lr is a factor, usually
+    1; `lion` takes about a tenth of AdamW's rate; `schedule_free` is AdamW with averaged weights
+    and needs no schedule (the three by `pip install fastpo[optim]`)."""
     lr: Annotated[Positive, Field(le=1.0), decides("run")] = 1e-5
     """Learning rate after the warm-up."""
     betas: Annotated[tuple[Decay, Decay], decides("run")] = (0.9, 0.999)
@@ -151,6 +157,16 @@ class OptimConfig(Section):
             raise ValueError(
                 "train.optim.schedule: constant has no warm-up; use constant_with_warmup, "
                 "or leave train.optim.warmup_steps out"
+            )
+        if self.name == "prodigy" and self.lr < 0.01:
+            raise ValueError(
+                f"train.optim.lr: prodigy finds the rate, and lr is a factor of it: set 1.0, not "
+                f"{self.lr:g}"
+            )
+        if self.name == "schedule_free" and self.schedule not in CONSTANT_SCHEDULES:
+            raise ValueError(
+                f"train.optim.schedule: schedule_free averages weights instead of a falling rate, "
+                f"not with {self.schedule}; use {' or '.join(CONSTANT_SCHEDULES)}"
             )
         if self.schedule == "polynomial" and self.lr <= 1e-7:
             raise ValueError("train.optim.lr must exceed 1e-7, where schedule polynomial ends")

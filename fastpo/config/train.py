@@ -336,6 +336,17 @@ def _check_deepspeed(config: TrainConfig) -> None:
 
 def _check_weights(config: TrainConfig) -> None:
     """Refuses precisions and memory formats of the weights that do not work."""
+    name = config.optim.name
+    if config.weights == "bf16" and name in ("prodigy", "lion", "schedule_free"):
+        raise ValueError(
+            f"train.weights: bf16 does not work with train.optim.name: {name}; use adamw, "
+            "adamw_8bit or adafactor"
+        )
+    if name == "schedule_free" and config.ema_decay is not None:
+        raise ValueError(
+            "train.ema_decay: schedule_free averages the weights itself, and exports the average "
+            "as final/; leave ema_decay out"
+        )
     master = (config.method, config.weights) == ("full", "fp32")
     if config.channels_last and master and config.optim.name == "adamw_8bit":
         raise ValueError(

@@ -16,10 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo._version import __version__
 from fastpo.config import Config, decides_result, flatten, parse_config, with_keys
+from fastpo.config.sections import CONSTANT_SCHEDULES
 from fastpo.errors import ConfigError
 
-# Under these schedules the rate at a step does not depend on the total, so a run may be prolonged.
-CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 LENGTH = ("train.epochs", "train.max_steps")
 CHANGEABLE = (
     "train.optim.lr",
@@ -153,6 +152,7 @@ def differing_keys(saved: dict, config: Config, *, same: Collection[str] = ()) -
         same: Keys that may differ: what they name was compared by content, or changed on purpose.
     """
     saved = completed(saved)
+    # Under these the rate at a step does not depend on the total, so a run may be prolonged.
     prolonged = config.train.optim.schedule in CONSTANT_SCHEDULES
     free = {*same, *(LENGTH if prolonged else ())}
     before, now = flatten(saved), flatten(config.model_dump(mode="json"))

@@ -47,7 +47,10 @@ from fastpo.train.checkpoint_folders import (
     read_about,
 )
 from fastpo.train.metrics_log import METRICS
+from fastpo.train.optimizer import averaged
 from fastpo.train.state import TrainingState
+
+TRAINED = "weights"
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,20 @@ def _parts(state: TrainingState) -> Iterator[tuple[str, dict[str, Any]]]:
             "optimizer": weights.optimizer_state(),
             "schedule": state.schedule.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
+            **_own_weights(state),
         },
     )
-    yield WEIGHTS, weights.gather(weights.local)
+    with averaged(state.optimizer):
+        yield WEIGHTS, weights.gather(weights.local)
     for role, averages in state.averages.items():
         yield f"average-{role}.safetensors", weights.gather(averages.state_dict())
+
+
+def _own_weights(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """The weights that schedule-free AdamW goes on from; what is exported is their average."""
+    if not state.optimizer.param_groups[0].get("train_mode", False) or not state.weights.main:
+        return {}
+    return {TRAINED: {name: p.detach().clone() for name, p in state.trainable.items()}}
 
 
 def _history(state: TrainingState) -> dict[str, Tensor]:
@@ -216,6 +228,8 @@ def load_checkpoint(
         lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
     )
     state.weights.load_optimizer_state(rest["optimizer"])
+    if TRAINED in rest:
+        state.weights.load(rest[TRAINED])
     _load_schedule(state.schedule, rest["schedule"])
     if state.scaler is not None and rest["scaler"] is not None:
         state.scaler.load_state_dict(rest["scaler"])

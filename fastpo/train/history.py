@@ -31,6 +31,9 @@ PACKAGES = (
     "safetensors",
     "deepspeed",
     "bitsandbytes",
+    "prodigyopt",
+    "lion-pytorch",
+    "schedulefree",
     "xformers",
 )
 

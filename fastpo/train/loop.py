@@ -47,6 +47,7 @@ from fastpo.train.history import describe_start, write_record
 from fastpo.train.memory import memory_errors
 from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
+from fastpo.train.optimizer import averaged
 from fastpo.train.resume import ResumePoint, find_resume_point
 from fastpo.train.run_folder import RunFolder, step_progress
 from fastpo.train.samples import TrainingSamples
@@ -267,7 +268,8 @@ def run_steps(
             if run.saves_at(step + 1):
                 checkpoint(run, step + 1)
             last = step + 1 if run.stopped else data.total_steps
-            run.samples.take(trainer, step + 1, last)
+            with averaged(trainer.state.optimizer):
+                run.samples.take(trainer, step + 1, last)
             for observer in observers:
                 place.at("an observer's work")
                 observer.on_step(step + 1, table, metrics)
@@ -281,7 +283,9 @@ def measure(run: Experiment, step: int) -> dict[str, float]:
     """Measures on the held-out pairs where that is due (collective); the metrics, or none."""
     if not run.held_out.is_due(step, run.data.total_steps):
         return {}
-    best, metrics = run.trainer.state.best, run.held_out.measure()
+    best = run.trainer.state.best
+    with averaged(run.trainer.state.optimizer):
+        metrics = run.held_out.measure()
     best.take(step, metrics["held_out/accuracy"])
     if run.stopped and run.folder.main:
         print(
@@ -335,9 +339,10 @@ def finish(run: Experiment) -> None:
     run.processes.progress.at("writing the results")
     check_finite_weights(run, run.data.total_steps)
     for name, parts in exported_weights(state.weights, state.averages).items():
-        whole = state.weights.gather(parts)
-        if folder.main:
-            export_policy(denoisers.family, denoisers.policy, folder.path / name, method, whole)
+        with averaged(state.optimizer):
+            whole = state.weights.gather(parts)
+            if folder.main:
+                export_policy(denoisers.family, denoisers.policy, folder.path / name, method, whole)
     best = state.best.step
     if folder.main and run.config.train.keep_best and best:
         run.rotation.wait()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +22,15 @@ from fastpo.config import OptimConfig
 from fastpo.errors import ConfigError
 from fastpo.train.bf16_optimizer import RoundedOptimizer
 
+LIBRARIES = {
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "lion": ("lion_pytorch", "Lion"),
+    "schedule_free": ("schedulefree", "AdamWScheduleFree"),
+}
+GROUP_STATE = ("d", "d_max", "d_numerator", "k", "weight_sum", "lr_max")
+"""What Prodigy and schedule-free AdamW count for all weights together, beside their options."""
+STATES = {"prodigy": 4, "lion": 1}
+"""float32 states per weight; AdamW's two otherwise."""
 BLOCK = 256  # 8-bit states that share one scale, in bitsandbytes
 SMALLEST_8BIT = 4096  # it gives smaller tensors float32 states
 
@@ -29,7 +42,7 @@ def setup_optimizer(
     seed: int = 0,
     fused: bool = False,
 ) -> Optimizer:
-    """AdamW, 8-bit AdamW, or Adafactor; with stochastic rounding where weights are bfloat16.
+    """The optimizer of `train.optim.name`; with stochastic rounding where weights are bfloat16.
 
     Adafactor runs at a fixed rate (no relative step), which SDXL's published DPO uses. 8-bit AdamW
     is bitsandbytes': both moments in 8 bits, with a float32 scale for every 256 of them.
@@ -42,7 +55,7 @@ def setup_optimizer(
             the choice is torch's.
 
     Raises:
-        ConfigError: 8-bit AdamW was asked for and bitsandbytes is not installed.
+        ConfigError: Its library is not installed.
     """
     weights = list(parameters)
     build = partial(_build, config=config, fused=fused)
@@ -85,7 +98,55 @@ def _build(parameters: list[nn.Parameter], config: OptimConfig, fused: bool) -> 
     }
     if config.name == "adamw_8bit":
         return _adamw_8bit()(parameters, **options)
+    if config.name in LIBRARIES:
+        return _from_library(parameters, config, options)
     return torch.optim.AdamW(parameters, fused=fused or None, **options)
+
+
+def _from_library(
+    parameters: list[nn.Parameter], config: OptimConfig, options: dict[str, Any]
+) -> Optimizer:
+    """Prodigy, Lion or schedule-free AdamW, by their authors' or usual packages."""
+    library, name = LIBRARIES[config.name]
+    try:
+        kind = getattr(importlib.import_module(library), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"train.optim.name: {config.name} needs {library} ({error}); `pip install "
+            "'fastpo[optim]'`, or use adamw"
+        ) from None
+    if config.name == "lion":
+        del options["eps"]
+    if config.name == "prodigy":  # as its authors advise where the rate is warmed up
+        options["safeguard_warmup"] = config.warmup_steps > 0
+    with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints that its decay is decoupled
+        optimizer = kind(parameters, **options)
+    if config.name == "schedule_free":
+        optimizer.train()
+    return optimizer
+
+
+@contextmanager
+def averaged(optimizer: Any) -> Iterator[None]:
+    """Around what looks at the trained weights: schedule-free AdamW's average takes their place.
+
+    Behind the block they are to the bit what they were, so looking changes nothing. Other
+    optimizers have no such average: nothing is done.
+    """
+    groups = optimizer.param_groups
+    if not groups[0].get("train_mode", False):
+        yield
+        return
+    weights = [p for group in groups for p in group["params"]]
+    kept = [p.detach().clone() for p in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for p, value in zip(weights, kept, strict=True):
+                p.copy_(value)
 
 
 def _adamw_8bit() -> type[Optimizer]:
@@ -129,15 +190,15 @@ def whole_size(parameter: Any) -> int:
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimConfig) -> int:
     """Bytes of optimizer state, whatever the weights' type.
 
-    AdamW keeps two float32 per weight; 8-bit AdamW two bytes and two float32 scales per block;
-    Adafactor the sums over rows and over columns.
+    AdamW keeps two float32 per weight (Prodigy four, Lion one); 8-bit AdamW two bytes and two
+    float32 scales per block; Adafactor the sums over rows and over columns.
     """
     total = 0
     for p in parameters:
         if config.name == "adamw_8bit" and p.numel() >= SMALLEST_8BIT:
             total += 2 * p.numel() + 8 * math.ceil(p.numel() / BLOCK)
         elif config.name != "adafactor":
-            total += 8 * whole_size(p)
+            total += 4 * STATES.get(config.name, 2) * whole_size(p)
         elif p.ndim < 2:
             total += 4 * p.numel()
         else:

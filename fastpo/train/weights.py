@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastpo.train.optimizer import GROUP_STATE
+
 State = dict[str, dict[str, Any]]
+COUNTS = ": counts"
+"""The key of what an optimizer counts for all parameters together; no parameter has the name."""
 UNORDERED = ""
 """The key of an optimizer state that is not ordered by parameter."""
 
@@ -80,7 +84,9 @@ class PolicyWeights:
         if "state" not in saved:  # an optimizer around others, which orders its state by itself
             return {UNORDERED: saved}
         names = self._names()
-        return {names[i]: values for i, values in saved["state"].items()}
+        state = {names[i]: values for i, values in saved["state"].items()}
+        counts = {k: float(v) for k, v in saved["param_groups"][0].items() if k in GROUP_STATE}
+        return state | ({COUNTS: counts} if counts else {})
 
     def load_optimizer_state(self, saved: State) -> None:
         """Sets the optimizer's state; rates and options stay those of the configuration."""
@@ -90,6 +96,8 @@ class PolicyWeights:
         state = self.optimizer.state_dict()
         state["state"] = {i: saved[name] for i, name in self._names().items() if name in saved}
         self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group |= {k: type(group[k])(v) for k, v in saved.get(COUNTS, {}).items()}
 
     def _names(self) -> dict[int, str]:
         """Parameter names by the optimizer's own numbering."""
