@@ -117,7 +117,7 @@ def with_keys(
             of_list = isinstance(section, list) and inner.isdecimal()
             if section is not None and not isinstance(section, Mapping) and not of_list:
                 raise ConfigError(f"{where}: {parent!r} is a value, not a section")
-            node[place] = node = list(section) if of_list else dict(section or {})
+            node[place] = node = [*section] if isinstance(section, list) else dict(section or {})
         node[_place(node, leaf, key, where)] = value
     return result
 

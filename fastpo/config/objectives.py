@@ -366,8 +366,7 @@ class AdaptiveIpoObjective(AdaptiveOptions):
     tau: Annotated[Positive, decides("run")] = 100.0
     """The margin is regressed on 1 / (2 tau)."""
     released_sign: Annotated[bool, decides("run")] = False
-    """Adds the adaptive margin as the released code's IPO form does; its DPO form, and ours of
-    both, subtract it."""
+    """Adds the adaptive margin, as the released IPO form does; ours, and its DPO form, subtract."""
 
     def describe_slope(self) -> str:
         """See the base class."""

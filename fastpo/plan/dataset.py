@@ -80,7 +80,7 @@ def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
     if len(known) < len(sizes):
         unknown = next(size for size in sizes if size.pairs is None)
         return DataSize(None, None, unknown.source)
-    prompts = [size.pairs if size.prompts is None else size.prompts for size in sizes]
+    prompts = [size.prompts or size.pairs or 0 for size in sizes]
     where = ", ".join(size.source for size in sizes)
     return DataSize(sum(known), sum(prompts), where, _repeats(config, known))
 

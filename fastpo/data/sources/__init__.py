@@ -89,8 +89,10 @@ def recognize(path: str) -> SourceKind:
     if not folder.exists():
         if not is_hub_id(path):
             raise DataError(f"no such file or folder: {path} (and no hub id either)")
-        named = [kind for kind in ("pickstyle", "picksafety") if kind in _plain(path)]
-        return named[0] if named else "pickapic"
+        name = _plain(path)
+        if "pickstyle" in name:
+            return "pickstyle"
+        return "picksafety" if "picksafety" in name else "pickapic"
     one = SourceConfig(name="data", source="folder", path=path)
     listing = (folder / "pairs.jsonl").is_file() or find_listing(one) is not None
     columns = _first_columns(folder)
