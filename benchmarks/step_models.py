@@ -2,8 +2,8 @@
 
 `sdxl` and `sd15` are the published architectures at their own resolution. `mid` is SDXL's at a
 quarter of the width of every part and a quarter of the side (256 pixels), so that UNet, VAE and
-text encoders keep their proportions to one another, and a CPU takes seconds a step. `tiny` only
-shows that the benchmark runs.
+text encoders keep their proportions to one another, and a CPU takes seconds a step. `tiny` has
+fewer layers too, and only shows that the benchmark runs.
 """
 
 from __future__ import annotations
@@ -28,17 +28,23 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True)
 class Size:
-    """One architecture, scaled by `width`.
+    """One architecture, scaled by `width` and `depth`.
 
     Attributes:
         family: `sdxl` or `sd15`.
         latent: Side of the latents.
         width: Divisor of all channel counts.
+        depth: Divisor of all numbers of layers, of which one is left at least.
     """
 
     family: str
     latent: int
     width: int = 1
+    depth: int = 1
+
+    def layers(self, count: int) -> int:
+        """What is left of so many layers."""
+        return max(1, count // self.depth)
 
     @property
     def text_dims(self) -> tuple[int, ...]:
@@ -47,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size("sdxl", latent=8, width=16),
+    "tiny": Size("sdxl", latent=8, width=16, depth=16),
     "mid": Size("sdxl", latent=32, width=4),
     "sdxl": Size("sdxl", latent=128),
     "sd15": Size("sd15", latent=64),
@@ -73,7 +79,7 @@ def build_unet(size: Size) -> UNet2DConditionModel:
         "sample_size": size.latent,
         "in_channels": 4,
         "out_channels": 4,
-        "layers_per_block": 2,
+        "layers_per_block": size.layers(2),
         "norm_num_groups": {1: 32, 4: 16, 16: 4}[w],
         "cross_attention_dim": sum(size.text_dims),
     }
@@ -86,7 +92,7 @@ def build_unet(size: Size) -> UNet2DConditionModel:
         block_out_channels=tuple(c // w for c in (320, 640, 1280)),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=tuple(map(size.layers, (1, 2, 10))),
         attention_head_dim=(5, 10, 20) if w == 1 else (5, 5, 5),  # numbers of heads
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -105,7 +111,7 @@ def build_vae(size: Size) -> AutoencoderKL:
     }
     return AutoencoderKL(
         **shape,
-        layers_per_block=2,
+        layers_per_block=size.layers(2),
         latent_channels=4,
         sample_size=8 * size.latent,
         norm_num_groups=min(32, 128 // size.width),
@@ -121,7 +127,7 @@ def build_text_encoders(size: Size) -> list[nn.Module]:
         return CLIPTextConfig(
             hidden_size=hidden // w,
             intermediate_size=4 * hidden // w,
-            num_hidden_layers=layers,
+            num_hidden_layers=size.layers(layers),
             num_attention_heads=max(1, heads // w),
             max_position_embeddings=TOKENS,
             projection_dim=hidden // w,

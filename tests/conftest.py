@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 import io
 import json
+import multiprocessing
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+FORK = multiprocessing.get_context("fork")
 
 
 def pytest_configure(config):
@@ -231,21 +234,34 @@ def script_calls(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def script():
-    """Runs a script of the checkout in a process of its own, and gives what it printed."""
+def script(tmp_path_factory):
+    """Runs a script or module of the checkout in a process of its own, and gives what it printed.
+
+    The process is forked from the test's, so it need not import everything again.
+    """
 
     def run(*words):
-        path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        output = tmp_path_factory.mktemp("script") / "output.txt"
+        process = FORK.Process(target=_run_script, args=(list(map(str, words)), output))
+        process.start()
+        process.join(timeout=600)
+        process.kill()
+        assert process.exitcode == 0, output.read_text()
+        return output.read_text()
 
     return run
+
+
+def _run_script(words, output):
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.chdir(ROOT)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str((ROOT / words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")

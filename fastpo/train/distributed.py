@@ -251,7 +251,8 @@ class Processes:
         Returns:
             The policy to call, the optimizer to step, and where the weights lie from now on.
         """
-        wrapped, prepared = self._accelerator.prepare(policy, optimizer)
+        with zero.short_texts():
+            wrapped, prepared = self._accelerator.prepare(policy, optimizer)
         plugin = self._accelerator.state.deepspeed_plugin
         if plugin is None:
             return wrapped, prepared, PolicyWeights(trainable, prepared, main=self.main)

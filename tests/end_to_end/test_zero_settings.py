@@ -11,7 +11,7 @@ from fastpo.config import OptimConfig, load_config
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.train import train
 from fastpo.train.consolidate import consolidate
-from fastpo.train.zero import NAMES, cpu_adam, read_settings, wait_for_build
+from fastpo.train.zero import NAMES, cpu_adam, read_settings, short_texts, wait_for_build
 
 pytest.importorskip("deepspeed")
 from deepspeed.git_version_info import installed_ops
@@ -145,3 +145,11 @@ def test_an_operator_compiled_with_deepspeed_waits_for_nobody(lock, monkeypatch)
     monkeypatch.setitem(installed_ops, "cpu_adam", True)
     wait_for_build("cpu_adam", patience=0.0)
     assert lock.exists()
+
+
+def test_weights_are_texts_of_a_few_numbers_while_an_engine_starts():
+    before = repr(torch.arange(900.0))
+    with short_texts():
+        assert "..." in repr(torch.arange(900.0))
+    assert repr(torch.arange(900.0)) == before
+    assert "..." not in before

@@ -33,3 +33,9 @@ def test_the_map_shows_every_package_and_every_file_of_the_trainer():
     for folder, row in files:
         for name in re.findall(r"`(\w+\.py)`", row):
             assert (ROOT / folder / name).exists(), folder + name
+
+
+def test_the_index_of_findings_names_every_script():
+    folder = ROOT / "findings"
+    named = re.findall(r"^\| \[([\w-]+)\]\(\1\.sh\)", (folder / "README.md").read_text(), re.M)
+    assert named == sorted(path.stem for path in folder.glob("*.sh"))
