@@ -26,7 +26,7 @@ from fastpo.config import Precision, TrainConfig
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
 from fastpo.plan.architecture import Architecture
-from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+from fastpo.plan.modes import CudaForward, RepeatedOperators, StorageTracker, flop_counter
 from fastpo.precision import DTYPES, autocast_dtype
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def measure_training(
             )
         )
     try:
-        with counter, tracker:
+        with counter, tracker, RepeatedOperators(counter):
             with CudaForward(dtype):
                 prediction = unet(**inputs, return_dict=False)[0]
             forward = Pass(counter.get_total_flops(), tracker.peak, tracker.live)
@@ -248,7 +248,7 @@ def _watched(
 ) -> Iterator[tuple[FlopCounterMode, StorageTracker]]:
     tracker = StorageTracker(module.parameters(), _tensors(inputs))
     try:
-        with flop_counter() as counter, tracker, CudaForward(dtype):
+        with flop_counter() as counter, tracker, RepeatedOperators(counter), CudaForward(dtype):
             yield counter, tracker
     finally:
         tracker.close()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 _aten = torch.ops.aten
@@ -115,6 +116,102 @@ def flop_counter() -> FlopCounterMode:
     )
     counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
     return counter
+
+
+class RepeatedOperators(TorchDispatchMode):
+    """Looks up what an operator has made of arguments of the same kinds, instead of deriving it.
+
+    A model calls a few hundred different operators some ten thousand times, and on the meta device
+    each call runs Python that derives shapes and strides. What comes again is allocated as it was,
+    and counted by the modes around this one; views, operators that write into their arguments and
+    what is not on the meta device are called as ever.
+
+    Args:
+        counter: Is told the FLOPs of what is looked up.
+    """
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Allocates what the operator returns, or calls it and notes that."""
+        kwargs = kwargs or {}
+        key = _call_key(func, args, kwargs)
+        if key is None:
+            return func(*args, **kwargs)
+        if key in _RETURNED:
+            flops, single, parts = _RETURNED[key]
+            self._counter.flop_counts["Global"][func._overloadpacket] += flops
+            made = tuple(_allocate(part) for part in parts)
+            return made[0] if single else made
+        before = self._counter.get_total_flops()
+        out = func(*args, **kwargs)
+        single = not isinstance(out, tuple | list)
+        parts = _fresh((out,) if single else tuple(out), (*args, *kwargs.values()))
+        if parts is not None:
+            _RETURNED[key] = self._counter.get_total_flops() - before, single, parts
+        return out
+
+
+_Part = tuple[torch.Size, tuple[int, ...], torch.dtype] | int | float | None
+_RETURNED: dict[Any, tuple[int, bool, tuple[_Part, ...]]] = {}
+"""FLOPs of a call, whether it returns one value, and sizes, strides and dtypes of its tensors."""
+
+
+def _call_key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call's result depends on where tensors have no values; None where it is not fresh."""
+    if not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable:
+        return None
+    if any(value.alias_info is not None for value in func._schema.returns):
+        return None
+    key = func, _kind(args), *((name, _kind(kwargs[name])) for name in sorted(kwargs))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple(_kind(v) for v in value)
+    return type(value), value
+
+
+def _fresh(returned: tuple[Any, ...], arguments: Any) -> tuple[_Part, ...] | None:
+    """How to allocate these values again; None where one shares its memory, or is no plain one."""
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
+    if any(tensor.device.type != "meta" for tensor in tensors):
+        return None  # a result that depends on values
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    parts: list[_Part] = []
+    for value in returned:
+        if not isinstance(value, Tensor):
+            if value is not None and not isinstance(value, int | float):
+                return None
+            parts.append(value)
+            continue
+        part = value.shape, value.stride(), value.dtype
+        storage = value.untyped_storage()
+        if value.device.type != "meta" or storage._cdata in storages:
+            return None
+        last = sum((size - 1) * step for size, step in zip(part[0], part[1], strict=True))
+        whole = (last + 1) * value.element_size() if value.numel() else 0
+        if storage.nbytes() != whole:
+            return None
+        storages.append(storage._cdata)
+        parts.append(part)
+    return tuple(parts)
+
+
+def _allocate(part: _Part) -> Any:
+    if not isinstance(part, tuple):
+        return part
+    shape, stride, dtype = part
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 class StorageTracker(TorchDispatchMode):

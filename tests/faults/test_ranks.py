@@ -69,8 +69,14 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "victim"),
+    [
+        ("plain", 0),
+        ("plain", 1),
+        *(pytest.param(f"zero{k}", k % 2, marks=pytest.mark.slow) for k in (1, 2, 3)),
+    ],
+)
 def test_the_death_of_a_process_is_named_and_the_run_goes_on(
     experiment, tmp_path, mode, victim, read_metrics
 ):

@@ -21,13 +21,14 @@ from fastpo.plan.measure import (
     measure_vae,
     unet_inputs,
 )
-from fastpo.plan.modes import CudaForward, StorageTracker, flop_counter
+from fastpo.plan.modes import CudaForward, RepeatedOperators, StorageTracker, flop_counter
 from fastpo.plan.planner import make_shapes
 from fastpo.train.sharding import count_trained
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CPU = torch.device("cpu")
+META = torch.device("meta")
 
 
 def config(path=SDXL, *, resolution=1024, **train):
@@ -260,3 +261,51 @@ def test_measure_forward_of_the_adapters_off(tiny_pipelines):
         off = measure_forward(model, shapes, "bf16").flops
     on = measure_forward(parts.denoisers.policy, shapes, "bf16").flops
     assert 0 < off < on
+
+
+class CallOnly(RepeatedOperators):
+    """Looks nothing up."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_operators_that_are_looked_up_count_as_those_that_are_called(
+    tiny_pipelines, monkeypatch, full, checkpointing
+):
+    method = "full" if full else "lora"
+    run = config(tiny_pipelines["sdxl"], resolution=32, method=method, precision="bf16")
+    shapes = Shapes(pairs=2, height=8, width=8, vae_factor=4, tokens=77)
+    found = []
+    for _ in range(2):  # as it is; then with every operator called
+        parts = build_parts(resolve_architecture(run), run.train, reference=False)
+        unet = parts.denoisers.policy
+        found.append(
+            [
+                measure_training(unet, shapes, "bf16", checkpointing=checkpointing),
+                measure_forward(unet, shapes, "bf16"),
+                measure_vae(parts.vae, shapes, "fp32"),
+                measure_texts(parts.texts, shapes),
+            ]
+        )
+        monkeypatch.setattr("fastpo.plan.measure.RepeatedOperators", CallOnly)
+    assert found[0] == found[1]
+
+
+def test_views_and_writes_are_not_looked_up():
+    counter = flop_counter()
+    with counter, RepeatedOperators(counter):
+        for _ in range(2):
+            weight = torch.empty(4, 6, device=META)
+            assert weight.t().untyped_storage()._cdata == weight.untyped_storage()._cdata
+            total = weight.add_(1.0)
+            assert total is weight
+            product = weight @ weight.t()
+            assert product.shape == (4, 4) and product.is_contiguous()
+    assert counter.get_total_flops() == 2 * (2 * 4 * 4 * 6)
+    assert torch.ones(3).add(1.0).tolist() == [2.0, 2.0, 2.0]
+    with counter, RepeatedOperators(counter):
+        sums = [torch.full((3,), value).sum().item() for value in (1.0, 1.0, 2.0)]
+    assert sums == [3.0, 3.0, 6.0], "tensors with values are computed"
