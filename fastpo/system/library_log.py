@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,6 @@ from fastpo.system.process import Rank
 from fastpo.system.words import counted
 
 LOG = "libraries.log"
-PACKAGE = Path(__file__).parents[1]
 OURS = ("fastpo", "fastpo_kernels")
 MOST_KEPT = 10_000
 """Lines that wait for a file; further ones are dropped, the file has no bound."""
@@ -94,6 +94,8 @@ def kept_apart(*, shown: bool) -> Iterator[LibraryLog]:
     global _active
     log, before = LibraryLog(shown=shown), _active
     plain, show = logging.getLoggerClass(), warnings.showwarning
+    found = [find_spec(name) for name in OURS]
+    roots = {Path(spec.origin).parent for spec in found if spec is not None and spec.origin}
 
     class Watched(plain):
         def __init__(self, name: str, level: int = logging.NOTSET) -> None:
@@ -108,7 +110,7 @@ def kept_apart(*, shown: bool) -> Iterator[LibraryLog]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        ours = PACKAGE in Path(filename).parents
+        ours = not roots.isdisjoint(Path(filename).parents)
         if ours or file is not None or log.warn(category, message, f"{filename}:{lineno}"):
             show(message, category, filename, lineno, file, line)
 

@@ -9,6 +9,7 @@ import pytest
 import fastpo.train.loop as loop
 from fastpo.cli import main
 from fastpo.system.library_log import kept_apart, write_library_log
+from fastpo_kernels import pair_loss
 
 
 @pytest.fixture
@@ -69,8 +70,9 @@ def test_python_warnings_of_others_are_kept_and_ours_are_shown(monkeypatch):
     with kept_apart(shown=False) as log:
         warnings.showwarning(UserWarning("theirs"), UserWarning, "/x/diffusers/a.py", 1)
         warnings.showwarning(UserWarning("ours"), UserWarning, loop.__file__, 1)
+        warnings.showwarning(UserWarning("kernels"), UserWarning, pair_loss.__file__, 1)
         logging.getLogger("fastpo.anything").warning("also ours")
-    assert shown == ["ours"] and log.waiting == 1
+    assert shown == ["ours", "kernels"] and log.waiting == 1
 
 
 def test_each_process_has_a_file_of_its_own_and_prints_no_warning(printed, tmp_path, monkeypatch):
