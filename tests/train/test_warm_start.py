@@ -108,11 +108,12 @@ def test_adapters_of_another_kind_are_refused(first, adapted, change, told):
 
 
 def test_what_is_no_lora_is_refused(settings, adapted, tmp_path):
+    family, denoiser = adapted()
     with pytest.raises(ConfigError, match=r"holds no LoRA: expected .*no such file"):
-        start_from_lora(*adapted(), tmp_path / "gone")
+        start_from_lora(family, denoiser, tmp_path / "gone")
     (tmp_path / "x.safetensors").write_bytes(b"text")
     with pytest.raises(ModelError, match=r"x\.safetensors could not be read"):
-        start_from_lora(*adapted(), tmp_path / "x.safetensors")
+        start_from_lora(family, denoiser, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match=r"model\.lora is continued by train\.method: lora"):
         settings("-", f"model.lora={tmp_path}", "train.method=full")
 
@@ -182,7 +183,7 @@ def test_other_adapters_train_resume_and_load_in_diffusers(settings, kind, tmp_p
         train(broken, progress=False, observers=[Trained(2)])
     train(broken, resume=True, progress=False)
     assert read_metrics(broken.train.output_dir) == read_metrics(folder)
-    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 7, seen.policy.config.cross_attention_dim)
+    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 7, seen.policy.config["cross_attention_dim"])
     sampler = ImageSampler(settings(kind, *options), progress=False)
     with torch.no_grad(), sampler._aligned(folder / "final") as pipeline:
         one, two = (unet.eval()(x, 500, text).sample for unet in (seen.policy, pipeline.unet))
