@@ -89,8 +89,14 @@ def test_a_step_without_needless_backward_passes_has_the_same_gradient(one_step,
     sparse, table = one_step(share, backward="alive", **options)
     assert_same_gradient(whole, sparse)
     assert table["index"].equal(expected["index"])
-    for column in ("margin", "loss", "error_winner", "weight"):
-        torch.testing.assert_close(table[column], expected[column], equal_nan=True)
+    # In a batch of other rows a prediction rounds otherwise, and so do errors, which are about 1.
+    rounding = 4 * torch.finfo(torch.float32).eps
+    slope = options["objective"]["beta"]
+    columns = {"margin": rounding, "error_winner": rounding, "loss": slope * rounding, "weight": 0}
+    for column, atol in columns.items():
+        torch.testing.assert_close(
+            table[column], expected[column], atol=atol, rtol=1e-7, equal_nan=True
+        )
     assert table["kept"].bool().equal(table["scale"] != 0)
     needed = 4.0 if options.get("gradient_checkpointing") else 3.0
     first = 1.0 if share == PROBED else 0.0
