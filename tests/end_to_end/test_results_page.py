@@ -13,6 +13,7 @@ from fastpo.train import train
 PAGE = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
 LORA, FULL, DOUBTFUL = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LEDGER = {"objective": {"name": "adaptive_dpo"}, "annotators": {"kind": "ledger"}}
+EVERYTHING = {**LEDGER, "backward": "alive", "data": {"held_out": 0.5, "flip_rate": 0.5}}
 
 
 def table(title):
@@ -33,7 +34,7 @@ def trained(experiment):
 
 
 def test_a_lora_s_files_and_columns_are_those_of_the_page(trained):
-    places = trained(method="lora", **LEDGER)
+    places = trained(method="lora", **EVERYTHING)
     exec(LORA, places)
     assert places["pipeline"].get_active_adapters()
     exec(DOUBTFUL, places)
