@@ -33,6 +33,7 @@ from fastpo.precision import DTYPES
 from fastpo.train.annotators import Annotators
 from fastpo.train.distributed import Processes, setup_accelerator
 from fastpo.train.ema import setup_averages
+from fastpo.train.live_share import LiveShare
 from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import setup_schedule
 from fastpo.train.state import TrainingState
@@ -40,6 +41,7 @@ from fastpo.train.trainer import Trainer
 from fastpo.types import NoisedPair, PairBatch
 
 FLOOR = "bare policy"
+CLOSED = 0.2  # share of the pairs whose gate is closed, where closed ones have no backward pass
 LEDGER = {
     "objective": {"name": "adaptive_dpo", "beta": 2500.0, "weight_kind": "gate"},
     "annotators": {"kind": "ledger"},
@@ -51,6 +53,17 @@ OURS: dict[str, dict[str, Any]] = {
     "DPO, cached reference": {"objective": {"name": "dpo"}, "reference": "cached"},
     "DPO, live reference": {"objective": {"name": "dpo"}},
     "Adaptive-DPO, ledger, cached reference": {**LEDGER, "reference": "cached"},
+    "Adaptive-DPO, ledger, cached reference, alive": {
+        **LEDGER,
+        "reference": "cached",
+        "backward": "alive",
+    },
+    "Adaptive-DPO, ledger, cached reference, a quarter sampled": {
+        **LEDGER,
+        "reference": "cached",
+        "backward": "sampled",
+        "backward_threshold": 4.0,  # margins of untrained errors: half of the scales are 0, half 2
+    },
     "Adaptive-DPO, ledger, live reference": LEDGER,
     "Adaptive-DPO, averages one by one, live reference": {
         "objective": RELEASED,
@@ -285,7 +298,12 @@ class Bench:
             last_minority=torch.zeros(pairs),
             averages=setup_averages(train, self.weights),
             scaler=self.processes.scaler,
+            live_share=None if train.backward == "all" else LiveShare(train),
         )
+        if train.backward == "alive":  # a verdict that no vote of the bench's steps changes
+            state.ledger.visits += 1
+            state.ledger.total += 1e6
+            state.ledger.total[: round(CLOSED * pairs)] = -1e6
         conditions = self.inputs.batch.conditions
         of_pairs = self.denoisers.family.pair_conditions
         return Trainer(
