@@ -27,11 +27,16 @@ _WEIGH = {None: 0, "linear": 0, "quadratic": 1, "sqrt": 2, "exponential": 3, "ga
 Integers = tuple[int, ...]
 
 
-def vector(t: Tensor | None) -> Tensor | None:
+def _flat(t: Tensor) -> Tensor:
     """As the module reads vectors: contiguous float32."""
-    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
+    if t.dtype is torch.float32 and t.is_contiguous():
         return t
     return t.detach().to(torch.float32).contiguous()
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """`_flat`, of what there is."""
+    return None if t is None else _flat(t)
 
 
 def _address(t: Tensor | None) -> int:
@@ -159,7 +164,7 @@ def _run(
     """A pass over the predictions unless `sums`: then errors are given, and sums as statistics."""
     module = loaded()
     assert module is not None
-    sources = [vector(s) if s.ndim == 1 else s for s in tensors.sources]
+    sources = [_flat(s) if s.ndim == 1 else s for s in tensors.sources]
     statistics = vector(tensors.statistics)
     minority, weight, beta = map(vector, (tensors.minority, tensors.pair_weight, tensors.beta))
     own, totals = (None, statistics) if sums else (statistics, None)

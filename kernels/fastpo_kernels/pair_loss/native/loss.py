@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from fastpo_kernels.pair_loss.native import launch, module
@@ -31,7 +32,7 @@ _Asked = tuple[LossSpec, Reduce | None, Eager]
 def _nothing_watches() -> bool:
     """Whether operators would do nothing but compute: no transforms and no modes."""
     return not (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        _functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )
@@ -150,12 +151,16 @@ def _twice(ctx, given: Any, targets: Any, grads: Sequence[Tensor | None]) -> Seq
     layout, rest, totals = _layout(ctx), ctx.saved_tensors[-1], ctx.totals
     others = [layout.errors(rest, k) for k in range(layout.n_others)]
     has_reference = ctx.n_others[0]
+    minority, statistics, pair_weight, beta = ctx.vectors
     tensors = PairTensors(
         given[0],
         targets[0],
         others[0] if has_reference else None,
         others[int(has_reference) :],
-        *ctx.vectors,
+        minority,
+        statistics,
+        pair_weight,
+        beta,
         None if len(given) == 1 else (given[1], *others, targets[1]),
         ctx.mask,
     )
