@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 
-import fastpo.train.loop as loop
+from fastpo import cli
 from fastpo.cli import main
+from fastpo.data.cache import PairCache
 from fastpo.system.library_log import kept_apart, write_library_log
 from fastpo_kernels import pair_loss
 
@@ -69,7 +70,7 @@ def test_python_warnings_of_others_are_kept_and_ours_are_shown(monkeypatch):
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
     with kept_apart(shown=False) as log:
         warnings.showwarning(UserWarning("theirs"), UserWarning, "/x/diffusers/a.py", 1)
-        warnings.showwarning(UserWarning("ours"), UserWarning, loop.__file__, 1)
+        warnings.showwarning(UserWarning("ours"), UserWarning, cli.__file__, 1)
         warnings.showwarning(UserWarning("kernels"), UserWarning, pair_loss.__file__, 1)
         logging.getLogger("fastpo.anything").warning("also ours")
     assert shown == ["ours", "kernels"] and log.waiting == 1
@@ -86,8 +87,10 @@ def test_each_process_has_a_file_of_its_own_and_prints_no_warning(printed, tmp_p
 
 
 def test_a_run_s_folder_has_them(experiment, printed, tmp_path, monkeypatch, capsys):
-    setup = loop.setup
-    monkeypatch.setattr(loop, "setup", lambda *words: (say(), setup(*words))[1])
+    opened = PairCache.open
+    monkeypatch.setattr(
+        PairCache, "open", lambda *words, **more: (say(), opened(*words, **more))[1]
+    )
     path = experiment("sd15", max_steps=1)
     with pytest.raises(SystemExit) as end:
         main(["train", str(path)])

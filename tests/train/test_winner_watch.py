@@ -3,7 +3,7 @@
 import pytest
 
 from fastpo.config import load_config
-from fastpo.train import train, winner_watch
+from fastpo.train import train
 from fastpo.train.winner_watch import STEPS, WinnerWatch
 
 
@@ -35,10 +35,9 @@ def test_what_is_no_failure_is_not_told(winner, margin, compared):
     assert told(winner, margin, steps=2 * STEPS, compared=compared) == []
 
 
-def test_a_run_that_ruins_its_winners_says_so(experiment, capsys, read_metrics, monkeypatch):
-    monkeypatch.setattr(winner_watch, "STEPS", 4)
-    options = {"max_steps": 8, "optim": {"lr": 0.03}, "method": "full", "checkpoint_every": 100}
-    folder = train(load_config(experiment(**options)), progress=False)
+def test_a_run_that_ruins_its_winners_says_so(experiment, capsys, read_metrics):
+    options = {"max_steps": STEPS, "optim": {"lr": 0.03}, "method": "full", "checkpoint_every": 100}
+    folder = train(load_config(experiment("sd15", **options)), progress=False)
     assert "the winners' own error has grown" in capsys.readouterr().out
     last = read_metrics(folder)[-1]
     assert 0.0 <= last["rewards/saturated"] <= 1.0
