@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT, TARGET = ROOT / "pyproject.toml", ROOT / "docs" / "audit.md"
-EXTRAS = ("train", "eval", "deepspeed", "wandb", "xformers", "8bit")
+DEVELOPMENT = "dev"  # the one extra that no run needs
 SERVICES = ("pypi", "osv")
 # Licenses whose terms reach a program that imports the package, or that forbid some use of it.
 REFUSED = re.compile(
@@ -38,7 +38,8 @@ REFUSED = re.compile(
 def own_requirements() -> list[Requirement]:
     """Returns what pyproject.toml asks for at run time; installed metadata may be older."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    listed = [project["dependencies"], *(project["optional-dependencies"][e] for e in EXTRAS)]
+    extras = project["optional-dependencies"]
+    listed = [project["dependencies"], *(extras[name] for name in extras if name != DEVELOPMENT)]
     wanted = [Requirement(text) for texts in listed for text in texts]
     return [need for need in wanted if need.name != project["name"]]
 
