@@ -1,9 +1,6 @@
 """Runs on two processes, and the configuration file that they change."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +9,15 @@ from safetensors.torch import load_file
 
 from fastpo.config import load_config
 from fastpo.train import train
+from tests.end_to_end.many_runs import run_all
+from tests.faults.two_ranks import two_ranks
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("many_runs.py")
 STEPS, MIDDLE = 4, 2
 
 
 @pytest.fixture(scope="session")
 def train_on_two():
-    """Runs all jobs of `many_runs.py` in one launch: `train_on_two(folder, jobs) -> outcomes`."""
+    """Runs jobs of `many_runs.py` on two processes: `train_on_two(folder, jobs) -> outcomes`."""
 
     def launch(folder, jobs):
         listed = folder / "jobs.json"
@@ -28,25 +25,22 @@ def train_on_two():
         compiler = folder / "c++"  # DeepSpeed's optimizer, compiled in half of the time
         compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
         compiler.chmod(0o755)
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [sys.executable, *command, WORKER, listed],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CXX": str(compiler)},
-            timeout=3600,
-            check=False,
-        )
+        env = {"CXX": str(compiler), "DS_ACCELERATOR": "cpu"}
+        out = folder / "out"
+        with two_ranks(out, lambda _: [listed], act=run_jobs, env=env) as ranks:
+            codes = ranks.exit_codes(timeout=3600)
+            text = ranks.text(0)[-6000:] + ranks.text(1)[-6000:]
         file = listed.with_suffix(".done")
         outcomes = dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {}
-        names = [job["name"] for job in jobs]
-        text = done.stdout[-3000:] + done.stderr[-6000:]
-        assert list(outcomes) == names, text
-        assert done.returncode == 0, text
+        assert list(outcomes) == [job["name"] for job in jobs], text
+        assert codes == [0, 0], text
         return outcomes
 
     return launch
+
+
+def run_jobs(words):
+    run_all(Path(words[0]))
 
 
 @pytest.fixture

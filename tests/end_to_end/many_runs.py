@@ -1,16 +1,15 @@
-"""Runs several trainings in one set of processes: `torchrun ... many_runs.py JOBS.json`.
+"""Runs several trainings in one set of processes.
 
-Starting Python and importing everything takes longer than training a tiny model, so the tests of
-two processes launch once for all their runs. A job is `{"name", "config", "set"}`, and, to go on
-from another run's checkpoint, `"after": [folder, step]`. `JOBS.done` says how each job ended. A job
-that takes minutes hangs: the stacks of all threads are printed, and the process ends.
+A group of processes, and DeepSpeed's optimizer, take longer to make than a tiny model to train, so
+the tests of two processes make them once for all their runs. A job is `{"name", "config", "set"}`,
+and, to go on from another run's checkpoint, `"after": [folder, step]`. `JOBS.done` says how each
+job ended. A job that takes minutes hangs: the stacks of all threads are printed, and the process
+ends.
 """
 
 import faulthandler
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from fastpo.train import train
 PATIENCE = 1200  # seconds; compiling DeepSpeed's optimizer takes minutes beside other work
 
 
-def main(jobs):
+def run_all(jobs):
+    """Runs the jobs of a file, in each process of the group."""
     torch.distributed.init_process_group("gloo")
     main = torch.distributed.get_rank() == 0
     for job in json.loads(jobs.read_text()):
@@ -52,8 +52,3 @@ def interrupt(folder, step, target):
     shutil.copy(folder / MARKER, target)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (target / "metrics.jsonl").write_text("".join(lines[:step]))
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    main(Path(sys.argv[1]))

@@ -4,8 +4,6 @@ All runs of two processes happen in one launch (`many_runs.py`); the tests compa
 """
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +12,9 @@ from safetensors.torch import load_file
 from fastpo.config import load_config
 from fastpo.train import train
 from fastpo.train.consolidate import consolidate
+from tests.end_to_end.many_runs import interrupt
 
 pytest.importorskip("deepspeed")
-WORKER = Path(__file__).with_name("many_runs.py")
 STEPS, MIDDLE = 4, 2  # of the base configuration: all, and those before its checkpoint
 ADAPTIVE = "train.objective={name: adaptive_dpo, beta: 500.0}"
 OBJECTIVES = {
@@ -292,7 +290,6 @@ def test_one_processs_run_is_resumed_by_two(runs, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plain", "zero2", "zero3"])
 def test_two_processes_run_is_resumed_by_one(runs, base, mode, tmp_path):
-    interrupt = runpy.run_path(str(WORKER))["interrupt"]
     interrupt(runs[mode, "full ledger"], MIDDLE, tmp_path)
     changes = [*MATRIX["full ledger"], "train.accumulation_steps=2"]
     config = load_config(base, [*changes, f"train.output_dir={tmp_path}"])
