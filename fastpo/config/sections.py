@@ -91,10 +91,10 @@ class LoraConfig(Section):
     """Dropout of the adapters' inputs; annotators run without it."""
     target_modules: Annotated[tuple[str, ...], decides("run")] = ATTENTION_PROJECTIONS
     """How the names of the adapted layers end; these are the attention's projections."""
-    rank_pattern: Annotated[dict[str, PositiveInt], Field(default_factory=dict), decides("run")]
+    rank_pattern: Annotated[dict[str, PositiveInt], decides("run")] = Field(default_factory=dict)
     """Other ranks, by how names of layers end (or a regular expression), as peft reads it:
     `{attn2.to_k: 16}`."""
-    alpha_pattern: Annotated[dict[str, Positive], Field(default_factory=dict), decides("run")]
+    alpha_pattern: Annotated[dict[str, Positive], decides("run")] = Field(default_factory=dict)
     """Other alphas, likewise; a layer of another rank keeps alpha unless it is named here too."""
     use_rslora: Annotated[bool, decides("run")] = False
     """Multiplies by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
