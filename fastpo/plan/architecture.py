@@ -73,8 +73,9 @@ def resolve_architecture(config: Config) -> Architecture:
     folder = whole.path
     if not folder.is_dir():
         found = _cached(model.path, "model_index.json", model.revision)
-        cached = found is not None
-        folder = found.parent if found is not None else folder
+        if found is not None:
+            folder, cached = found.parent, True
+            whole = ModelFolder(folder)
     if folder.is_dir():
         # Of a hub's model only the files that were asked for are here; its parts are not checked.
         family = (detect(folder) if cached else whole.family).name

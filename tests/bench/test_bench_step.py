@@ -32,14 +32,14 @@ def test_every_step_is_timed_part_by_part_and_drawn(tmp_path, script):
     script("benchmarks/bench_step.py", *options, "--peaks")  # each would be a process of its own
     with file.open() as lines:
         rows = {row["provider"]: row for row in csv.DictReader(lines)}
-    assert len(rows) == 11
+    assert len(rows) == 13
     for name, row in rows.items():
         shares = {k.removeprefix("share_"): float(v) for k, v in row.items() if "share_" in k}
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-3)
         recipe = name.startswith("recipe")
         assert (shares["VAE"] > 0) == recipe == (shares["text"] > 0), name
         assert (row["faster_p20"] != "") == name.startswith("FastPO")
-        live = "live" in name or name in ("recipe Diffusion-DPO", "recipe Adaptive-DPO")
+        live = "live reference" in name or name in ("recipe Diffusion-DPO", "recipe Adaptive-DPO")
         assert (shares["reference"] > 0 or shares["annotators"] > 0) == live, name
         assert shares["backward"] > 0 < shares["policy_forward"]
     readme = tmp_path / "README.md"

@@ -271,7 +271,7 @@ def test_an_interrupted_call_goes_on(
 ) -> None:
     config = make_config(sdxl, tmp_path, batch_size=2)
     samples, sampler = plan_samples(config), ImageSampler(config, progress=False)
-    images, made = sampler._images, []
+    images, made = sampler.images, []
 
     def killed(pipeline: Any, batch: list) -> list[Image.Image]:
         if made:
@@ -280,12 +280,12 @@ def test_an_interrupted_call_goes_on(
         return images(pipeline, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_images", killed)
+        patch.setattr(sampler, "images", killed)
         with pytest.raises(KeyboardInterrupt):
             sampler.fill(tmp_path / "base", samples, label="base")
     assert not (tmp_path / "base").exists()
     seen = []
-    monkeypatch.setattr(sampler, "_images", lambda p, b: seen.extend(b) or images(p, b))
+    monkeypatch.setattr(sampler, "images", lambda p, b: seen.extend(b) or images(p, b))
     assert sampler.fill(tmp_path / "base", samples, label="base")
     assert seen == samples[2:] and len(pixels(tmp_path / "base")) == 6
     assert not sampler.fill(tmp_path / "base", samples, label="base")

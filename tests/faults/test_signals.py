@@ -236,7 +236,7 @@ def test_preparing_ends_and_goes_on(
 def test_an_evaluation_ends_and_goes_on(experiment, monkeypatch, capsys):
     path = experiment(max_steps=1)
     folder = train(load_config(path), progress=False) / "evaluation"
-    images, batches = ImageSampler._images, []
+    images, batches = ImageSampler.images, []
     words = ["evaluate", path]
     for change in ("batch_size=1", "seeds_per_prompt=1"):
         words += ["--set", f"evaluate.{change}"]
@@ -247,7 +247,7 @@ def test_an_evaluation_ends_and_goes_on(experiment, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return images(sampler, pipeline, batch)
 
-    monkeypatch.setattr(ImageSampler, "_images", ended_in_the_second)
+    monkeypatch.setattr(ImageSampler, "images", ended_in_the_second)
     assert command(*words) == 75
     assert "ended: ended by SIGTERM" in capsys.readouterr().err
     assert not (folder / "base").exists() and not (folder / "summary.json").exists()
