@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
 
 import io
 import json
-import multiprocessing
 import runpy
 import shutil
 import subprocess
@@ -28,8 +27,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.forked import FORK, print_to
+
 ROOT = Path(__file__).parents[1]
-FORK = multiprocessing.get_context("fork")
 
 
 def pytest_configure(config):
@@ -253,10 +253,7 @@ def script(tmp_path_factory):
 
 
 def _run_script(words, output):
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    print_to(output)
     os.chdir(ROOT)
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -33,10 +33,7 @@ from fastpo.system.words import counted
 from fastpo.train.agreement import model_sample, require_same, settings_of
 from fastpo.train.banner import show_banner
 from fastpo.train.checkpoint import load_checkpoint, save_checkpoint
-from fastpo.train.checkpoint_folders import (
-    Rotation,
-    checkpoint_folder,
-)
+from fastpo.train.checkpoint_folders import Rotation, checkpoint_folder
 from fastpo.train.consolidate import export_best
 from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, joined

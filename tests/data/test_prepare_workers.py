@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -27,8 +26,8 @@ from fastpo.models.encoders import Encoders
 from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.testing import write_folder
+from tests.forked import FORK
 
-FORK = multiprocessing.get_context("fork")
 PAIRS = 23
 
 

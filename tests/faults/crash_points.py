@@ -1,11 +1,10 @@
 """Ends a process at each of its durable steps in turn, as a kill or a power cut would."""
 
-import multiprocessing
 from itertools import count
 
 from fastpo.selftest.disk import ENDED, end_at
+from tests.forked import FORK
 
-FORK = multiprocessing.get_context("fork")
 FAULTS = {"kill": "nothing", "power cut": "both"}
 """What is lost of what was not flushed: nothing, or the content of files and names in folders."""
 

@@ -26,7 +26,7 @@ from fastpo.testing import write_folder
 from fastpo.train import train
 from fastpo.train.consolidate import consolidate
 from tests.conftest import raw_config
-from tests.faults.crash_points import FORK
+from tests.forked import FORK
 
 REFUSALS = {
     errno.ENOSPC: "the disk is full",

@@ -10,7 +10,7 @@ from fastpo.cli import main
 from fastpo.config import load_config
 from fastpo.train import Observer, train
 from tests.conftest import raw_config, read_metrics
-from tests.faults.crash_points import FORK
+from tests.forked import FORK
 
 TRIALS = 12
 

@@ -1,6 +1,5 @@
 """Two processes of one run, forked from the test: no launcher, and nothing to import again."""
 
-import multiprocessing
 import os
 import socket
 import time
@@ -8,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastpo.cli import main
-
-FORK = multiprocessing.get_context("fork")
+from tests.forked import FORK, print_to
 
 
 class Ranks:
@@ -65,10 +63,5 @@ def two_ranks(folder: Path, arguments, *, act=main, env=None):
 
 def _run(act, words, env, output):
     os.environ.update(env)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    import sys
-
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    print_to(output)
     act(words)

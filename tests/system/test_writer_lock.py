@@ -1,7 +1,6 @@
 """One writer a folder: a second one is refused by name, and a dead one's place is taken."""
 
 import errno
-import multiprocessing
 import os
 import re
 import time
@@ -12,8 +11,7 @@ import fastpo.system.writer_lock as module
 from fastpo.errors import BusyFolderError
 from fastpo.system.alive import ProcessName, _stat
 from fastpo.system.writer_lock import LOCK_FILE, Holder, boot_id, sole_writer
-
-FORK = multiprocessing.get_context("fork")
+from tests.forked import FORK
 
 
 @pytest.fixture(autouse=True)
