@@ -62,7 +62,7 @@ def train(
     progress: bool = True,
     observers: Sequence[Observer] = (),
 ) -> Path:
-    """Trains, and writes `final/` (and `ema/`), `metrics.jsonl`, `minority.csv` and checkpoints.
+    """Trains; writes `final/` (and `ema/`), metrics, votes, `minority.csv` and checkpoints.
 
     Args:
         config: The experiment.
@@ -249,6 +249,7 @@ def run_steps(
                 end(run, start, step, signals)
             check_finite(run, table, step)
             trainer.record(table)
+            folder.log_votes(step + 1, table, trainer.state.ledger)
             metrics = table.metrics(
                 step=step + 1,
                 epoch=data.epoch(step + 1),

@@ -24,10 +24,12 @@ from fastpo.system.writer_lock import WriterLock, sole_writer
 from fastpo.train import takeover
 from fastpo.train.metrics_log import METRICS, kept_metrics
 from fastpo.train.takeover import CONFIG, EVENTS, MINORITY, RUN
+from fastpo.train.votes_log import VOTES, VotesLog
 
 if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
     from fastpo.train.distributed import Processes
+    from fastpo.train.metrics import StepTable
 
 Metrics = dict[str, float]
 
@@ -43,6 +45,7 @@ class RunFolder:
     def __init__(self, path: Path, *, main: bool) -> None:
         self.path = path
         self.main = main
+        self.votes = VotesLog(path / VOTES)
         self._lock: WriterLock | None = None
 
     @contextmanager
@@ -128,6 +131,7 @@ class RunFolder:
             write_text(self.path / CONFIG, dump_config(config))
         path = self.path / METRICS
         write_bytes(path, kept_metrics(path, start))
+        self.votes.begin(start)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`."""
@@ -136,8 +140,13 @@ class RunFolder:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             append_text(self.path / METRICS, json.dumps(finite) + "\n")
 
+    def log_votes(self, step: int, table: StepTable, ledger: PairLedger) -> None:
+        """Notes a step's margins, as the ledger counts them, for `votes.csv`."""
+        if self.main:
+            self.votes.add(step, 1, table, ledger.bins(table["timestep"]).tolist())
+
     def flush(self) -> None:
-        """Waits until the disk holds the metrics; a checkpoint goes on from lines that last.
+        """Waits until the disk holds metrics and votes; a checkpoint goes on from lines that last.
 
         Raises:
             BusyFolderError: Another host has taken this process for dead, and the folder from it.
@@ -146,6 +155,7 @@ class RunFolder:
             if self._lock is not None:
                 self._lock.confirm()
             flush(self.path / METRICS)
+            self.votes.flush()
 
     def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
         """Writes what the run found out about every pair, its last result, for the report."""

@@ -35,9 +35,10 @@ from fastpo.system.writer_lock import sole_writer
 from fastpo.train.checkpoint_folders import CHECKPOINT, was_renamed
 from fastpo.train.history import RECORD
 from fastpo.train.metrics_log import METRICS
+from fastpo.train.votes_log import VOTES, is_votes
 
 MINORITY, CONFIG = "minority.csv", "config.yaml"
-RESULTS = (METRICS, CONFIG, MINORITY, RECORD)
+RESULTS = (METRICS, VOTES, CONFIG, MINORITY, RECORD)
 FOLDERS = ("checkpoints", "final", "ema", "best", "samples", "evaluation")
 EXPORTS = ("final", "ema", "best")
 # Where earlier versions let trackers write; beside a checkout it is the package's own folder.
@@ -130,6 +131,8 @@ def check_folder(path: Path, config: Config, *, resume: bool, overwrite: bool) -
     for name in RESULTS:
         if (path / name).is_symlink():
             raise ForeignPathError(f"{path / name} is a link, which no run made: remove it")
+    if (path / VOTES).is_file() and not is_votes(path / VOTES):
+        raise ForeignPathError(f"{path / VOTES} is no run's and would be replaced: move it")
     for name in EXPORTS:
         check_replaceable(path / name, EXPORT)
     if resume:

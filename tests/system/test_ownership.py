@@ -111,6 +111,8 @@ ALLOWED = {
     ("train/run_folder.py", "begin"): ({"write_bytes", "write_text"}, RUN),
     ("train/run_folder.py", "log"): ({"append_text"}, RUN),
     ("train/run_folder.py", "write_minority"): ({"write_text"}, RUN),
+    ("train/votes_log.py", "_append"): ({"append_text"}, RUN),
+    ("train/votes_log.py", "begin"): ({"write_bytes"}, RUN),
     ("train/samples.py", "_write"): ({"write_json"}, OWN_NAME),
     ("train/takeover.py", "set_aside"): ({"move"}, RUN),
     ("train/takeover.py", "put_back"): ({"move", "remove"}, RUN),
