@@ -11,7 +11,7 @@ from fastpo.config.load import Config, flatten
 
 # Keys that came later, with the values of what was done before: there they are left out, so that
 # earlier work is found again.
-_LATER = {"prepare.prompt_chunks": 1, "prepare.clip_skip": 0}
+_LATER = {"prepare.prompt_chunks": 1, "prepare.clip_skip": 0, "prepare.text_length": None}
 
 
 def decides_result(key: str, result: Result) -> bool:

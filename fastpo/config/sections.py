@@ -71,6 +71,11 @@ class PrepareConfig(Section):
     clip_skip: Annotated[Count, decides("cache", "run", "images")] = 0
     """How many of the text encoders' last layers are left out, counted as diffusers does: 1 is
     A1111's `Clip skip: 2`. SDXL leaves one out by itself, and this many more."""
+    text_length: Annotated[
+        PositiveInt | None, Field(le=4096), decides("cache", "run", "images")
+    ] = None
+    """Tokens of each prompt for the text encoders of flow-matching models, beside CLIP's; what is
+    longer is cut, and counted. None: as the model's pipeline."""
     shard_size: Annotated[PositiveInt, decides("run")] = 1024
     """Pairs per shard."""
     reuse: Annotated[UserPath | None, decides("nothing")] = None

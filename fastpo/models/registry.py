@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastpo.errors import ModelError
 from fastpo.system.files import listing
+from fastpo.system.json_text import read_json
 
 if TYPE_CHECKING:
     from fastpo.models.family import ModelFamily
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "sdxl": "fastpo.models.unet:SDXL",
     "sd15": "fastpo.models.unet:SD15",
+    "sd3": "fastpo.models.sd3:SD3",
 }
 """Name to `module:class`; a module is imported when one of its models is looked for."""
 
@@ -43,9 +45,11 @@ def detect(folder: Path) -> ModelFamily:
             return family
     denoisers = dict.fromkeys(load_family(name).denoiser for name in FAMILIES)
     wanted = " or ".join(f"{denoiser}/config.json" for denoiser in denoisers)
+    index = folder / "model_index.json"
+    found: Any = read_json(index, most_bytes=1 << 20) if index.is_file() else {}
     raise ModelError(
-        f"{folder} has no {wanted} of a model that FastPO trains ({', '.join(FAMILIES)}) "
-        f"(found: {listing(folder)})"
+        f"{folder} has no {wanted} of a model that FastPO trains ({', '.join(FAMILIES)}): its "
+        f"model_index.json names {ascii(found.get('_class_name'))[:80]} (found: {listing(folder)})"
     )
 
 

@@ -123,12 +123,12 @@ def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
         sigma=(1.0 - kept).sqrt(),
         timesteps=torch.arange(len(kept)),
         prediction=prediction,
-        latent_scale=_number(vae_config, "scaling_factor", 0.18215),
-        latent_shift=_number(vae_config, "shift_factor", 0.0),
+        latent_scale=vae_number(vae_config, "scaling_factor", 0.18215),
+        latent_shift=vae_number(vae_config, "shift_factor", 0.0),
     )
 
 
-def _number(config: dict[str, Any], key: str, default: float) -> float:
+def vae_number(config: dict[str, Any], key: str, default: float) -> float:
     """Returns a finite number of the VAE's configuration, the default where it is null or missing.
 
     Raises:
@@ -145,26 +145,46 @@ def _number(config: dict[str, Any], key: str, default: float) -> float:
 def flow_schedule(
     scheduler: Any,
     *,
+    tokens: int | None = None,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
 ) -> NoiseSchedule:
     """Makes the schedule of flow matching: `x_t = (1 - sigma) x + sigma noise`.
 
-    Sigmas and timesteps are the scheduler's own, its static shift included; the timesteps are
+    Sigmas and timesteps are the scheduler's own, its shift included; the timesteps are
     `1000 sigma`, real numbers. A family that is told something else (`sigma`, or `1 - sigma`)
     replaces them: `replace(schedule, timesteps=...)`.
 
     Args:
         scheduler: A `FlowMatchEulerDiscreteScheduler`, fresh from its configuration.
+        tokens: Number of the image's tokens, for a scheduler with `use_dynamic_shifting`.
         latent_scale: See `NoiseSchedule`.
         latent_shift: See `NoiseSchedule`.
     """
-    sigma = scheduler.sigmas.flip(0).cpu().float()
+    sigma, steps = scheduler.sigmas.cpu().float(), scheduler.timesteps.cpu().float()
+    if tokens is not None and scheduler.config.use_dynamic_shifting:
+        # Such a scheduler's table has no shift before `set_timesteps` is given one.
+        sigma = scheduler.time_shift(dynamic_shift(scheduler.config, tokens), 1.0, sigma)
+        if scheduler.config.shift_terminal:
+            sigma = scheduler.stretch_shift_to_terminal(sigma)
+        steps = sigma * scheduler.config.num_train_timesteps
     return NoiseSchedule(
-        signal=1.0 - sigma,
-        sigma=sigma,
-        timesteps=scheduler.timesteps.flip(0).cpu().float(),
+        signal=1.0 - sigma.flip(0),
+        sigma=sigma.flip(0),
+        timesteps=steps.flip(0),
         prediction="flow",
         latent_scale=latent_scale,
         latent_shift=latent_shift,
     )
+
+
+def dynamic_shift(config: Any, tokens: int) -> float:
+    """Returns `mu`, linear in the number of the image's tokens, as the pipelines calculate it.
+
+    Through `(base_image_seq_len, base_shift)` and `(max_image_seq_len, max_shift)` of the
+    scheduler's configuration; diffusers' `calculate_shift`.
+    """
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
+    return tokens * slope + config.base_shift - slope * config.base_image_seq_len

@@ -107,6 +107,11 @@ class UNetFamily(ModelFamily):
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
         """Loads the VAE and CLIP's text encoders."""
+        if config.text_length is not None:
+            raise ConfigError(
+                f"prepare.text_length: {self.name} has CLIP's text encoders alone; set "
+                f"prepare.prompt_chunks instead, got {config.text_length}"
+            )
         vae = load_vae_of(folder, DTYPES[config.vae_precision])
         self.check_vae(vae)
         dtype = DTYPES[config.text_precision]

@@ -43,8 +43,8 @@ def tiny_sdxl_folder(
         )
         pipeline = StableDiffusionXLPipeline(
             vae=_vae(vae_factor, scaling_factor=0.13025),
-            text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
-            text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, hidden_size=24)),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, hidden_size=16)),
+            text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, hidden_size=24)),
             tokenizer=tokenizer,
             tokenizer_2=clip_tokenizer(pad_token="!"),
             unet=_unet(
@@ -56,7 +56,7 @@ def tiny_sdxl_folder(
             ),
             scheduler=scheduler,
         )
-    return _save(pipeline, path)
+    return save_pipeline(pipeline, path)
 
 
 def tiny_sd15_folder(
@@ -81,7 +81,7 @@ def tiny_sd15_folder(
         )
         pipeline = StableDiffusionPipeline(
             vae=_vae(vae_factor, scaling_factor=0.18215),
-            text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=16)),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, hidden_size=16)),
             tokenizer=tokenizer,
             unet=_unet(cross_attention_dim=16),
             scheduler=scheduler,
@@ -89,10 +89,11 @@ def tiny_sd15_folder(
             feature_extractor=None,  # pyright: ignore[reportArgumentType]
             requires_safety_checker=False,
         )
-    return _save(pipeline, path)
+    return save_pipeline(pipeline, path)
 
 
-def _save(pipeline: Any, path: Path) -> Path:
+def save_pipeline(pipeline: Any, path: Path) -> Path:
+    """Saves a pipeline without progress bars and returns `path`."""
     from transformers.utils import logging
 
     verbose = logging.is_progress_bar_enabled()
@@ -151,7 +152,8 @@ def _unet(**kind: Any) -> Any:
     )
 
 
-def _clip_config(tokenizer: Any, *, hidden_size: int) -> Any:
+def clip_config(tokenizer: Any, *, hidden_size: int) -> Any:
+    """The configuration of a tiny CLIP text encoder, with a projection to 20 numbers."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -328,5 +328,7 @@ def test_wrong_targets_name_the_familys_own(config_of, cache):
 
 def test_without_its_line_nobody_knows_it(toy, monkeypatch):
     monkeypatch.delitem(FAMILIES, "toy")
-    with pytest.raises(ModelError, match=r"no unet/config\.json .*\(sdxl, sd15\).*transformer/"):
+    with pytest.raises(
+        ModelError, match=r"no unet/config\.json .*\(sdxl, sd15, .*ToyPipeline.*transformer/"
+    ):
         ModelFolder(toy / "model").family  # noqa: B018

@@ -14,6 +14,7 @@ MAKERS = (
     "demo/base.py",
     "demo/base_training.py",
     "testing/datasets.py",
+    "testing/flow.py",
     "testing/pipelines.py",
     "testing/single_files.py",
 )

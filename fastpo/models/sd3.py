@@ -1,0 +1,167 @@
+"""Stable Diffusion 3 and 3.5, medium and large: a transformer on patches beside tokens of text.
+
+Conditions: `prompt_embeds` `(B, 77 + L, D)`, the states of two CLIP encoders side by side, padded
+with zeros to T5's width, before those of T5; `pooled` `(B, P)`, both projections side by side. The
+transformer reads no mask. It is told `1000 sigma` and answers `noise - x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.errors import ConfigError
+from fastpo.models.attention import AttentionName
+from fastpo.models.encoders import Encoders, load_clip
+from fastpo.models.flow import FlowFamily
+from fastpo.models.folder import ModelFolder
+from fastpo.models.geometry import Geometry
+from fastpo.models.t5 import load_t5, t5_cut, t5_states
+from fastpo.precision import DTYPES
+from fastpo.types import NoisedPair
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
+
+TEXT_LENGTH = 256
+"""Tokens of T5 that the pipeline takes."""
+
+
+@dataclass(frozen=True)
+class SD3Encoders(Encoders):
+    """Two CLIP encoders and T5.
+
+    Attributes:
+        length: Tokens of T5.
+    """
+
+    length: int = TEXT_LENGTH
+
+    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encodes prompts as the pipeline's `encode_prompt` does the positive prompt."""
+        states, pooled = [], []
+        for tokenizer, encoder in zip(self.tokenizers[:2], self.text_encoders[:2], strict=True):
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=self.tokenizers[0].model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            output = encoder(tokens["input_ids"].to(self.device), output_hidden_states=True)
+            pooled.append(output[0])
+            states.append(output.hidden_states[-2])
+        clip = torch.cat(states, dim=-1)
+        t5 = t5_states(self.tokenizers[2], self.text_encoders[2], prompts, self.length)
+        clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {
+            "prompt_embeds": torch.cat([clip, t5], dim=-2),
+            "pooled": torch.cat(pooled, dim=-1),
+        }
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """As `Encoders.count_cut`, by T5, which reads most of a prompt."""
+        return t5_cut(self.tokenizers[2], prompts, self.length)
+
+
+class SD3(FlowFamily):
+    """Stable Diffusion 3, 3.5 medium and 3.5 large."""
+
+    name = "sd3"
+    encoder_parts = (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
+    lora_targets = (
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    denoiser_class = SD3Transformer2DModel
+    pipeline_class = StableDiffusion3Pipeline
+    pipeline_prefix = "StableDiffusion3"
+
+    def load_encoders(
+        self, folder: ModelFolder, config: PrepareConfig, device: torch.device
+    ) -> Encoders:
+        """Loads the VAE, both CLIP encoders and T5."""
+        from transformers import CLIPTextModelWithProjection
+
+        self.refuse_clip_options(config)
+        dtype = DTYPES[config.text_precision]
+        parts = [
+            load_clip(folder, "text_encoder", CLIPTextModelWithProjection, dtype),
+            load_clip(folder, "text_encoder_2", CLIPTextModelWithProjection, dtype),
+            load_t5(folder, "text_encoder_3", dtype),
+        ]
+        tokenizers, texts = zip(*parts, strict=True)
+        for module in texts:
+            module.to(device).eval().requires_grad_(False)
+        vae = self.load_vae(folder, config, device)
+        length = config.text_length or TEXT_LENGTH
+        return SD3Encoders(vae, tokenizers, texts, device, length=length)
+
+    def geometry(self, folder: ModelFolder, resolution: int, *, buckets: bool) -> Geometry:
+        """As `ModelFamily.geometry`; the table of positions bounds the sides."""
+        found = super().geometry(folder, resolution, buckets=buckets)
+        most = self.denoiser_config(folder).get("pos_embed_max_size", 96)
+        side = most * self.vae_factor(folder) * self.denoiser_factor(folder)
+        longest = max(max(bucket) for bucket in found.buckets)
+        if longest > side:
+            raise ConfigError(
+                f"prepare.resolution: images would have sides of up to {longest} px, but this "
+                f"transformer has places for {side} px; use a lower resolution"
+                + (" or prepare.buckets=false" if resolution <= side else "")
+            )
+        return found
+
+    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
+        """Takes torch's own choice alone: these layers ignore `set_attention_backend`.
+
+        Raises:
+            ConfigError: Another attention is asked for.
+        """
+        if name != "sdpa":
+            raise ConfigError(
+                f"train.attention: {self.name} runs with sdpa alone (torch takes its flash kernel "
+                f"by itself where that fits), got {name}"
+            )
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig
+    ) -> dict[str, Any]:
+        """As `ModelFamily.prompt_arguments`, with the length of T5's text."""
+        length = config.text_length or TEXT_LENGTH
+        return {"prompt": list(prompts), "max_sequence_length": length}
+
+    def predict(
+        self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """As `ModelFamily.predict`."""
+        dtype = noised.noisy_latents.dtype
+        return denoiser(
+            hidden_states=noised.noisy_latents,
+            timestep=noised.timesteps.repeat(2),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1),
+            pooled_projections=conditions["pooled"].to(dtype).repeat(2, 1),
+            return_dict=False,
+        )[0]

@@ -1,0 +1,176 @@
+"""The definition of right: what a family answers is what diffusers' own pipeline computes.
+
+A stock pipeline is run for one denoising step at a chosen place of the noise schedule. What its
+scheduler's `step` receives is recorded, and latents of our making are given back in place of the
+step's result, so that the pipeline's own last lines decode them. A family joins in by one `Case`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.models.folder import ModelFolder
+from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
+from fastpo.testing.flow import tiny_sd3_folder
+from fastpo.types import NoisedPair
+
+PROMPTS = ["a cat", "a small dog beside a red house"]
+SIZE = 16, 24
+"""Height and width of the images in pixels."""
+
+
+def same(latents, pipeline, size):
+    return latents
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family under test.
+
+    Attributes:
+        name: Of the test.
+        make: Writes the tiny pipeline's folder.
+        scheduler: The pipeline's scheduler is replaced by one of this class, of its settings: some
+            scale the latents before the model sees them, which is no business of the model's.
+        guidance: `guidance_scale` of the pipeline's call: no classifier-free guidance.
+        pack: `pack(latents, pipeline, size)`, latents `(B, C, h, w)` as `predict` takes them, in
+            the layout of the pipeline's loop.
+        unpack: The way back, for what the scheduler receives.
+        decode: From the latents that the denoiser sees to the layout of the pipeline's loop at its
+            end, where that is not `pack`.
+        options: More arguments of the pipeline's call.
+        pair_conditions: `pair_conditions(height, width)`: those of each pair.
+        size: Height and width of the images in pixels.
+    """
+
+    name: str
+    make: Callable[[Path], Path]
+    scheduler: str | None = None
+    guidance: float = 1.0
+    pack: Callable[..., Any] = same
+    unpack: Callable[..., Any] = same
+    options: dict[str, Any] = field(default_factory=dict)
+    pair_conditions: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
+    size: tuple[int, int] = SIZE
+
+
+def sizes(height, width):
+    """SDXL's: nothing was cropped."""
+    return {"add_time_ids": torch.tensor([[height, width, 0, 0, height, width]] * 2).float()}
+
+
+CASES = (
+    Case("sd15", tiny_sd15_folder, scheduler="DDIMScheduler"),
+    Case("sdxl", tiny_sdxl_folder, scheduler="DDIMScheduler", pair_conditions=sizes),
+    Case("sd3.5-medium", tiny_sd3_folder),
+    Case("sd3.5-large", lambda path: tiny_sd3_folder(path, large=True)),
+)
+
+
+@dataclass
+class Recorded:
+    """What one step of a pipeline showed.
+
+    Attributes:
+        output: What the scheduler's `step` received as the model's answer.
+        sample: The latents it received.
+        timestep: The time it received.
+        image: What the pipeline made of the latents given back, `(B, 3, H, W)` in [0, 1].
+    """
+
+    output: Any = None
+    sample: Any = None
+    timestep: Any = None
+    image: Any = None
+
+
+class Stock:
+    """A tiny pipeline of a case, and FastPO's parts of the same folder."""
+
+    def __init__(self, case, folder):
+        self.case = case
+        self.model = ModelFolder(case.make(folder))
+        self.family = self.model.family
+        self.config = PrepareConfig(cache_dir=folder / "unused")
+        self.pipeline = self.family.pipeline(self.model, torch.float32)
+        self.pipeline.set_progress_bar_config(disable=True)
+        if case.scheduler is not None:
+            import diffusers
+
+            kind = getattr(diffusers, case.scheduler)
+            self.pipeline.scheduler = kind.from_config(self.pipeline.scheduler.config)
+        device = torch.device("cpu")
+        self.encoders = self.family.load_encoders(self.model, self.config, device)
+        self.denoiser = self.family.load_denoiser(self.model)
+        self.schedule = self.family.schedule(self.model, case.size[0])
+
+    def conditions(self, prompts=PROMPTS):
+        """What `predict` is given for the prompts."""
+        pairs = self.case.pair_conditions(*self.case.size)
+        return {**self.encoders.encode_prompts(prompts), **pairs}
+
+    def draw(self, seed):
+        """Latents of both prompts' images as the denoiser sees them."""
+        height, width = self.case.size
+        factor, generator = self.encoders.vae_factor, torch.Generator().manual_seed(seed)
+        pixels = torch.rand(2, 3, height, width, generator=generator) * 2 - 1
+        mean, _ = self.encoders.encode_images(pixels)
+        assert mean.shape[2:] == (height // factor, width // factor)
+        return torch.randn(mean.shape, generator=generator)
+
+    def step(self, latents, place, *, end=None, prompts=PROMPTS):
+        """Runs the pipeline for one step at a place of our schedule.
+
+        Args:
+            latents: `(B, C, h, w)` noisy latents.
+            place: Of the schedule.
+            end: `(B, C, h, w)`, what the pipeline decodes at its end; default: `latents`.
+            prompts: B prompts.
+        """
+        recorded, scheduler, case = Recorded(), self.pipeline.scheduler, self.case
+        size, (set_timesteps, step) = case.size, (scheduler.set_timesteps, scheduler.step)
+        end = case.pack(latents if end is None else end, self.pipeline, size)
+
+        def at_the_place(*args, **kwargs):
+            set_timesteps(*args, **kwargs)
+            scheduler.timesteps = self.time(place)
+            scheduler.num_inference_steps = 1
+
+        def record(model_output, timestep, sample, *args, **kwargs):
+            recorded.output = case.unpack(model_output, self.pipeline, size)
+            recorded.sample = case.unpack(sample, self.pipeline, size)
+            recorded.timestep = timestep
+            return (end,)
+
+        scheduler.set_timesteps, scheduler.step = at_the_place, record
+        try:
+            with torch.no_grad():
+                recorded.image = self.pipeline(
+                    **self.family.prompt_arguments(self.pipeline, prompts, self.config),
+                    height=size[0],
+                    width=size[1],
+                    latents=case.pack(latents, self.pipeline, size),
+                    guidance_scale=case.guidance,
+                    num_inference_steps=2,
+                    output_type="pt",
+                    **case.options,
+                ).images
+        finally:
+            scheduler.set_timesteps, scheduler.step = set_timesteps, step
+        return recorded
+
+    def time(self, place):
+        """The place as diffusers' schedulers count it: a whole number, or 1000 sigma."""
+        if self.schedule.prediction == "flow":
+            return 1000.0 * self.schedule.sigma[place : place + 1]
+        return self.schedule.timesteps[place : place + 1]
+
+    def noised(self, winners, losers, place):
+        """The noisy pairs at a place; the target plays no part in a prediction."""
+        latents = torch.cat((winners, losers))
+        index = torch.full((len(winners),), place)
+        return NoisedPair(latents, index, self.schedule.timesteps[index], latents)

@@ -1,0 +1,90 @@
+"""Every family against diffusers' own pipeline, see `family_cases`."""
+
+import pytest
+import torch
+
+from tests.models.family_cases import CASES, PROMPTS, Stock
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def stock(request, tmp_path_factory):
+    return Stock(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def answers(stock):
+    """Noisy pairs near noise, and what the pipeline's scheduler received for each side."""
+    place, winners, losers = 900, stock.draw(1), stock.draw(2)
+    sides = [stock.step(latents, place) for latents in (winners, losers)]
+    for side, latents in zip(sides, (winners, losers), strict=True):
+        close(side.sample, latents)
+    noised = stock.noised(winners, losers, place)
+    return noised, torch.cat([side.output for side in sides])
+
+
+def test_predictions_are_those_of_the_pipeline(stock, answers):
+    """Sign, scale of the time, packing, ids, masks, guidance and padding, all in one equality."""
+    noised, expected = answers
+    with torch.no_grad():
+        found = stock.family.predict(stock.denoiser.eval(), noised, stock.conditions())
+    close(found, expected)
+    assert expected.std() > 1e-3, "an answer of nothing would equal anything"
+
+
+def test_they_are_also_near_the_image(stock):
+    place, latents = 40, stock.draw(3)
+    noised = stock.noised(latents, latents.flip(0), place)
+    with torch.no_grad():
+        found = stock.family.predict(stock.denoiser.eval(), noised, stock.conditions())
+    close(found[:2], stock.step(latents, place).output)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_mode_and_checkpointing_change_nothing(stock, answers, checkpointing):
+    noised, expected = answers
+    denoiser = stock.denoiser.train().requires_grad_(True)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        found = stock.family.predict(denoiser, noised, stock.conditions())
+        close(found, expected)
+        found.square().mean().backward()
+    finally:
+        denoiser.disable_gradient_checkpointing()
+        denoiser.eval()
+    gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
+    assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0.0
+    denoiser.zero_grad(set_to_none=True)
+
+
+def test_prompts_matter_each_for_its_own_pair(stock, answers):
+    noised, expected = answers
+    with torch.no_grad():
+        swapped = stock.family.predict(stock.denoiser, noised, stock.conditions(PROMPTS[::-1]))
+    assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+
+
+def test_a_prompt_beside_a_longer_one_is_encoded_as_alone(stock):
+    both = stock.encoders.encode_prompts(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        for name, alone in stock.encoders.encode_prompts([prompt]).items():
+            close(both[name][row : row + 1], alone)
+
+
+def test_latents_are_what_the_pipeline_decodes(stock):
+    """`vae.decode(vae.encode(image))`, by way of our latents and the pipeline's last lines."""
+    height, width = stock.case.size
+    g = torch.Generator().manual_seed(4)
+    pixels = torch.rand(2, 3, height, width, generator=g) * 2 - 1
+    mean, _ = stock.encoders.encode_images(pixels)
+    schedule, vae = stock.schedule, stock.encoders.vae
+    latents = (mean - schedule.latent_shift) * schedule.latent_scale
+    with torch.no_grad():
+        there = vae.encode(pixels).latent_dist.mode()
+        expected = (vae.decode(there).sample / 2 + 0.5).clamp(0, 1)
+    close(stock.step(stock.draw(5), 500, end=latents).image, expected)
+    assert expected.std() > 1e-3

@@ -1,0 +1,111 @@
+"""What families of flow matching refuse, by name and before anything is encoded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.errors import ConfigError, ModelError
+from fastpo.models.folder import ModelFolder
+from fastpo.testing.flow import tiny_sd3_folder
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return tiny_sd3_folder(tmp_path_factory.mktemp("models") / "sd3")
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture
+def own(sd3, tmp_path):
+    """A copy of the folder that a test may break."""
+    return shutil.copytree(sd3, tmp_path / "model")
+
+
+def family(folder):
+    return ModelFolder(folder).family
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "text"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusion3InpaintPipeline"},
+            "trains StableDiffusion3Pipeline, not its relative 'StableDiffusion3InpaintPipeline'",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusion3ControlNetPipeline"},
+            "not its relative 'StableDiffusion3ControlNetPipeline'",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "DDIMScheduler"},
+            "sd3 is trained with flow matching, .* FlowMatchEulerDiscreteScheduler; got 'DDIM",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"invert_sigmas": True},
+            "not trained with invert_sigmas",
+        ),
+        (
+            "transformer/config.json",
+            {"_class_name": "FluxTransformer2DModel"},
+            "the transformer of StableDiffusion3Pipeline is a SD3Transformer2DModel, got 'FluxT",
+        ),
+        ("vae/config.json", {"latent_channels": 4}, "AutoencoderKL of 16 channels, got .* of 4"),
+    ],
+)
+def test_what_cannot_be_trained_right_is_refused_by_name(own, file, values, text):
+    change(own / file, **values)
+    with pytest.raises(ModelError, match=text) as caught:
+        family(own)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stable-diffusion-3.5-large-turbo",
+        "SD3_Lightning_4step",
+        "models--stabilityai--stable-diffusion-3.5-large-turbo/snapshots/0123",
+    ],
+)
+def test_models_distilled_to_few_steps_are_refused_by_their_name(sd3, tmp_path, name):
+    shutil.copytree(sd3, tmp_path / name)
+    with pytest.raises(ModelError, match=r"(?i)by its name \((turbo|lightning)\) .* few steps"):
+        family(tmp_path / name)
+
+
+@pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_2"])
+def test_a_missing_encoder_is_named(own, part):
+    shutil.rmtree(own / part)
+    with pytest.raises(ModelError, match=f"{part}/ is missing, with which sd3 encodes prompts"):
+        family(own)
+
+
+@pytest.mark.parametrize(("key", "value"), [("prompt_chunks", 2), ("clip_skip", 1)])
+def test_ways_of_encoding_that_clip_alone_has_are_refused(sd3, key, value):
+    model, config = ModelFolder(sd3), PrepareConfig(cache_dir=sd3 / "unused", **{key: value})
+    with pytest.raises(ConfigError, match=f"prepare.{key}: sd3 has no such way of encoding"):
+        model.family.load_encoders(model, config, torch.device("cpu"))
+
+
+def test_a_resolution_beyond_the_table_of_positions_is_refused(sd3):
+    model = ModelFolder(sd3)
+    assert model.family.geometry(model, 64, buckets=False).buckets == ((64, 64),)
+    with pytest.raises(ConfigError, match=r"sides of up to 68 px, but .* has places for 64 px"):
+        model.family.geometry(model, 68, buckets=False)
+
+
+def test_longer_text_is_cut_and_counted_at_the_length_asked_for(sd3):
+    model, config = ModelFolder(sd3), PrepareConfig(cache_dir=sd3 / "unused", text_length=16)
+    encoders = model.family.load_encoders(model, config, torch.device("cpu"))
+    assert encoders.encode_prompts(["a cat"])["prompt_embeds"].shape == (1, 77 + 16, 48)
+    assert encoders.count_cut(["a cat", "a cat on a red house"]) == 1
