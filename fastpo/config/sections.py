@@ -202,7 +202,11 @@ class EvaluateConfig(Section):
     precision: Annotated[Precision, decides("images")] = "fp32"
     """Precision in which the pipeline samples."""
     scorers: Annotated[tuple[str, ...], decides("nothing")] = ()
-    """What rates the images: `pickscore`, `clip` or `aesthetic`, after a colon the weights'
-    folder."""
+    """What rates the images: `pickscore`, `hpsv2`, `hpsv2.1`, `imagereward`, `clip`, `aesthetic`,
+    `clip_iqa`, `diversity`; after a colon the weights' folder, file or hub id."""
+    score_batch_size: Annotated[PositiveInt, decides("nothing")] = 16
+    """Images that a scorer rates at once."""
+    score_precision: Annotated[Precision, decides("nothing")] = "fp32"
+    """Precision of the scorers' networks."""
     confidence: Annotated[Fraction, decides("nothing")] = 0.95
     """Confidence of the win rates' intervals."""

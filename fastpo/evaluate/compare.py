@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from fastpo.evaluate.sampling import (
     plan_samples,
     read_images,
 )
-from fastpo.evaluate.scorers import Scorer, Scores, build_scorers
+from fastpo.evaluate.scorers import Scorer, Scores, build_scorers, needs_groups
 from fastpo.evaluate.win_rate import NOTES, MetricSummary, compare_scores
 from fastpo.models.export import export_fingerprint
 from fastpo.system.files import write_json, write_text
@@ -113,7 +113,7 @@ def evaluate(
     sampler = ImageSampler(config, progress=progress)
     source = check_aligned(aligned or config.train.output_dir / "final", sampler.family)
     if scorers is None:
-        scorers = build_scorers(config.evaluate.scorers)
+        scorers = configured_scorers(config)
     claim(folder, EVALUATION)
     for name in ("base", "aligned"):
         check_replaceable(folder / name, SAMPLES)
@@ -165,12 +165,30 @@ def score_folder(
     with progress_bar(
         f"score {folder.name}", len(samples), unit="images", show=progress
     ) as advance:
-        for i in range(0, len(samples), SCORE_TOGETHER):
-            some = samples[i : i + SCORE_TOGETHER]
+        for some in _slices(samples, whole_prompts=any(map(needs_groups, scorers))):
             prompts = [sample.prompt for sample in some]
             parts.append(score_images(scorers, read_images(folder, some), prompts))
             advance(len(some))
     return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+
+
+def _slices(samples: Sequence[Sample], *, whole_prompts: bool) -> Iterator[Sequence[Sample]]:
+    """Cuts samples, which lie prompt by prompt, into slices of about `SCORE_TOGETHER`."""
+    start = 0
+    for end in range(1, len(samples) + 1):
+        full = end == len(samples) or end - start >= SCORE_TOGETHER
+        inside = whole_prompts and end < len(samples)
+        if full and not (inside and samples[end].prompt == samples[end - 1].prompt):
+            yield samples[start:end]
+            start = end
+
+
+def configured_scorers(config: Config) -> list[Scorer]:
+    """Builds the scorers of `evaluate.scorers`; errors as in `build_scorer`."""
+    options = config.evaluate
+    return build_scorers(
+        options.scorers, batch_size=options.score_batch_size, precision=options.score_precision
+    )
 
 
 def score_images(

@@ -20,7 +20,7 @@ from fastpo.config import Config, parse_config
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.evaluate import win_rate
 from fastpo.evaluate.compare import evaluate, score_folder, score_images
-from fastpo.evaluate.sampling import LORA_FILE, ImageSampler, plan_samples
+from fastpo.evaluate.sampling import LORA_FILE, ImageSampler, Sample, plan_samples
 from fastpo.evaluate.win_rate import bootstrap_mean, compare_scores, wilson_interval
 from fastpo.models.export import EXPORT_MANIFEST, export_fingerprint
 from fastpo.system.checksums import checksum_of
@@ -329,3 +329,12 @@ def test_scorers_are_checked() -> None:
 
 def test_lora_file_has_the_name_others_expect(sdxl: Path, tmp_path: Path) -> None:
     assert (export_lora(sdxl, tmp_path) / LORA_FILE).is_file()
+
+
+def test_slices_keep_the_images_of_a_prompt_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SCORE_TOGETHER", 4)
+    samples = [Sample(i, name, k) for i, name in enumerate("abc") for k in range(3)]
+    whole = [len(part) for part in evaluation._slices(samples, whole_prompts=True)]
+    assert whole == [6, 3]
+    assert [len(part) for part in evaluation._slices(samples, whole_prompts=False)] == [4, 4, 1]
+    assert list(evaluation._slices([], whole_prompts=True)) == []

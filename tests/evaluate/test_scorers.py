@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel
 
 from fastpo.errors import ConfigError, ModelError
-from fastpo.evaluate import scorers
 from fastpo.evaluate.scorers import AestheticScorer, ClipScorer, PickScorer, Scorer, build_scorer
+from fastpo.evaluate.scorers.loading import CLIP_H
 from fastpo.testing import tiny_clip_folder
 
 PROMPTS = ["a cat", "seven", "a very long prompt " * 20, "x", "two dogs"]
@@ -64,13 +64,10 @@ def test_pickscore_is_temperature_times_cosine(
     np.testing.assert_allclose(scores["pickscore"], expected, atol=1e-5)
 
 
-def test_batches_do_not_matter(
-    clip_folder: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scorer = PickScorer(str(clip_folder))
-    whole = scorer.score(images, PROMPTS)["pickscore"]
-    monkeypatch.setattr(scorers, "BATCH_SIZE", 2)
-    np.testing.assert_allclose(scorer.score(images, PROMPTS)["pickscore"], whole, atol=1e-5)
+def test_batches_do_not_matter(clip_folder: Path, images: list[Image.Image]) -> None:
+    whole = PickScorer(str(clip_folder)).score(images, PROMPTS)["pickscore"]
+    pairs = PickScorer(str(clip_folder), batch_size=2).score(images, PROMPTS)["pickscore"]
+    np.testing.assert_allclose(pairs, whole, atol=1e-5)
 
 
 def test_gray_images_and_no_images(clip_folder: Path, images: list[Image.Image]) -> None:
@@ -109,7 +106,7 @@ def test_aesthetic_refuses_what_does_not_fit(clip_folder: Path, tmp_path: Path) 
         AestheticScorer(str(tmp_path / "none.pth"), str(clip_folder))
     path = tmp_path / "head.pth"
     torch.save({"layers.0.weight": torch.zeros(1, 7), "layers.0.bias": torch.zeros(1)}, path)
-    with pytest.raises(ModelError, match=r"from CLIP's 12 features to one number.*\(1, 7\)"):
+    with pytest.raises(ModelError, match=r"from 12 features to one number.*\(1, 7\)"):
         AestheticScorer(str(path), str(clip_folder))
 
 
@@ -145,7 +142,7 @@ def test_a_missing_processor_is_told_apart_from_missing_weights(
         build_scorer(f"pickscore:{folder}")
     words = str(refused.value)
     assert "the processor that is missing, not the weights" in words
-    assert f"hf download {scorers.PICKSCORE_PROCESSOR} preprocessor_config.json" in words
+    assert f"hf download {CLIP_H} preprocessor_config.json" in words
     assert f"--local-dir {folder}`" in words
     assert "[pickscore:DIR]" not in words and "\n" not in words
 
