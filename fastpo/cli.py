@@ -330,6 +330,21 @@ def report(
 
 
 @app.command()
+def minority(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder for table and gallery.")] = Path("minority"),
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Of the most suspicious, and of the most certain pairs.")
+    ] = 100,
+    side: Annotated[int, typer.Option(min=32, help="Pixels of the images.")] = 320,
+) -> None:
+    """Say of every pair how likely its label is wrong; a page to judge the extremes by eye."""
+    from fastpo.review.gallery import write_gallery
+
+    print(write_gallery(run, out, pairs=pairs, side=side))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("selftest",),
     ("demo", "testing"),
     ("plan",),
-    ("train",),
+    ("train", "review"),
     ("reference_cache", "report"),
     ("data", "noise", "evaluate"),
     ("models", "bench"),

@@ -158,7 +158,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(panel.label)
-    _style(axes)
+    style_axes(axes)
 
 
 def panel_figure(panel: Panel, runs: Sequence[Run]) -> bytes:
@@ -237,7 +237,7 @@ def _draw_minority(axes: Axes, run: Run, annotator: str) -> None:
     axes.set_xlabel("minority metric u")
     axes.set_ylabel("pairs (log scale)")
     axes.legend(frameon=False, fontsize=8)
-    _style(axes)
+    style_axes(axes)
 
 
 def roc_figure(runs: Sequence[Run]) -> bytes | None:
@@ -260,7 +260,7 @@ def roc_figure(runs: Sequence[Run]) -> bytes | None:
     axes.set_ylabel("flipped labels found")
     axes.set_aspect("equal")
     axes.legend(title="AUROC", frameon=False, fontsize=8, loc="lower right", alignment="left")
-    _style(axes)
+    style_axes(axes)
     return to_png(figure)
 
 
@@ -274,7 +274,8 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Gives a diagram the look of all others."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa1aa")
     axes.tick_params(colors="#5b626b", labelsize=8)
