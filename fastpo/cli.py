@@ -195,6 +195,7 @@ def prepare(
     """Encode images and prompts once, into a cache that training reads."""
     from fastpo.data.prepare import prepare
     from fastpo.models.folder import ModelFolder
+    from fastpo.noise import setup_noise
     from fastpo.reference_cache.open import read_visits
     from fastpo.system.trackers import check_trackers
 
@@ -204,6 +205,7 @@ def prepare(
     with _configured(config, overrides) as resolved:
         check_trackers(resolved.train.trackers)  # hours of encoding later is too late
         model = ModelFolder.resolve(resolved.model)
+        setup_noise(resolved, model)  # likewise: timesteps that the model does not have
         cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
         tell = Rank.of_launch().rank == 0
         if tell:

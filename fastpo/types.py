@@ -101,12 +101,14 @@ class NoisedPair:
         index: `(B,)` int64, the pair's place in the noise schedule, shared by the two sides.
         timesteps: `(B,)` int64 or float32, what the denoiser is told there.
         target: `(B, C, h, w)` where the pair shares it (epsilon prediction), else `(2B, C, h, w)`.
+        guidance: The guidance scale that models distilled from guided predictions are told.
     """
 
     noisy_latents: Tensor
     index: Tensor
     timesteps: Tensor
     target: Tensor
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

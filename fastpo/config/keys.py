@@ -11,7 +11,13 @@ from fastpo.config.load import Config, flatten
 
 # Keys that came later, with the values of what was done before: there they are left out, so that
 # earlier work is found again.
-_LATER = {"prepare.prompt_chunks": 1, "prepare.clip_skip": 0, "prepare.text_length": None}
+_LATER = {
+    "prepare.prompt_chunks": 1,
+    "prepare.clip_skip": 0,
+    "prepare.text_length": None,
+    "train.flow_shift": None,
+    "train.guidance": None,
+}
 
 
 def decides_result(key: str, result: Result) -> bool:

@@ -26,6 +26,18 @@ class ListTimesteps(Section):
     """The timesteps, from 0."""
 
 
+class SigmaTimesteps(Section):
+    """Under flow matching these factors of the noise only, each as often as it is listed."""
+
+    kind: Annotated[Literal["sigmas"], decides("reference", "run")]
+    values: Annotated[
+        tuple[Annotated[Real, Field(gt=0.0, le=1.0)], ...],
+        Field(min_length=1, max_length=65536),
+        decides("reference", "run"),
+    ]
+    """In (0, 1], 1 is noise alone; each stands for the nearest of the schedule's thousand."""
+
+
 class LogitNormalTimesteps(Section):
     """The middle of the range more often: its fraction is the sigmoid of a normal number.
 
@@ -57,6 +69,6 @@ class BinTimesteps(Section):
 
 
 TimestepsConfig = Annotated[
-    UniformTimesteps | ListTimesteps | LogitNormalTimesteps | BinTimesteps,
+    UniformTimesteps | ListTimesteps | SigmaTimesteps | LogitNormalTimesteps | BinTimesteps,
     Field(discriminator="kind"),
 ]

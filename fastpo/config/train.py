@@ -12,6 +12,7 @@ from fastpo.config.fields import (
     Count,
     Fraction,
     Name,
+    NotNegative,
     Positive,
     PositiveInt,
     Precision,
@@ -27,7 +28,12 @@ from fastpo.config.sections import (
     LoraConfig,
     OptimConfig,
 )
-from fastpo.config.timesteps import ListTimesteps, TimestepsConfig, UniformTimesteps
+from fastpo.config.timesteps import (
+    ListTimesteps,
+    SigmaTimesteps,
+    TimestepsConfig,
+    UniformTimesteps,
+)
 
 STAGE_3 = ("zero3", "zero3_offload")
 """The packaged DeepSpeed settings that shard the weights; of a file only its reader knows."""
@@ -105,9 +111,16 @@ class TrainConfig(Section):
     """Timesteps below it are drawn; none: the schedule's length."""
     timesteps: TimestepsConfig = UniformTimesteps()
     """How often each timestep of the range is drawn."""
+    flow_shift: Annotated[Positive | None, decides("reference", "run")] = None
+    """Of flow matching, `s -> shift s / (1 + (shift - 1) s)` moves the drawn factors of the noise
+    toward noise; 1 leaves them. None: as the model's scheduler, which may go by the resolution."""
+    guidance: Annotated[NotNegative | None, decides("reference", "run")] = None
+    """The guidance scale that models distilled from guided predictions (FLUX.1-dev) are told while
+    they train. None: 1, the model's own distribution."""
     snr_gamma: Annotated[Positive | None, decides("run")] = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
-    (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1."""
+    (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1. Not
+    under flow matching."""
     ema_decay: Annotated[Fraction | None, decides("run")] = None
     """Decay of a moving average of the weights, which is exported as `ema/`."""
     checkpoint_every: Annotated[PositiveInt, decides("nothing")] = 500
@@ -365,7 +378,7 @@ def _check_timesteps(config: TrainConfig) -> None:
     if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
         raise ValueError("train.max_timestep must be greater than train.min_timestep")
     ranged = config.min_timestep or config.max_timestep is not None
-    if ranged and isinstance(config.timesteps, ListTimesteps):
+    if ranged and isinstance(config.timesteps, ListTimesteps | SigmaTimesteps):
         raise ValueError(
             "train.timesteps: a list is the whole choice; leave train.min_timestep and "
             "train.max_timestep out"

@@ -145,16 +145,21 @@ def _make_fast(family: ModelFamily, denoiser: Denoiser, config: TrainConfig) -> 
 
 
 def _restore_norms(frozen: nn.Module, denoiser: nn.Module) -> None:
-    """Gives the copy's normalization layers back their float32 weights.
+    """Gives the copy's normalization layers, and all else that autocast leaves, float32 back.
 
     Autocast rounds the policy's convolutions and linear layers as the cast rounded the copy's, but
-    runs the norms on float32 weights. A rounded norm alone puts an error of order 1 on the logit at
-    slope 2500, before any training.
+    runs the norms on float32 weights, and tables (of shifts, of positions) as they are. A rounded
+    norm alone puts an error of order 1 on the logit at slope 2500, before any training.
     """
     kept = dict(denoiser.named_modules())
     for name, module in frozen.named_modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.float().load_state_dict(kept[name].state_dict())
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        own = kept[name]
+        for key, parameter in module.named_parameters(recurse=False):
+            parameter.data = own.get_parameter(key).detach().clone()
+        for key, _ in module.named_buffers(recurse=False):
+            setattr(module, key, own.get_buffer(key).clone())
 
 
 def _round_matrices(denoiser: nn.Module) -> None:

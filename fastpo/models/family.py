@@ -48,6 +48,8 @@ class ModelFamily(ABC):
         denoiser_class: The diffusers class of the denoiser: a `ModelMixin` that takes adapters.
         pipeline_class: The diffusers class of the pipeline.
         pipeline_options: Arguments with which the pipeline is loaded to make images.
+        guidance: The guidance scale that the denoiser is told unless `train.guidance` says another;
+            None: it is told none.
     """
 
     name: ClassVar[str]
@@ -59,6 +61,7 @@ class ModelFamily(ABC):
     denoiser_class: ClassVar[Any]
     pipeline_class: ClassVar[Any]
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    guidance: ClassVar[float | None] = None
 
     @abstractmethod
     def recognizes(self, folder: Path) -> bool:

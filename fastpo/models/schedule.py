@@ -7,7 +7,7 @@ place; the denoiser is told `timesteps[place]`, a whole number or a real one, in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,6 +176,20 @@ def flow_schedule(
         latent_scale=latent_scale,
         latent_shift=latent_shift,
     )
+
+
+def with_shift(schedule: NoiseSchedule, shift: float) -> NoiseSchedule:
+    """Returns a schedule of flow matching with another shift in the place of its own.
+
+    `sigma = shift s / (1 + (shift - 1) s)` of `s = 1/T, ..., 1`. What the denoiser is told stays
+    the linear function of sigma that it was.
+    """
+    even = torch.arange(1, len(schedule) + 1, dtype=torch.float64) / len(schedule)
+    sigma = shift * even / (1.0 + (shift - 1.0) * even)
+    (low, high), (first, last) = (t[[0, -1]].double() for t in (schedule.sigma, schedule.timesteps))
+    told = first + (sigma - low) * ((last - first) / (high - low))
+    sigma = sigma.float()
+    return replace(schedule, signal=1.0 - sigma, sigma=sigma, timesteps=told.float())
 
 
 def dynamic_shift(config: Any, tokens: int) -> float:

@@ -24,12 +24,13 @@ from fastpo.config.timesteps import (
     BinTimesteps,
     ListTimesteps,
     LogitNormalTimesteps,
+    SigmaTimesteps,
     TimestepsConfig,
     UniformTimesteps,
 )
 from fastpo.errors import ConfigError
 from fastpo.models.folder import ModelFolder
-from fastpo.models.schedule import NoiseSchedule
+from fastpo.models.schedule import NoiseSchedule, with_shift
 from fastpo.types import NoisedPair, PairBatch
 from fastpo_kernels.pair_noise import Stream, noised_pair, pair_uniform
 
@@ -63,6 +64,7 @@ class PairNoise:
         max_timestep: First place not drawn.
         sample_latents: Draw the latents from the VAE's posterior, else take its mean.
         table: The places to draw from, or None: each of the range equally often.
+        guidance: The guidance scale that the denoiser is told; None: it is told none.
     """
 
     schedule: NoiseSchedule
@@ -71,6 +73,7 @@ class PairNoise:
     max_timestep: int
     sample_latents: bool
     table: TimestepTable | None = None
+    guidance: float | None = None
 
     def noised_pair(self, batch: PairBatch) -> NoisedPair:
         """Adds the pair's shared noise at its shared timestep and forms the target."""
@@ -93,7 +96,11 @@ class PairNoise:
         if table is not None:
             index = table.index[index]
         return NoisedPair(
-            noisy_latents=noisy, index=index, timesteps=schedule.timesteps[index], target=target
+            noisy_latents=noisy,
+            index=index,
+            timesteps=schedule.timesteps[index],
+            target=target,
+            guidance=1.0 if self.guidance is None else self.guidance,
         )
 
     def empty_prompts(self, batch: PairBatch, rate: float) -> Tensor:
@@ -118,9 +125,8 @@ class PairNoise:
 
         With `snr = signal_t^2 / sigma_t^2`: `min(snr, gamma) / snr` where the noise is predicted,
         `min(snr, gamma) / (snr + 1)` where the velocity is. Hang et al. 2023 (arXiv 2303.09556),
-        section 3.4. Without signal (snr = 0) it is 1 and 0. Under flow matching an error of the
-        target is `1 / sigma_t` times one of the image: `min(snr, gamma) sigma_t^2`. The weights'
-        mean is below 1, so they also lower the step's length.
+        section 3.4. Without signal (snr = 0) it is 1 and 0. The weights' mean is below 1, so they
+        also lower the step's length. Flow matching has no such weight, see `setup_noise`.
 
         Args:
             index: `(B,)` int64, places of the schedule.
@@ -128,12 +134,9 @@ class PairNoise:
         """
         if gamma is None:
             return None
-        sigma = self.schedule.sigma[index]
-        snr = (self.schedule.signal[index] / sigma).square()
+        snr = (self.schedule.signal[index] / self.schedule.sigma[index]).square()
         if self.schedule.prediction == "epsilon":
             return (gamma / snr).clamp(max=1.0)
-        if self.schedule.prediction == "flow":
-            return snr.clamp(max=gamma) * sigma.square()
         return snr.clamp(max=gamma) / (snr + 1.0)
 
     def identity(self) -> dict[str, str]:
@@ -155,6 +158,7 @@ class PairNoise:
             "train.max_timestep": str(self.max_timestep),
             "train.timesteps": "uniform" if table is None else _digest(table.index),
             "train.sample_latents": str(self.sample_latents).lower(),
+            **({} if self.guidance is None else {"train.guidance": repr(self.guidance)}),
         }
 
 
@@ -236,6 +240,21 @@ def timestep_quantiles(kind: TimestepsConfig, low: int, high: int, length: int) 
     return low + steps.clamp(0, high - low - 1)
 
 
+def _nearest_places(kind: SigmaTimesteps, schedule: NoiseSchedule) -> Tensor:
+    """The places whose factor of the noise is nearest to each of those listed, int64.
+
+    Raises:
+        ConfigError: The model is not trained with flow matching.
+    """
+    if schedule.prediction != "flow":
+        raise ConfigError(
+            "train.timesteps.kind: sigmas are factors of the noise under flow matching, with which "
+            f"this model is not trained ({schedule.prediction}); list its timesteps with kind: list"
+        )
+    wanted = torch.tensor(kind.values, dtype=torch.float64)
+    return (wanted[:, None] - schedule.sigma.cpu().double()).abs().argmin(dim=1)
+
+
 def _bin_quantiles(kind: BinTimesteps, level: Tensor) -> Tensor:
     """Inverts the piecewise linear distribution function of equal bins with the given weights."""
     weights = torch.tensor(kind.weights, dtype=torch.float64)
@@ -281,7 +300,10 @@ def make_noise(
             f"(the schedule's length), got {min_timestep} and {high}"
         )
     table = None
-    drawn = timestep_quantiles(timesteps or UniformTimesteps(), min_timestep, high, length)
+    if isinstance(timesteps, SigmaTimesteps):
+        drawn = _nearest_places(timesteps, schedule)
+    else:
+        drawn = timestep_quantiles(timesteps or UniformTimesteps(), min_timestep, high, length)
     if drawn is not None:
         columns = (drawn, schedule.signal[drawn], schedule.sigma[drawn])
         table = TimestepTable(*(column.to(device) for column in columns))
@@ -310,8 +332,8 @@ def setup_noise(
         ConfigError: As in `make_noise`.
     """
     train = config.train
-    return make_noise(
-        model.family.schedule(model, config.prepare.resolution),
+    noise = make_noise(
+        _schedule(config, model),
         seed=config.seed,
         min_timestep=train.min_timestep,
         max_timestep=train.max_timestep,
@@ -319,3 +341,32 @@ def setup_noise(
         timesteps=train.timesteps,
         device=device,
     )
+    usual = model.family.guidance
+    if usual is None and train.guidance is not None:
+        raise ConfigError(
+            f"train.guidance: {model.family.name} is told no guidance scale, got {train.guidance}"
+        )
+    return replace(noise, guidance=usual if train.guidance is None else train.guidance)
+
+
+def _schedule(config: Config, model: ModelFolder) -> NoiseSchedule:
+    """The model's schedule with the shift asked for.
+
+    Raises:
+        ConfigError: A key does not go with the model's kind of training.
+    """
+    schedule, train = model.family.schedule(model, config.prepare.resolution), config.train
+    if schedule.prediction == "flow":
+        if train.snr_gamma is not None:
+            raise ConfigError(
+                "train.snr_gamma: min-SNR evens out the errors of noise predictions; under flow "
+                f"matching, with which {model.family.name} is trained, it means nothing: leave it "
+                "out, and choose with train.timesteps which noise counts more"
+            )
+        return schedule if train.flow_shift is None else with_shift(schedule, train.flow_shift)
+    if train.flow_shift is not None:
+        raise ConfigError(
+            f"train.flow_shift: {model.family.name} is not trained with flow matching, got "
+            f"{train.flow_shift:g}"
+        )
+    return schedule

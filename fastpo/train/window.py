@@ -43,6 +43,7 @@ def some_noised(noised: NoisedPair, rows: Tensor) -> NoisedPair:
         index=noised.index[rows],
         timesteps=noised.timesteps[rows],
         target=noised.target[rows if shared else sides],
+        guidance=noised.guidance,
     )
 
 

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
@@ -11,7 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 
 from fastpo.errors import ModelError
 from fastpo.models.folder import ModelFolder
-from fastpo.models.schedule import ddpm_schedule, flow_schedule, read_ddpm_schedule
+from fastpo.models.schedule import ddpm_schedule, flow_schedule, read_ddpm_schedule, with_shift
 from fastpo.noise import make_noise
 
 OPTIONS = {"seed": 0, "min_timestep": 0, "max_timestep": None, "sample_latents": False}
@@ -54,11 +56,27 @@ def test_a_sampler_that_predicts_the_image_is_refused():
         ddpm_schedule(DDPMScheduler(100, prediction_type="sample"), {})
 
 
-def test_min_snr_under_flow_matching_weighs_errors_of_the_image():
-    """An error d of `noise - x` is one of `sigma d` of the image."""
-    schedule = flow_schedule(FlowMatchEulerDiscreteScheduler())
-    weight = make_noise(schedule, **OPTIONS).snr_weight(torch.arange(1000), 5.0)
-    snr = ((1 - schedule.sigma) / schedule.sigma).square()
-    torch.testing.assert_close(weight / schedule.sigma.square(), snr.clamp(max=5.0))
-    assert weight.max() <= 1.0
-    assert weight[-1] == 0.0
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_a_shift_by_the_resolution_is_the_pipelines(tokens):
+    """As FLUX.1 calls its scheduler, with as many sampling steps as the schedule has places."""
+    options = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    scheduler = FlowMatchEulerDiscreteScheduler(**options, shift_terminal=0.02)
+    found = flow_schedule(scheduler, tokens=tokens)
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 1000, 1000), mu=mu)
+    torch.testing.assert_close(found.sigma, scheduler.sigmas[:-1].flip(0))
+    torch.testing.assert_close(found.timesteps, scheduler.timesteps.flip(0))
+    assert float(found.sigma[0]) == pytest.approx(0.02)
+
+
+def test_another_shift_takes_the_place_of_the_models_own():
+    own = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    backward = replace(own, timesteps=1.0 - own.sigma)
+    for shift in (1.0, 5.0):
+        expected = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=shift))
+        torch.testing.assert_close(with_shift(own, shift).sigma, expected.sigma)
+        torch.testing.assert_close(with_shift(own, shift).timesteps, expected.timesteps)
+        torch.testing.assert_close(with_shift(own, shift).signal, 1.0 - expected.sigma)
+        told = with_shift(backward, shift).timesteps
+        assert told.dtype == torch.float32
+        torch.testing.assert_close(told, 1.0 - expected.sigma)

@@ -246,7 +246,7 @@ def test_the_denoiser_is_told_real_numbers_and_the_ledger_counts_places(cache, c
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_learns_resumes_and_exports(cache, config_of, method, toy):
-    options = {"method": method, "ema_decay": 0.9, "empty_prompt_rate": 0.2, "snr_gamma": 5.0}
+    options = {"method": method, "ema_decay": 0.9, "empty_prompt_rate": 0.2}
     whole = train(config_of(f"whole-{method}", **options), progress=False)
     course = losses(whole)
     assert sum(course[-10:]) < 0.8 * sum(course[:10])
