@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
+from fastpo.models.attention import AttentionName
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.schedule import NoiseSchedule, flow_schedule, vae_number
 from fastpo.models.weights import load_part
 from fastpo.precision import DTYPES
+
+if TYPE_CHECKING:
+    from fastpo.models.family import Denoiser
 
 _FEW_STEPS = re.compile(
     r"(?i)(?<![a-z])(turbo|lightning|schnell|distilled|lcm|hyper|sprint)(?![a-z])"
@@ -40,6 +44,7 @@ class FlowFamily(ModelFamily):
         vae_class: The diffusers class of the VAE.
         latent_channels: Of the VAE.
         scheduler_class: The scheduler that the family was trained for.
+        sdpa_alone: Whether its layers ignore `set_attention_backend`.
     """
 
     denoiser = "transformer"
@@ -49,6 +54,7 @@ class FlowFamily(ModelFamily):
     vae_class: ClassVar[Any] = AutoencoderKL
     latent_channels: ClassVar[int] = 16
     scheduler_class: ClassVar[Any] = FlowMatchEulerDiscreteScheduler
+    sdpa_alone: ClassVar[bool] = False
 
     def recognizes(self, folder: Path) -> bool:
         """By the pipeline's name in `model_index.json`; its relatives are refused."""
@@ -174,6 +180,19 @@ class FlowFamily(ModelFamily):
             latent_scale=vae_number(vae, "scaling_factor", 1.0),
             latent_shift=vae_number(vae, "shift_factor", 0.0),
         )
+
+    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
+        """As `ModelFamily.use_attention`.
+
+        Raises:
+            ConfigError: The transformer's layers would ignore what is asked for.
+        """
+        if self.sdpa_alone and name != "sdpa":
+            raise ConfigError(
+                f"train.attention: {self.name} runs with sdpa alone (torch takes its flash kernel "
+                f"by itself where that fits), got {name}"
+            )
+        super().use_attention(denoiser, name)
 
     def load_vae(self, folder: ModelFolder, config: PrepareConfig, device: torch.device) -> Any:
         """Loads the VAE in evaluation mode."""

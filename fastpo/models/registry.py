@@ -18,6 +18,8 @@ FAMILIES = {
     "sdxl": "fastpo.models.unet:SDXL",
     "sd15": "fastpo.models.unet:SD15",
     "sd3": "fastpo.models.sd3:SD3",
+    "flux": "fastpo.models.flux:Flux",
+    "sana": "fastpo.models.sana:Sana",
 }
 """Name to `module:class`; a module is imported when one of its models is looked for."""
 

@@ -129,7 +129,12 @@ def ddpm_schedule(scheduler: Any, vae_config: dict[str, Any]) -> NoiseSchedule:
 
 
 def vae_number(config: dict[str, Any], key: str, default: float) -> float:
-    """Returns a finite number of the VAE's configuration, the default where it is null or missing.
+    """As `config_number`, of the VAE's configuration."""
+    return config_number(config, key, default, "the VAE")
+
+
+def config_number(config: dict[str, Any], key: str, default: float, part: str) -> float:
+    """Returns a finite number of a configuration, the default where it is null or missing.
 
     Raises:
         ModelError: It is none.
@@ -138,7 +143,7 @@ def vae_number(config: dict[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
-        raise ModelError(f"the VAE's {key} must be a number, got {ascii(value)[:80]}")
+        raise ModelError(f"{part}'s {key} must be a number, got {ascii(value)[:80]}")
     return value
 
 

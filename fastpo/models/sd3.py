@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError
-from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_clip
 from fastpo.models.flow import FlowFamily
 from fastpo.models.folder import ModelFolder
@@ -29,9 +28,6 @@ from fastpo.models.geometry import Geometry
 from fastpo.models.t5 import load_t5, t5_cut, t5_states
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
-
-if TYPE_CHECKING:
-    from fastpo.models.family import Denoiser
 
 TEXT_LENGTH = 256
 """Tokens of T5 that the pipeline takes."""
@@ -99,6 +95,7 @@ class SD3(FlowFamily):
     denoiser_class = SD3Transformer2DModel
     pipeline_class = StableDiffusion3Pipeline
     pipeline_prefix = "StableDiffusion3"
+    sdpa_alone = True
 
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
@@ -133,18 +130,6 @@ class SD3(FlowFamily):
                 + (" or prepare.buckets=false" if resolution <= side else "")
             )
         return found
-
-    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
-        """Takes torch's own choice alone: these layers ignore `set_attention_backend`.
-
-        Raises:
-            ConfigError: Another attention is asked for.
-        """
-        if name != "sdpa":
-            raise ConfigError(
-                f"train.attention: {self.name} runs with sdpa alone (torch takes its flash kernel "
-                f"by itself where that fits), got {name}"
-            )
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig

@@ -121,3 +121,104 @@ def tiny_sd3_folder(path: Path, *, seed: int = 0, large: bool = False) -> Path:
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
     return save_pipeline(pipeline, path)
+
+
+def tiny_flux_folder(path: Path, *, seed: int = 0) -> Path:
+    """Writes a pipeline of FLUX.1-dev's kind; args and return value as in `tiny_sd3_folder`."""
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from transformers import CLIPTextModel
+
+    with seeded(seed):
+        tokenizer, letters = clip_tokenizer(), t5_tokenizer()
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, hidden_size=16)),
+            tokenizer=tokenizer,
+            text_encoder_2=tiny_t5(letters, width=32),
+            tokenizer_2=letters,
+            transformer=transformer,
+        )
+    return save_pipeline(pipeline, path)
+
+
+def gemma_tokenizer() -> Any:
+    """A Gemma tokenizer of single letters, which puts its first token before each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GemmaTokenizerFast
+
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.:->'()\n"
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
+    tokenizer = GemmaTokenizerFast(vocab={name: i for i, name in enumerate(names)})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return tokenizer
+
+
+def tiny_sana_folder(path: Path, *, seed: int = 0) -> Path:
+    """Writes a pipeline of Sana's kind; args and return value as in `tiny_sd3_folder`."""
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+    from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+    from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from transformers import Gemma2Config, Gemma2Model
+
+    with seeded(seed):
+        tokenizer = gemma_tokenizer()
+        text = Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+        levels: Any = (8, 16, 32)
+        vae = AutoencoderDC(
+            attention_head_dim=8,
+            encoder_block_out_channels=levels,
+            decoder_block_out_channels=levels,
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            scaling_factor=0.41407,
+        )
+        transformer = SanaTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=8,
+        )
+        scheduler: Any = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        pipeline = SanaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=Gemma2Model(text),
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+    return save_pipeline(pipeline, path)

@@ -7,6 +7,7 @@ step's result, so that the pipeline's own last lines decode them. A family joins
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from fastpo.config.sections import PrepareConfig
 from fastpo.models.folder import ModelFolder
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
-from fastpo.testing.flow import tiny_sd3_folder
+from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
 from fastpo.types import NoisedPair
 
 PROMPTS = ["a cat", "a small dog beside a red house"]
@@ -63,11 +64,22 @@ def sizes(height, width):
     return {"add_time_ids": torch.tensor([[height, width, 0, 0, height, width]] * 2).float()}
 
 
+def tokens_of(latents, pipeline, size):
+    """FLUX.1's: two by two latent pixels a token."""
+    return pipeline._pack_latents(latents, *latents.shape)
+
+
+def latents_of(tokens, pipeline, size):
+    return pipeline._unpack_latents(tokens, *size, pipeline.vae_scale_factor)
+
+
 CASES = (
     Case("sd15", tiny_sd15_folder, scheduler="DDIMScheduler"),
     Case("sdxl", tiny_sdxl_folder, scheduler="DDIMScheduler", pair_conditions=sizes),
     Case("sd3.5-medium", tiny_sd3_folder),
     Case("sd3.5-large", lambda path: tiny_sd3_folder(path, large=True)),
+    Case("flux.1-dev", tiny_flux_folder, pack=tokens_of, unpack=latents_of),
+    Case("sana", tiny_sana_folder, size=(32, 64)),
 )
 
 
@@ -135,11 +147,13 @@ class Stock:
         size, (set_timesteps, step) = case.size, (scheduler.set_timesteps, scheduler.step)
         end = case.pack(latents if end is None else end, self.pipeline, size)
 
+        @wraps(set_timesteps)  # pipelines look at what it takes
         def at_the_place(*args, **kwargs):
             set_timesteps(*args, **kwargs)
             scheduler.timesteps = self.time(place)
             scheduler.num_inference_steps = 1
 
+        @wraps(step)
         def record(model_output, timestep, sample, *args, **kwargs):
             recorded.output = case.unpack(model_output, self.pipeline, size)
             recorded.sample = case.unpack(sample, self.pipeline, size)

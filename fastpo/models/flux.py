@@ -1,0 +1,170 @@
+"""FLUX.1-dev: a transformer on tokens of 2 x 2 latent pixels, distilled from guided predictions.
+
+Conditions: `prompt_embeds` `(B, L, D)`, the states of T5 with its padding, and `pooled` `(B, P)`,
+CLIP's. The transformer reads no mask. It is told `sigma`, which it multiplies by 1000 itself, and a
+guidance scale, and answers `noise - x`. Positions are ids: rows and columns of the image's tokens,
+zeros for text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from torch import Tensor, nn
+
+from fastpo.config.sections import PrepareConfig
+from fastpo.errors import ConfigError, ModelError
+from fastpo.models.encoders import Encoders, load_clip
+from fastpo.models.flow import FlowFamily
+from fastpo.models.folder import ModelFolder
+from fastpo.models.t5 import load_t5, t5_cut, t5_states
+from fastpo.precision import DTYPES
+from fastpo.types import NoisedPair
+
+TEXT_LENGTH = 512
+"""Tokens of T5 that the pipeline takes, and the most that it takes."""
+
+
+@dataclass(frozen=True)
+class FluxEncoders(Encoders):
+    """CLIP for the summary of a prompt, T5 for its words.
+
+    Attributes:
+        length: Tokens of T5.
+    """
+
+    length: int = TEXT_LENGTH
+
+    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encodes prompts as the pipeline's `encode_prompt` does."""
+        tokenizer, encoder = self.tokenizers[0], self.text_encoders[0]
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        pooled = encoder(tokens["input_ids"].to(self.device)).pooler_output
+        t5 = t5_states(self.tokenizers[1], self.text_encoders[1], prompts, self.length)
+        return {"prompt_embeds": t5, "pooled": pooled}
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """As `Encoders.count_cut`, by T5, which reads the words."""
+        return t5_cut(self.tokenizers[1], prompts, self.length)
+
+
+class Flux(FlowFamily):
+    """FLUX.1-dev, and what was fine-tuned from it."""
+
+    name = "flux"
+    encoder_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    lora_targets = (
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    denoiser_class = FluxTransformer2DModel
+    pipeline_class = FluxPipeline
+    pipeline_prefix = r"Flux(?!\d)"
+    guidance = 1.0
+
+    def check(self, folder: ModelFolder) -> None:
+        """As `FlowFamily.check`; the transformer and the schedule must be FLUX.1-dev's."""
+        super().check(folder)
+        config, path = self.denoiser_config(folder), folder.component("transformer") / "config.json"
+        if not config.get("guidance_embeds"):
+            raise ModelError(
+                f"{path}: FastPO trains FLUX.1-dev, which is told a guidance scale; this "
+                "transformer is told none (guidance_embeds is false), as FLUX.1-schnell's, which "
+                "was distilled to four steps"
+            )
+        channels = config.get("in_channels", 64), config.get("out_channels") or 64
+        if channels != (64, 64):
+            raise ModelError(
+                f"{path}: FLUX.1-dev maps 64 numbers a token to 64; this transformer maps "
+                f"{channels[0]} to {channels[1]}, as those for control and filling in do"
+            )
+        if not self.scheduler_config(folder).get("use_dynamic_shifting"):
+            raise ModelError(
+                f"{folder.path / 'scheduler'}: FLUX.1-dev's noise is shifted by the resolution "
+                "(use_dynamic_shifting); this scheduler's is not"
+            )
+
+    def load_encoders(
+        self, folder: ModelFolder, config: PrepareConfig, device: torch.device
+    ) -> Encoders:
+        """Loads the VAE, CLIP and T5."""
+        from transformers import CLIPTextModel
+
+        self.refuse_clip_options(config)
+        length = self.text_length(config)
+        dtype = DTYPES[config.text_precision]
+        parts = [
+            load_clip(folder, "text_encoder", CLIPTextModel, dtype),
+            load_t5(folder, "text_encoder_2", dtype),
+        ]
+        tokenizers, texts = zip(*parts, strict=True)
+        for module in texts:
+            module.to(device).eval().requires_grad_(False)
+        vae = self.load_vae(folder, config, device)
+        return FluxEncoders(vae, tokenizers, texts, device, length=length)
+
+    def text_length(self, config: PrepareConfig) -> int:
+        """Returns the tokens of T5.
+
+        Raises:
+            ConfigError: There are more than the pipeline takes.
+        """
+        length = config.text_length or TEXT_LENGTH
+        if length > TEXT_LENGTH:
+            raise ConfigError(
+                f"prepare.text_length: FLUX.1's pipeline takes at most {TEXT_LENGTH} tokens, got "
+                f"{length}"
+            )
+        return length
+
+    def denoiser_factor(self, folder: ModelFolder) -> int:
+        """A token is 2 x 2 latent pixels, though `patch_size` is 1: the pipeline packs them."""
+        return 2
+
+    def told(self, sigma: Tensor) -> Tensor:
+        """As `FlowFamily.told`."""
+        return sigma.clone()
+
+    def prompt_arguments(
+        self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig
+    ) -> dict[str, Any]:
+        """As `ModelFamily.prompt_arguments`, with the length of T5's text."""
+        return {"prompt": list(prompts), "max_sequence_length": self.text_length(config)}
+
+    def predict(
+        self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """As `ModelFamily.predict`."""
+        latents = noised.noisy_latents
+        rows, channels, height, width = latents.shape
+        device, dtype = latents.device, latents.dtype
+        text = conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1)
+        sides = height // 2, width // 2
+        answer = denoiser(
+            hidden_states=FluxPipeline._pack_latents(latents, rows, channels, height, width),
+            timestep=noised.timesteps.repeat(2),
+            guidance=torch.full((rows,), noised.guidance, device=device),
+            pooled_projections=conditions["pooled"].to(dtype).repeat(2, 1),
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=device),
+            img_ids=FluxPipeline._prepare_latent_image_ids(rows, *sides, device, torch.float32),
+            return_dict=False,
+        )[0]
+        return FluxPipeline._unpack_latents(answer, height, width, 1)
