@@ -1,7 +1,9 @@
 """What families of flow matching refuse, by name and before anything is encoded."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.folder import ModelFolder
-from fastpo.testing.flow import tiny_sd3_folder
+from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
+from fastpo.types import NoisedPair
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,95 @@ def test_longer_text_is_cut_and_counted_at_the_length_asked_for(sd3):
     encoders = model.family.load_encoders(model, config, torch.device("cpu"))
     assert encoders.encode_prompts(["a cat"])["prompt_embeds"].shape == (1, 77 + 16, 48)
     assert encoders.count_cut(["a cat", "a cat on a red house"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "values", "text"),
+    [
+        (
+            tiny_flux_folder,
+            "model_index.json",
+            {"_class_name": "FluxFillPipeline"},
+            "not its relative 'FluxFillPipeline'",
+        ),
+        (
+            tiny_flux_folder,
+            "transformer/config.json",
+            {"guidance_embeds": False},
+            r"guidance_embeds is false\), as FLUX.1-schnell's",
+        ),
+        (
+            tiny_flux_folder,
+            "transformer/config.json",
+            {"in_channels": 384},
+            "this transformer maps 384 to 64",
+        ),
+        (
+            tiny_flux_folder,
+            "scheduler/scheduler_config.json",
+            {"use_dynamic_shifting": False},
+            "FLUX.1-dev's noise is shifted by the resolution",
+        ),
+        (
+            tiny_sana_folder,
+            "model_index.json",
+            {"_class_name": "SanaSprintPipeline"},
+            "not its relative 'SanaSprintPipeline'",
+        ),
+        (
+            tiny_sana_folder,
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "epsilon"},
+            "with use_flow_sigmas and prediction_type: flow_prediction; got .* 'epsilon'",
+        ),
+        (
+            tiny_sana_folder,
+            "transformer/config.json",
+            {"guidance_embeds": True},
+            "as in Sana-Sprint, which was distilled",
+        ),
+    ],
+)
+def test_relatives_of_flux_and_sana_are_refused_by_name(tmp_path, make, file, values, text):
+    change(make(tmp_path / "model") / file, **values)
+    with pytest.raises(ModelError, match=text) as caught:
+        family(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("resolution", "middle"), [(32, 0.5), (64, 0.75)])
+def test_flux_shifts_the_noise_by_the_resolution(tmp_path, resolution, middle):
+    """`exp(mu) / (exp(mu) + 1 / s - 1)` at s = 1/2, `mu` linear in the number of tokens."""
+    folder = tiny_flux_folder(tmp_path / "model")
+    mu = math.log(middle / (1.0 - middle))
+    tokens = {32: 64, 64: 256}  # of 4 pixels a side
+    shifts = {"base_shift": 0.0, "base_image_seq_len": 64}
+    shifts |= {"max_shift": math.log(3.0), "max_image_seq_len": 256}
+    change(folder / "scheduler" / "scheduler_config.json", **shifts)
+    model = ModelFolder(folder)
+    assert model.family.tokens(model, resolution) == tokens[resolution]
+    schedule = model.family.schedule(model, resolution)
+    assert float(schedule.sigma[499]) == pytest.approx(middle, abs=1e-6)
+    assert mu == pytest.approx(math.log(3.0) * (resolution == 64))
+    assert torch.equal(schedule.timesteps, schedule.sigma)
+
+
+def test_sana_trains_with_the_shift_of_its_solver(tmp_path):
+    model = ModelFolder(tiny_sana_folder(tmp_path / "model"))
+    schedule = model.family.schedule(model, 32)
+    assert float(schedule.sigma[499]) == pytest.approx(0.75)  # 3 s / (1 + 2 s) at s = 1/2
+    assert float(schedule.timesteps[499]) == pytest.approx(750.0)
+
+
+def test_flux_is_told_the_guidance_scale_asked_for(tmp_path):
+    model = ModelFolder(tiny_flux_folder(tmp_path / "model"))
+    denoiser, generator = model.family.load_denoiser(model), torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, 4, 4, generator=generator)
+    conditions = {"prompt_embeds": torch.randn(1, 8, 32), "pooled": torch.randn(1, 16)}
+    at = NoisedPair(latents, torch.tensor([500]), torch.tensor([0.5]), latents)
+    with torch.no_grad():
+        found = [
+            model.family.predict(denoiser, replace(at, guidance=scale), conditions)
+            for scale in (1.0, 3.5)
+        ]
+    assert not torch.allclose(*found, atol=1e-4)

@@ -246,10 +246,16 @@ def test_the_denoiser_is_told_real_numbers_and_the_ledger_counts_places(cache, c
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_learns_resumes_and_exports(cache, config_of, method, toy):
-    options = {"method": method, "ema_decay": 0.9, "empty_prompt_rate": 0.2}
+    options = {
+        "method": method,
+        "objective": {"name": "sft"},  # of random pairs there is no preference to be learned
+        "optim": {"lr": 1e-2, "schedule": "constant"},
+        "ema_decay": 0.9,
+        "empty_prompt_rate": 0.2,
+    }
     whole = train(config_of(f"whole-{method}", **options), progress=False)
     course = losses(whole)
-    assert sum(course[-10:]) < 0.8 * sum(course[:10])
+    assert sum(course[-10:]) < 0.9 * sum(course[:10])
     end = weights(whole, 40)
     assert end
     assert all(torch.isfinite(tensor).all() for tensor in end.values())
