@@ -18,5 +18,6 @@ def input_paths(config: Config) -> list[Path]:
         config.train.deepspeed,
         config.prepare.reuse,
         config.evaluate.prompts_file,
+        *(text.partition(":")[2] for text in config.evaluate.prompt_sets if ":" in text),
     )
     return [Path(path).expanduser() for path in named if path is not None]

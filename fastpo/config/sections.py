@@ -185,6 +185,11 @@ class EvaluateConfig(Section):
     """What to sample; none of them should be in the training data."""
     prompts_file: Annotated[UserPath | None, decides("images")] = None
     """One prompt per line, after those above."""
+    prompt_sets: Annotated[tuple[str, ...], decides("images")] = ()
+    """Published prompts: `pickapic`, `parti`, `hpdv2`, `geneval`, or `lines` for a text file, each
+    with its file or folder after a colon."""
+    prompts_per_set: Annotated[PositiveInt | None, decides("images")] = None
+    """How many of each set's first prompts to take, of `hpdv2` of each style; none: all."""
     seeds_per_prompt: Annotated[PositiveInt, decides("images")] = 4
     """Images of each prompt."""
     first_seed: Annotated[Count, decides("images")] = 0

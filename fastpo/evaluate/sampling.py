@@ -23,6 +23,7 @@ from PIL import Image
 from fastpo.config import Config, decided_values
 from fastpo.errors import CheckpointError, ConfigError, DataError, one_line
 from fastpo.evaluate.folders import SAMPLES, SET, partial_folder
+from fastpo.evaluate.prompt_sets import configured_sets
 from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
@@ -30,7 +31,7 @@ from fastpo.models.weights import load_component
 from fastpo.precision import DTYPES
 from fastpo.system.checksums import checksum
 from fastpo.system.files import is_temporary, sweep, whole_file, write_json
-from fastpo.system.json_text import read_bounded, read_json
+from fastpo.system.json_text import read_json
 from fastpo.system.ownership import (
     check_replaceable,
     claim,
@@ -40,19 +41,15 @@ from fastpo.system.ownership import (
 )
 from fastpo.system.process import default_device
 from fastpo.system.progress import progress_bar
-from fastpo.types import MOST_PROMPT
 
 # Keys whose content the fingerprint holds instead: weights, prompts, seeds, and the images' size.
 BY_CONTENT = (
     *("model.path", "model.config", "model.revision", "model.variant", "model.vae"),
     "prepare.resolution",
-    *("evaluate.prompts", "evaluate.prompts_file", "evaluate.seeds_per_prompt"),
+    *("evaluate.prompts", "evaluate.prompts_file", "evaluate.prompt_sets"),
+    *("evaluate.prompts_per_set", "evaluate.seeds_per_prompt"),
     *("evaluate.first_seed", "evaluate.height", "evaluate.width"),
 )
-
-
-MOST_PROMPTS_BYTES = 1 << 26
-"""Of `evaluate.prompts_file`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,36 +75,24 @@ class Sample:
 def plan_samples(config: Config) -> list[Sample]:
     """Lists what is sampled: `seeds_per_prompt` images of each prompt.
 
-    A prompt given twice counts once. Sample i has the seed `first_seed + i`: a seed of its own, so
+    Prompts are `evaluate.prompts`, those of `evaluate.prompts_file` and `evaluate.prompt_sets`. A
+    prompt given twice counts once. Sample i has the seed `first_seed + i`: a seed of its own, so
     that samples of different prompts are independent, which their intervals rest on.
 
     Raises:
-        ConfigError: No prompt is given, the file of prompts is missing, or one is too long.
+        ConfigError: No prompt is given, a file of prompts is missing or not as published, or a
+            prompt is too long.
     """
-    options = config.evaluate
-    prompts = list(options.prompts)
-    if options.prompts_file is not None:
-        try:
-            text = read_bounded(options.prompts_file, MOST_PROMPTS_BYTES).decode("utf-8-sig")
-            lines = text.splitlines()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(
-            "nothing to sample: give evaluate.prompts (a list) or evaluate.prompts_file (a text "
-            "file, one prompt per line)"
-        )
-    for number, prompt in enumerate(prompts):
-        if len(prompt) > MOST_PROMPT:
-            raise ConfigError(
-                f"evaluate.prompts: prompt {number} (from 0) has {len(prompt):,} characters, at "
-                f"most {MOST_PROMPT:,} are taken"
-            )
-    each = options.seeds_per_prompt
+    prompts = [prompt for one in configured_sets(config) for prompt in one.prompts]
+    return list_samples(config, list(dict.fromkeys(prompts)))
+
+
+def list_samples(config: Config, prompts: Sequence[str]) -> list[Sample]:
+    """Lists `seeds_per_prompt` images of each of some distinct prompts; see `plan_samples`."""
+    each, first = config.evaluate.seeds_per_prompt, config.evaluate.first_seed
     return [
-        Sample(p, prompt, options.first_seed + p * each + k)
-        for p, prompt in enumerate(dict.fromkeys(prompts))
+        Sample(p, prompt, first + p * each + k)
+        for p, prompt in enumerate(prompts)
         for k in range(each)
     ]
 

@@ -61,9 +61,13 @@ class TrainingSamples:
             return
         evaluate = config.evaluate.model_copy(update={"seeds_per_prompt": 1})
         if config.train.sample_prompts:
-            chosen = {"prompts": config.train.sample_prompts, "prompts_file": None}
+            chosen = {
+                "prompts": config.train.sample_prompts,
+                "prompts_file": None,
+                "prompt_sets": (),
+            }
             evaluate = evaluate.model_copy(update=chosen)
-        elif not evaluate.prompts and evaluate.prompts_file is None:
+        elif not (evaluate.prompts or evaluate.prompts_file or evaluate.prompt_sets):
             raise ConfigError(
                 "train.sample_every: nothing to sample; give train.sample_prompts, or "
                 "evaluate.prompts"

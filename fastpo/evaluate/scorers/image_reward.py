@@ -173,7 +173,6 @@ def _text_model(parts: dict[str, dict[str, Tensor]], file: Path) -> Any:
         max_position_embeddings=positions,
         layer_norm_eps=told.get("layer_norm_eps", 1e-12),
         is_decoder=True,  # builds the cross-attention; `forward` stays bidirectional
-        attn_implementation="eager",
     )
     return _filled(BlipTextModel(config, add_pooling_layer=False), state, file)
 
