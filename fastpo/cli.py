@@ -320,6 +320,32 @@ def evaluate(
 
 
 @app.command()
+def score(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of images.")],
+    scorers: Annotated[
+        list[str],
+        typer.Option("--scorer", help="As in evaluate.scorers, e.g. pickscore:DIR; repeat."),
+    ],
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="A prompt set in the images' order, e.g. lines:FILE, hpdv2:DIR."),
+    ] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="A .json or .csv file to write; repeat.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images rated at once.")] = 16,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
+) -> None:
+    """Rate images that are there already; prompts from metadata.jsonl or text files beside."""
+    from fastpo.evaluate.score import score_pictures, show
+    from fastpo.evaluate.scorers import build_scorers
+
+    built = build_scorers(scorers, batch_size=batch_size, precision=precision)
+    with catch_signals():
+        show(score_pictures(folders, built, prompts=prompts, out=out or ()), Console())
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that `fastpo train` made.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("report"),
