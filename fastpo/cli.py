@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -298,25 +298,70 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     weights: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            metavar="FOLDER",
+            metavar="[NAME=]FOLDER",
             help="Of the aligned model: a checkpoint, a run that has not ended, or an export such "
-            "as RUN/ema [RUN/final]",
+            "as RUN/ema [RUN/final]; repeat, with --out, for a table of several models",
             show_default=False,
         ),
     ] = None,
     average: Annotated[
         bool, typer.Option("--average", help="The moving average (train.ema_decay).")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for a table of all --weights on each prompt set, with every scorer."
+        ),
+    ] = None,
 ) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
+    named = [_named(text) for text in weights or ()]
+    if out is None and len(named) > 1:
+        raise typer.BadParameter(
+            "several --weights are compared in a table: name its folder, --out"
+        )
     with _configured(config, overrides) as resolved:
-        from fastpo.evaluate import evaluate
         from fastpo.train.consolidate import exported
 
-        with exported(resolved.train.output_dir, weights, average=average) as (folder, step):
+        run = resolved.train.output_dir
+        if out is not None:
+            _evaluate_many(resolved, named or [("final", run / "final")], out, average=average)
+            return
+        from fastpo.evaluate import evaluate
+
+        only = named[0][1] if named else None
+        with exported(run, only, average=average) as (folder, step):
             evaluate(resolved, aligned=folder, step=step)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """Reads `[NAME=]FOLDER`; without a name it is the run's, and the checkpoint's."""
+    name, equals, folder = text.partition("=")
+    if equals and "/" not in name:
+        return name, Path(folder)
+    path = Path(text)
+    parts = [part for part in path.absolute().parts if part not in ("final", "checkpoints")]
+    return "-".join(parts[-2:] if "checkpoints" in path.parts else parts[-1:]), path
+
+
+def _evaluate_many(
+    config: Config, named: Sequence[tuple[str, Path]], out: Path, *, average: bool
+) -> None:
+    from fastpo.evaluate.many import Candidate, evaluate_many
+    from fastpo.evaluate.table_files import show
+    from fastpo.train.consolidate import exported
+
+    with ExitStack() as stack:
+        candidates = []
+        for name, path in named:
+            folder, _ = stack.enter_context(exported(path, path, average=average))
+            candidates.append(Candidate(name, folder))
+        table = evaluate_many(config, candidates, out)
+    if table is not None:
+        show(table, Console())
+        print(out / "index.html")
 
 
 @app.command()

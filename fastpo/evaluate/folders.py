@@ -65,6 +65,12 @@ EVALUATION = Kind(
     r"(base|aligned|\.(base|aligned)\.partial-\w+)/.*|samples\.json|scores\.csv|summary\.json",
     _holds_an_evaluation,
 )
+TABLE_JSON, TABLE_CSV, TABLE_PAGE = "table.json", "table.csv", "index.html"
+TABLE = Kind(
+    "a table of evaluations",
+    r"(images|scores)/.*|table\.(json|csv)|scores\.csv|index\.html",
+    lambda folder: {"rows", "models"} <= _mapping(folder / TABLE_JSON),
+)
 TRAINING_SAMPLES = Kind(
     "a run's sample images",
     r"(base|\.base\.partial-\w+|step-\d{8})/.*",

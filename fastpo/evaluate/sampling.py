@@ -194,12 +194,49 @@ class ImageSampler:
             sweep(folder.parent)
         if holds_samples(folder, samples, fingerprint):
             return False
+        self.make(folder, samples, samples, label=label, aligned=aligned)
+        self.put_together(folder, samples, aligned)
+        return True
+
+    def make(
+        self,
+        folder: Path,
+        samples: Sequence[Sample],
+        some: Sequence[Sample],
+        *,
+        label: str,
+        aligned: Path | None = None,
+    ) -> None:
+        """Makes some of a folder's images beside it, where they wait for the others.
+
+        Args:
+            folder: Where all of them will be.
+            samples: All of them.
+            some: Those to make, unless they are there.
+            label: Name of the model on the progress bar.
+            aligned: As for `fill`.
+
+        Raises:
+            ForeignPathError: As `fill`.
+        """
         check_replaceable(folder, SAMPLES)
-        partial = partial_folder(folder, fingerprint)
+        partial = partial_folder(folder, self.fingerprint(samples, aligned))
         claim(partial, SAMPLES)
-        missing = [sample for sample in samples if not (partial / sample.file).exists()]
+        missing = [sample for sample in some if not (partial / sample.file).exists()]
         if missing:
-            self._sample(partial, missing, len(samples), label, aligned)
+            self._sample(partial, missing, len(some), label, aligned)
+
+    def put_together(
+        self, folder: Path, samples: Sequence[Sample], aligned: Path | None = None
+    ) -> None:
+        """Moves images that are all made to their folder, and removes what earlier calls left.
+
+        Raises:
+            ForeignPathError: As `fill`.
+            FileNotFoundError: An image is missing.
+        """
+        fingerprint = self.fingerprint(samples, aligned)
+        partial = partial_folder(folder, fingerprint)
         sums = {sample.file: checksum(partial / sample.file).xxh3 for sample in samples}
         marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
         marker["files"] = sums
@@ -208,7 +245,6 @@ class ImageSampler:
         for stale in folder.parent.glob(f".{folder.name}.partial-*"):
             if not is_temporary(stale.name) and is_ours(stale, SAMPLES):
                 remove_owned(stale, SAMPLES)
-        return True
 
     def _sample(
         self, folder: Path, missing: list[Sample], total: int, label: str, aligned: Path | None
@@ -250,6 +286,12 @@ class ImageSampler:
         pipeline = self.family.pipeline(self.model, DTYPES[self.config.evaluate.precision])
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
+
+    def drop_pipeline(self) -> None:
+        """Frees the pipeline's memory; the next image loads it again."""
+        self.__dict__.pop("pipeline", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _aligned(self, folder: Path | None) -> Iterator[Any]:

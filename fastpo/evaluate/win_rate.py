@@ -8,6 +8,7 @@ differ by the alignment alone. With wins `w`, ties `t` and `n` comparisons the w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -160,3 +161,53 @@ def bootstrap_mean(
         means.append(drawn @ sums / (drawn @ sizes))
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def sign_flip_test(
+    values: NDArray[np.float64], groups: NDArray[Any], *, seed: int = 0
+) -> float | None:
+    """Returns the two-sided p-value of a paired permutation test of whole groups.
+
+    If the two models were alike, each prompt's sum of gains could as well have the other sign. The
+    p-value is the share of sign patterns whose mean gain is at least as large as the one observed,
+    that one included: over all patterns with up to 13 groups, else over random ones.
+
+    Args:
+        values: `(N,)` gains.
+        groups: `(N,)` labels; equal ones change sign together.
+        seed: Seed of the patterns; the same seed gives the same value.
+
+    Returns:
+        The p-value, or None with a single group.
+    """
+    _, member = np.unique(groups, return_inverse=True)
+    sums = np.bincount(member, weights=values)
+    if len(sums) < 2:
+        return None
+    seen = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # sums of other orders round otherwise
+    if len(sums) <= 13:
+        patterns = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+        return float((np.abs((1 - 2 * patterns) @ sums) >= seen).mean())
+    rng, reached = np.random.default_rng(seed), 1
+    for _ in range(0, RESAMPLES, 500):
+        signs = 1 - 2 * rng.integers(0, 2, (500, len(sums)), dtype=np.int8)
+        reached += int((np.abs(signs @ sums) >= seen).sum())
+    return reached / (RESAMPLES + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values adjusted for their number (S. Holm, Scand. J. Statist. 6, 1979).
+
+    Args:
+        p_values: In any order.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -24,7 +24,6 @@ from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.mixing import make_sampler
 from fastpo.data.prepare.encode import enough_memory
-from fastpo.data.prepare.work import share_work
 from fastpo.errors import ConfigError, ModelError
 from fastpo.loss import pair_errors
 from fastpo.models.denoisers import setup_denoisers
@@ -51,6 +50,7 @@ from fastpo.system.progress import Advance, progress_bar
 from fastpo.system.read_ahead import read_ahead
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
+from fastpo.system.work import share_work
 from fastpo.types import PairBatch
 
 Block = tuple[int, int]  # visit, number

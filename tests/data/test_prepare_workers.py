@@ -18,11 +18,12 @@ from fastpo.config import dump_config, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.manifest import Range
 from fastpo.data.cache.parts import CachePart
-from fastpo.data.prepare import prepare, work
+from fastpo.data.prepare import prepare
 from fastpo.data.prepare.partition import partition_ranges
 from fastpo.data.sources import open_source
 from fastpo.errors import CacheError, ConfigError
 from fastpo.models.encoders import Encoders
+from fastpo.system import work
 from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.testing import write_folder

@@ -70,8 +70,7 @@ def test_prompts_from_each_kind_of_place(tmp_path: Path) -> None:
 def test_scores_are_in_the_files_and_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SCORERS, "length", ScorerEntry(f"{__name__}:Length"))
-    monkeypatch.setattr("fastpo.evaluate.scorers.registry.import_module", lambda _: Holder)
+    monkeypatch.setitem(SCORERS, "length", ScorerEntry("tests.evaluate.test_score:Length"))
     monkeypatch.setattr(score, "SCORE_TOGETHER", 2)
     images = tmp_path / "images"
     for i, text in enumerate(["ab", "a", "ab", "a", "ab"]):
@@ -93,10 +92,6 @@ def test_scores_are_in_the_files_and_the_table(
     assert rows[1]["prompt"] == "a" and rows[1]["file"] == "1.png"
     with pytest.raises(ConfigError, match="exists and is not replaced"):
         score_pictures([images], [Red()], out=out, progress=False)
-
-
-class Holder:
-    Length = Length
 
 
 def test_a_missing_prompt_is_named_where_a_scorer_needs_it(tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ from fastpo.data.prepare.verify_source import (
     pair_digests,
     read_image,
 )
-from fastpo.data.prepare.work import share_work
 from fastpo.data.sources import PairSource, open_source, source_stamps
 from fastpo.data.sources.bad_rows import MOST_TOLD, BadRows
 from fastpo.data.sources.base import PromptTable
@@ -63,6 +62,7 @@ from fastpo.system.read_ahead import read_ahead
 from fastpo.system.retry import retrying
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
+from fastpo.system.work import share_work
 from fastpo.types import PreferencePair
 
 
