@@ -76,6 +76,10 @@ class Encoders(ABC):
         """Returns how many prompts are longer than what is encoded of them."""
         return 0
 
+    def posterior(self, pixels: Tensor) -> Any:
+        """Returns the VAE's posterior of images: a `DiagonalGaussianDistribution`."""
+        return self.vae.encode(pixels).latent_dist
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images to the VAE's posterior, not scaled by its `scaling_factor`.
@@ -89,7 +93,7 @@ class Encoders(ABC):
         Raises:
             NonFiniteLatentsError: The VAE answered with NaN or infinity; its `rows` say for which.
         """
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        posterior = self.posterior(pixels.to(self.device, self.vae.dtype))
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         # The raw output: the posterior clamps its log-variance, which would hide an infinity.
         finite = torch.isfinite(posterior.parameters).flatten(1).all(dim=1)

@@ -17,7 +17,8 @@ def holds_an_export(folder: Path) -> bool:
     """Whether a folder is no pipeline, but holds what a run exports: a denoiser or a LoRA."""
     if not folder.is_dir() or (folder / "model_index.json").exists():
         return False
-    return (folder / "unet" / "config.json").is_file() or (folder / LORA_FILE).is_file()
+    denoisers = (folder / name / "config.json" for name in ("unet", "transformer"))
+    return any(path.is_file() for path in denoisers) or (folder / LORA_FILE).is_file()
 
 
 def base_of(export: Path) -> ModelConfig:
@@ -41,6 +42,6 @@ def base_of(export: Path) -> ModelConfig:
         raise ModelError(
             f"model.path: {export} holds {listing(export)} alone, and no config.yaml of a run lies "
             "beside it to tell the rest; give a whole pipeline: a copy of the base's folder with "
-            "this unet/ in the place of its own"
+            "this folder in the place of its own"
         )
     return base

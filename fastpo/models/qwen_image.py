@@ -1,0 +1,180 @@
+"""Qwen-Image: two streams, a VAE of five dimensions, texts read by Qwen2.5-VL.
+
+Latents `(C, h, w)` are those of the VAE's one frame, normalized by channel. The transformer is told
+`sigma` and answers `noise - image`, on patches of 2 by 2. Conditions: `prompt_embeds` `(B, 1024,
+D)`, the last layer's states without the template's first 34 tokens, and `prompt_mask` `(B, 1024)`
+bool. All images of a batch have one size, which the position embedding takes from the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from fastpo.errors import ModelError
+from fastpo.models.clip import latent_normalization
+from fastpo.models.encoders import Encoders
+from fastpo.models.flow_family import FlowFamily
+from fastpo.models.folder import ModelFolder, read_json
+from fastpo.models.geometry import MOST_LEVELS
+from fastpo.models.language import count_longer, longest, padded
+from fastpo.models.schedule import NoiseSchedule
+from fastpo.types import NoisedPair
+
+TEXT_LENGTH = 1024
+"""Tokens of a prompt and the template's end; the most that the pipeline takes."""
+
+
+class QwenImageEncoders(Encoders):
+    """The VAE of Qwen-Image and Qwen2.5-VL."""
+
+    @property
+    def vae_factor(self) -> int:
+        """As `Encoders.vae_factor`."""
+        return _vae_factor(self.vae.config)
+
+    def posterior(self, pixels: Tensor) -> Any:
+        """As `Encoders.posterior`, of videos of one frame."""
+        return self.vae.encode(pixels.unsqueeze(2)).latent_dist
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Encoders.encode_images`, of the normalized latents."""
+        mean, logvar = (moment.squeeze(2) for moment in super().encode_images(pixels))
+        normalization = latent_normalization(_channels_named(self.vae.config))
+        assert normalization is not None, "the family's check asks for it"
+        center, spread = (
+            torch.tensor(values, device=mean.device).view(-1, 1, 1) for values in normalization
+        )
+        return (mean - center) / spread, logvar - 2.0 * spread.log()
+
+    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As the pipeline's `encode_prompt`, padded to one length."""
+        pipeline = self._pipeline
+        embeds, mask = pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=TEXT_LENGTH
+        )
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        states = [text[own] for text, own in zip(embeds, mask.bool(), strict=True)]
+        embeds, mask = padded(states, TEXT_LENGTH)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
+
+    @property
+    def _pipeline(self) -> Any:
+        (tokenizer,), (encoder,) = self.tokenizers, self.text_encoders
+        return QwenImagePipeline(None, None, encoder, tokenizer, None)  # pyright: ignore[reportArgumentType]
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """As `Encoders.count_cut`."""
+        pipeline = self._pipeline
+        texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        room = TEXT_LENGTH + pipeline.prompt_template_encode_start_idx
+        return count_longer(pipeline.tokenizer, texts, room)
+
+
+class QwenImage(FlowFamily):
+    """Qwen-Image, 20B."""
+
+    name = "qwen-image"
+    denoiser_class = QwenImageTransformer2DModel
+    pipeline_class = QwenImagePipeline
+    vae_class = AutoencoderKLQwenImage
+    encoders_class = QwenImageEncoders
+    text_class = Qwen2_5_VLForConditionalGeneration
+    relatives: ClassVar[Mapping[str, str]] = {
+        "QwenImageEditPipeline": "it edits images",
+        "QwenImageEditPlusPipeline": "it edits images",
+        "QwenImageEditInpaintPipeline": "it edits images",
+        "QwenImageLayeredPipeline": "it makes images in layers",
+        "QwenImageImg2ImgPipeline": "it starts from an image",
+        "QwenImageInpaintPipeline": "it fills in masked images",
+        "QwenImageControlNetPipeline": "it has a ControlNet",
+        "QwenImageControlNetInpaintPipeline": "it has a ControlNet",
+    }
+
+    def _refuse_distilled(self, folder: Path, index: Mapping[str, Any]) -> None:
+        """Also by the schedule of Lightning, which shifts all resolutions alike."""
+        super()._refuse_distilled(folder, index)
+        path = folder / "scheduler" / "scheduler_config.json"
+        config = read_json(path) if path.is_file() else {}
+        shift = config.get("base_shift")
+        if config.get("use_dynamic_shifting") and shift == config.get("max_shift") is not None:
+            raise ModelError(
+                f"{path}: base_shift and max_shift are both {ascii(shift)[:20]}, which is the "
+                "schedule of models that are distilled to few steps (Lightning); give Qwen-Image's "
+                "own"
+            )
+
+    def check(self, folder: ModelFolder) -> None:
+        """As `FlowFamily.check`; the VAE must tell its normalization."""
+        super().check(folder)
+        if latent_normalization(_channels_named(read_json(folder.vae / "config.json"))) is None:
+            raise ModelError(f"{folder.vae / 'config.json'} has no latents_mean and latents_std")
+        config = read_json(folder.component(self.denoiser) / "config.json")
+        for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"):
+            if config.get(key):
+                raise ModelError(
+                    f"{folder.component(self.denoiser)}: its {key} is set, as in models that edit "
+                    "images or make layers; FastPO trains Qwen-Image's text-to-image models here"
+                )
+
+    def check_widths(self, folder: ModelFolder) -> None:
+        """As `FlowFamily.check_widths`."""
+        text = read_json(folder.component("text_encoder") / "config.json")
+        inner = text.get("text_config", text)
+        reads = read_json(folder.component("transformer") / "config.json")
+        width = inner.get("hidden_size") if isinstance(inner, dict) else None
+        self.require_width(folder, width, reads.get("joint_attention_dim"))
+
+    def vae_factor(self, folder: ModelFolder) -> int:
+        """As `ModelFamily.vae_factor`: each of the VAE's downsamplings halves both sides."""
+        return _vae_factor(read_json(folder.vae / "config.json"))
+
+    def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
+        """As `FlowFamily.schedule`; the transformer is told `sigma`."""
+        schedule = super().schedule(folder, resolution)
+        return replace(schedule, timesteps=schedule.sigma)
+
+    def predict(
+        self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """As `ModelFamily.predict`; texts are cut to the longest of the batch."""
+        latents = noised.noisy_latents
+        rows, channels, height, width = latents.shape
+        mask = conditions["prompt_mask"]
+        length = longest(mask)
+        mask = mask[:, :length].repeat(2, 1)
+        embeds = conditions["prompt_embeds"][:, :length].to(latents.dtype).repeat(2, 1, 1)
+        answer = denoiser(
+            hidden_states=QwenImagePipeline._pack_latents(latents, rows, channels, height, width),
+            timestep=noised.timesteps.repeat(2),
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, height // 2, width // 2)]] * rows,
+            return_dict=False,
+        )[0]
+        return QwenImagePipeline._unpack_latents(answer, height, width, 1).squeeze(2)
+
+
+def _vae_factor(config: Mapping[str, Any]) -> int:
+    levels = config.get("temperal_downsample")
+    if not isinstance(levels, list | tuple) or not len(levels) < MOST_LEVELS:
+        raise ModelError(
+            "temperal_downsample of the VAE must be a list with an entry for each level, got "
+            f"{ascii(levels)[:80]}"
+        )
+    return 2 ** len(levels)
+
+
+def _channels_named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The VAE's configuration with the number of channels under `AutoencoderKL`'s name."""
+    return {**config, "latent_channels": config.get("z_dim", 16)}
