@@ -115,8 +115,8 @@ class TrainConfig(Section):
     """Of flow matching, `s -> shift s / (1 + (shift - 1) s)` moves the drawn factors of the noise
     toward noise; 1 leaves them. None: as the model's scheduler, which may go by the resolution."""
     guidance: Annotated[NotNegative | None, decides("reference", "run")] = None
-    """The guidance scale that models distilled from guided predictions (FLUX.1-dev) are told while
-    they train. None: 1, the model's own distribution."""
+    """The guidance scale that models distilled from guided predictions (FLUX.1-dev, FLUX.2-dev) are
+    told while they train. None: 1, the model's own distribution."""
     snr_gamma: Annotated[Positive | None, decides("run")] = None
     """Min-SNR weighting (arXiv 2303.09556), usually 5: min(snr, gamma) / snr of the pair's timestep
     (v prediction: / (snr + 1)) multiplies the pair's loss, outside the log-sigmoid; None: 1. Not

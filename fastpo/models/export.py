@@ -106,6 +106,11 @@ def export_fingerprint(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def peft_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """Returns the adapters' weights under peft's names (`lora_A`)."""
+    return get_peft_model_state_dict(denoiser, None if weights is None else dict(weights))
+
+
 def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Returns the adapters' weights under names that diffusers loads.
 
@@ -113,8 +118,7 @@ def lora_layers(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> dic
     (`lora_A`): diffusers has no names of its own for other layers, and its loader takes one kind
     for all layers of a file, by the first name, and leaves those of the other kind out.
     """
-    own = None if weights is None else dict(weights)
-    named = get_peft_model_state_dict(denoiser, own)
+    named = peft_layers(denoiser, weights)
     converted = convert_state_dict_to_diffusers(named)
     return named if any(".lora_A." in name for name in converted) else converted
 

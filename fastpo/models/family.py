@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from fastpo.config.sections import PrepareConfig
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae_of, vae_factor
-from fastpo.models.export import empty_denoiser, lora_layers, lora_metadata, with_weights
+from fastpo.models.export import (
+    empty_denoiser,
+    lora_layers,
+    lora_metadata,
+    peft_layers,
+    with_weights,
+)
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
@@ -50,6 +56,8 @@ class ModelFamily(ABC):
         pipeline_options: Arguments with which the pipeline is loaded to make images.
         guidance: The guidance scale that the denoiser is told unless `train.guidance` says another;
             None: it is told none.
+        peft_names: Whether exports name adapters as peft does (`lora_A`), like diffusers' trainers
+            of transformers, which other programs read; else as its trainers of UNets.
     """
 
     name: ClassVar[str]
@@ -62,6 +70,7 @@ class ModelFamily(ABC):
     pipeline_class: ClassVar[Any]
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     guidance: ClassVar[float | None] = None
+    peft_names: ClassVar[bool] = False
 
     @abstractmethod
     def recognizes(self, folder: Path) -> bool:
@@ -241,8 +250,9 @@ class ModelFamily(ABC):
             with_weights(denoiser, weights).save_pretrained(folder / self.denoiser)
             return
         # Without the adapter's metadata a loader takes alpha for the rank.
+        layers = peft_layers if self.peft_names else lora_layers
         named = {
-            f"{self.denoiser}_lora_layers": lora_layers(denoiser, weights),
+            f"{self.denoiser}_lora_layers": layers(denoiser, weights),
             f"{self.denoiser}_lora_adapter_metadata": lora_metadata(denoiser),
         }
         self.pipeline_class.save_lora_weights(folder, **named)

@@ -50,6 +50,7 @@ class FlowFamily(ModelFamily):
     denoiser = "transformer"
     title = "transformer"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    peft_names = True
     pipeline_prefix: ClassVar[str]
     vae_class: ClassVar[Any] = AutoencoderKL
     latent_channels: ClassVar[int] = 16
@@ -161,6 +162,10 @@ class FlowFamily(ModelFamily):
         side = resolution // (self.vae_factor(folder) * self.denoiser_factor(folder))
         return side * side
 
+    def mu(self, tokens: int) -> float | None:
+        """Returns by what a scheduler with dynamic shifting shifts; None: by `dynamic_shift`."""
+        return None
+
     def told(self, sigma: Tensor) -> Tensor:
         """Returns what the transformer is told where the noise's factor is `sigma`, float32."""
         return 1000.0 * sigma
@@ -170,7 +175,8 @@ class FlowFamily(ModelFamily):
         config = self.scheduler_config(folder)
         with loading("scheduler/scheduler_config.json: no schedule could be made of it"):
             scheduler = self.scheduler_class.from_config(config)
-            schedule = flow_schedule(scheduler, tokens=self.tokens(folder, resolution))
+            tokens = self.tokens(folder, resolution)
+            schedule = flow_schedule(scheduler, tokens=tokens, mu=self.mu(tokens))
         vae = read_json(folder.vae / "config.json")
         return NoiseSchedule(
             signal=schedule.signal,

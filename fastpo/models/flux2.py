@@ -9,8 +9,6 @@ them, without a mask, as in the pipelines. `dev` is also told a guidance scale.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,21 +24,17 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from fastpo.errors import ModelError
-from fastpo.models.encoders import Encoders, vae_factor
-from fastpo.models.flow_family import FlowFamily
+from fastpo.models.encoders import vae_factor
 from fastpo.models.folder import ModelFolder, read_json
-from fastpo.models.language import chats, count_longer
-from fastpo.models.schedule import NoiseSchedule
+from fastpo.models.language import LanguageEncoders, LanguageFamily, chats, count_longer
 from fastpo.types import NoisedPair
 
-TEXT_LENGTH = 512
-"""Tokens of a prompt with its chat; the pipelines' default."""
 SAMPLING_STEPS = 50
 """The pipelines' default, on which the shift of their noise depends."""
 _PATCH = 2
 
 
-class Flux2Encoders(Encoders):
+class Flux2Encoders(LanguageEncoders):
     """The VAE of FLUX.2 and a language model."""
 
     pipeline_class: ClassVar[Any]
@@ -62,10 +56,8 @@ class Flux2Encoders(Encoders):
 
     def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As the pipeline's `encode_prompt`."""
-        (tokenizer,), (encoder,) = self.tokenizers, self.text_encoders
-        pipeline = self.pipeline_class(None, None, encoder, tokenizer, None)
-        embeds, _ = pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=TEXT_LENGTH
+        embeds, _ = self.pipeline_of(self.pipeline_class).encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.length
         )
         return {"prompt_embeds": embeds}
 
@@ -77,8 +69,9 @@ class KleinEncoders(Flux2Encoders):
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`."""
-        (tokenizer,) = self.tokenizers
-        return count_longer(tokenizer, chats(tokenizer, prompts, thinking=False), TEXT_LENGTH)
+        return count_longer(
+            self.tokenizer, chats(self.tokenizer, prompts, thinking=False), self.length
+        )
 
 
 class DevEncoders(Flux2Encoders):
@@ -88,78 +81,46 @@ class DevEncoders(Flux2Encoders):
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`."""
-        (tokenizer,) = self.tokenizers
-        texts = tokenizer.apply_chat_template(format_input(list(prompts)), tokenize=False)
-        return count_longer(tokenizer, texts, TEXT_LENGTH)
+        texts = self.tokenizer.apply_chat_template(format_input(list(prompts)), tokenize=False)
+        return count_longer(self.tokenizer, texts, self.length)
 
 
-class Flux2Klein(FlowFamily):
+class Flux2Klein(LanguageFamily):
     """FLUX.2-klein-base, 4B and 9B."""
 
     name = "flux2-klein"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     denoiser_class = Flux2Transformer2DModel
     pipeline_class = Flux2KleinPipeline
+    pipeline_prefix = "Flux2Klein"
     vae_class = AutoencoderKLFlux2
+    latent_channels = 32
     encoders_class = KleinEncoders
     text_class = Qwen3ForCausalLM
-    relatives: ClassVar[Mapping[str, str]] = {
-        "Flux2KleinKVPipeline": "it keeps the keys of reference images over its steps",
-        "Flux2KleinInpaintPipeline": "it fills in masked images",
-    }
-    text_layers: ClassVar[int] = 27
-    """The last layer of the text encoder that is read."""
+    text_states = 3
+    text_layer = 27
 
-    def _refuse_distilled(self, folder: Path, index: Mapping[str, Any]) -> None:
+    def refuse_few_steps(self, folder: ModelFolder) -> None:
         """Also by `is_distilled` of `model_index.json`."""
-        super()._refuse_distilled(folder, index)
-        if index.get("is_distilled"):
+        super().refuse_few_steps(folder)
+        if read_json(folder.path / "model_index.json").get("is_distilled"):
             raise ModelError(
-                f"{folder / 'model_index.json'}: is_distilled is set: this model is distilled to "
-                "few steps, which training at all noise levels would undo; train the base model "
+                f"{folder.path / 'model_index.json'}: is_distilled is set: this model is distilled "
+                "to a few steps, which flow matching's training would undo; train the base model "
                 "(FLUX.2-klein-base-4B or -9B) and use the adapters with both"
-            )
-
-    def check_widths(self, folder: ModelFolder) -> None:
-        """As `FlowFamily.check_widths`; the layers that are read must be there."""
-        path = folder.component("text_encoder") / "config.json"
-        text = read_json(path)
-        inner: Any = text.get("text_config", text)
-        width, layers = inner.get("hidden_size"), inner.get("num_hidden_layers")
-        reads = read_json(folder.component("transformer") / "config.json")
-        gives = 3 * width if isinstance(width, int) else width
-        self.require_width(folder, gives, reads.get("joint_attention_dim"))
-        if not isinstance(layers, int) or layers < self.text_layers:
-            raise ModelError(
-                f"{path}: {self.name} reads layer {self.text_layers} of its text encoder, which "
-                f"has {ascii(layers)[:20]}"
             )
 
     def vae_factor(self, folder: ModelFolder) -> int:
         """Image pixels for each patch and side."""
         return _PATCH * super().vae_factor(folder)
 
-    def denoiser_factor(self, folder: ModelFolder) -> int:
-        """Latents are patches already."""
-        return 1
-
-    def shift(self, folder: ModelFolder, tokens: int) -> float:
-        """As `FlowFamily.shift`, for 50 steps, the pipelines' default."""
+    def mu(self, tokens: int) -> float:
+        """For 50 steps, the pipelines' default."""
         return compute_empirical_mu(tokens, SAMPLING_STEPS)
 
-    def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
-        """As `FlowFamily.schedule`; the transformer is told `sigma`."""
-        schedule = super().schedule(folder, resolution)
-        return replace(schedule, timesteps=schedule.sigma)
-
-    def guidance(self, denoiser: nn.Module, sigma: Tensor) -> Tensor | None:
-        """Returns the guidance scale that the transformer is told, `(N,)`; None: it is told none.
-
-        Args:
-            denoiser: The transformer.
-            sigma: `(N,)` float32, its time.
-        """
-        return None
+    def told(self, sigma: Tensor) -> Tensor:
+        """`sigma`."""
+        return sigma
 
     def predict(
         self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
@@ -174,7 +135,7 @@ class Flux2Klein(FlowFamily):
         answer = denoiser(
             hidden_states=Flux2Pipeline._pack_latents(latents),
             timestep=sigma,
-            guidance=self.guidance(denoiser, sigma),
+            guidance=None if self.guidance is None else torch.full_like(sigma, noised.guidance),
             encoder_hidden_states=embeds,
             txt_ids=text_ids,
             img_ids=image_ids,
@@ -190,9 +151,6 @@ class Flux2Dev(Flux2Klein):
     pipeline_class = Flux2Pipeline
     encoders_class = DevEncoders
     text_class = Mistral3ForConditionalGeneration
-    relatives: ClassVar[Mapping[str, str]] = {}
-    text_layers = 30
-
-    def guidance(self, denoiser: nn.Module, sigma: Tensor) -> Tensor | None:
-        """1 for each image: the model's own prediction, without guidance."""
-        return torch.ones_like(sigma)
+    pipeline_prefix = "Flux2(?!Klein)"
+    text_layer = 30
+    guidance = 1.0

@@ -9,9 +9,7 @@ bool. All images of a batch have one size, which the position embedding takes fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
@@ -22,19 +20,20 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fastpo.errors import ModelError
 from fastpo.models.clip import latent_normalization
-from fastpo.models.encoders import Encoders
-from fastpo.models.flow_family import FlowFamily
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.geometry import MOST_LEVELS
-from fastpo.models.language import count_longer, longest, padded
-from fastpo.models.schedule import NoiseSchedule
+from fastpo.models.language import LanguageEncoders, LanguageFamily, count_longer, longest, padded
 from fastpo.types import NoisedPair
 
-TEXT_LENGTH = 1024
-"""Tokens of a prompt and the template's end; the most that the pipeline takes."""
+_OTHER_CONDITIONING = (
+    "zero_cond_t",
+    "use_additional_t_cond",
+    "use_layer3d_rope",
+    "guidance_embeds",
+)
 
 
-class QwenImageEncoders(Encoders):
+class QwenImageEncoders(LanguageEncoders):
     """The VAE of Qwen-Image and Qwen2.5-VL."""
 
     @property
@@ -58,91 +57,72 @@ class QwenImageEncoders(Encoders):
 
     def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """As the pipeline's `encode_prompt`, padded to one length."""
-        pipeline = self._pipeline
-        embeds, mask = pipeline.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=TEXT_LENGTH
+        embeds, mask = self.pipeline_of(QwenImagePipeline).encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.length
         )
         if mask is None:
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         states = [text[own] for text, own in zip(embeds, mask.bool(), strict=True)]
-        embeds, mask = padded(states, TEXT_LENGTH)
+        embeds, mask = padded(states, self.length)
         return {"prompt_embeds": embeds, "prompt_mask": mask}
-
-    @property
-    def _pipeline(self) -> Any:
-        (tokenizer,), (encoder,) = self.tokenizers, self.text_encoders
-        return QwenImagePipeline(None, None, encoder, tokenizer, None)  # pyright: ignore[reportArgumentType]
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`."""
-        pipeline = self._pipeline
+        pipeline = self.pipeline_of(QwenImagePipeline)
         texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
-        room = TEXT_LENGTH + pipeline.prompt_template_encode_start_idx
-        return count_longer(pipeline.tokenizer, texts, room)
+        room = self.length + pipeline.prompt_template_encode_start_idx
+        return count_longer(self.tokenizer, texts, room)
 
 
-class QwenImage(FlowFamily):
+class QwenImage(LanguageFamily):
     """Qwen-Image, 20B."""
 
     name = "qwen-image"
     denoiser_class = QwenImageTransformer2DModel
     pipeline_class = QwenImagePipeline
+    pipeline_prefix = "QwenImage"
+    sdpa_alone = True  # texts of unequal length need a mask, which flash kernels do not take
     vae_class = AutoencoderKLQwenImage
     encoders_class = QwenImageEncoders
     text_class = Qwen2_5_VLForConditionalGeneration
-    relatives: ClassVar[Mapping[str, str]] = {
-        "QwenImageEditPipeline": "it edits images",
-        "QwenImageEditPlusPipeline": "it edits images",
-        "QwenImageEditInpaintPipeline": "it edits images",
-        "QwenImageLayeredPipeline": "it makes images in layers",
-        "QwenImageImg2ImgPipeline": "it starts from an image",
-        "QwenImageInpaintPipeline": "it fills in masked images",
-        "QwenImageControlNetPipeline": "it has a ControlNet",
-        "QwenImageControlNetInpaintPipeline": "it has a ControlNet",
-    }
-
-    def _refuse_distilled(self, folder: Path, index: Mapping[str, Any]) -> None:
-        """Also by the schedule of Lightning, which shifts all resolutions alike."""
-        super()._refuse_distilled(folder, index)
-        path = folder / "scheduler" / "scheduler_config.json"
-        config = read_json(path) if path.is_file() else {}
-        shift = config.get("base_shift")
-        if config.get("use_dynamic_shifting") and shift == config.get("max_shift") is not None:
-            raise ModelError(
-                f"{path}: base_shift and max_shift are both {ascii(shift)[:20]}, which is the "
-                "schedule of models that are distilled to few steps (Lightning); give Qwen-Image's "
-                "own"
-            )
+    text_length = most_text = 1024
 
     def check(self, folder: ModelFolder) -> None:
-        """As `FlowFamily.check`; the VAE must tell its normalization."""
+        """As `LanguageFamily.check`; the VAE must tell its normalization."""
         super().check(folder)
         if latent_normalization(_channels_named(read_json(folder.vae / "config.json"))) is None:
             raise ModelError(f"{folder.vae / 'config.json'} has no latents_mean and latents_std")
-        config = read_json(folder.component(self.denoiser) / "config.json")
-        for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"):
+        config = self.denoiser_config(folder)
+        for key in _OTHER_CONDITIONING:
             if config.get(key):
                 raise ModelError(
-                    f"{folder.component(self.denoiser)}: its {key} is set, as in models that edit "
-                    "images or make layers; FastPO trains Qwen-Image's text-to-image models here"
+                    f"{folder.component(self.denoiser) / 'config.json'}: {key} is set, as in "
+                    "models that edit images or make layers; FastPO trains text-to-image models"
                 )
 
-    def check_widths(self, folder: ModelFolder) -> None:
-        """As `FlowFamily.check_widths`."""
-        text = read_json(folder.component("text_encoder") / "config.json")
-        inner = text.get("text_config", text)
-        reads = read_json(folder.component("transformer") / "config.json")
-        width = inner.get("hidden_size") if isinstance(inner, dict) else None
-        self.require_width(folder, width, reads.get("joint_attention_dim"))
+    def scheduler_config(self, folder: ModelFolder) -> dict[str, Any]:
+        """As `FlowFamily.scheduler_config`; Lightning's schedule is refused."""
+        config = super().scheduler_config(folder)
+        shift = config.get("base_shift")
+        if config.get("use_dynamic_shifting") and shift == config.get("max_shift") is not None:
+            raise ModelError(
+                f"{folder.component('scheduler') / 'scheduler_config.json'}: base_shift and "
+                f"max_shift are both {ascii(shift)[:20]}, the schedule of models distilled to a "
+                "few steps (Lightning); give Qwen-Image's own"
+            )
+        return config
+
+    def vae_channels(self, config: dict[str, Any]) -> Any:
+        """As `FlowFamily.vae_channels`."""
+        return config.get("z_dim", 16)
 
     def vae_factor(self, folder: ModelFolder) -> int:
         """As `ModelFamily.vae_factor`: each of the VAE's downsamplings halves both sides."""
         return _vae_factor(read_json(folder.vae / "config.json"))
 
-    def schedule(self, folder: ModelFolder, resolution: int) -> NoiseSchedule:
-        """As `FlowFamily.schedule`; the transformer is told `sigma`."""
-        schedule = super().schedule(folder, resolution)
-        return replace(schedule, timesteps=schedule.sigma)
+    def told(self, sigma: Tensor) -> Tensor:
+        """`sigma`."""
+        return sigma
 
     def predict(
         self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]

@@ -20,6 +20,10 @@ FAMILIES = {
     "sd3": "fastpo.models.sd3:SD3",
     "flux": "fastpo.models.flux:Flux",
     "sana": "fastpo.models.sana:Sana",
+    "z-image": "fastpo.models.z_image:ZImage",
+    "qwen-image": "fastpo.models.qwen_image:QwenImage",
+    "flux2-klein": "fastpo.models.flux2:Flux2Klein",
+    "flux2-dev": "fastpo.models.flux2:Flux2Dev",
 }
 """Name to `module:class`; a module is imported when one of its models is looked for."""
 

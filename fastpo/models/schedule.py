@@ -151,6 +151,7 @@ def flow_schedule(
     scheduler: Any,
     *,
     tokens: int | None = None,
+    mu: float | None = None,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
 ) -> NoiseSchedule:
@@ -163,13 +164,15 @@ def flow_schedule(
     Args:
         scheduler: A `FlowMatchEulerDiscreteScheduler`, fresh from its configuration.
         tokens: Number of the image's tokens, for a scheduler with `use_dynamic_shifting`.
+        mu: By what such a scheduler shifts, where that is no matter of `dynamic_shift`.
         latent_scale: See `NoiseSchedule`.
         latent_shift: See `NoiseSchedule`.
     """
     sigma, steps = scheduler.sigmas.cpu().float(), scheduler.timesteps.cpu().float()
     if tokens is not None and scheduler.config.use_dynamic_shifting:
         # Such a scheduler's table has no shift before `set_timesteps` is given one.
-        sigma = scheduler.time_shift(dynamic_shift(scheduler.config, tokens), 1.0, sigma)
+        mu = dynamic_shift(scheduler.config, tokens) if mu is None else mu
+        sigma = scheduler.time_shift(mu, 1.0, sigma)
         if scheduler.config.shift_terminal:
             sigma = scheduler.stretch_shift_to_terminal(sigma)
         steps = sigma * scheduler.config.num_train_timesteps

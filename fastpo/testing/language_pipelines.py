@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpo.testing.pipelines import save_quietly
+from fastpo.testing.flow import seeded, tiny_vae
+from fastpo.testing.pipelines import save_pipeline
 
 _MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT = (
@@ -25,7 +26,7 @@ _CHAT = (
 
 
 def tiny_z_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Path:
-    """Writes a pipeline of Z-Image's kind: images of multiples of 8 px, texts of 512 tokens.
+    """Writes a pipeline of Z-Image's kind: images of multiples of 4 px, texts of 512 tokens.
 
     Args:
         path: Folder to create; an existing one is overwritten file by file.
@@ -42,11 +43,11 @@ def tiny_z_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Path:
         tokenizer = chat_tokenizer()
         return ZImagePipeline(
             scheduler=_scheduler({"shift": 3.0}, scheduler),
-            vae=_vae(latent_channels=4, scaling_factor=0.3611, shift_factor=0.1159),
+            vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
             text_encoder=_qwen3(tokenizer, width=16, layers=3),
             tokenizer=tokenizer,
             transformer=ZImageTransformer2DModel(
-                in_channels=4,
+                in_channels=16,
                 dim=32,
                 n_layers=2,
                 n_refiner_layers=1,
@@ -63,7 +64,7 @@ def tiny_z_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Path:
 def tiny_qwen_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Path:
     """Writes a pipeline of Qwen-Image's kind: a VAE of five dimensions, normalized by channel.
 
-    Args and return value as in `tiny_z_image_folder`; images are of multiples of 8 px.
+    Args and return value as in `tiny_z_image_folder`; images are of multiples of 4 px.
     """
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
@@ -75,18 +76,13 @@ def tiny_qwen_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Pa
             scheduler=_scheduler(QWEN_SHIFT, scheduler),
             vae=AutoencoderKLQwenImage(
                 base_dim=8,
-                z_dim=4,
-                dim_mult=[1, 1, 2],
+                dim_mult=[1, 2],
                 num_res_blocks=1,
-                temperal_downsample=[False, True],
-                latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075],
-                latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
+                temperal_downsample=[True],
             ),
             text_encoder=_qwen_vl(tokenizer, width=16),
             tokenizer=tokenizer,
             transformer=QwenImageTransformer2DModel(
-                in_channels=16,
-                out_channels=4,
                 num_layers=2,
                 attention_head_dim=16,
                 num_attention_heads=2,
@@ -103,7 +99,7 @@ def tiny_flux2_klein_folder(
 ) -> Path:
     """Writes a pipeline of FLUX.2-klein's kind: latents in patches, normalized by statistics.
 
-    Args and return value as in `tiny_z_image_folder`; images are of multiples of 8 px, texts of 512
+    Args and return value as in `tiny_z_image_folder`; images are of multiples of 4 px, texts of 512
     tokens. `is_distilled` is written into `model_index.json`.
     """
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
@@ -185,12 +181,9 @@ def chat_tokenizer() -> Any:
 
 
 def _written(make: Callable[[], Any], path: Path, seed: int) -> Path:
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         pipeline = make()
-    return save_quietly(pipeline, path)
+    return save_pipeline(pipeline, path)
 
 
 def _scheduler(usual: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -201,39 +194,29 @@ def _scheduler(usual: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     return FlowMatchEulerDiscreteScheduler(**{**usual, **own})
 
 
-def _vae(**settings: Any) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL(**_levels(), sample_size=32, **settings)
-
-
 def _flux2_vae() -> Any:
     """With statistics of the patches' channels that are not those of a fresh layer."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 
-    vae = AutoencoderKLFlux2(**_levels(), latent_channels=4)
-    channels = torch.arange(16.0)
-    vae.bn.running_mean.copy_(torch.sin(channels))  # pyright: ignore[reportOptionalMemberAccess]
-    vae.bn.running_var.copy_(1.0 + 0.5 * torch.cos(channels))  # pyright: ignore[reportOptionalMemberAccess]
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    statistics: Any = vae.bn
+    channels = torch.arange(128.0)
+    statistics.running_mean.copy_(torch.sin(channels))
+    statistics.running_var.copy_(1.0 + 0.5 * torch.cos(channels))
     return vae
-
-
-def _levels() -> dict[str, Any]:
-    return {
-        "block_out_channels": (8, 8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    }
 
 
 def _flux2_transformer(*, text_width: int, guidance_embeds: bool) -> Any:
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
-        in_channels=16,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,

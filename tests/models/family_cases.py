@@ -17,6 +17,12 @@ from fastpo.config.sections import PrepareConfig
 from fastpo.models.folder import ModelFolder
 from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
+from fastpo.testing.language_pipelines import (
+    tiny_flux2_dev_folder,
+    tiny_flux2_klein_folder,
+    tiny_qwen_image_folder,
+    tiny_z_image_folder,
+)
 from fastpo.types import NoisedPair
 
 PROMPTS = ["a cat", "a small dog beside a red house"]
@@ -41,8 +47,7 @@ class Case:
         pack: `pack(latents, pipeline, size)`, latents `(B, C, h, w)` as `predict` takes them, in
             the layout of the pipeline's loop.
         unpack: The way back, for what the scheduler receives.
-        decode: From the latents that the denoiser sees to the layout of the pipeline's loop at its
-            end, where that is not `pack`.
+        enter: From latents to the layout in which the pipeline is called; default: `pack`.
         options: More arguments of the pipeline's call.
         pair_conditions: `pair_conditions(height, width)`: those of each pair.
         size: Height and width of the images in pixels.
@@ -54,6 +59,7 @@ class Case:
     guidance: float = 1.0
     pack: Callable[..., Any] = same
     unpack: Callable[..., Any] = same
+    enter: Callable[..., Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     pair_conditions: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
     size: tuple[int, int] = SIZE
@@ -73,6 +79,20 @@ def latents_of(tokens, pipeline, size):
     return pipeline._unpack_latents(tokens, *size, pipeline.vae_scale_factor)
 
 
+def qwen_latents(tokens, pipeline, size):
+    return pipeline._unpack_latents(tokens, *size, pipeline.vae_scale_factor).squeeze(2)
+
+
+def flux2_tokens(latents, pipeline, size):
+    return pipeline._pack_latents(latents)
+
+
+def flux2_latents(tokens, pipeline, size):
+    return tokens.mT.unflatten(2, [side // (2 * pipeline.vae_scale_factor) for side in size])
+
+
+FLUX2 = {"pack": flux2_tokens, "unpack": flux2_latents, "enter": same}
+
 CASES = (
     Case("sd15", tiny_sd15_folder, scheduler="DDIMScheduler"),
     Case("sdxl", tiny_sdxl_folder, scheduler="DDIMScheduler", pair_conditions=sizes),
@@ -80,6 +100,10 @@ CASES = (
     Case("sd3.5-large", lambda path: tiny_sd3_folder(path, large=True)),
     Case("flux.1-dev", tiny_flux_folder, pack=tokens_of, unpack=latents_of),
     Case("sana", tiny_sana_folder, size=(32, 64)),
+    Case("z-image", tiny_z_image_folder, guidance=0.0),
+    Case("qwen-image", tiny_qwen_image_folder, pack=tokens_of, unpack=qwen_latents),
+    Case("flux2-klein", tiny_flux2_klein_folder, **FLUX2),
+    Case("flux2-dev", tiny_flux2_dev_folder, **FLUX2),
 )
 
 
@@ -167,7 +191,7 @@ class Stock:
                     **self.family.prompt_arguments(self.pipeline, prompts, self.config),
                     height=size[0],
                     width=size[1],
-                    latents=case.pack(latents, self.pipeline, size),
+                    latents=(case.enter or case.pack)(latents, self.pipeline, size),
                     guidance_scale=case.guidance,
                     num_inference_steps=2,
                     output_type="pt",

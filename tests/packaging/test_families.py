@@ -15,6 +15,7 @@ MAKERS = (
     "demo/base_training.py",
     "testing/datasets.py",
     "testing/flow.py",
+    "testing/language_pipelines.py",
     "testing/pipelines.py",
     "testing/single_files.py",
 )
