@@ -101,7 +101,7 @@ def test_the_death_of_a_process_is_named_and_the_run_goes_on(
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_is_named(experiment, tmp_path, victim):
     """Under rank 0's control the store stops as well, for which torch waits without a limit."""
-    path = experiment(max_steps=6, hang_timeout=3.0)
+    path = experiment(max_steps=6, hang_timeout=6.0)  # longer than a busy machine pauses
     stop, other = acting_at(3, victim, send(signal.SIGSTOP)), 1 - victim
     with two_ranks(tmp_path / "out", lambda _: ["train", path], act=stop) as ranks:
         ranks[other].join(300)

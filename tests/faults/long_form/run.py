@@ -24,12 +24,12 @@ from fastpo.selftest.run import Result, all_trials, make_bench, run_trials, spre
 from fastpo.selftest.trials import GOOD, Bench
 from fastpo.selftest.world import World
 from fastpo.system.progress import progress_bar
-from tests.faults.long_form import fuzz, mounts
+from tests.faults.long_form import fuzz, mounts, ranks
 
 ROOT = Path(__file__).parents[3]
 # How many trials of each test, where there is time for no more.
 TARGETS = {
-    "kill": 330,
+    "kill": 420,  # a fifth of them of one of two processes
     "power cut": 125,
     "flipped bit": 160,
     "truncated file": 160,
@@ -50,6 +50,8 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--fuzz", type=int, default=100_000, help="cases in all")
     parser.add_argument("--fuzz-share", type=float, default=0.35, help="of the time")
+    parser.add_argument("--ranks", type=int, default=96, help="kills of one of two processes")
+    parser.add_argument("--only", default="", help="only trials whose name holds this text")
     parser.add_argument("--tests", action="store_true", help="run pytest tests/faults as well")
     parser.add_argument("--again", choices=("flaws", "none"), default="flaws")
     options = parser.parse_args()
@@ -106,7 +108,7 @@ def open_bench(work, commit):
 
 def run_faults(options, log, seconds):
     bench = open_bench(options.work, log.commit)
-    trials = all_trials(bench, repeats=20)
+    trials = [*all_trials(bench, repeats=20), *ranks.rank_trials(options.ranks)]
     if (reason := mounts.allowed()) is None:
         trials += mounts.mount_trials(60)
     else:
@@ -115,8 +117,9 @@ def run_faults(options, log, seconds):
     done = {entry["name"] for entry in log.of_trials()}
     if options.again == "flaws":
         done -= again
+    trials = [trial for trial in in_proportion(spread(trials)) if options.only in trial.name]
     left = sorted(
-        (trial for trial in in_proportion(spread(trials)) if trial.name not in done),
+        (trial for trial in trials if trial.name not in done),
         key=lambda trial: trial.name not in again,
     )
     with progress_bar("faults (seconds)", int(seconds), show=True) as advance:
