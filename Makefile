@@ -11,7 +11,7 @@ TEST_FLAGS ?= --numprocesses auto --dist loadscope --no-loadscope-reorder --max-
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint audit install clean
+.PHONY: demo test lint docs audit install clean
 
 demo: install
 	$(BIN)/fastpo demo $(DEMO_FLAGS)
@@ -23,6 +23,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The documentation's site, into build/site; a broken link is an error. It has a place of its own.
+docs:
+	test -x $(VENV)/docs/bin/pip || $(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --requirement scripts/docs-requirements.txt
+	PATH="$(CURDIR)/$(VENV)/docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 # Known holes and licenses of all dependencies, into docs/audit.md. The tools have a place of their own.
 audit: install

@@ -14,10 +14,16 @@ from rich.progress import track
 from fastpo.bench.table import with_section
 from fastpo.config import load_config
 from fastpo.plan import Plan, make_plan
+from fastpo.plan.architecture import resolve_architecture
+from fastpo.plan.memory import step_memory
+from fastpo.plan.planner import latent_elements, make_shapes, measure
+from fastpo.plan.recipes import own_recipe
 from fastpo.system.files import write_text
+from fastpo.train.sharding import read_sharding
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+LARGE_RUNS = ROOT / "docs" / "large-runs.md"
 CONFIGS = ROOT / "fastpo" / "configs"
 # Configuration, GPU, processes: as in the files' headers.
 ROWS = (
@@ -30,6 +36,11 @@ ROWS = (
     ("diffusion-dpo-published", "a100", 16),
     ("adaptive-dpo-published", "a100", 1),
 )
+# The table of docs/large-runs.md: one configuration, how it is shared, processes.
+SHARED = "sdxl-full-8x80gb-zero2"
+MODES = (None, "zero1", "zero2", "zero3", "zero2_offload")
+PROCESSES = (1, 8, 64)
+PARTS = ("weights", "gradients", "optimizer", "activations", "communication")
 RIVALS = {"mapo": "MaPO", "adaptive_dpo": "Adaptive-DPO"}
 
 
@@ -65,8 +76,33 @@ def header(plan: Plan) -> str:
     )
 
 
+def memory_table() -> str:
+    """The memory of one process by how weights, gradients and states are shared, and its parts."""
+    lines = [
+        f"| `train.deepspeed` | GPUs | {' | '.join(PARTS)} | rest | all | in host memory |",
+        "|---" * (len(PARTS) + 5) + "|",
+    ]
+    config = load_config(CONFIGS / f"{SHARED}.yaml")
+    architecture = resolve_architecture(config)
+    shapes = make_shapes(config, architecture)
+    measured = measure(architecture, config, shapes)  # the same, however it is shared
+    recipe = own_recipe(config.train, latent_elements(architecture, shapes), whole=True)
+    for mode in MODES:
+        train = config.train.model_copy(update={"deepspeed": mode})
+        for processes in PROCESSES if mode else (1,):
+            memory = step_memory(recipe, measured, read_sharding(train, processes))
+            shown = [memory.parts[part] for part in PARTS]
+            numbers = [*shown, memory.total - sum(shown), memory.total, memory.host]
+            gpus = f"{processes}" if mode else "any"
+            cells = [f"`{mode}`" if mode else "none", gpus, *(f"{n / 1e9:.1f}" for n in numbers)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Plans every row, and rewrites the headers' lines and the text between the README's marks."""
+    """Plans every row; rewrites the headers' lines and the text between the pages' marks."""
+    pages = LARGE_RUNS.read_text()
+    write_text(LARGE_RUNS, with_section(pages, "memory", memory_table()))
     lines = [
         "| configuration | GPUs | pairs a pass | TFLOP a pair | over the bare policy "
         "| released recipe, time | peak, GB | recipe's peak, GB |",

@@ -1,5 +1,6 @@
 """Two processes of one run, forked from the test: no launcher, and nothing to import again."""
 
+import gc
 import os
 import socket
 import time
@@ -62,6 +63,7 @@ def two_ranks(folder: Path, arguments, *, act=main, env=None):
 
 
 def _run(act, words, env, output):
+    gc.freeze()  # what the test's process has imported is not garbage of this one
     os.environ.update(env)
     print_to(output)
     act(words)
