@@ -365,6 +365,51 @@ def _evaluate_many(
 
 
 @app.command()
+def pairs(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG_OR_TABLE",
+            help="A YAML file, whose section evaluate says what to sample and how to score it; or "
+            "a .jsonl, .json, .csv or .parquet table of ranked or scored images, or of likes.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to make; of a table a .jsonl file.")
+    ],
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="As for evaluate [the base]")
+    ] = None,
+    pick: Annotated[
+        Literal["extremes", "once", "all"] | None,
+        typer.Option(
+            help="Of a prompt: best and worst; each image once; all [extremes; of tables all]"
+        ),
+    ] = None,
+    gap: Annotated[float, typer.Option(min=0.0, help="Least difference within a pair.")] = 0.0,
+) -> None:
+    """Make pairs: from a model's scored samples, from ranked lists, or from likes."""
+    if source.suffix not in (".yaml", ".yml"):
+        from fastpo.pairs.tables import pairs_from_table
+
+        if overrides or weights:
+            raise typer.BadParameter("--set and --weights are for a configuration, not a table")
+        print(pairs_from_table(source, out, pick=pick or "all", gap=gap))
+        return
+    with _configured(source, overrides) as resolved:
+        from fastpo.evaluate.many import Candidate
+        from fastpo.pairs.sample import pairs_from_model
+        from fastpo.train.consolidate import exported
+
+        with exported(resolved.train.output_dir, weights) as (folder, _):
+            model = None if folder is None else Candidate(_named(str(weights))[0], folder)
+            made = pairs_from_model(resolved, out, model=model, pick=pick or "extremes", gap=gap)
+        if made is not None:
+            print(made)
+
+
+@app.command()
 def score(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of images.")],
     scorers: Annotated[

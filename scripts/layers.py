@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo", "testing"),
     ("plan",),
     ("train", "review"),
-    ("reference_cache", "report"),
+    ("reference_cache", "report", "pairs"),
     ("data", "noise", "evaluate"),
     ("models", "bench"),
     ("config", "loss"),

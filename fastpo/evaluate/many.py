@@ -122,21 +122,15 @@ def evaluate_many(
         raise ConfigError("nothing to compare by: give evaluate.scorers")
     sampler = ImageSampler(config, progress=progress and process.rank == 0)
     candidates = [Candidate(BASE), *candidates]
-    _check_candidates(candidates, sampler)
-    cells = list(_cells(config, candidates, out, sampler))
+    check_candidates(candidates, sampler)
+    cells = list(plan_cells(config, candidates, out, sampler))
     claim(out, TABLE)
     with FolderLocks(out) as locks:
         locks.sweep()
-        _make_images(cells, sampler, locks, process)
+        make_images(cells, sampler, locks, process)
         sampler.drop_pipeline()
-        scored = _Scoring(config, out, progress=sampler.progress)
-        items = {
-            _SCORES + number: (cell, text)
-            for number, (text, cell) in enumerate(
-                (text, cell) for text in config.evaluate.scorers for cell in cells
-            )
-        }
-        share_work(items, locks, lambda item: scored.score(*item), process=process)
+        scored = CellScores(config, out, progress=sampler.progress)
+        scored.fill(cells, locks, process)
         if process.rank != 0:
             return None
         scores = {(cell.candidate.name, cell.prompts.name): scored.all_of(cell) for cell in cells}
@@ -157,7 +151,13 @@ _TOGETHER, _SCORES = 1 << 24, 1 << 25
 """Numbers of the locks: chunks of images from 0, whole folders and scores from these."""
 
 
-def _check_candidates(candidates: Sequence[Candidate], sampler: ImageSampler) -> None:
+def check_candidates(candidates: Sequence[Candidate], sampler: ImageSampler) -> None:
+    """Refuses models without weights or with names that are taken or no names.
+
+    Raises:
+        ConfigError: A name is none, or two models have one.
+        CheckpointError: A folder holds no weights.
+    """
     names = [candidate.name for candidate in candidates]
     for candidate in candidates:
         if not re.fullmatch(r"\w[\w.+-]*", candidate.name):
@@ -173,9 +173,10 @@ def _check_candidates(candidates: Sequence[Candidate], sampler: ImageSampler) ->
             check_aligned(candidate.weights, sampler.family)
 
 
-def _cells(
+def plan_cells(
     config: Config, candidates: Sequence[Candidate], out: Path, sampler: ImageSampler
 ) -> Iterator[Cell]:
+    """Yields what is sampled: each model on each configured set; errors as `evaluate_many`."""
     sets = configured_sets(config)
     for candidate in candidates:
         for one in sets:
@@ -185,7 +186,7 @@ def _cells(
             yield Cell(candidate, one, samples, folder, fingerprint)
 
 
-def _make_images(
+def make_images(
     cells: Sequence[Cell], sampler: ImageSampler, locks: FolderLocks, process: Rank
 ) -> None:
     """Makes what images are missing, in chunks that the processes share."""
@@ -217,12 +218,19 @@ def _is_there(cell: Cell) -> bool:
     return holds_samples(cell.folder, cell.samples, cell.fingerprint)
 
 
-class _Scoring:
+class CellScores:
     """Scores of cells, kept in files; holds one scorer at a time."""
 
     def __init__(self, config: Config, out: Path, *, progress: bool) -> None:
         self.config, self.out, self.progress = config, out, progress
         self._text, self._scorer = "", None
+
+    def fill(self, cells: Sequence[Cell], locks: FolderLocks, process: Rank) -> None:
+        """Scores all cells by all scorers, as work that the processes share."""
+        texts = self.config.evaluate.scorers
+        pairs = [(cell, text) for text in texts for cell in cells]  # one scorer after the other
+        items = {_SCORES + number: pair for number, pair in enumerate(pairs)}
+        share_work(items, locks, lambda item: self.score(*item), process=process)
 
     def score(self, cell: Cell, text: str) -> None:
         """Scores a cell's images unless their scores are there."""
