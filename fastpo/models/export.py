@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpo.models.trained import LORA_FILE as LORA_FILE
 from fastpo.system.checksums import folder_checksums
@@ -145,12 +145,21 @@ def sort_metadata(file: Path) -> None:
 
 
 def with_weights(denoiser: Denoiser, weights: Mapping[str, Tensor] | None) -> Denoiser:
-    """A denoiser of the same architecture around the given tensors; copies nothing."""
+    """A denoiser of the same architecture around the given tensors; copies nothing.
+
+    Tables that are saved and not trained, such as SD3's positions, are the denoiser's own.
+    """
     if weights is None:
         return denoiser
     whole = empty_denoiser(type(denoiser), dict(denoiser.config))
-    whole.load_state_dict(weights, assign=True)
+    whole.load_state_dict({**saved_tables(denoiser), **weights}, assign=True)
     return whole
+
+
+def saved_tables(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that a denoiser saves beside its weights, by name."""
+    weights = {name for name, _ in denoiser.named_parameters()}
+    return {name: t for name, t in denoiser.state_dict().items() if name not in weights}
 
 
 def empty_denoiser(kind: Any, config: dict[str, Any]) -> Denoiser:

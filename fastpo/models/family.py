@@ -24,12 +24,13 @@ from fastpo.models.export import (
     lora_layers,
     lora_metadata,
     peft_layers,
+    saved_tables,
     with_weights,
 )
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.geometry import Geometry, make_geometry
 from fastpo.models.schedule import NoiseSchedule
-from fastpo.models.weights import load_models, load_part
+from fastpo.models.weights import load_models, load_part, read_tensors
 from fastpo.types import NoisedPair
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class ModelFamily(ABC):
     def load_denoiser(self, folder: ModelFolder, *, weights: bool = True) -> Denoiser:
         """Loads the denoiser in float32, or, without weights, its architecture on the meta device.
 
+        Tables that are not trained are there in both cases.
+
         Raises:
             ModelError: The folder has none, or one that diffusers cannot load.
         """
@@ -156,7 +159,10 @@ class ModelFamily(ABC):
         if not weights:
             config = read_json(part / "config.json")
             with loading(what):
-                return empty_denoiser(self.denoiser_class, config)
+                empty = empty_denoiser(self.denoiser_class, config)
+                tables = read_tensors(folder, self.denoiser, saved_tables(empty))
+                empty.load_state_dict(tables, strict=False, assign=True)
+                return empty
         loaded = load_part(self.denoiser_class, folder, self.denoiser, what=what)
         # diffusers' own `to` warns about modules that ask to stay in float32.
         nn.Module.to(loaded, torch.float32)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from fastpo.errors import ModelError
 from fastpo.models.folder import (
@@ -105,6 +106,28 @@ def load_part(
         )
     with loading(f"{what} from {file}"), without_reports():
         return load_from_file(kind, folder, name, file, dtype)
+
+
+def read_tensors(folder: ModelFolder, name: str, wanted: Collection[str]) -> dict[str, Any]:
+    """Reads some of a component's tensors from its folder, in float32, and loads no model.
+
+    Args:
+        folder: The pipeline.
+        name: The component.
+        wanted: The tensors' names; those that no file has are left out.
+    """
+    found: dict[str, Any] = {}
+    if not wanted:
+        return found
+    part = folder.component(name)
+    for file in weight_files(part, component_variant(part, folder.variant)):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in opened.keys() if key in wanted}
+        else:
+            held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            found |= {key: held[key] for key in held if key in wanted}
+    return {key: tensor.float() for key, tensor in found.items()}
 
 
 def load_models(

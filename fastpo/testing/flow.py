@@ -105,7 +105,7 @@ def tiny_sd3_folder(path: Path, *, seed: int = 0, large: bool = False) -> Path:
             joint_attention_dim=48,
             caption_projection_dim=16,
             pooled_projection_dim=40,
-            pos_embed_max_size=16,
+            pos_embed_max_size=32,
             dual_attention_layers=dual,
             qk_norm="rms_norm",
         )

@@ -102,9 +102,9 @@ def test_ways_of_encoding_that_clip_alone_has_are_refused(sd3, key, value):
 
 def test_a_resolution_beyond_the_table_of_positions_is_refused(sd3):
     model = ModelFolder(sd3)
-    assert model.family.geometry(model, 64, buckets=False).buckets == ((64, 64),)
-    with pytest.raises(ConfigError, match=r"sides of up to 68 px, but .* has places for 64 px"):
-        model.family.geometry(model, 68, buckets=False)
+    assert model.family.geometry(model, 128, buckets=False).buckets == ((128, 128),)
+    with pytest.raises(ConfigError, match=r"sides of up to 132 px, but .* has places for 128 px"):
+        model.family.geometry(model, 132, buckets=False)
 
 
 def test_longer_text_is_cut_and_counted_at_the_length_asked_for(sd3):

@@ -1,0 +1,157 @@
+"""Every family through a whole run: prepared, trained, resumed from a cache of errors, exported.
+
+`fastpo train` is the same for all of them; what can differ is what a family hands to it. A quick
+slice runs always, the whole matrix with the slow tests.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastpo.config import parse_config
+from fastpo.data.cache import PairCache
+from fastpo.data.prepare import prepare
+from fastpo.models.denoisers import add_lora
+from fastpo.models.folder import ModelFolder
+from fastpo.noise import setup_noise
+from fastpo.reference_cache import prepare_reference
+from fastpo.testing import write_folder
+from fastpo.train import train
+from fastpo.train.consolidate import consolidate
+from tests.models.family_cases import CASES
+
+OBJECTIVES = {
+    "dpo": {"objective": {"name": "dpo", "beta": 200.0}},
+    "mapo": {"objective": {"name": "mapo"}},
+    "adaptive": {
+        "objective": {"name": "adaptive_dpo", "beta": 200.0},
+        "annotators": {"kind": "ledger"},
+    },
+}
+SLICE = [("lora", "dpo", "cached"), ("full", "adaptive", "live")]
+WHOLE = [
+    (method, objective, reference)
+    for method in ("lora", "full")
+    for objective in OBJECTIVES
+    for reference in ("live", "cached")
+    if (method, objective, reference) not in SLICE
+    and (objective != "mapo" or reference == "live")  # it has no reference
+]
+
+
+class World:
+    """A tiny model of a case and its prepared pairs."""
+
+    def __init__(self, case, folder):
+        self.case, self.folder = case, folder
+        self.path = case.make(folder / "model")
+        write_folder(folder / "data", 4, sizes=((64, 64), (64, 64), (64, 64), (96, 56)))
+        self.runs = {}
+        prepare(self.config("unused"), progress=False)
+
+    def config(self, name, method="lora", **train):
+        raw = {
+            "seed": 3,
+            "model": {"path": str(self.path)},
+            "data": {"source": "folder", "path": str(self.folder / "data")},
+            "prepare": {
+                "cache_dir": str(self.folder / "cache"),
+                "resolution": 64,
+                "store_precision": "fp32",
+            },
+            "train": {
+                "output_dir": str(self.folder / name),
+                "objective": {"name": "sft"},
+                "method": method,
+                "optim": {"lr": 1e-3, "schedule": "constant"},
+                "max_steps": 3,
+                "micro_batch_size": 2,
+                "precision": "fp32",
+                "trackers": [],
+            }
+            | ({"lora": {"rank": 2, "alpha": 4.0}} if method == "lora" else {})
+            | train,
+        }
+        return parse_config(raw)
+
+    def run(self, method, objective, reference):
+        """Trains once, and gives the losses, the run's folder and its configuration."""
+        key = method, objective, reference
+        if key not in self.runs:
+            self.runs[key] = self._run(*key)
+        return self.runs[key]
+
+    def _run(self, method, objective, reference):
+        options = {"method": method, **OBJECTIVES[objective]}
+        name = f"{method}-{objective}-{reference}"
+        config = self.config(name, **options, reference=reference)
+        if reference == "cached":
+            prepare_reference(config, progress=False)
+        folder = train(config, progress=False)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines], folder, config
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def world(request, tmp_path_factory):
+    return World(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.mark.parametrize(("method", "objective", "reference"), SLICE)
+def test_a_run_ends_in_what_the_familys_own_pipeline_loads(world, method, objective, reference):
+    assert_runs(world, method, objective, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "objective", "reference"), WHOLE)
+def test_every_other_way_of_training(world, method, objective, reference):
+    assert_runs(world, method, objective, reference)
+
+
+def assert_runs(world, method, objective, reference):
+    losses, folder, config = world.run(method, objective, reference)
+    again = consolidate(folder, folder / "again")
+    assert len(losses) == 3
+    assert all(torch.isfinite(torch.tensor(losses)))
+    [checkpoint] = sorted((folder / "checkpoints").glob("step-*"))
+    weights = load_file(checkpoint / "trainable.safetensors")
+    for exported in (folder / "final", again):
+        assert_the_pipeline_answers_as_the_policy(config, exported, weights)
+
+
+def test_cached_errors_give_the_losses_of_a_live_reference(world):
+    live, cached = (world.run("lora", "dpo", reference)[0] for reference in ("live", "cached"))
+    assert cached == pytest.approx(live, rel=1e-4)
+    assert max(live) != min(live)
+
+
+def assert_the_pipeline_answers_as_the_policy(config, final, weights):
+    """What was exported, loaded by diffusers' own pipeline, against the trained weights."""
+    model = ModelFolder.resolve(config.model)
+    family, policy = model.family, model.family.load_denoiser(model)
+    base, batch, noised = a_batch(config, model)
+    with torch.no_grad():
+        before = family.predict(policy, noised, batch.conditions)
+        if config.train.method == "lora":
+            add_lora(family, policy, config.train.lora)
+            pipeline = family.pipeline(model, torch.float32)
+            family.load_lora(pipeline, final)
+        else:
+            loaded = family.denoiser_class.from_pretrained(final / family.denoiser)
+            pipeline = family.pipeline(model, torch.float32, loaded)
+        assert policy.load_state_dict(weights, strict=False).unexpected_keys == []
+        trained = family.predict(policy.eval(), noised, batch.conditions)
+        exported = pipeline.components[family.denoiser].eval()
+        found = family.predict(exported, noised, batch.conditions)
+    torch.testing.assert_close(found, trained, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(trained, before, atol=1e-5)
+    assert base.family == family.name
+
+
+def a_batch(config, model):
+    """A batch of the cache, noised as the run does."""
+    cache = PairCache.open(config, model=model)
+    batch = cache.read([0, 1], 0)
+    return cache, batch, setup_noise(config, model).noised_pair(batch)
