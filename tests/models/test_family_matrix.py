@@ -41,6 +41,10 @@ WHOLE = [
 ]
 
 
+TWINS = ("sd3.5-large", "flux2-dev")
+"""Cases that differ from another one in `predict` alone, which is tested for itself."""
+
+
 class World:
     """A tiny model of a case and its prepared pairs."""
 
@@ -66,7 +70,7 @@ class World:
                 "objective": {"name": "sft"},
                 "method": method,
                 "optim": {"lr": 1e-3, "schedule": "constant"},
-                "max_steps": 3,
+                "max_steps": 2,
                 "micro_batch_size": 2,
                 "precision": "fp32",
                 "trackers": [],
@@ -94,7 +98,11 @@ class World:
         return [json.loads(line)["loss"] for line in lines], folder, config
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(
+    scope="module",
+    params=[case for case in CASES if case.name not in TWINS],
+    ids=lambda case: case.name,
+)
 def world(request, tmp_path_factory):
     return World(request.param, tmp_path_factory.mktemp(request.param.name))
 
@@ -113,7 +121,7 @@ def test_every_other_way_of_training(world, method, objective, reference):
 def assert_runs(world, method, objective, reference):
     losses, folder, config = world.run(method, objective, reference)
     again = consolidate(folder, folder / "again")
-    assert len(losses) == 3
+    assert len(losses) == 2
     assert all(torch.isfinite(torch.tensor(losses)))
     [checkpoint] = sorted((folder / "checkpoints").glob("step-*"))
     weights = load_file(checkpoint / "trainable.safetensors")
