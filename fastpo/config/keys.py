@@ -17,6 +17,7 @@ _LATER = {
     "prepare.text_length": None,
     "train.flow_shift": None,
     "train.guidance": None,
+    "train.quantize_base": None,
 }
 
 

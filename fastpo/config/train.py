@@ -77,6 +77,9 @@ class TrainConfig(Section):
     """Of full fine-tuning: fp32 master weights, or bf16, whose updates are computed in fp32 and
     rounded at random, on average exactly; 4 bytes less per weight and gradient. Gradients are
     summed over micro-batches in bf16 too: off by 1.3 % (rms) after 128, 2.7 % after 512."""
+    quantize_base: Annotated[Literal["4bit", "8bit"] | None, decides("reference", "run")] = None
+    """Of LoRA: stores the frozen weights of the denoiser's blocks in 4 or 8 bits (QLoRA), by
+    bitsandbytes; the reference is the same base. Samples and evaluations take the whole weights."""
     deepspeed: Annotated[Name | None, decides("nothing")] = None
     """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` or a DeepSpeed JSON file. None:
     plain data parallelism."""
@@ -366,11 +369,26 @@ def _check_weights(config: TrainConfig) -> None:
             "train.channels_last: adamw_8bit would turn fp32 weights back to the contiguous "
             "format; use train.weights: bf16, or another train.optim.name"
         )
+    if config.quantize_base is not None:
+        _check_quantized(config)
     if config.weights == "bf16" and (config.method, config.precision) != ("full", "bf16"):
         raise ValueError(
             "train.weights: bf16 is for train.method: full with train.precision: bf16; "
             "adapters are always trained in fp32"
         )
+
+
+def _check_quantized(config: TrainConfig) -> None:
+    """Refuses what a base in few bits does not go with."""
+    if config.method != "lora":
+        raise ValueError("train.quantize_base is for train.method: lora; whole weights are trained")
+    for key, used in (
+        ("train.deepspeed", config.deepspeed is not None),
+        ("train.lora.use_dora", config.lora.use_dora),
+        ("train.compile", config.compile),
+    ):
+        if used:
+            raise ValueError(f"train.quantize_base does not work with {key}; leave one of them out")
 
 
 def _check_timesteps(config: TrainConfig) -> None:

@@ -23,6 +23,7 @@ from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models.attention import check_attention
 from fastpo.models.family import ModelFamily
+from fastpo.models.quantized import quantize_base
 from fastpo.precision import DTYPES
 from fastpo.system.process import default_device
 from fastpo.types import NoisedPair
@@ -100,13 +101,20 @@ def without_dropout(model: Denoiser) -> Iterator[Denoiser]:
         model.train()
 
 
+def loading_dtype(config: TrainConfig) -> torch.dtype:
+    """The precision in which a denoiser is loaded: that in which its frozen weights are kept."""
+    return DTYPES[config.precision] if config.method == "lora" else torch.float32
+
+
 def setup_denoisers(
     family: ModelFamily, denoiser: Denoiser, config: TrainConfig, *, needs_reference: bool
 ) -> Denoisers:
     """Makes a loaded denoiser ready for LoRA or full fine-tuning, with its reference.
 
     Raises:
-        ConfigError: The attention asked for is not available, or nothing matches the LoRA targets.
+        ConfigError: The attention asked for or bitsandbytes is not available, or nothing matches
+            the LoRA targets.
+        ModelError: The denoiser has no layers that could be quantized.
     """
     frozen = None
     dtype = DTYPES[config.precision]
@@ -114,6 +122,8 @@ def setup_denoisers(
     if config.method == "lora":
         denoiser.requires_grad_(False)
         _cast(denoiser, dtype)
+        if config.quantize_base is not None:
+            quantize_base(denoiser, config.quantize_base, default_device())
         add_lora(family, denoiser, config.lora)
         cast_training_params(denoiser, dtype=torch.float32)
     else:

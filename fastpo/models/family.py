@@ -146,8 +146,19 @@ class ModelFamily(ABC):
             `(2B, C, h, w)`, winners first, in the layout and with the sign of `noised.target`.
         """
 
-    def load_denoiser(self, folder: ModelFolder, *, weights: bool = True) -> Denoiser:
-        """Loads the denoiser in float32, or, without weights, its architecture on the meta device.
+    def load_denoiser(
+        self,
+        folder: ModelFolder,
+        *,
+        weights: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Denoiser:
+        """Loads the denoiser, or, without weights, its architecture on the meta device.
+
+        Args:
+            folder: The model.
+            weights: Whether weights are loaded.
+            dtype: Of the weights.
 
         Tables that are not trained are there in both cases.
 
@@ -163,9 +174,9 @@ class ModelFamily(ABC):
                 tables = read_tensors(folder, self.denoiser, saved_tables(empty))
                 empty.load_state_dict(tables, strict=False, assign=True)
                 return empty
-        loaded = load_part(self.denoiser_class, folder, self.denoiser, what=what)
+        loaded = load_part(self.denoiser_class, folder, self.denoiser, what=what, dtype=dtype)
         # diffusers' own `to` warns about modules that ask to stay in float32.
-        nn.Module.to(loaded, torch.float32)
+        nn.Module.to(loaded, dtype)
         return loaded
 
     def vae_factor(self, folder: ModelFolder) -> int:

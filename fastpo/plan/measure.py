@@ -99,7 +99,12 @@ def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bo
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     # What a kernel does not change here and what would start a compiler or a GPU is left out.
-    plain = {"attention": "sdpa", "compile": False, "channels_last": False}
+    plain = {
+        "attention": "sdpa",
+        "compile": False,
+        "channels_last": False,
+        "quantize_base": None,  # its bytes are calculated, see `fastpo.plan.memory`
+    }
     with META, _quiet():
         unet: Any = UNet2DConditionModel.from_config(architecture.unet)
         denoisers = setup_denoisers(

@@ -26,7 +26,7 @@ from fastpo.data.mixing import make_sampler
 from fastpo.data.prepare.encode import enough_memory
 from fastpo.errors import ConfigError, ModelError
 from fastpo.loss import pair_errors
-from fastpo.models.denoisers import setup_denoisers
+from fastpo.models.denoisers import loading_dtype, setup_denoisers
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise, dropped_conditions, setup_noise
 from fastpo.precision import autocast
@@ -237,7 +237,7 @@ def load_reference(config: Config, model: ModelFolder, device: torch.device) -> 
         ConfigError: The attention asked for is not available here.
     """
     train = config.train.model_copy(update={"gradient_checkpointing": False, "compile": False})
-    denoiser = model.family.load_denoiser(model)
+    denoiser = model.family.load_denoiser(model, dtype=loading_dtype(train))
     denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=True)
     if denoisers.frozen is not None:
         return nn.Module.to(denoisers.frozen, device)

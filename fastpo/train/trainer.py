@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastpo.config import Config, EmaAnnotators
 from fastpo.ledger import PairLedger
-from fastpo.models.denoisers import setup_denoisers
+from fastpo.models.denoisers import loading_dtype, setup_denoisers
 from fastpo.models.folder import ModelFolder
 from fastpo.models.lora_start import start_from_lora
 from fastpo.noise import dropped_conditions, setup_noise
@@ -149,7 +149,7 @@ def setup_trainer(
     noise = setup_noise(config, model, device)
     errors = open_for_run(config, model, data.cache, noise, data.sampler, processes.count)
     torch.manual_seed(config.seed)  # the adapters' first values
-    denoiser = model.family.load_denoiser(model)
+    denoiser = model.family.load_denoiser(model, dtype=loading_dtype(train))
     denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
     if config.model.lora is not None:
         start_from_lora(model.family, denoisers.policy, config.model.lora)
