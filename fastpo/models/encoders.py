@@ -68,6 +68,14 @@ class Encoders(ABC):
         """Image pixels per latent pixel and side."""
         return vae_factor(self.vae.config)
 
+    def place_texts(self, device: torch.device | str) -> None:
+        """Moves the text encoders: to the CPU while images are encoded, and back for prompts.
+
+        They are many times as large as the VAE, which stays where it is.
+        """
+        for encoder in self.text_encoders:
+            encoder.to(device)
+
     @abstractmethod
     def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encodes prompts; see `encode_prompts`."""

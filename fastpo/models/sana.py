@@ -76,7 +76,8 @@ class SanaEncoders(Encoders):
             max_sequence_length=self.length,
             complex_human_instruction=instruction(),
         )
-        return {"prompt_embeds": states, "prompt_mask": mask.bool()}
+        # The transformer sees nothing of the padding; zeros need no place in the cache.
+        return {"prompt_embeds": states * mask.unsqueeze(-1), "prompt_mask": mask.bool()}
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`: the instruction's tokens do not count."""

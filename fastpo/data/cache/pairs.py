@@ -36,6 +36,7 @@ from fastpo.data.cache.manifest import (
 from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
 from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
+from fastpo.data.cache.texts import TextRows
 from fastpo.errors import CacheError, ConfigError, one_line
 from fastpo.models.folder import ModelFolder
 from fastpo.system.words import counted
@@ -87,6 +88,7 @@ class PairCache:
         self.latent_shapes = list(manifest.shapes)
         checks = RowChecks(folder, manifest.files | manifest.beside, config.data.verify)
         self._files = TensorFiles(folder, checks=checks)
+        self._texts = TextRows(self._files)
         self.prompts: Sequence[str] = Texts(open_arrow(folder / PROMPTS_FILE).column("prompt"))
         self._text_starts = np.array([span.start for span in manifest.texts])
         index = open_arrow(folder / INDEX_FILE)
@@ -337,11 +339,4 @@ class PairCache:
             (f"{part_name('text', part)}/{TEXT}", number - int(self._text_starts[part]))
             for part, number in zip(parts.tolist(), numbers, strict=True)
         ]
-        return {key: self._rows(places, key) for key in self._files.keys(places[0][0])}
-
-    def _rows(self, places: Sequence[tuple[str, int]], key: str) -> Tensor:
-        rows = self._files.rows(places[0][0], key)
-        found = torch.empty((len(places), *rows.shape), dtype=rows.dtype)
-        for into, (name, row) in zip(bytes_of(found), places, strict=True):
-            self._files.read(name, key, row, [into])
-        return found
+        return self._texts.read(places)

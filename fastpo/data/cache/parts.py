@@ -4,7 +4,8 @@
   `(pairs, 2, 2, C, h, w)`: mean and log-variance, each of the side that the source calls the winner
   and of the other, so that a pair is one stretch of bytes; and `index.parquet`, see `INDEX_SCHEMA`.
 - `text-k` holds `text.safetensors`: the conditions that prompts give, each `(prompts, ...)`, under
-  the names of the model's family; and `prompts.parquet`, their text in the same order.
+  the names of the model's family, or without their padding (see `fastpo.data.cache.texts`); and
+  `prompts.parquet`, their text in the same order.
 
 Both hold `rows.json`, the checksums of the tensors' rows (see `fastpo.data.cache.checks`), and
 `record.json`: the files' sizes and hashes, and the pairs in quarantine.

@@ -28,6 +28,7 @@ from fastpo.data.cache.parts import (
     table_writer,
     tensor_writer,
 )
+from fastpo.data.cache.texts import without_padding
 from fastpo.data.images import PairImages, UnusableImageError, to_model_range
 from fastpo.data.prepare.reuse import EarlierCache, EncodedPair, in_order
 from fastpo.data.prepare.verify_source import PairDigests
@@ -188,7 +189,7 @@ def write_prompts(
         for name, values in conditions.items():
             encoded[name].append(store(values, dtype, name))
     new = {name: torch.cat(parts) for name, parts in encoded.items()}
-    text = in_order(prompts, known, new)
+    text = without_padding(in_order(prompts, known, new))
     rows = [{"prompt": prompt} for prompt in prompts]
     writers = {
         TEXT: tensor_writer(text),

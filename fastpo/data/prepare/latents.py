@@ -182,12 +182,14 @@ class _Work:
             advance(self._images(part))
         elif part.kind == "text":
             prompts = self.prompts.prompts[part.span.start : part.span.stop]
+            self.encoders.place_texts(self.encoders.device)
             write_prompts(self.config, self.encoders, part, prompts, self.earlier)
         else:
             self._make_shard(part, advance)
 
     def _make_shard(self, part: CachePart, advance: Advance) -> None:
         start, stop = part.span.start, part.span.stop
+        self.encoders.place_texts("cpu")
         builder = ShardBuilder(self.config, self.encoders, start)
         loaded = read_ahead(
             partial(_load, geometry=self.identity.geometry, earlier=self.earlier),
