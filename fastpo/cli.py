@@ -143,6 +143,32 @@ def init(
     init(out, model=model, data=data, gpu=gpu, objective=objective, method=method)
 
 
+@app.command(name="convert-args")
+def convert_args(
+    command: Annotated[
+        str, typer.Argument(help="'accelerate launch train.py ...', or a file with it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="YAML file to write.")],
+    trainer: Annotated[
+        str | None, typer.Option(help="diffusers-sd15, diffusers-sdxl, salesforce, mapo, mapo-lora")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data instead of the command's.")] = None,
+) -> None:
+    """Write a configuration from another trainer's launch command."""
+    from fastpo.convert.command import convert
+
+    file = Path(command)
+    text = command
+    if len(command) < 4096 and "\n" not in command and file.is_file():
+        text = file.read_text(encoding="utf-8")
+    with storage_errors():
+        draft = convert(text, out, trainer=trainer, processes=processes, data=data)
+    for note in draft.notes:
+        _tell("[bold yellow]note:[/]", note)
+    print(out)
+
+
 @app.command()
 def plan(
     config: ConfigPath,

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("train", "review"),
     ("reference_cache", "report", "pairs"),
     ("data", "noise", "evaluate"),
-    ("models", "bench"),
+    ("models", "bench", "convert"),
     ("config", "loss"),
     ("system",),
     ("types", "precision", "errors", "ledger", "__init__"),

@@ -1,0 +1,1 @@
+"""Other trainers' launch commands and configurations as ours."""
