@@ -1,4 +1,4 @@
-"""A LoRA of SD1.5 or SDXL as one file for other programs: kohya's sd-scripts, ComfyUI, diffusers.
+"""A LoRA as one file for other programs: ComfyUI, diffusers, and of UNets kohya's sd-scripts.
 
 Names of a layer, here SDXL's first query projection:
 
@@ -9,7 +9,11 @@ Names of a layer, here SDXL's first query projection:
 * kohya: for SD1.5 the same names; for SDXL those of the original UNet, as sd-scripts trains it:
   `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight`.
 
-A loader of the last two multiplies a layer's product by alpha / rank.
+Of a transformer ComfyUI reads diffusers' names and finds the original layer by itself, also where
+that holds queries, keys and values in one: `transformer.transformer_blocks.0.attn.to_q.lora_A
+.weight`, beside it `transformer.transformer_blocks.0.attn.to_q.alpha`.
+
+A loader multiplies a layer's product by alpha / rank where alpha is a tensor.
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
 LoraFormat = Literal["kohya", "comfyui", "diffusers"]
 _BASE_VERSIONS = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
 """sd-scripts' `ss_base_model_version`, from which programs tell what a file is for."""
+_IN_COMFYUI = ("sd3", "flux", "flux2-dev", "flux2-klein", "qwen-image", "z-image")
+"""Transformers whose diffusers' names ComfyUI maps to its own; others it would leave out."""
 _RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -76,10 +82,13 @@ def write_lora(
             family.save(denoiser, Path(folder), "lora", weights)
             shutil.copyfile(Path(folder, LORA_FILE), file)
     else:
-        if family.name not in _BASE_VERSIONS:
+        for_comfyui = form == "comfyui" and family.name in _IN_COMFYUI
+        if family.name not in _BASE_VERSIONS and not for_comfyui:
+            taken = [*_BASE_VERSIONS, *(_IN_COMFYUI if form == "comfyui" else ())]
+            other = "comfyui or diffusers" if family.name in _IN_COMFYUI else "diffusers"
             raise ModelError(
-                f"--format {form} is for LoRA of sd15 and sdxl, not of {family.name}; use "
-                "--format diffusers"
+                f"--format {form} is for LoRA of {', '.join(taken)}, not of {family.name}; use "
+                f"--format {other}"
             )
         if any("lora_magnitude_vector" in name for name in weights):
             raise ModelError(
@@ -88,8 +97,41 @@ def write_lora(
                 "diffusers"
             )
         original = form == "kohya" and family.name == "sdxl"
-        save_file(other_names(denoiser, weights, original=original), file, _about(family, denoiser))
+        named = (
+            transformer_names(family.denoiser, denoiser, weights)
+            if for_comfyui
+            else other_names(denoiser, weights, original=original)
+        )
+        save_file(named, file, _about(family, denoiser))
     sort_metadata(file)
+
+
+def transformer_names(
+    prefix: str, denoiser: Denoiser, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns a transformer's adapters under peft's names, with `.alpha` of each layer, float32.
+
+    Args:
+        prefix: Put before each name, with a dot.
+        denoiser: The transformer with its adapters.
+        weights: The trained weights by name.
+    """
+    layers = dict(denoiser.named_modules())
+    named: dict[str, Tensor] = {}
+    for name, tensor in get_peft_model_state_dict(denoiser, dict(weights)).items():
+        layer = re.split(r"\.lora_[AB]\.", name, maxsplit=1)[0]
+        named[f"{prefix}.{name}"] = tensor.contiguous()
+        named[f"{prefix}.{layer}.alpha"] = torch.tensor(_alpha(layer, layers[layer]))
+    return named
+
+
+def _alpha(layer: str, module: nn.Module) -> float:
+    """The alpha by which programs that divide by the rank scale as peft does."""
+    if not isinstance(module, LoraLayer):
+        raise TypeError(f"{layer} has adapters but is no LoraLayer")
+    # rsLoRA divides by the rank's root.
+    root = math.sqrt(module.r["default"]) if module.use_rslora["default"] else 1.0
+    return float(module.lora_alpha["default"] * root)
 
 
 def other_names(
@@ -109,15 +151,11 @@ def other_names(
     layers = dict(denoiser.named_modules())
     for name, tensor in get_peft_model_state_dict(denoiser, own).items():
         layer, kind, rest = re.split(r"\.(lora_[AB]|lora_magnitude_vector)", name, maxsplit=1)
-        module = layers[layer]
-        if not isinstance(module, LoraLayer):
-            raise TypeError(f"{layer} has adapters but is no LoraLayer")
+        alpha = _alpha(layer, layers[layer])
         if original:
             layer = original_name(layer, denoiser)
         flat = f"lora_unet_{layer.replace('.', '_')}"
-        # These programs divide by the rank; rsLoRA divides by its root.
-        root = math.sqrt(module.r["default"]) if module.use_rslora["default"] else 1.0
-        alphas[f"{flat}.alpha"] = module.lora_alpha["default"] * root
+        alphas[f"{flat}.alpha"] = alpha
         renamed[f"unet.{layer}.{kind}{rest}"] = tensor.contiguous()
     # diffusers writes the rank for alpha, whatever the adapters were trained with.
     return convert_state_dict_to_kohya(renamed) | {
@@ -163,6 +201,8 @@ def original_name(layer: str, unet: nn.Module) -> str:
 def _about(family: ModelFamily, denoiser: Denoiser) -> dict[str, str]:
     """The metadata that sd-scripts writes and programs show."""
     config = denoiser.peft_config["default"]
+    if family.name not in _BASE_VERSIONS:  # sd-scripts has no names for their versions
+        return {"format": "pt", "fastpo_version": __version__}
     return {
         "format": "pt",
         "ss_network_module": "networks.lora",

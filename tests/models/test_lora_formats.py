@@ -11,10 +11,14 @@ from torch import nn
 
 from fastpo.cli import main
 from fastpo.config import load_config, parse_config
-from fastpo.errors import CheckpointError
-from fastpo.models.lora_formats import original_name
+from fastpo.config.sections import LoraConfig
+from fastpo.errors import CheckpointError, ModelError
+from fastpo.models.denoisers import add_lora
+from fastpo.models.folder import ModelFolder
+from fastpo.models.lora_formats import original_name, write_lora
 from fastpo.train import train
 from fastpo.train.consolidate import export_lora
+from tests.models.family_cases import CASES
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2"]
@@ -194,3 +198,39 @@ def test_nothing_is_replaced_and_what_holds_no_lora_is_named(runs, tmp_path, cap
     assert stopped.value.code == 2
     assert "fastpo consolidate" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "new.safetensors").exists()
+
+
+TRANSFORMERS = [case for case in CASES if case.name in ("z-image", "flux.1-dev", "qwen-image")]
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_comfyui_gets_a_transformers_names_with_alpha(case, rslora, tmp_path):
+    """`transformer.NAME` with lora_A, lora_B and alpha, which scale as peft scales."""
+    model = ModelFolder(case.make(tmp_path / "model"))
+    policy = model.family.load_denoiser(model)
+    targets = model.family.lora_targets[:4]
+    config = LoraConfig(rank=4, alpha=6.0, target_modules=targets, use_rslora=rslora)
+    add_lora(model.family, policy, config)
+    weights = {n: torch.randn_like(p) for n, p in policy.named_parameters() if p.requires_grad}
+    file = tmp_path / "lora.safetensors"
+    write_lora(model.family, policy, weights, file, "comfyui")
+    named = load_file(file)
+    layers = {name.removesuffix(".alpha") for name in named if name.endswith(".alpha")}
+    plain = dict(model.family.load_denoiser(model).named_modules())
+    for layer in layers:
+        known = plain[layer.removeprefix("transformer.")]
+        down, up = (named[f"{layer}.lora_{side}.weight"] for side in "AB")
+        assert (up @ down).shape == known.weight.shape
+        peft = policy.get_submodule(layer.removeprefix("transformer."))
+        assert float(named[f"{layer}.alpha"]) / 4 == pytest.approx(peft.scaling["default"])
+    assert len(named) == 3 * len(layers) == 3 * len(weights) // 2
+    with pytest.raises(ModelError, match=r"--format kohya is for LoRA of sd15, sdxl, not of"):
+        write_lora(model.family, policy, weights, file, "kohya")
+
+
+def test_comfyui_has_no_names_for_sana(tmp_path):
+    case = next(case for case in CASES if case.name == "sana")
+    model = ModelFolder(case.make(tmp_path / "model"))
+    with pytest.raises(ModelError, match=r"not of sana; use --format diffusers"):
+        write_lora(model.family, model.family.load_denoiser(model), {}, tmp_path / "x", "comfyui")
