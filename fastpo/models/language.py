@@ -157,6 +157,6 @@ def padded(states: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return torch.stack([pad(text, (0, 0, 0, length - len(text))) for text in states]), mask
 
 
-def longest(mask: Tensor) -> int:
-    """Returns the length of the longest of some padded texts; waits for the device."""
-    return int(mask.sum(dim=1).max())
+def lengths(mask: Tensor) -> list[int]:
+    """Returns the lengths of padded texts; waits for the device."""
+    return mask.sum(dim=1).tolist()

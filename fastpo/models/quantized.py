@@ -124,13 +124,19 @@ def quantize_base(denoiser: nn.Module, bits: BaseBits, device: torch.device) -> 
 
 
 def quantizable(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """Returns the layers that `quantize_base` stores in few bits, by name."""
-    blocks = getattr(denoiser, "_repeated_blocks", None) or ()  # an attribute of diffusers' models
+    """Returns the frozen layers that `quantize_base` stores in few bits, by name."""
+    # Of diffusers' models; some name their blocks only as what must not be split.
+    blocks: Any = getattr(denoiser, "_repeated_blocks", None)
+    blocks = blocks or getattr(denoiser, "_no_split_modules", None) or ()
     found: dict[str, nn.Linear] = {}
     for name, block in denoiser.named_modules():
         if type(block).__name__ in blocks:
             inside = block.named_modules(prefix=name)
-            found |= {inner: layer for inner, layer in inside if type(layer) is nn.Linear}
+            found |= {
+                inner: layer
+                for inner, layer in inside
+                if type(layer) is nn.Linear and not layer.weight.requires_grad
+            }
     return found
 
 

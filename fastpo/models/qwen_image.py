@@ -22,7 +22,7 @@ from fastpo.errors import ModelError
 from fastpo.models.clip import latent_normalization
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.geometry import MOST_LEVELS
-from fastpo.models.language import LanguageEncoders, LanguageFamily, count_longer, longest, padded
+from fastpo.models.language import LanguageEncoders, LanguageFamily, count_longer, lengths, padded
 from fastpo.types import NoisedPair
 
 _OTHER_CONDITIONING = (
@@ -130,9 +130,10 @@ class QwenImage(LanguageFamily):
         """As `ModelFamily.predict`; texts are cut to the longest of the batch."""
         latents = noised.noisy_latents
         rows, channels, height, width = latents.shape
-        mask = conditions["prompt_mask"]
-        length = longest(mask)
-        mask = mask[:, :length].repeat(2, 1)
+        own = lengths(conditions["prompt_mask"])
+        length = max(own)
+        # As in the pipeline: texts of one length need no mask.
+        mask = None if min(own) == length else conditions["prompt_mask"][:, :length].repeat(2, 1)
         embeds = conditions["prompt_embeds"][:, :length].to(latents.dtype).repeat(2, 1, 1)
         answer = denoiser(
             hidden_states=QwenImagePipeline._pack_latents(latents, rows, channels, height, width),

@@ -16,7 +16,14 @@ from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
-from fastpo.models.language import LanguageEncoders, LanguageFamily, chats, count_longer, padded
+from fastpo.models.language import (
+    LanguageEncoders,
+    LanguageFamily,
+    chats,
+    count_longer,
+    lengths,
+    padded,
+)
 from fastpo.types import NoisedPair
 
 
@@ -63,7 +70,8 @@ class ZImage(LanguageFamily):
         """As `ModelFamily.predict`; images and texts go in as lists."""
         latents = noised.noisy_latents
         embeds = conditions["prompt_embeds"].to(latents.dtype)
-        texts = [states[own] for states, own in zip(embeds, conditions["prompt_mask"], strict=True)]
+        own = lengths(conditions["prompt_mask"])
+        texts = [states[:length] for states, length in zip(embeds, own, strict=True)]
         answers = denoiser(
             list(latents.unsqueeze(2).unbind()),
             noised.timesteps.repeat(2),

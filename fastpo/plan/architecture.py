@@ -13,10 +13,13 @@ from typing import Any
 
 from fastpo.config import Config, ModelConfig
 from fastpo.errors import ModelError
+from fastpo.models.encoders import vae_factor
+from fastpo.models.flow import FlowFamily
 from fastpo.models.folder import ModelFolder, read_json, resolve_vae_folder
 from fastpo.models.hub import is_hub_id
-from fastpo.models.registry import detect
+from fastpo.models.registry import detect, load_family
 from fastpo.models.trained import holds_an_export
+from fastpo.plan import transformers
 
 PACKAGED: dict[str, str] = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -26,6 +29,20 @@ PACKAGED: dict[str, str] = {
     "CompVis/stable-diffusion-v1-4": "sd15",
 }
 """Hub ids whose architecture is known without the hub."""
+
+PACKAGED_FOLDERS: dict[str, str] = {
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
+    "Qwen/Qwen-Image-2512": "qwen-image",
+    "black-forest-labs/FLUX.2-dev": "flux2-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
+    "black-forest-labs/FLUX.1-dev": "flux1-dev",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",
+}
+"""The same for flow-matching models, whose packaged files are laid out as a pipeline's folder."""
 
 PACKAGED_VAES: dict[str, str] = {
     "madebyollin/sdxl-vae-fp16-fix": "sdxl",
@@ -43,11 +60,12 @@ class Architecture:
     """The configurations of a pipeline's parts.
 
     Attributes:
-        family: `sd15` or `sdxl`.
+        family: The family's name, as in `fastpo.models.registry`.
         source: Where they come from, in words.
-        unet: `unet/config.json`.
+        unet: The denoiser's `config.json`.
         vae: `vae/config.json`, of `model.vae` where that is given.
-        texts: `text_encoder/config.json` and, for SDXL, `text_encoder_2/config.json`.
+        texts: `text_encoder/config.json` and those of further text encoders, in order.
+        folder: Of a flow-matching model, its folder or a packaged one; None of UNets.
     """
 
     family: str
@@ -55,6 +73,52 @@ class Architecture:
     unet: dict[str, Any]
     vae: dict[str, Any]
     texts: tuple[dict[str, Any], ...]
+    folder: ModelFolder | None = None
+
+    @property
+    def flow(self) -> FlowFamily | None:
+        """The family of a flow-matching transformer, else None."""
+        family = load_family(self.family)
+        return family if isinstance(family, FlowFamily) else None
+
+    @property
+    def vae_factor(self) -> int:
+        """Image pixels per latent pixel and side."""
+        if self.flow is not None and self.folder is not None:
+            return self.flow.vae_factor(self.folder)
+        return vae_factor(self.vae)
+
+    @property
+    def denoiser_factor(self) -> int:
+        """What the latents' sides must be multiples of."""
+        if self.flow is not None and self.folder is not None:
+            return self.flow.denoiser_factor(self.folder)
+        return 2 ** (len(self.unet["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the cache holds."""
+        if self.flow is not None and self.folder is not None:
+            return transformers.channels(self.flow, self.folder, self.vae)
+        return self.vae["latent_channels"]
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that the model was made for."""
+        return 1024 if self.flow is not None else self.unet["sample_size"] * self.vae_factor
+
+    def text(self, length: int) -> transformers.Text:
+        """What a prompt of a number of tokens gives to the denoiser."""
+        if self.flow is not None:
+            defaults = dict(transformers.empty_transformer(self.flow, self.unet).config)
+            return transformers.text_of(self.flow, defaults, length)
+        sizes: dict[str, tuple[int, ...]] = {
+            "prompt_embeds": (length, self.unet["cross_attention_dim"])
+        }
+        if self.unet.get("addition_embed_type") == "text_time":
+            pooled = self.unet["projection_class_embeddings_input_dim"]
+            sizes["pooled"] = (pooled - 6 * self.unet["addition_time_embed_dim"],)
+        return transformers.Text(sizes)
 
 
 def resolve_architecture(config: Config) -> Architecture:
@@ -76,6 +140,17 @@ def resolve_architecture(config: Config) -> Architecture:
         if found is not None:
             folder, cached = found.parent, True
             whole = ModelFolder(folder)
+    packaged = {name.lower(): place for name, place in PACKAGED_FOLDERS.items()}
+    if not folder.is_dir() and model.path.lower() in packaged:
+        own = Path(str(resources.files("fastpo.models"))) / "architectures"
+        place = own / packaged[model.path.lower()]
+        source = f"the packaged architecture of {place.name} ({model.path} is not here)"
+        return _flow_architecture(config, ModelFolder(place), source)
+    if folder.is_dir() and isinstance(detect(folder), FlowFamily):
+        source = f"the hub's copy on this machine, {folder}" if cached else str(folder)
+        if not cached:
+            whole.family  # noqa: B018  its parts are checked when it is first asked for
+        return _flow_architecture(config, whole, source)
     if folder.is_dir():
         # Of a hub's model only the files that were asked for are here; its parts are not checked.
         family = (detect(folder) if cached else whole.family).name
@@ -93,6 +168,19 @@ def resolve_architecture(config: Config) -> Architecture:
     return Architecture(family, source, unet, _vae_config(model, own_vae, family), texts)
 
 
+def _flow_architecture(config: Config, folder: ModelFolder, source: str) -> Architecture:
+    """The configurations of a flow-matching model's folder."""
+    family = detect(folder.path)
+    texts = tuple(
+        read_json(folder.path / part / "config.json")
+        for part in family.encoder_parts
+        if part.startswith("text_encoder")
+    )
+    denoiser = read_json(folder.component(family.denoiser) / "config.json")
+    vae = _vae_config(config.model, folder.path, family.name)
+    return Architecture(family.name, source, denoiser, vae, texts, folder)
+
+
 def _text_parts(family: str) -> tuple[str, ...]:
     return ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
 
@@ -105,7 +193,8 @@ def _packaged_family(model: ModelConfig) -> str:
         raise ModelError(f"model.path: no such folder: {model.path} (and no hub id either)")
     raise ModelError(
         f"model.path: {model.path!r} is neither a folder nor in the hub's cache on this machine, "
-        f"and a plan downloads nothing; known without it: {', '.join(PACKAGED)}. Download it once, "
+        f"and a plan downloads nothing; known without it: "
+        f"{', '.join([*PACKAGED, *PACKAGED_FOLDERS])}. Download it once, "
         "or plan with one of these if the architecture is the same (--set model.path=...)"
     )
 

@@ -13,7 +13,7 @@ from fastpo.plan.fit import find_largest, scaled
 from fastpo.plan.gpus import Gpu
 from fastpo.plan.measure import build_parts, module_bytes
 from fastpo.plan.memory import ALLOWANCE, Measured, step_memory
-from fastpo.plan.planner import denoiser_factor, latent_elements, make_shapes, measure
+from fastpo.plan.planner import latent_elements, make_shapes, measure
 from fastpo.plan.recipes import Recipe, own_recipe
 from fastpo.plan.schema import Largest
 from fastpo.train.sharding import count_trained, held, read_sharding
@@ -116,7 +116,7 @@ def _try(
         sharding,
         room=room,
         shapes=shapes,
-        step=shapes.vae_factor * denoiser_factor(architecture),
+        step=shapes.vae_factor * architecture.denoiser_factor,
     )
     if not largest.pairs:
         return _bytes(recipe, measured, config, 1)

@@ -134,12 +134,8 @@ def cache_size(
     distinct prompt, the empty one included. Reference: 2 floats per pair and visit.
     """
     element = DTYPES[config.prepare.store_precision].itemsize
-    latents = 4 * architecture.vae["latent_channels"] * shapes.height * shapes.width * element
-    unet = architecture.unet
-    pooled = 0
-    if unet.get("addition_embed_type") == "text_time":
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    text = (shapes.tokens * unet["cross_attention_dim"] + pooled) * element
+    latents = 4 * architecture.latent_channels * shapes.height * shapes.width * element
+    text = architecture.text(shapes.tokens).bytes(element)
     per_pair = 0
     if config.train.reads_reference_errors and size.pairs and visits:
         per_pair = 8 * math.ceil(visits / size.pairs)

@@ -17,7 +17,6 @@ from fastpo.config import Config, Section, SourceConfig, parse_config, with_keys
 from fastpo.config.fields import discriminator_of, sections_of
 from fastpo.data.sources import recognize
 from fastpo.errors import ForeignPathError
-from fastpo.models.encoders import vae_factor
 from fastpo.models.registry import load_family
 from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.choose import ROOM, Choice, choose
@@ -86,7 +85,7 @@ def write_config(
         },
     }
     architecture = resolve_architecture(parse_config(raw))
-    side = architecture.unet["sample_size"] * vae_factor(architecture.vae)
+    side = architecture.resolution
     raw = with_keys(raw, {"prepare.resolution": side, "train.precision": "bf16"})
     source = SourceConfig(name="data", **raw["data"])
     status("counting pairs")

@@ -8,7 +8,7 @@ temporaries included; the kernels' own workspaces and the allocator's losses are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpo.config import Precision, TrainConfig
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
+from fastpo.plan import transformers
 from fastpo.plan.architecture import Architecture
 from fastpo.plan.modes import CudaForward, RepeatedOperators, StorageTracker, flop_counter
+from fastpo.plan.shapes import Shapes as Shapes
 from fastpo.precision import DTYPES, autocast_dtype
 
 if TYPE_CHECKING:
@@ -50,27 +52,6 @@ class Pass:
     flops: int
     peak: int
     kept: int = 0
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of one micro-batch.
-
-    Attributes:
-        pairs: Pairs in it.
-        height: Latent pixels.
-        width: Latent pixels.
-        vae_factor: Image pixels per latent pixel and side.
-        tokens: Tokens of a prompt, in all of its chunks.
-        chunks: How many chunks the text encoders take it in.
-    """
-
-    pairs: int
-    height: int
-    width: int
-    vae_factor: int
-    tokens: int
-    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,20 +86,33 @@ def build_parts(architecture: Architecture, train: TrainConfig, *, reference: bo
         "channels_last": False,
         "quantize_base": None,  # its bytes are calculated, see `fastpo.plan.memory`
     }
+    flow = architecture.flow
     with META, _quiet():
-        unet: Any = UNet2DConditionModel.from_config(architecture.unet)
+        unet: Any = (
+            UNet2DConditionModel.from_config(architecture.unet)
+            if flow is None
+            else transformers.empty_transformer(flow, architecture.unet)
+        )
         denoisers = setup_denoisers(
             load_family(architecture.family),
             unet,
             train.model_copy(update=plain),
             needs_reference=reference,
         )
+        if flow is not None:
+            vae = transformers.empty_vae(flow, architecture.vae)
+            texts = tuple(transformers.empty_text(text) for text in architecture.texts)
+            return _frozen(denoisers, vae, texts)
         vae: Any = AutoencoderKL.from_config(architecture.vae)
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
         texts = tuple(
             kind(CLIPTextConfig.from_dict(text))
             for kind, text in zip(kinds, architecture.texts, strict=False)
         )
+    return _frozen(denoisers, vae, texts)
+
+
+def _frozen(denoisers: Denoisers, vae: nn.Module, texts: tuple[nn.Module, ...]) -> Parts:
     for module in (vae, *texts):
         module.eval().requires_grad_(False)
     return Parts(denoisers, vae, texts)
@@ -157,10 +151,25 @@ def unet_inputs(unet: Denoiser, shapes: Shapes, device: torch.device) -> dict[st
     return inputs
 
 
+Call = tuple[list[Tensor], Callable[[nn.Module], Tensor]]
+"""The tensors of a micro-batch, and a denoiser's pass on them."""
+
+
+def unet_call(unet: Denoiser, shapes: Shapes) -> Call:
+    """A UNet's micro-batch on the meta device."""
+    inputs = unet_inputs(unet, shapes, META)
+    return _tensors(inputs), lambda model: model(**inputs, return_dict=False)[0]
+
+
 def measure_training(
-    unet: Denoiser, shapes: Shapes, precision: Precision, *, checkpointing: bool
+    unet: Denoiser,
+    shapes: Shapes,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+    call: Call | None = None,
 ) -> tuple[Pass, Pass, int]:
-    """Forward and backward of a policy on a micro-batch.
+    """Forward and backward of a policy on a micro-batch; `call`: default, a UNet's.
 
     Returns:
         The forward pass alone (`kept` are the activations), forward and backward together, and the
@@ -169,8 +178,8 @@ def measure_training(
         tensor that its backward needs.
     """
     dtype = autocast_dtype(precision)
-    inputs = unet_inputs(unet, shapes, META)
-    counter, tracker = flop_counter(), StorageTracker(unet.parameters(), _tensors(inputs))
+    inputs, run = call or unet_call(unet, shapes)
+    counter, tracker = flop_counter(), StorageTracker(unet.parameters(), inputs)
     repeats = _Repeats(counter)
     if checkpointing:
         unet.enable_gradient_checkpointing(
@@ -183,7 +192,7 @@ def measure_training(
     try:
         with counter, tracker, RepeatedOperators(counter):
             with CudaForward(dtype):
-                prediction = unet(**inputs, return_dict=False)[0]
+                prediction = run(unet)
             forward = Pass(counter.get_total_flops(), tracker.peak, tracker.live)
             prediction.backward(torch.empty_like(prediction))
             whole = Pass(counter.get_total_flops(), tracker.peak)
@@ -212,11 +221,13 @@ class _Repeats:
 
 
 @torch.no_grad()
-def measure_forward(unet: Denoiser, shapes: Shapes, precision: Precision) -> Pass:
-    """A forward pass of an annotator."""
-    inputs = unet_inputs(unet, shapes, META)
+def measure_forward(
+    unet: Denoiser, shapes: Shapes, precision: Precision, call: Call | None = None
+) -> Pass:
+    """A forward pass of an annotator; `call`: default, a UNet's."""
+    inputs, run = call or unet_call(unet, shapes)
     with _watched(unet, inputs, autocast_dtype(precision)) as (counter, tracker):
-        unet(**inputs, return_dict=False)
+        run(unet)
         return Pass(counter.get_total_flops(), tracker.peak)
 
 
@@ -229,20 +240,31 @@ def measure_vae(vae: Any, shapes: Shapes, precision: Precision) -> Pass:
     batch = min(images, VAE_BATCH)
     pixels = torch.empty(batch, 3, height, width, device=META, dtype=DTYPES[precision])
     with _watched(vae, pixels, None) as (counter, tracker):
-        vae.encode(pixels)
+        # Qwen-Image's takes videos.
+        vae.encode(pixels.unsqueeze(2) if "temperal_downsample" in vae.config else pixels)
         # Every image costs the same, so that a part of the batch tells the whole.
         return Pass(counter.get_total_flops() * images // batch, tracker.peak)
 
 
 @torch.no_grad()
-def measure_texts(texts: tuple[Any, ...], shapes: Shapes) -> Pass:
-    """Encoding every pair's prompt with all text encoders."""
+def measure_texts(
+    texts: tuple[Any, ...], shapes: Shapes, tokens: Sequence[int] | None = None
+) -> Pass:
+    """Encoding every pair's prompt with all text encoders.
+
+    Args:
+        texts: The text encoders.
+        shapes: The micro-batch.
+        tokens: Tokens that each of them reads of a prompt; default: `shapes.tokens`, in chunks.
+    """
     flops, peak = 0, 0
-    size = shapes.pairs * shapes.chunks, shapes.tokens // shapes.chunks
-    tokens = torch.zeros(size, device=META, dtype=torch.int64)
-    for text in texts:
-        with _watched(text, tokens, None) as (counter, tracker):
-            text(tokens)
+    for number, text in enumerate(texts):
+        size = shapes.pairs * shapes.chunks, shapes.tokens // shapes.chunks
+        if tokens is not None:
+            size = shapes.pairs, tokens[number]
+        ids = torch.zeros(size, device=META, dtype=torch.int64)
+        with _watched(text, ids, None) as (counter, tracker):
+            text(ids)
             flops, peak = flops + counter.get_total_flops(), max(peak, tracker.peak)
     return Pass(flops, peak)
 

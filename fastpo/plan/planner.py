@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from fastpo.config import Config, Precision, TrainConfig
 from fastpo.errors import ConfigError
-from fastpo.models.encoders import vae_factor
 from fastpo.models.geometry import make_geometry
 from fastpo.plan.architecture import Architecture, resolve_architecture
 from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
 from fastpo.plan.fit import find_largest
 from fastpo.plan.gpus import Gpu, find_gpu
 from fastpo.plan.measure import (
-    Parts,
+    Call,
     Pass,
     Shapes,
     build_parts,
@@ -25,16 +24,19 @@ from fastpo.plan.measure import (
     measure_training,
     measure_vae,
     module_bytes,
+    unet_call,
 )
-from fastpo.plan.memory import Measured, step_memory
+from fastpo.plan.memory import Measured, quantized, step_memory
 from fastpo.plan.recipes import (
     BARE,
     RELEASED,
+    RELEASED_FLOW,
     Recipe,
     describe_own,
     own_recipe,
 )
 from fastpo.plan.schema import Assumptions, Cost, Flops, Plan, Preparing
+from fastpo.plan.transformers import text_length, text_tokens, transformer_call
 from fastpo.plan.verdict import make_notes, make_verdict
 from fastpo.precision import autocast_dtype
 from fastpo.train.sharding import Sharding, count_trained, read_sharding
@@ -100,7 +102,8 @@ def make_plan(
     visits = count_visits(config, size, world_size)
     elements = latent_elements(architecture, shapes)
     own = own_recipe(config.train, elements, whole=sharding.stage < 3)
-    costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *RELEASED)]
+    others = RELEASED if architecture.flow is None else RELEASED_FLOW
+    costs = [_cost(r, measured, config, hardware, sharding, visits) for r in (own, BARE, *others)]
     base = costs[0].seconds_per_pair
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
     costs[0] = costs[0].model_copy(update={"what": describe_own(config.train, own)})
@@ -113,7 +116,7 @@ def make_plan(
         sharding,
         room=hardware.gpu.memory_gb * 1e9,
         shapes=shapes,
-        step=shapes.vae_factor * denoiser_factor(architecture),
+        step=shapes.vae_factor * architecture.denoiser_factor,
     )
     cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)
     return Plan(
@@ -141,21 +144,28 @@ def _check(utilization: float, world_size: int, pairs: int | None) -> None:
 
 def make_shapes(config: Config, architecture: Architecture) -> Shapes:
     """The square bucket's sizes; the other buckets have about as many pixels."""
-    factor = vae_factor(architecture.vae)
+    factor = architecture.vae_factor
     make_geometry(
         config.prepare.resolution,
         use_buckets=config.prepare.buckets,
         vae_factor=factor,
-        denoiser_factor=denoiser_factor(architecture),
+        denoiser_factor=architecture.denoiser_factor,
     )
     side = config.prepare.resolution // factor
+    if architecture.flow is not None:
+        tokens = text_length(architecture.flow, config)
+        return Shapes(config.train.micro_batch_size, side, side, factor, tokens)
     chunks = config.prepare.prompt_chunks
     tokens = chunks * architecture.texts[0].get("max_position_embeddings", 77)
     return Shapes(config.train.micro_batch_size, side, side, factor, tokens, chunks)
 
 
-def denoiser_factor(architecture: Architecture) -> int:
-    return 2 ** (len(architecture.unet["block_out_channels"]) - 1)
+def denoiser_call(architecture: Architecture, policy: Denoiser, shapes: Shapes) -> Call:
+    """A micro-batch of the architecture on the meta device, and a denoiser's pass on it."""
+    if architecture.flow is None:
+        return unet_call(policy, shapes)
+    text = architecture.text(shapes.tokens)
+    return transformer_call(architecture.flow, text, shapes, architecture.latent_channels)
 
 
 def measure(
@@ -172,16 +182,23 @@ def measure(
     policy = parts.denoisers.policy
     status("counting the encoders")
     vae = measure_vae(parts.vae, shapes, "fp32")
-    text = measure_texts(parts.texts, shapes)
+    read = None
+    if architecture.flow is not None:
+        read = [text_tokens(text, shapes.tokens) for text in architecture.texts]
+    text = measure_texts(parts.texts, shapes, read)
+    call = denoiser_call(architecture, policy, shapes)
     status("counting the reference's forward pass")
     with parts.denoisers.reference() as model:
-        reference = measure_forward(model, shapes, train.precision)
+        reference = measure_forward(model, shapes, train.precision, call)
     status("counting the policy's forward and backward")
     forward, training, recompute = measure_training(
-        policy, shapes, train.precision, checkpointing=train.gradient_checkpointing
+        policy, shapes, train.precision, checkpointing=train.gradient_checkpointing, call=call
     )
     latent = latent_elements(architecture, shapes)
     trained = count_trained(policy.parameters(), train)
+    dense = 0
+    if train.quantize_base is not None:
+        trained, dense = quantized(policy, trained, train.quantize_base)
     return Measured(
         forward=forward,
         training=training,
@@ -193,14 +210,22 @@ def measure(
         reference_bytes=module_bytes(parts.denoisers.frozen) if parts.denoisers.frozen else 0,
         average_bytes=4 * trained.count,
         whole_average_bytes=2 * trained.parameters,
-        encoder_bytes=_encoder_bytes(parts, train),
+        vae_bytes=module_bytes(parts.vae, "fp32"),
+        text_bytes=sum(module_bytes(text, train.precision) for text in parts.texts),
         batch_bytes=_batch_bytes(config, architecture, shapes, latent),
         prediction_bytes=latent * _answer_size(train),
-        constant=_constant(policy, shapes, train, training),
+        constant=_constant(architecture, policy, shapes, train, training),
+        dense=dense,
     )
 
 
-def _constant(policy: Denoiser, shapes: Shapes, train: TrainConfig, training: Pass) -> int:
+def _constant(
+    architecture: Architecture,
+    policy: Denoiser,
+    shapes: Shapes,
+    train: TrainConfig,
+    training: Pass,
+) -> int:
     """Bytes of a step's peak that do not grow with the batch: autocast's copies of the weights.
 
     From a second batch, which is large: the peak is the largest of several sums, and a chord of
@@ -210,19 +235,17 @@ def _constant(policy: Denoiser, shapes: Shapes, train: TrainConfig, training: Pa
         return 0
     large = replace(shapes, pairs=LARGE * shapes.pairs)
     checkpointing = train.gradient_checkpointing
-    _, more, _ = measure_training(policy, large, train.precision, checkpointing=checkpointing)
+    call = denoiser_call(architecture, policy, large)
+    _, more, _ = measure_training(
+        policy, large, train.precision, checkpointing=checkpointing, call=call
+    )
     return max(0, (LARGE * training.peak - more.peak) // (LARGE - 1))
 
 
 def latent_elements(architecture: Architecture, shapes: Shapes) -> int:
     """Elements of the noisy latents `(2B, C, h, w)`."""
-    channels = architecture.vae["latent_channels"]
+    channels = architecture.latent_channels
     return 2 * shapes.pairs * channels * shapes.height * shapes.width
-
-
-def _encoder_bytes(parts: Parts, train: TrainConfig) -> int:
-    texts = sum(module_bytes(text, train.precision) for text in parts.texts)
-    return module_bytes(parts.vae, "fp32") + texts
 
 
 def _answer_size(train: TrainConfig) -> int:
@@ -233,8 +256,10 @@ def _answer_size(train: TrainConfig) -> int:
 def _batch_bytes(config: Config, architecture: Architecture, shapes: Shapes, latent: int) -> int:
     """Mean and log-variance and embeddings as stored; noisy latents and target in float32."""
     stored = {"fp32": 4}.get(config.prepare.store_precision, 2)
-    width = shapes.tokens * architecture.unet["cross_attention_dim"]
-    text = shapes.pairs * width * (stored + 2 * 4)  # as stored, and for both sides in float32
+    width = architecture.text(shapes.tokens).sizes["prompt_embeds"]
+    text = (
+        shapes.pairs * math.prod(width) * (stored + 2 * 4)
+    )  # as stored, and for both sides in float32
     return 2 * latent * stored + 2 * latent * 4 + text
 
 
@@ -247,7 +272,7 @@ def _flops(recipe: Recipe, m: Measured, pairs: int) -> Flops:
         reference=recipe.reference * m.reference.flops / each,
         annotators=recipe.averages * m.forward.flops / each,
         vae=recipe.encodes * m.vae.flops / each,
-        text=recipe.encodes * m.text.flops / each,
+        text=recipe.encodes_text * m.text.flops / each,
     )
 
 

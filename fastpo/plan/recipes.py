@@ -27,7 +27,8 @@ class Recipe:
         averages: Moving averages that vote, one forward pass each.
         whole_averages: Whether they average all weights, in half precision, not only the
             trainable ones, in float32.
-        encodes: Whether images and prompts are encoded in the step.
+        encodes: Whether images are encoded in the step.
+        encodes_text: Whether prompts are, too.
         vae_precision: The VAE runs in it, if it runs.
         exports_average: Whether a further average of the trainable weights is kept.
         together: Whether reference and averages run as one forward pass, on as many rows more.
@@ -38,6 +39,7 @@ class Recipe:
     averages: int = 0
     whole_averages: bool = False
     encodes: bool = False
+    encodes_text: bool = False
     vae_precision: Precision = "fp32"
     exports_average: bool = False
     together: bool = False
@@ -57,22 +59,29 @@ class Recipe:
         if self.averages:
             parts.append(f"{self.averages} moving averages")
         if self.encodes:
-            parts.append(f"VAE ({self.vae_precision}) and text")
+            text = " and text" if self.encodes_text else ""
+            parts.append(f"VAE ({self.vae_precision}){text}")
         return ", ".join(parts)
 
 
 BARE = Recipe("plain fine-tuning")
 RELEASED = (
-    Recipe("Diffusion-DPO, released", reference=True, encodes=True),
-    Recipe("MaPO, released", encodes=True),
+    Recipe("Diffusion-DPO, released", reference=True, encodes=True, encodes_text=True),
+    Recipe("MaPO, released", encodes=True, encodes_text=True),
     Recipe(
         "Adaptive-DPO, released",
         reference=True,
         averages=RELEASED_AVERAGES,
         whole_averages=True,
         encodes=True,
+        encodes_text=True,
     ),
 )
+RELEASED_FLOW = (
+    Recipe("Flow-Factory, offline DPO", reference=True, encodes=True, vae_precision="bf16"),
+)
+"""Of flow-matching models. It caches what prompts give, and encodes both images in every step; the
+reference is the policy without its adapters, or a copy, on winners and losers."""
 
 
 def own_recipe(train: TrainConfig, n_elements: int, *, whole: bool = True) -> Recipe:

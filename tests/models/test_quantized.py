@@ -161,7 +161,7 @@ def test_cached_errors_are_those_of_the_quantized_base(runs):
 def test_the_layers_of_the_blocks_are_stored_in_few_bits_and_no_others(runs, make, tmp_path):
     model = ModelFolder(make(tmp_path / "model"))
     family, settings = model.family, runs("unused").train.model_copy()
-    denoiser = family.load_denoiser(model)
+    denoiser = family.load_denoiser(model).requires_grad_(False)
     names = set(quantizable(denoiser))
     assert names
     denoisers = setup_denoisers(family, denoiser, settings, needs_reference=True)

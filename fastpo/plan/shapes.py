@@ -1,0 +1,26 @@
+"""The sizes of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of one micro-batch.
+
+    Attributes:
+        pairs: Pairs in it.
+        height: Latent pixels.
+        width: Latent pixels.
+        vae_factor: Image pixels per latent pixel and side.
+        tokens: Tokens of a prompt, in all of its chunks.
+        chunks: How many chunks the text encoders take it in.
+    """
+
+    pairs: int
+    height: int
+    width: int
+    vae_factor: int
+    tokens: int
+    chunks: int = 1
