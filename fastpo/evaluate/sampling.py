@@ -276,7 +276,7 @@ class ImageSampler:
             height=settings["height"],
             width=settings["width"],
             num_inference_steps=settings["num_inference_steps"],
-            guidance_scale=settings["guidance_scale"],
+            **self.family.guidance_arguments(settings["guidance_scale"], len(batch)),
             generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
         ).images
 

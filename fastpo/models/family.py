@@ -241,6 +241,15 @@ class ModelFamily(ABC):
         """Returns the arguments with which the pipeline samples prompts as they were encoded."""
         return {"prompt": list(prompts)}
 
+    def guidance_arguments(self, scale: float, images: int) -> dict[str, Any]:
+        """Returns the arguments with which the pipeline samples at `evaluate.guidance_scale`.
+
+        Args:
+            scale: The scale.
+            images: How many are sampled at once.
+        """
+        return {"guidance_scale": scale}
+
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """Puts adapters that `save` wrote into a pipeline."""
         pipeline.load_lora_weights(folder)

@@ -116,6 +116,10 @@ class QwenImage(LanguageFamily):
         """As `FlowFamily.vae_channels`."""
         return config.get("z_dim", 16)
 
+    def guidance_arguments(self, scale: float, images: int) -> dict[str, Any]:
+        """As `ModelFamily.guidance_arguments`; without a negative prompt there is none."""
+        return {"true_cfg_scale": scale, "negative_prompt": [" "] * images if scale > 1.0 else None}
+
     def vae_factor(self, folder: ModelFolder) -> int:
         """As `ModelFamily.vae_factor`: each of the VAE's downsamplings halves both sides."""
         return _vae_factor(read_json(folder.vae / "config.json"))
