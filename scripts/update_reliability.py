@@ -44,7 +44,9 @@ everything it makes is compared with what the command makes without a fault: wei
 averages, the optimizer's moments, the ledger, metrics, exported files, images, caches.
 
 - *Kill*: before a durable step (flush, rename, removal), and SIGKILL at random moments. With more
-  time the long form takes each step of each command; the steps tried so far are spread evenly.
+  time the long form takes each step of each command; the steps tried so far are spread evenly. And
+  of one of two processes that train together, plainly and under ZeRO 1 to 3: the other one must
+  end with one line that names it, and both, started again, must make what two make undisturbed.
 - *Power cut*: the same steps on a disk that forgets what POSIX lets it forget: the content of files
   that were not flushed, names in folders that were not flushed, both, or each by chance; and an
   ext4 on a loop device, copied in the middle of a run.

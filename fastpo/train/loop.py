@@ -46,7 +46,7 @@ from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
 from fastpo.train.optimizer import averaged
 from fastpo.train.resume import ResumePoint, find_resume_point
-from fastpo.train.run_folder import RunFolder, step_progress
+from fastpo.train.run_folder import RunFolder, minority_table, step_progress
 from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import StepLeftError, setup_trainer
 from fastpo.train.winner_watch import WinnerWatch
@@ -188,6 +188,9 @@ def is_finished(run: Experiment, start: int) -> bool:
     exports += ["best"] if (folder.path / "best").exists() else []
     whole = folder.main and folder.has_results(exports)
     damage = [text for name in exports if whole and (text := export_damage(folder.path / name))]
+    if whole:
+        table = minority_table(run.data.cache, state.ledger, state.last_minority)
+        damage += [text] if (text := folder.minority_damage(table)) else []
     for text in damage:
         print(f"{text}: it is written again from the last checkpoint")
     return run.processes.agree(whole and not damage)
@@ -346,4 +349,4 @@ def finish(run: Experiment) -> None:
         run.rotation.wait()
         export_best(denoisers, checkpoint_folder(folder.path, best), folder.path / "best", method)
     if folder.main:
-        folder.write_minority(run.data.cache, state.ledger, state.last_minority)
+        folder.write_minority(minority_table(run.data.cache, state.ledger, state.last_minority))

@@ -157,16 +157,30 @@ class RunFolder:
             flush(self.path / METRICS)
             self.votes.flush()
 
-    def write_minority(self, cache: PairCache, ledger: PairLedger, metric: Tensor) -> None:
+    def write_minority(self, table: str) -> None:
         """Writes what the run found out about every pair, its last result, for the report."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        names = ("visits", "ledger_mean", "ledger_minority", "metric_minority")
-        writer.writerow(("pair_id", "flipped", *names))
-        columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
-        for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
-            writer.writerow([pair_id, *("" if v != v else v for v in values)])
-        write_text(self.path / MINORITY, text.getvalue())
+        write_text(self.path / MINORITY, table)
+
+    def minority_damage(self, table: str) -> str | None:
+        """Says if `minority.csv` is not what the run's last checkpoint gives."""
+        path = self.path / MINORITY
+        try:
+            same = path.read_bytes() == table.encode()
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        return None if same else f"{path} is not what the run found out about its pairs"
+
+
+def minority_table(cache: PairCache, ledger: PairLedger, metric: Tensor) -> str:
+    """Returns `minority.csv`: what a run found out about every pair."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("visits", "ledger_mean", "ledger_minority", "metric_minority")
+    writer.writerow(("pair_id", "flipped", *names))
+    columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
+    for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
+        writer.writerow([pair_id, *("" if v != v else v for v in values)])
+    return text.getvalue()
 
 
 @contextmanager

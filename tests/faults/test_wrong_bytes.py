@@ -257,6 +257,19 @@ def test_a_damaged_export_is_written_again_from_the_last_checkpoint(run, capsys)
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_damaged_table_of_pairs_is_written_again_from_the_last_checkpoint(run, capsys):
+    config, folder = run
+    file = folder / "minority.csv"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-3], whole.replace(b",0", b",1", 1)):
+        file.write_bytes(damaged)
+        train(config, resume=True, progress=False)
+        assert "minority.csv is not what the run found out" in capsys.readouterr().out
+        assert file.read_bytes() == whole
+    train(config, resume=True, progress=False)
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_metrics_are_kept_up_to_the_step_by_what_the_lines_say(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 6)]

@@ -59,6 +59,8 @@ def _killed(stage, mode, victim, at_step, number, bench, folder):
     plain = _without_a_fault(bench, stage, mode, folder / "undisturbed")
     place, chance = folder / "place", random.Random(f"{stage} {mode} {number}")
     _lay_out(bench, stage, mode, place)
+    if at_step and not plain.steps[victim]:
+        return Verdict("missed")  # the main process alone writes
     if at_step:
         faults = {victim: (end_at, chance.randrange(plain.steps[victim]), place, "nothing")}
         calls, interruptions = _start(bench, stage, place, faults), {}

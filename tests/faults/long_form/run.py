@@ -51,7 +51,9 @@ def main():
     parser.add_argument("--fuzz", type=int, default=100_000, help="cases in all")
     parser.add_argument("--fuzz-share", type=float, default=0.35, help="of the time")
     parser.add_argument("--ranks", type=int, default=96, help="kills of one of two processes")
-    parser.add_argument("--only", default="", help="only trials whose name holds this text")
+    parser.add_argument(
+        "--only", default="", help="trials whose name holds this; others' counts stay"
+    )
     parser.add_argument("--tests", action="store_true", help="run pytest tests/faults as well")
     parser.add_argument("--again", choices=("flaws", "none"), default="flaws")
     options = parser.parse_args()
@@ -64,6 +66,8 @@ def main():
         run_tests(options.work / "tests.xml")
     summary = summarize(log) | {"files": count_tests(options.work / "tests.xml")}
     target = ROOT / "docs" / "reliability.json"
+    if options.only:
+        summary = merged(json.loads(target.read_text()), summary, log)
     target.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{target}: {len(summary['flaws'])} flaws")
 
@@ -205,6 +209,30 @@ def summarize(log):
             *(f"{entry['outcome']}: {entry['name']}: {entry['detail'][-500:]}" for entry in bad),
             *(flaw for entry in log.of_fuzz() for flaw in entry["flaws"]),
         ],
+    }
+
+
+def merged(before, summary, log):
+    """Lays the counts of some rows over earlier ones of all; each row's are of one log."""
+    tests, rows = before["tests"], before["rows"]
+    for row, test in {entry["row"]: entry["test"] for entry in log.of_trials()}.items():
+        if row not in summary["rows"]:  # all of its trials were missed
+            continue
+        counts = Counter(tests.get(test, {}))
+        counts.subtract(rows.get(row, {}))
+        counts.update(summary["rows"][row])
+        tests[test] = {outcome: count for outcome, count in counts.items() if count}
+        rows[row] = summary["rows"][row]
+    commits = Counter(before["commits"])
+    commits.update(summary["commits"])
+    fuzz = before["fuzz"] | summary["fuzz"]
+    return before | {
+        "commits": dict(commits),
+        "tests": tests,
+        "rows": dict(sorted(rows.items())),
+        "fuzz": fuzz,
+        "files": summary["files"] or before["files"],
+        "flaws": [*before["flaws"], *summary["flaws"]],
     }
 
 
