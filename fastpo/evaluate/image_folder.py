@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from fastpo.errors import DataError, one_line
-from fastpo.system.json_text import parse_json, read_bounded
+from fastpo.evaluate.folders import SET
+from fastpo.system.json_text import parse_json, read_bounded, read_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -44,6 +45,7 @@ def list_pictures(folder: Path) -> list[Picture]:
 
     * `metadata.jsonl` or `metadata.csv` in the folder or the image's own, as `imagefolder` of
       `datasets` reads them: `file_name` and `prompt`, `caption` or `text`;
+    * `set.json` of images that FastPO sampled;
     * a text file of the image's name beside it (`cat.png`, `cat.txt`);
     * a `metadata.jsonl` of one line with a prompt above the image, as GenEval keeps them.
 
@@ -95,6 +97,7 @@ def _listed(place: Path) -> Iterator[tuple[Path, str]]:
     """The images that a folder's listing names, with their prompts."""
     file = next((place / name for name in LISTINGS if (place / name).is_file()), None)
     if file is None:
+        yield from _sampled(place)
         return
     try:
         for row in _rows(file):
@@ -104,6 +107,17 @@ def _listed(place: Path) -> Iterator[tuple[Path, str]]:
                 yield place / str(name), prompt
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def _sampled(place: Path) -> Iterator[tuple[Path, str]]:
+    """The images of a folder that FastPO sampled, with their prompts; none of older versions."""
+    try:
+        marker = read_json(place / SET, most_bytes=MOST_BYTES)
+    except (OSError, ValueError):
+        return
+    prompts = marker.get("prompts") if isinstance(marker, dict) else None
+    for name, prompt in prompts.items() if isinstance(prompts, dict) else ():
+        yield place / name, str(prompt)
 
 
 def _rows(file: Path) -> Iterator[Mapping[str, Any]]:

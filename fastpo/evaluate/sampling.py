@@ -240,6 +240,7 @@ class ImageSampler:
         sums = {sample.file: checksum(partial / sample.file).xxh3 for sample in samples}
         marker = {"fingerprint": fingerprint, "settings": self.settings, "images": len(samples)}
         marker["files"] = sums
+        marker["prompts"] = {sample.file: sample.prompt for sample in samples}
         write_json(partial / SET, marker)
         put_in_place(partial, folder, SAMPLES)
         for stale in folder.parent.glob(f".{folder.name}.partial-*"):

@@ -17,6 +17,7 @@ from fastpo.cli import _named, main
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ForeignPathError
 from fastpo.evaluate import many
+from fastpo.evaluate.image_folder import list_pictures
 from fastpo.evaluate.many import Candidate, evaluate_many
 from fastpo.evaluate.prompt_sets import PromptSet
 from fastpo.evaluate.published import beside, published_scores
@@ -87,6 +88,8 @@ def test_one_table_of_models_sets_and_metrics(config: Config, models: Path, tmp_
     assert listed[0]["gain"] == "" and float(listed[0]["interval_low"]) == rows[0]["interval"][0]
     images = {p.relative_to(out).as_posix() for p in out.rglob("*.png")}
     assert len(images) == 36 and "images/lora/hpdv2/00003-7.png" in images
+    pictures = {p.file: p.prompt for p in list_pictures(out / "images" / "lora")}
+    assert pictures["hpdv2/00003-7.png"] == "photo one" and len(pictures) == 12
     page = (out / "index.html").read_text()
     assert "images/unet/prompts/00001-2.png" in page and "concept-art" in page
     assert "{{" not in page and "Made by FastPO" in page

@@ -54,6 +54,8 @@ def test_prompts_from_each_kind_of_place(tmp_path: Path) -> None:
     put(tmp_path / "00003" / "samples" / "0000.png", 1)
     put(tmp_path / "z.png", 1)
     put(tmp_path / ".thumbnails" / "a.png", 1)
+    put(tmp_path / "ours" / "00000-1.png", 1)
+    (tmp_path / "ours" / "set.json").write_text('{"prompts": {"00000-1.png": "sampled"}}')
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "listed"}\n')
     (tmp_path / "deep" / "metadata.csv").write_text("file_name,text\nc.webp,in a table\n")
     (tmp_path / "00003" / "metadata.jsonl").write_text('{"tag": "counting", "prompt": "two"}\n')
@@ -63,6 +65,7 @@ def test_prompts_from_each_kind_of_place(tmp_path: Path) -> None:
         "a.png": "listed",
         "b.jpg": "beside",
         "deep/c.webp": "in a table",
+        "ours/00000-1.png": "sampled",
         "z.png": None,
     }
 
