@@ -7,6 +7,7 @@ gives the names of diffusers' classes, its encoders, and `predict`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,6 +124,29 @@ class FlowFamily(ModelFamily):
                 raise ModelError(
                     f"{folder.path}: {name}/ is missing, with which {self.name} encodes prompts"
                 )
+
+    def check_width(
+        self, folder: ModelFolder, texts: Sequence[tuple[str, str]], reads: str
+    ) -> None:
+        """Compares what text encoders give with what the transformer reads.
+
+        Args:
+            folder: The model.
+            texts: Text encoders and the keys of their widths, which the transformer reads together.
+            reads: The key of the transformer's configuration.
+
+        Raises:
+            ModelError: They are of different models.
+        """
+        given = [read_json(folder.component(name) / "config.json").get(key) for name, key in texts]
+        expected = self.denoiser_config(folder).get(reads)
+        if not all(isinstance(width, int) for width in given) or sum(given) != expected:
+            names, keys = (" and ".join(dict.fromkeys(words)) for words in zip(*texts, strict=True))
+            raise ModelError(
+                f"{folder.path}: {names} give {' + '.join(ascii(w)[:20] for w in given)} numbers "
+                f"({keys}), the transformer reads {ascii(expected)[:20]} ({reads}): they are of "
+                "different models"
+            )
 
     def vae_channels(self, config: dict[str, Any]) -> Any:
         """Returns the VAE's channels by its configuration."""

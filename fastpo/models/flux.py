@@ -95,6 +95,8 @@ class Flux(FlowFamily):
                 f"{path}: FLUX.1-dev maps 64 numbers a token to 64; this transformer maps "
                 f"{channels[0]} to {channels[1]}, as those for control and filling in do"
             )
+        self.check_width(folder, [("text_encoder", "hidden_size")], "pooled_projection_dim")
+        self.check_width(folder, [("text_encoder_2", "d_model")], "joint_attention_dim")
         if not self.scheduler_config(folder).get("use_dynamic_shifting"):
             raise ModelError(
                 f"{folder.path / 'scheduler'}: FLUX.1-dev's noise is shifted by the resolution "

@@ -130,6 +130,8 @@ class Sana(FlowFamily):
                 f"{channels[1]}"
             )
 
+        self.check_width(folder, [("text_encoder", "hidden_size")], "caption_channels")
+
     def scheduler_config(self, folder: ModelFolder) -> dict[str, Any]:
         """As `FlowFamily.scheduler_config`, of Sana's DPM-Solver with flow matching's sigmas too.
 

@@ -97,6 +97,13 @@ class SD3(FlowFamily):
     pipeline_prefix = "StableDiffusion3"
     sdpa_alone = True
 
+    def check(self, folder: ModelFolder) -> None:
+        """As `FlowFamily.check`; the text encoders must be the transformer's."""
+        super().check(folder)
+        clips = [(name, "projection_dim") for name in self.encoder_parts[:2]]
+        self.check_width(folder, clips, "pooled_projection_dim")
+        self.check_width(folder, [("text_encoder_3", "d_model")], "joint_attention_dim")
+
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
+from fastpo.cli import main
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
 from fastpo.models.folder import ModelFolder
+from fastpo.testing import write_folder
 from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
 from fastpo.types import NoisedPair
 
@@ -204,3 +207,71 @@ def test_flux_is_told_the_guidance_scale_asked_for(tmp_path):
             for scale in (1.0, 3.5)
         ]
     assert not torch.allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "values", "text"),
+    [
+        (
+            tiny_sd3_folder,
+            "text_encoder_3",
+            {"d_model": 64},
+            r"text_encoder_3 give 64 numbers \(d_model\), the transformer reads 48",
+        ),
+        (
+            tiny_sd3_folder,
+            "text_encoder_2",
+            {"projection_dim": 24},
+            r"text_encoder and text_encoder_2 give 20 \+ 24 numbers .* reads 40",
+        ),
+        (
+            tiny_flux_folder,
+            "text_encoder",
+            {"hidden_size": None},
+            r"text_encoder give None numbers .* reads 16 \(pooled_projection_dim\)",
+        ),
+        (
+            tiny_sana_folder,
+            "text_encoder",
+            {"hidden_size": 32},
+            r"give 32 numbers \(hidden_size\), the transformer reads 16 \(caption_channels\)",
+        ),
+    ],
+)
+def test_text_encoders_of_another_model_are_refused(tmp_path, make, part, values, text):
+    change(make(tmp_path / "model") / part / "config.json", **values)
+    with pytest.raises(ModelError, match=text):
+        family(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("broken", "options", "text"),
+    [
+        ("scheduler", [], "sd3 is trained with flow matching"),
+        (None, ["train.snr_gamma=5"], "train.snr_gamma: min-SNR"),
+        (None, ["train.guidance=3.5"], "train.guidance: sd3 is told no guidance scale"),
+        (None, ["train.max_timestep=2000"], "0 <= min < max <= 1000"),
+        (None, ["prepare.clip_skip=1"], "prepare.clip_skip: sd3 has no such way"),
+    ],
+)
+def test_prepare_says_it_in_one_line_and_leaves_with_2(
+    own, tmp_path, capsys, broken, options, text
+):
+    if broken:
+        change(own / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler")
+    write_folder(tmp_path / "data", 2, sizes=((32, 32),))
+    raw = {
+        "model": {"path": str(own)},
+        "data": {"source": "folder", "path": str(tmp_path / "data")},
+        "prepare": {"cache_dir": str(tmp_path / "cache"), "resolution": 32, "workers": 0},
+        "train": {"output_dir": "u", "objective": {"name": "dpo"}, "max_steps": 1, "trackers": []},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    sets = [word for option in options for word in ("--set", option)]
+    with pytest.raises(SystemExit) as stopped:
+        main(["prepare", str(path), *sets])
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if text.split(" .*")[0] in line]
+    assert len(said) == 1
+    assert not list((tmp_path / "cache").glob("*/latents.safetensors"))
