@@ -232,6 +232,17 @@ class PairLedger:
         u = torch.sigmoid(-2.0 * total)
         return torch.where(visits >= self.min_visits, u, torch.zeros_like(u))
 
+    def begin_round(self, keep: float) -> None:
+        """Keeps a share of every pair's votes, for a model that begins anew from the base.
+
+        The moments are forgotten: the new model's margins begin small.
+
+        Args:
+            keep: Factor of the sums of votes, in [0, 1]; at 0 every pair is open again.
+        """
+        self.total.mul_(keep)
+        self.moments.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the ledger's tensors, for a checkpoint.
 

@@ -59,7 +59,7 @@ class PairBatch:
         index: `(B,)` int64, position of the pair in the cache; the ledger's slot.
         pair_key: `(B,)` int64, `pair_key(pair_id)`; keys the noise.
         visit: `(B,)` int64, how often each pair was drawn before (its epoch).
-        flipped: `(B,)` bool, synthetic minority labels.
+        flipped: `(B,)` bool, pairs that come the other way round than the data have them.
         latent_mean: `(2B, C, h, w)` mean of the VAE's posterior, unscaled, winners first.
         latent_logvar: `(2B, C, h, w)` its log-variance.
         conditions: What the denoiser is told beside the noisy latents, each `(B, ...)`, under the

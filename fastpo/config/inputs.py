@@ -16,6 +16,7 @@ def input_paths(config: Config) -> list[Path]:
         config.model.lora,
         *(one.path for one in config.data.each()),
         config.train.deepspeed,
+        config.train.verdicts,
         config.prepare.reuse,
         config.evaluate.prompts_file,
         *(text.partition(":")[2] for text in config.evaluate.prompt_sets if ":" in text),

@@ -17,6 +17,8 @@ from fastpo.config.fields import (
     PositiveInt,
     Precision,
     Section,
+    Share,
+    SomeShare,
     UserPath,
     decides,
 )
@@ -67,6 +69,23 @@ class TrainConfig(Section):
     """How often each pair is visited; may be a fraction. This or max_steps."""
     max_steps: Annotated[PositiveInt | None, decides("run")] = None
     """Updates of the weights. This or epochs."""
+    rounds: Annotated[PositiveInt, decides("run")] = 1
+    """How often, at most, training begins anew from the base with what the ledger has found so far:
+    pairs that looked wrong stay closed, and are judged again. The last round is as long as epochs
+    or max_steps say. It amplifies the majority's taste: `docs/rounds.md`."""
+    round_epochs: Annotated[Positive | None, decides("run")] = None
+    """Epochs of each round before the last; none: as long as the last."""
+    rounds_carry: Annotated[Share, decides("run")] = 0.5
+    """Share of its votes that the ledger keeps from round to round, or from `verdicts`: prior
+    log-odds that a round's own votes may outweigh."""
+    rounds_turn: Annotated[SomeShare | None, decides("run")] = None
+    """Metric u from which on a round takes the pair with its label turned round instead of leaving
+    it closed; at least 0.5; none: no label is ever turned. Needs rounds or verdicts."""
+    rounds_settled: Annotated[Share, decides("run")] = 0.01
+    """The next round is the last once fewer than this share of the verdicts has changed in one;
+    0: only held-out accuracy, where it is measured, ends them earlier."""
+    verdicts: Annotated[UserPath | None, decides("run")] = None
+    """A finished run's folder, whose verdicts on the same pairs the first round begins with."""
     micro_batch_size: Annotated[PositiveInt, decides("run")] = 1
     """Pairs per process and forward pass."""
     accumulation_steps: Annotated[PositiveInt, decides("nothing")] = 1
@@ -194,6 +213,7 @@ class TrainConfig(Section):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give exactly one of train.epochs and train.max_steps")
         _check_annotators(self)
+        _check_rounds(self)
         if self.statistics == "running":
             self.objective.check_running()
         _check_used(self)
@@ -281,6 +301,37 @@ def _check_annotators(config: TrainConfig) -> None:
         raise ValueError(
             "train.objective.weight_kind: gate needs train.annotators (ledger, or ema): without "
             "them every pair starts outside and no weight ever changes"
+        )
+
+
+def _check_rounds(config: TrainConfig) -> None:
+    """Refuses rounds whose verdict nobody reads, and what a fresh start cannot do."""
+    asked = {
+        "rounds": config.rounds > 1,
+        "verdicts": config.verdicts is not None,
+    }
+    for key in [key for key, value in asked.items() if value]:
+        if not isinstance(config.annotators, LedgerAnnotators):
+            raise ValueError(
+                f"train.{key} hands on what the ledger has found; set train.annotators: "
+                "{kind: ledger} and train.objective: {name: adaptive_dpo, weight_kind: gate}"
+            )
+    if config.round_epochs is not None and config.rounds == 1:
+        raise ValueError("train.round_epochs is about the rounds before the last; set train.rounds")
+    if config.rounds_turn is not None and (config.rounds_turn < 0.5 or not any(asked.values())):
+        raise ValueError(
+            f"train.rounds_turn: {config.rounds_turn:g} turns labels round that a round before has "
+            "doubted; it must be at least 0.5, and needs train.rounds or train.verdicts"
+        )
+    if config.rounds > 1 and config.deepspeed is not None:
+        raise ValueError(
+            "train.rounds does not begin anew within a run of DeepSpeed; make each round a run, "
+            "with train.verdicts: the folder of the one before"
+        )
+    if config.rounds > 1 and config.early_stop is not None:
+        raise ValueError(
+            "train.early_stop would end the run in its first round; held-out accuracy already "
+            "ends train.rounds where a round brings none"
         )
 
 

@@ -12,6 +12,8 @@ import math
 import numpy as np
 from torch import Tensor
 
+from fastpo.config import TrainConfig
+
 
 class PairSampler:
     """The endless stream of micro-batches.
@@ -147,6 +149,26 @@ def cut_batches(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         ends.append(np.minimum(first + size, offset + count))
         offset += count
     return np.concatenate(starts), np.concatenate(ends)
+
+
+def round_steps(
+    train: TrainConfig, sampler: PairSampler, micro_batches_per_step: int
+) -> tuple[int, int]:
+    """Optimizer steps of each of a run's rounds but the last, and of the last; see `train.rounds`.
+
+    Args:
+        train: The training's section.
+        sampler: Its stream.
+        micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+    """
+    size = {
+        "micro_batches_per_epoch": sampler.micro_batches_per_epoch,
+        "micro_batches_per_step": micro_batches_per_step,
+    }
+    last = count_steps(train.max_steps, train.epochs, **size)
+    if train.round_epochs is None:
+        return last, last
+    return count_steps(None, train.round_epochs, **size), last
 
 
 def count_steps(

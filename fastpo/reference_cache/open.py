@@ -6,7 +6,7 @@ import numpy as np
 
 from fastpo.config import Config
 from fastpo.data.cache import PairCache
-from fastpo.data.sampler import PairSampler, count_steps
+from fastpo.data.sampler import PairSampler, round_steps
 from fastpo.errors import CacheError, ConfigError
 from fastpo.models.folder import ModelFolder
 from fastpo.noise import PairNoise
@@ -50,13 +50,9 @@ def read_visits(text: str | None) -> int | None:
 
 
 def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
-    """Optimizer steps of the configuration's run."""
-    return count_steps(
-        config.train.max_steps,
-        config.train.epochs,
-        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
-        micro_batches_per_step=micro_batches_per_step,
-    )
+    """Optimizer steps of the configuration's run, at most: rounds may settle earlier."""
+    judging, last = round_steps(config.train, sampler, micro_batches_per_step)
+    return (config.train.rounds - 1) * judging + last
 
 
 def open_for_run(

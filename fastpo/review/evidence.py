@@ -23,7 +23,7 @@ from fastpo.system.files import whole_file
 
 MINORITY, VOTES, CONFIG = "minority.csv", "votes.csv", "config.yaml"
 VOTE_TYPES = {
-    **{name: pa.int64() for name in ("step", "round", "pair", "timestep", "bin")},
+    **{name: pa.int64() for name in ("step", "round", "pair", "timestep", "bin", "turned")},
     "margin": pa.float64(),
 }
 
@@ -136,7 +136,7 @@ def load_evidence(run: Path) -> Evidence:
         moving=table["metric_minority"],
         probability=u if found is None else found.probability(total, visits),
         calibration=found,
-        votes=_replayed(run / VOTES, len(u)),
+        votes=_replayed(run / VOTES, len(u), config.train.rounds_carry),
     )
 
 
@@ -158,7 +158,7 @@ def _read_minority(path: Path) -> dict[str, Any]:
     return table
 
 
-def _replayed(path: Path, pairs: int) -> Votes:
+def _replayed(path: Path, pairs: int, carry: float) -> Votes:
     """Reads the votes, and sees what the ledger made of each.
 
     Raises:
@@ -176,20 +176,31 @@ def _replayed(path: Path, pairs: int) -> Votes:
             if len(table) and not (0 <= columns[name].min() and columns[name].max() < stop):
                 raise ValueError(f"a {name} lies outside of [0, {stop})")
         ledger = PairLedger(pairs, num_timesteps=BINS)
-        vote, doubt = _replay(ledger, columns)
+        vote, doubt = _replay(ledger, columns, carry)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged: {one_line(error)}") from None
-    return Votes(columns["pair"], columns["bin"], columns["margin"], vote, doubt)
+    turned = columns["turned"] > 0  # what follows is about the label that the run was given
+    margin = np.where(turned, -columns["margin"], columns["margin"])
+    vote, doubt = np.where(turned, -vote, vote), np.where(turned, 1 - doubt, doubt)
+    return Votes(columns["pair"], columns["bin"], margin, vote, doubt)
 
 
-def _replay(ledger: PairLedger, columns: dict[str, Any]) -> tuple[Array, Array]:
+def _replay(ledger: PairLedger, columns: dict[str, Any], carry: float) -> tuple[Array, Array]:
+    """Returns each vote, and u of its pair after it; `carry` is `train.rounds_carry`."""
+    number, turned = columns["round"], torch.zeros(len(ledger), dtype=torch.bool)
     step, lines = columns["step"], len(columns["step"])
     vote, doubt = np.zeros(lines), np.zeros(lines)
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(step)) + 1, [lines]])
     # The loss's margins are float32; the file has digits enough for them.
     margin = columns["margin"].astype(np.float32)
     for start, stop in itertools.pairwise(cuts):
+        if start and number[start] != number[start - 1]:
+            ledger.begin_round(carry)
         pair, bins = (torch.from_numpy(columns[k][start:stop].copy()) for k in ("pair", "bin"))
+        now = torch.from_numpy(columns["turned"][start:stop] > 0)
+        other = turned[pair] != now
+        ledger.total[pair[other]] *= -1.0
+        turned[pair] = now
         before = ledger.total[pair]
         ledger.update(pair, torch.from_numpy(margin[start:stop].copy()), bins)
         after = ledger.total[pair]

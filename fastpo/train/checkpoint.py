@@ -48,9 +48,10 @@ from fastpo.train.checkpoint_folders import (
 )
 from fastpo.train.metrics_log import METRICS
 from fastpo.train.optimizer import averaged
-from fastpo.train.state import TrainingState
+from fastpo.train.state import Round, TrainingState
 
 TRAINED = "weights"
+BEGAN, TURNED = "began", "turned"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def _files(
         model=origin.model or None,
         changes=list(origin.changes),
         best=state.best if state.best.step else None,
+        round=None if state.round == Round() else state.round,
     )
     text = about.model_dump_json(indent=1)
     yield STATE, lambda path: path.write_text(text)
@@ -174,12 +176,17 @@ def _history(state: TrainingState) -> dict[str, Tensor]:
     live = {} if state.live_share is None else state.live_share.state_dict()
     slope = {} if state.slope is None else state.slope.state_dict()
     ledger = state.ledger.state_dict()
-    return {**ledger, "metric": state.last_minority, **statistics, **live, **slope}
+    labels = {BEGAN: state.began, TURNED: state.turned}
+    rounds = {} if state.round == Round() and not state.turned.any() else labels
+    return {**ledger, **rounds, "metric": state.last_minority, **statistics, **live, **slope}
 
 
 def _load_history(file: Path, state: TrainingState) -> None:
     history = _read(file, load_file)
     state.last_minority.copy_(history.pop("metric"))
+    if BEGAN in history:
+        state.began.copy_(history.pop(BEGAN))
+        state.turned.copy_(history.pop(TURNED))
     try:
         state.ledger.load_state_dict(history)
     except ValueError as error:

@@ -23,6 +23,7 @@ from fastpo.system.manifest import MANIFEST, find_damage, first_mistake
 from fastpo.system.ownership import Kind, remove_owned, strangers
 from fastpo.train.best import BestHeldOut
 from fastpo.train.changes import Change
+from fastpo.train.state import Round
 
 if TYPE_CHECKING:
     from fastpo.train.distributed import Processes
@@ -53,6 +54,7 @@ class About(BaseModel):
         model: The model's fingerprint, if the version recorded it.
         changes: Keys that were changed on the way, oldest first.
         best: The best measurement on held-out pairs, if there was one.
+        round: Which of several rounds was under way.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -66,6 +68,7 @@ class About(BaseModel):
     model: str | None = None
     changes: list[Change] = []
     best: BestHeldOut | None = None
+    round: Round | None = None
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -8,9 +8,11 @@ from fastpo.config import Config
 from fastpo.data.cache import PairCache
 from fastpo.data.loader import PairLoader, make_loader
 from fastpo.data.mixing import make_sampler
-from fastpo.data.sampler import PairSampler, count_steps
+from fastpo.data.sampler import PairSampler
 from fastpo.models.folder import ModelFolder
 from fastpo.train.distributed import Processes
+from fastpo.train.rounds import end_of, first_round
+from fastpo.train.state import Round
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,16 @@ class TrainingData:
         cache: The prepared pairs.
         sampler: The endless stream of micro-batches.
         micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
-        total_steps: Optimizer steps of the whole run.
+        total_steps: Finished optimizer steps at the end of the round, of the last one and of a run
+            without others at the end of the run.
+        round: Which round that is.
     """
 
     cache: PairCache
     sampler: PairSampler
     micro_batches_per_step: int
     total_steps: int
+    round: Round
 
     def epoch(self, step: int) -> float:
         """Epochs that are finished after `step` optimizer steps."""
@@ -54,8 +59,10 @@ class TrainingData:
         )
 
 
-def setup_data(config: Config, model: ModelFolder, processes: Processes) -> TrainingData:
-    """Opens the cache and lays out its order.
+def setup_data(
+    config: Config, model: ModelFolder, processes: Processes, current: Round | None = None
+) -> TrainingData:
+    """Opens the cache and lays out its order up to the end of a round, the first by default.
 
     Raises:
         CacheError: There is no cache, or it was prepared from something else.
@@ -64,10 +71,6 @@ def setup_data(config: Config, model: ModelFolder, processes: Processes) -> Trai
     cache = PairCache.open(config, model=model)
     sampler = make_sampler(cache, config)
     micro_batches_per_step = processes.count * train.accumulation_steps
-    total_steps = count_steps(
-        train.max_steps,
-        train.epochs,
-        micro_batches_per_epoch=sampler.micro_batches_per_epoch,
-        micro_batches_per_step=micro_batches_per_step,
-    )
-    return TrainingData(cache, sampler, micro_batches_per_step, total_steps)
+    current = current or first_round(train)
+    total_steps = end_of(current, train, sampler, micro_batches_per_step)
+    return TrainingData(cache, sampler, micro_batches_per_step, total_steps, current)

@@ -260,6 +260,10 @@ class Processes:
         weights = zero.ZeroWeights(trainable, engine, stage, device=self.device, main=self.main)
         return wrapped, prepared, weights
 
+    def release(self) -> None:
+        """Forgets policy and optimizer, of which a next round makes others."""
+        self._accelerator.free_memory()
+
     def heartbeat(self) -> AbstractContextManager[None]:
         """Around a run: tells the others how far this one is, and watches them."""
         limit = self._config.hang_timeout

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,6 +47,7 @@ from fastpo.train.metrics_log import METRICS, check_metrics
 from fastpo.train.observers import Observer
 from fastpo.train.optimizer import averaged
 from fastpo.train.resume import ResumePoint, find_resume_point
+from fastpo.train.rounds import end_of, hand_over, next_round, take_verdicts
 from fastpo.train.run_folder import RunFolder, minority_table, step_progress
 from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import StepLeftError, setup_trainer
@@ -115,6 +117,9 @@ def train(
             with closing(run.rotation):
                 with signals.deferred():
                     run_steps(run, start, signals, observers, progress=progress)
+                    while not run.data.round.last:
+                        run, start = begin_round(run), run.data.total_steps
+                        run_steps(run, start, signals, observers, progress=progress)
                 finish(run)
             processes.wait()
             return folder.path
@@ -133,10 +138,12 @@ def setup(
         processes.follow(config.train)
     samples = TrainingSamples(config, folder.path)
     model = ModelFolder.resolve(config.model)
-    data = setup_data(config, model, processes)
+    data = setup_data(config, model, processes, None if point is None else point.about.round)
     require_same(processes, settings_of(config, model, data))
     processes.progress.at("loading the model")
     trainer = setup_trainer(config, model, data, processes)
+    if point is None:
+        take_verdicts(trainer.state, config.train, data.cache)
     keep = config.train.keep_checkpoints
     rotation = Rotation(folder.path, keep=keep, main=processes.main)
     held_out = HeldOut(trainer, data.cache)
@@ -189,7 +196,7 @@ def is_finished(run: Experiment, start: int) -> bool:
     whole = folder.main and folder.has_results(exports)
     damage = [text for name in exports if whole and (text := export_damage(folder.path / name))]
     if whole:
-        table = minority_table(run.data.cache, state.ledger, state.last_minority)
+        table = minority_table(run.data.cache, state)
         damage += [text] if (text := folder.minority_damage(table)) else []
     for text in damage:
         print(f"{text}: it is written again from the last checkpoint")
@@ -219,6 +226,27 @@ def begin(run: Experiment, start: int, *, progress: bool) -> None:
         show_banner(run.trainer, run.data, start)
     run.processes.start_trackers()
     run.samples.begin(run.processes)
+
+
+def begin_round(run: Experiment) -> Experiment:
+    """Begins anew from the base, with the ledger of the round that has ended (collective).
+
+    The folder, sample images and checkpoints are the run's and stay.
+    """
+    config, old, processes = run.config, run.trainer.state, run.processes
+    current = next_round(old, config.train, run.data.total_steps)
+    if run.folder.main:
+        what = "the last" if current.last else f"of at most {config.train.rounds}"
+        print(f"round {current.number}, {what}: {current.changed:.1%} of the verdicts have changed")
+    processes.progress.at("beginning a round")
+    processes.release()
+    end = end_of(current, config.train, run.data.sampler, run.data.micro_batches_per_step)
+    data = replace(run.data, round=current, total_steps=end)
+    trainer = setup_trainer(config, ModelFolder.resolve(config.model), data, processes)
+    hand_over(trainer.state, old.ledger, config.train)
+    trainer.state.best.copy_from(old.best)
+    held_out = HeldOut(trainer, data.cache)
+    return replace(run, data=data, trainer=trainer, held_out=held_out)
 
 
 def run_steps(
@@ -252,7 +280,7 @@ def run_steps(
                 end(run, start, step, signals)
             check_finite(run, table, step)
             trainer.record(table)
-            folder.log_votes(step + 1, table, trainer.state.ledger)
+            folder.log_votes(step + 1, table, trainer.state)
             metrics = table.metrics(
                 step=step + 1,
                 epoch=data.epoch(step + 1),
@@ -349,4 +377,4 @@ def finish(run: Experiment) -> None:
         run.rotation.wait()
         export_best(denoisers, checkpoint_folder(folder.path, best), folder.path / "best", method)
     if folder.main:
-        folder.write_minority(minority_table(run.data.cache, state.ledger, state.last_minority))
+        folder.write_minority(minority_table(run.data.cache, state))

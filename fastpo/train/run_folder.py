@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError, FastPOError
-from fastpo.ledger import PairLedger
 from fastpo.system.files import append_text, flush, make_folder, sweep, write_bytes, write_text
 from fastpo.system.ownership import MARKER, claim, remove_file, write_marker
 from fastpo.system.progress import progress_bar
 from fastpo.system.writer_lock import WriterLock, sole_writer
 from fastpo.train import takeover
 from fastpo.train.metrics_log import METRICS, kept_metrics
+from fastpo.train.rounds import about_labels
 from fastpo.train.takeover import CONFIG, EVENTS, MINORITY, RUN
 from fastpo.train.votes_log import VOTES, VotesLog
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from fastpo.data.cache import PairCache
     from fastpo.train.distributed import Processes
     from fastpo.train.metrics import StepTable
+    from fastpo.train.state import TrainingState
 
 Metrics = dict[str, float]
 
@@ -140,10 +140,12 @@ class RunFolder:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             append_text(self.path / METRICS, json.dumps(finite) + "\n")
 
-    def log_votes(self, step: int, table: StepTable, ledger: PairLedger) -> None:
+    def log_votes(self, step: int, table: StepTable, state: TrainingState) -> None:
         """Notes a step's margins, as the ledger counts them, for `votes.csv`."""
         if self.main:
-            self.votes.add(step, 1, table, ledger.bins(table["timestep"]).tolist())
+            bins = state.ledger.bins(table["timestep"]).tolist()
+            turned = state.turned[table.index].int().tolist()
+            self.votes.add(step, state.round.number, table, bins, turned)
 
     def flush(self) -> None:
         """Waits until the disk holds metrics and votes; a checkpoint goes on from lines that last.
@@ -171,13 +173,14 @@ class RunFolder:
         return None if same else f"{path} is not what the run found out about its pairs"
 
 
-def minority_table(cache: PairCache, ledger: PairLedger, metric: Tensor) -> str:
+def minority_table(cache: PairCache, state: TrainingState) -> str:
     """Returns `minority.csv`: what a run found out about every pair."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("visits", "ledger_mean", "ledger_minority", "metric_minority")
     writer.writerow(("pair_id", "flipped", *names))
-    columns = (cache.flipped.int(), ledger.visits, ledger.mean(), ledger.minority(), metric)
+    votes = about_labels(state)
+    columns = (cache.flipped.int(), state.ledger.visits, *votes, state.last_minority)
     for pair_id, *values in zip(cache.pair_ids, *(c.tolist() for c in columns), strict=True):
         writer.writerow([pair_id, *("" if v != v else v for v in values)])
     return text.getvalue()

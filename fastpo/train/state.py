@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +18,24 @@ from fastpo.train.best import BestHeldOut
 from fastpo.train.ema import MovingAverages
 from fastpo.train.live_share import LiveShare
 from fastpo.train.weights import PolicyWeights
+
+
+class Round(BaseModel):
+    """One of a run's rounds, see `fastpo.train.rounds`; a checkpoint keeps it.
+
+    Attributes:
+        number: From 1.
+        start: Finished steps when it began.
+        last: Whether the run ends with it.
+        changed: Share of the verdicts that changed in the round before; None in the first.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    number: int = 1
+    start: int = 0
+    last: bool = True
+    changed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,9 @@ class TrainingState:
         slope: The slope that follows the margins, where it does.
         live_share: How many pairs of late had a gradient, where others get no backward pass.
         best: The best measurement on held-out pairs.
+        turned: `(num_pairs,)` bool, the cache's own: pairs that come with their label turned round.
+        round: The round that is under way.
+        began: `(num_pairs,)` bool, the labels that looked wrong when it began.
     """
 
     trainable: dict[str, nn.Parameter]
@@ -50,3 +73,6 @@ class TrainingState:
     slope: AutoSlope | None = None
     live_share: LiveShare | None = None
     best: BestHeldOut = field(default_factory=BestHeldOut)
+    turned: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    round: Round = field(default_factory=Round)
+    began: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))

@@ -98,7 +98,7 @@ class Trainer(StepParts):
         if not processes.update_was_skipped:
             state.schedule.step()
             for averages in state.averages.values():
-                averages.update(step + 1)
+                averages.update(step + 1 - state.round.start)
         rows = torch.cat(tables)
         if processes.count > 1:
             rows = processes.gather(with_ending(rows, must_end()))
@@ -157,7 +157,7 @@ def setup_trainer(
         nn.Module.to(denoisers.frozen, device)
     trainable = denoisers.trainable
     optimizer = processes.choose_optimizer(trainable, seed=config.seed)
-    schedule = setup_schedule(optimizer, train.optim, data.total_steps)
+    schedule = setup_schedule(optimizer, train.optim, data.total_steps - data.round.start)
     policy, optimizer, weights = processes.prepare_policy(denoisers.policy, trainable, optimizer)
     reduce = make_statistics(train, processes.sum if processes.count > 1 else None)
     slope = make_slope(train)
@@ -170,6 +170,9 @@ def setup_trainer(
             num_pairs, min_visits=train.ledger_min_visits, num_timesteps=len(noise.schedule)
         ),
         last_minority=torch.full((num_pairs,), math.nan),
+        turned=data.cache.turned,
+        round=data.round,
+        began=torch.zeros(num_pairs, dtype=torch.bool),
         averages=setup_averages(train, weights),
         scaler=processes.scaler,
         statistics=reduce if isinstance(reduce, RunningStatistics) else None,

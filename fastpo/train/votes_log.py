@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastpo.train.metrics import StepTable
 
 VOTES = "votes.csv"
-HEAD = "step,round,pair,timestep,bin,margin\n"
+HEAD = "step,round,pair,timestep,bin,turned,margin\n"
 MOST_WAITING = 1 << 16
 """Lines that wait in memory before they are appended without a checkpoint."""
 
@@ -43,7 +43,9 @@ class VotesLog:
         self._waiting.clear()
         write_bytes(self.path, kept_votes(self.path, start))
 
-    def add(self, step: int, number: int, table: StepTable, bins: list[int]) -> None:
+    def add(
+        self, step: int, number: int, table: StepTable, bins: list[int], turned: list[int]
+    ) -> None:
         """Notes one step's margins as the ledger counts them.
 
         Args:
@@ -51,10 +53,11 @@ class VotesLog:
             number: The round, from 1.
             table: The step's pairs.
             bins: `(N,)` the ledger's timestep bin of each.
+            turned: `(N,)` 1 where the label was turned round, and the margin is about that.
         """
-        columns = (table.index.tolist(), table["timestep"].long().tolist(), bins)
+        columns = (table.index.tolist(), table["timestep"].long().tolist(), bins, turned)
         rows = zip(*columns, table.votes.tolist(), strict=True)
-        self._waiting += [f"{step},{number},{i},{t},{b},{m:.9g}\n" for i, t, b, m in rows]
+        self._waiting += [f"{step},{number},{i},{t},{b},{o},{m:.9g}\n" for i, t, b, o, m in rows]
         if len(self._waiting) > MOST_WAITING:
             self._append()
 

@@ -122,10 +122,14 @@ def test_without_its_data_the_page_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("votes.csv", "step,round,pair,timestep,bin,margin\n1,1,x,5,0,1e-3\n", "votes.csv is dam"),
         (
             "votes.csv",
-            "step,round,pair,timestep,bin,margin\n1,1,99,5,0,1e-3\n",
+            "step,round,pair,timestep,bin,turned,margin\n1,1,x,5,0,0,1e-3\n",
+            "votes.csv is dam",
+        ),
+        (
+            "votes.csv",
+            "step,round,pair,timestep,bin,turned,margin\n1,1,99,5,0,0,1e-3\n",
             r"a pair lies outside of \[0, 30\)",
         ),
         ("minority.csv", "pair_id,flipped\na,0\n", "minority.csv is damaged"),

@@ -53,9 +53,11 @@ def make_run(folder, data, pairs, *, rate=0.2, epochs=4, seed=0, votes=True):
             margin = margin.astype(np.float32)
             enter(ledger, part, margin, timestep)
             for i, t, m in zip(part, timestep, margin, strict=True):
-                lines.append(f"{step},1,{i},{t},{t * BINS // 1000},{m:.9g}\n")
+                lines.append(f"{step},1,{i},{t},{t * BINS // 1000},0,{m:.9g}\n")
     if votes:
-        (folder / "votes.csv").write_text("step,round,pair,timestep,bin,margin\n" + "".join(lines))
+        (folder / "votes.csv").write_text(
+            "step,round,pair,timestep,bin,turned,margin\n" + "".join(lines)
+        )
     with (folder / "minority.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(NAMES)

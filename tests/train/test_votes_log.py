@@ -53,7 +53,7 @@ def test_a_resumed_run_has_the_lines_of_one_that_went_through(run):
 
 def test_lines_of_later_steps_and_a_cut_line_are_dropped(tmp_path):
     path = tmp_path / "votes.csv"
-    lines = [f"{step},1,{pair},500,5,0.25\n" for step in range(1, 40) for pair in range(step % 4)]
+    lines = [f"{step},1,{pair},500,5,0,0.25\n" for step in range(1, 40) for pair in range(step % 4)]
     path.write_text(HEAD + "".join(lines) + "40,1,")
     for start in (0, 1, 7, 8, 39, 100):
         kept = [line for line in lines if int(line.split(",")[0]) <= start]

@@ -55,6 +55,8 @@ class PairCache:
         pair_ids: Names, in the order of the source.
         pair_keys: `(N,)` int64, `fastpo.types.pair_key` of each name.
         flipped: `(N,)` bool, pairs whose winner and loser `read` exchanges.
+        turned: `(N,)` bool, pairs that a run reads the other way round than it was given them; see
+            `train.rounds_turn`. False until the run writes there.
         held_out: `(N,)` bool, pairs that training leaves out, see `data.held_out`.
         bucket: `(N,)` int64, number of the pair's latent shape.
         latent_shapes: `(h, w)` by bucket number.
@@ -121,6 +123,7 @@ class PairCache:
         self.flipped = torch.zeros(len(self), dtype=torch.bool)
         if rate > 0:
             self.flipped = torch.from_numpy(np.fromiter(flips, dtype=bool, count=len(self)))
+        self.turned = torch.zeros(len(self), dtype=torch.bool)
         self.held_out = self._held_out(config.data.held_out, config.data.held_out_by)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class PairCache:
         buckets = set(self.bucket[index].tolist())
         if len(buckets) != 1:
             raise ValueError(f"indices must be of one bucket, got buckets {sorted(buckets)}")
-        flipped = self.flipped[index]
+        flipped = self.flipped[index] ^ self.turned[index]
         mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
         of_prompts = self._text(self.prompt_index[index].tolist())
         of_pairs = {name: rows[index] for name, rows in self._pair_conditions.items()}
