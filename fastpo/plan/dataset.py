@@ -109,14 +109,16 @@ def count_source(one: SourceConfig) -> DataSize:
 
 
 def count_visits(config: Config, size: DataSize, processes: int) -> int | None:
-    """Pairs drawn in the whole run, repeats included."""
+    """Pairs drawn in the whole run, repeats and all rounds included."""
     train = config.train
     if train.max_steps is not None:
-        return train.max_steps * processes * train.accumulation_steps * train.micro_batch_size
+        step = processes * train.accumulation_steps * train.micro_batch_size
+        return train.rounds * train.max_steps * step
     assert train.epochs is not None
     if size.pairs is None:
         return None
-    return round(train.epochs * size.pairs * size.repeats * (1.0 - config.data.held_out))
+    epochs = train.epochs + (train.rounds - 1) * (train.round_epochs or train.epochs)
+    return round(epochs * size.pairs * size.repeats * (1.0 - config.data.held_out))
 
 
 def cache_size(

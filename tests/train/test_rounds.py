@@ -12,6 +12,7 @@ from fastpo.data.cache import PairCache
 from fastpo.data.cache.flips import is_flipped
 from fastpo.errors import ConfigError
 from fastpo.ledger import PairLedger
+from fastpo.plan.dataset import DataSize, count_visits
 from fastpo.review.evidence import load_evidence
 from fastpo.train import Observer, train
 from fastpo.train.rounds import about_labels, hand_over, next_round, verdicts
@@ -236,6 +237,7 @@ def train_path(words):
         ({"annotators": None, "objective": {"name": "dpo"}}, "train.rounds hands on"),
         ({"rounds": 1, "rounds_turn": None}, "train.round_epochs is about"),
         ({"rounds": 1, "round_epochs": None}, "needs train.rounds or train.verdicts"),
+        ({"epochs": None, "max_steps": 4}, "train.round_epochs goes with train.epochs"),
         ({"rounds_turn": 0.4}, "must be at least 0.5"),
         ({"deepspeed": "zero2"}, "train.rounds does not begin anew within a run of DeepSpeed"),
         ({"early_stop": 2, "rounds": 2}, "train.early_stop would end the run in its first round"),
@@ -244,3 +246,11 @@ def train_path(words):
 def test_what_rounds_cannot_do_is_refused(experiment, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_config(experiment(**{**ROUNDS, **changes}))
+
+
+def test_a_plan_counts_the_visits_of_all_rounds(experiment):
+    size = DataSize(100, 100, "here")
+    config = load_config(experiment(**{**ROUNDS, "rounds": 3}))
+    assert count_visits(config, size, 1) == 650
+    steps = {"epochs": None, "round_epochs": None, "max_steps": 4}
+    assert count_visits(load_config(experiment(**ROUNDS | steps)), size, 3) == 2 * 4 * 3 * 2
