@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+_ALPHA = ".alpha"
 
 
 def start_from_lora(family: ModelFamily, denoiser: Denoiser, source: Path) -> None:
@@ -86,14 +87,19 @@ def _read(
         plain = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
         config = file.parent / PEFT_CONFIG
         return plain, _scales(plain, read_json(config) if config.is_file() else {})
-    layers, alphas, metadata = family.pipeline_class.lora_state_dict(
+    prefix = f"{family.denoiser}."
+    if all(name.startswith(prefix) and (".lora_" in name or _ALPHA in name) for name in tensors):
+        if any(name.endswith(_ALPHA) for name in tensors):
+            return _named_as_here(tensors, prefix)
+    read = family.pipeline_class.lora_state_dict(
         str(file.parent),
         weight_name=file.name,
         local_files_only=True,
         unet_config=denoiser.config,
         return_lora_metadata=True,
     )
-    prefix = f"{family.denoiser}."
+    of_unet = len(read) == 3  # pipelines of transformers put alpha into the weights
+    layers, alphas, metadata = read if of_unet else (read[0], None, read[1])
     other = sorted(name for name in layers if not name.startswith(prefix))
     if other:
         raise ConfigError(
@@ -101,17 +107,37 @@ def _read(
             f"FastPO trains the {family.title} alone"
         )
     plain = {name.removeprefix(prefix): tensor for name, tensor in layers.items()}
-    plain = convert_unet_state_dict_to_peft(plain)
+    if of_unet:
+        plain = convert_unet_state_dict_to_peft(plain)
+        alphas = convert_unet_state_dict_to_peft(alphas or {})
     told = {
         key.removeprefix(prefix): value
         for key, value in (metadata or {}).items()
         if key.startswith(prefix)
     }
     scales = _scales(plain, told)
-    for name, alpha in convert_unet_state_dict_to_peft(alphas or {}).items():
+    for name, alpha in (alphas or {}).items():
         down = name.removeprefix(prefix).removesuffix(".alpha").removesuffix(".lora_A.weight")
         if f"{down}.lora_A.weight" in plain:
             scales[down] = float(alpha) / plain[f"{down}.lora_A.weight"].shape[0]
+    return plain, scales
+
+
+def _named_as_here(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A file of a transformer with alphas beside peft's names, as `fastpo export` writes it.
+
+    diffusers' pipelines take the alphas for a sign of other programs' names.
+    """
+    plain, scales = {}, {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        if own.endswith(_ALPHA):
+            layer = own.removesuffix(_ALPHA)
+            scales[layer] = float(tensor) / tensors[f"{prefix}{layer}.lora_A.weight"].shape[0]
+        else:
+            plain[own] = tensor
     return plain, scales
 
 

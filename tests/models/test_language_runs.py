@@ -66,7 +66,8 @@ def prepared(request, tmp_path_factory):
             | options,
         }
         if options.get("method", "lora") == "lora":
-            raw["train"]["lora"] = {"rank": 4, "alpha": 8.0}
+            targets = list(ModelFolder(model).family.lora_targets)
+            raw["train"]["lora"] = {"rank": 4, "alpha": 8.0, "target_modules": targets}
         return parse_config(raw)
 
     prepare(config("unused"), progress=False)

@@ -14,8 +14,10 @@ from fastpo.config import load_config, parse_config
 from fastpo.config.sections import LoraConfig
 from fastpo.errors import CheckpointError, ModelError
 from fastpo.models.denoisers import add_lora
+from fastpo.models.export import LORA_FILE
 from fastpo.models.folder import ModelFolder
 from fastpo.models.lora_formats import original_name, write_lora
+from fastpo.models.lora_start import start_from_lora
 from fastpo.train import train
 from fastpo.train.consolidate import export_lora
 from tests.models.family_cases import CASES
@@ -225,6 +227,14 @@ def test_comfyui_gets_a_transformers_names_with_alpha(case, rslora, tmp_path):
         peft = policy.get_submodule(layer.removeprefix("transformer."))
         assert float(named[f"{layer}.alpha"]) / 4 == pytest.approx(peft.scaling["default"])
     assert len(named) == 3 * len(layers) == 3 * len(weights) // 2
+    # What was written, and what a run exports, is where another run begins.
+    model.family.save(policy, tmp_path, "lora", weights)
+    for source in (file, tmp_path / LORA_FILE):
+        fresh = model.family.load_denoiser(model)
+        add_lora(model.family, fresh, config)
+        start_from_lora(model.family, fresh, source)
+        own = dict(fresh.named_parameters())
+        assert all(torch.equal(own[name], tensor) for name, tensor in weights.items())
     with pytest.raises(ModelError, match=r"--format kohya is for LoRA of sd15, sdxl, not of"):
         write_lora(model.family, policy, weights, file, "kohya")
 
