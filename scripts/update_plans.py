@@ -35,6 +35,13 @@ ROWS = (
     ("mapo-published", "h100", 8),
     ("diffusion-dpo-published", "a100", 16),
     ("adaptive-dpo-published", "a100", 1),
+    ("z-image-lora-24gb", "rtx4090", 1),
+    ("flux2-klein-lora-24gb", "rtx4090", 1),
+    ("flux1-dev-qlora-24gb", "rtx4090", 1),
+    ("qwen-image-qlora-24gb", "rtx4090", 1),
+    ("qwen-image-lora-80gb", "h100", 1),
+    ("qwen-image-lora-8x80gb-zero2", "h100", 8),
+    ("sd3.5-medium-full-80gb", "h100", 1),
 )
 # The table of docs/large-runs.md: one configuration, how it is shared, processes.
 SHARED = "sdxl-full-8x80gb-zero2"
@@ -48,7 +55,8 @@ def line(name: str, plan: Plan) -> str:
     """One row of the table."""
     ours, floor = plan.costs[:2]
     rival = RIVALS.get(plan.objective, "Diffusion-DPO")
-    recipe = next(cost for cost in plan.costs[2:] if cost.name.startswith(rival))
+    released = plan.costs[2:]  # of flow-matching models one, whatever the objective
+    recipe = next((cost for cost in released if cost.name.startswith(rival)), released[0])
     about = plan.assumptions
     gpus = f"{about.world_size} x {about.gpu.removeprefix('NVIDIA ')}"
     cells = (
@@ -117,8 +125,9 @@ def main() -> None:
     text = (
         "\n".join(lines)
         + "\n\nPlanned, not measured: FLOPs by torch's counter on the real modules, activations "
-        "estimated. The recipe is the\nreleased trainer's of the same objective, on the same "
-        "model, method and batch; its time is relative to ours."
+        "estimated. The recipe is the\nreleased trainer's of the same objective (of "
+        "flow-matching models Flow-Factory's offline DPO), on the same model, method\nand batch; "
+        "its time is relative to ours."
     )
     write_text(README, with_section(README.read_text(), "plans", text))
 

@@ -10,6 +10,7 @@ from fastpo.data.prepare import prepare
 from fastpo.reference_cache import prepare_reference
 from fastpo.testing import pickapic_row, write_pickapic
 from fastpo.train import train
+from tests.tiny_twins import tiny_twin
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "fastpo" / "configs").glob("*.yaml"))
@@ -27,11 +28,9 @@ def pickapic(tmp_path_factory):
 
 def twin_overrides(path, pipelines, data, folder):
     """The `--set` options that make a shipped configuration run here, and nothing else."""
-    family = "sd15" if "stable-diffusion-v1-5" in load_config(path).model.path else "sdxl"
     config = load_config(path).train
     changes = {
-        "model.path": pipelines[family],
-        "model.variant": "null",
+        **tiny_twin(load_config(path), pipelines, folder / "model"),
         "data.path": data,
         "data.limit": 8,
         "prepare.cache_dir": folder / "cache",
