@@ -489,6 +489,33 @@ def minority(
 
 
 @app.command()
+def relabel(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run's folder; with --by a YAML file.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cleaned data set.")],
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Change labels this likely to be wrong.")
+    ] = None,
+    marks: Annotated[Path | None, typer.Option(help="A reviewer's file, from the gallery.")] = None,
+    by: Annotated[str | None, typer.Option(help="SCORER[,SCORER...]: their majority.")] = None,
+    action: Annotated[
+        Literal["drop", "tie", "turn"] | None,
+        typer.Option(help="With wrong labels [--threshold: drop; --marks, --by: turn]"),
+    ] = None,
+) -> None:
+    """Write a cleaned copy of a run's data set, and what changed and why."""
+    from fastpo.review.relabel import Rules, relabel
+
+    scorers = [] if by is None else [name.strip() for name in by.split(",")]
+    with catch_signals():
+        done = relabel(run, out, Rules(threshold, marks, scorers, action))
+    told = ", ".join(f"{done[name]:,} {name}" for name in ("kept", "dropped", "tied", "turned"))
+    print(f"{told} of {counted(done['pairs'], 'pair')}: {out} (data: {{source: folder}})")
+    print("A label that most others speak against may be a taste that few share, and no error.")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
