@@ -12,7 +12,7 @@ from fastpo.plan.architecture import Architecture
 from fastpo.plan.fit import find_largest, scaled
 from fastpo.plan.gpus import Gpu
 from fastpo.plan.measure import build_parts, module_bytes
-from fastpo.plan.memory import ALLOWANCE, Measured, step_memory
+from fastpo.plan.memory import ALLOWANCE, Measured, quantized, step_memory
 from fastpo.plan.planner import latent_elements, make_shapes, measure
 from fastpo.plan.recipes import Recipe, own_recipe
 from fastpo.plan.schema import Largest
@@ -29,10 +29,14 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
         {"gradient_checkpointing": True, "optim.name": "adamw_8bit"},
         {"gradient_checkpointing": True, "optim.name": "adamw_8bit", "weights": "bf16"},
     ),
-    "lora": ({"gradient_checkpointing": False}, {"gradient_checkpointing": True}),
+    "lora": (
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "quantize_base": "4bit"},
+    ),
 }
 """Ways to train by method, each smaller in memory and slower, or less exact, than the last."""
-UNASKED = {"full": 2, "lora": 2}
+UNASKED = {"full": 2, "lora": 3}
 """How many of them are tried where the user asked for no method."""
 
 
@@ -133,6 +137,8 @@ def _least(config: Config, architecture: Architecture) -> int:
     copied = config.train.method == "full" and config.train.runs_reference
     denoisers = build_parts(architecture, config.train, reference=copied).denoisers
     trained = count_trained(denoisers.policy.parameters(), config.train)
+    if config.train.quantize_base is not None:
+        trained, _ = quantized(denoisers.policy, trained, config.train.quantize_base)
     frozen = module_bytes(denoisers.frozen) if denoisers.frozen is not None else 0
     return sum(held(trained, read_sharding(config.train, 1)).values()) + frozen + ALLOWANCE
 

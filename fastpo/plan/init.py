@@ -168,6 +168,8 @@ def _reasons(chosen: Choice, gpu: Gpu, pairs: int | None, batch: int) -> dict[st
         reasons["train.epochs"] = f"{pairs:,} pairs."
     if "train.optim.name" in values:
         reasons["train.optim.name"] = "States of AdamW in 32 bits do not fit."
+    if "train.quantize_base" in values:
+        reasons["train.quantize_base"] = "Needed for the memory, with `pip install 'fastpo[8bit]'`."
     return reasons
 
 

@@ -109,7 +109,7 @@ def empty_text(config: dict[str, Any]) -> nn.Module:
     kind = own.pop("model_type", None)
     if not isinstance(kind, str):
         raise ModelError("text_encoder/config.json names no model_type")
-    settings = AutoConfig.for_model(kind, **own)
+    settings: Any = AutoConfig.for_model(kind, **own)
     with META:
         if kind == "t5":
             return T5EncoderModel(settings)

@@ -72,7 +72,9 @@ def test_the_first_way_that_fits_is_taken_and_the_others_are_told(written):
         gpu = Gpu("a card", 1.0, 1.0, 1.0, gigabytes)
         return choose(raw, architecture, gpu, method=method, batch=8, status=str)
 
-    with pytest.raises(ConfigError, match=r"has 1 GB, .* \(lora, grad.*: true\) needs 1\.0 GB"):
+    with pytest.raises(
+        ConfigError, match=r"has 1 GB, .* \(lora, grad.*: true, .*: 4bit\) needs 1\.0 GB"
+    ):
         chosen(1)
     whole = chosen(8)
     assert whole.values == {"train.method": "full", "train.gradient_checkpointing": False}

@@ -10,6 +10,8 @@ from fastpo.models.quantized import QuantizedLinear
 from fastpo.models.registry import detect
 from fastpo.plan import make_plan
 from fastpo.plan.architecture import PACKAGED_FOLDERS, resolve_architecture
+from fastpo.plan.choose import choose
+from fastpo.plan.gpus import find_gpu
 from fastpo.plan.transformers import empty_transformer
 from tests.models.family_cases import CASES
 
@@ -116,8 +118,12 @@ def test_a_quantized_base_is_planned_with_the_bytes_that_it_has(bits, tmp_path):
             saved += 4 * module.in_features * module.out_features - held_by(module)
     assert plain.weights - small.weights == saved
     assert saved > 0
-    dense = max(4 * m.weight.numel() for m in denoiser.modules() if hasattr(m, "weight"))
-    assert 0 < small.activations - plain.activations <= 8 * dense
+    largest = max(
+        module.in_features * module.out_features
+        for module in policy.modules()
+        if isinstance(module, QuantizedLinear)
+    )
+    assert small.activations - plain.activations == 4 * largest
 
 
 def held_by(layer):
@@ -147,6 +153,16 @@ def key_of(place):
 def test_adapters_of_qwen_image_fit_at_1024(bits, gpu):
     settings = config("Qwen/Qwen-Image", quantize_base=bits, gradient_checkpointing=True)
     assert make_plan(settings, gpu=gpu).costs[0].fits
+
+
+@pytest.mark.slow
+def test_init_takes_a_quantized_base_where_nothing_else_fits():
+    settings = config("Qwen/Qwen-Image")
+    architecture = resolve_architecture(settings)
+    raw = settings.model_dump(mode="json")
+    chosen = choose(raw, architecture, find_gpu("rtx4090"), method=None, batch=8, status=str)
+    assert chosen.values["train.quantize_base"] == "4bit"
+    assert chosen.bytes < 24e9
 
 
 def test_the_texts_of_one_length_need_no_mask():
