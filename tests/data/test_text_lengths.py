@@ -9,7 +9,7 @@ from fastpo.config import parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.checks import ROWS
 from fastpo.data.cache.parts import rows_writer, tensor_writer
-from fastpo.data.cache.tensors import TensorFiles
+from fastpo.data.cache.tensors import TensorFiles, header_of
 from fastpo.data.cache.texts import TextRows, true_lengths, without_padding
 from fastpo.data.prepare import prepare
 from fastpo.errors import CacheError
@@ -61,6 +61,15 @@ def test_prompts_of_parts_that_are_stored_otherwise_share_a_batch(tmp_path):
     places = [(f"b/{FILE}", 0), (f"a/{FILE}", 1), (f"b/{FILE}", 1)]
     found = TextRows(TensorFiles(tmp_path)).read(places)["states"]
     assert torch.equal(found, torch.stack([long[0], short[1], long[1]]))
+
+
+def test_a_header_with_an_entry_for_each_of_many_prompts_is_read(tmp_path):
+    name, count = "states_" * 30, 4_000
+    states = texts([1] * count, length=2, width=1)
+    write(tmp_path, {name: states})
+    assert len(header_of(tmp_path / FILE)) > 1 << 20
+    found = TextRows(TensorFiles(tmp_path)).read([(FILE, count - 1), (FILE, 0)])
+    assert torch.equal(found[name], states[[count - 1, 0]])
 
 
 def test_zeros_between_tokens_are_tokens():

@@ -38,8 +38,8 @@ _DTYPES = {
 }
 
 
-MOST_HEADER_BYTES = 1 << 20
-"""Of a part's file; a header has some hundred bytes for each latent shape."""
+MOST_HEADER_BYTES = 1 << 24
+"""Of a part's file; a header has some hundred bytes for each latent shape, or for each prompt."""
 
 
 class Checks(Protocol):
