@@ -138,7 +138,9 @@ class FlowFamily(ModelFamily):
         Raises:
             ModelError: They are of different models.
         """
-        given = [read_json(folder.component(name) / "config.json").get(key) for name, key in texts]
+        given: list[Any] = [
+            read_json(folder.component(name) / "config.json").get(key) for name, key in texts
+        ]
         expected = self.denoiser_config(folder).get(reads)
         if not all(isinstance(width, int) for width in given) or sum(given) != expected:
             names, keys = (" and ".join(dict.fromkeys(words)) for words in zip(*texts, strict=True))

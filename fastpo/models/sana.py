@@ -158,7 +158,7 @@ class Sana(FlowFamily):
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
         """Loads the VAE and Gemma 2."""
-        from transformers import Gemma2Model, GemmaTokenizerFast
+        from transformers import Gemma2Model, GemmaTokenizer
 
         self.refuse_clip_options(config)
         what = f"{folder.path / 'text_encoder'} could not be loaded"
@@ -166,7 +166,7 @@ class Sana(FlowFamily):
         text = load_part(Gemma2Model, folder, "text_encoder", what=what, dtype=dtype)
         part = folder.path / "tokenizer"
         with loading(f"{part} could not be loaded"):
-            tokenizer = GemmaTokenizerFast.from_pretrained(part)
+            tokenizer = GemmaTokenizer.from_pretrained(part)
         text.to(device).eval().requires_grad_(False)
         vae = self.load_vae(folder, config, device)
         length = config.text_length or TEXT_LENGTH

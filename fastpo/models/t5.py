@@ -26,13 +26,13 @@ def load_t5(folder: ModelFolder, name: str, dtype: torch.dtype) -> tuple[Any, An
     Raises:
         ModelError: One of them cannot be loaded.
     """
-    from transformers import T5EncoderModel, T5TokenizerFast
+    from transformers import T5EncoderModel, T5Tokenizer
 
     what = f"{folder.path / name} could not be loaded"
     encoder = load_part(T5EncoderModel, folder, name, what=what, dtype=dtype)
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
-        tokenizer = T5TokenizerFast.from_pretrained(part)
+        tokenizer = T5Tokenizer.from_pretrained(part)
     return tokenizer, encoder
 
 

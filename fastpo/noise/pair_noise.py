@@ -209,7 +209,12 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def timestep_quantiles(kind: TimestepsConfig, low: int, high: int, length: int) -> Tensor | None:
+def timestep_quantiles(
+    kind: UniformTimesteps | ListTimesteps | LogitNormalTimesteps | BinTimesteps,
+    low: int,
+    high: int,
+    length: int,
+) -> Tensor | None:
     """Returns the timesteps to draw from, each equally likely, `(Q,)` int64; None: low..high-1.
 
     Args:

@@ -48,11 +48,11 @@ def tiny_vae(*, scaling_factor: float, shift_factor: float, channels: int = 16) 
 
 def t5_tokenizer() -> Any:
     """A T5 tokenizer of single letters and digits."""
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
     letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
     vocab: Any = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
 def tiny_t5(tokenizer: Any, *, width: int) -> Any:
@@ -160,11 +160,11 @@ def tiny_flux_folder(path: Path, *, seed: int = 0) -> Path:
 def gemma_tokenizer() -> Any:
     """A Gemma tokenizer of single letters, which puts its first token before each text."""
     from tokenizers.processors import TemplateProcessing
-    from transformers import GemmaTokenizerFast
+    from transformers import GemmaTokenizer
 
     letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.:->'()\n"
     names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
-    tokenizer = GemmaTokenizerFast(vocab={name: i for i, name in enumerate(names)})
+    tokenizer = GemmaTokenizer(vocab={name: i for i, name in enumerate(names)})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
     )
