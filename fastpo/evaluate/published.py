@@ -18,7 +18,7 @@ class PublishedScore:
     Attributes:
         source: Where it is from.
         caveat: What to know before comparing with it.
-        family: `sdxl` or `sd15`.
+        base: What the models were aligned from: `sdxl` or `sd15`.
         set: The prompt set's name here; empty if the source does not say.
         model: The model, as the source calls it.
         metric: The metric's name here.
@@ -27,7 +27,7 @@ class PublishedScore:
 
     source: str
     caveat: str
-    family: str
+    base: str
     set: str
     model: str
     metric: str
@@ -40,7 +40,7 @@ def published_scores() -> tuple[PublishedScore, ...]:
     text = files("fastpo.evaluate").joinpath(FILE).read_text(encoding="utf-8")
     return tuple(
         PublishedScore(
-            source["source"], source["caveat"], block["family"], block["set"], model, metric, value
+            source["source"], source["caveat"], block["base"], block["set"], model, metric, value
         )
         for source in json.loads(text)["sources"]
         for block in source["blocks"]
@@ -50,16 +50,16 @@ def published_scores() -> tuple[PublishedScore, ...]:
     )
 
 
-def beside(family: str, sets: Sequence[str], metrics: Sequence[str]) -> list[PublishedScore]:
-    """Returns the numbers of a family that were published of the same sets and metrics.
+def beside(base: str, sets: Sequence[str], metrics: Sequence[str]) -> list[PublishedScore]:
+    """Returns the numbers of a base that were published of the same sets and metrics.
 
     Args:
-        family: The family's name.
+        base: The base's family.
         sets: Names of prompt sets; numbers whose source does not say its prompts are kept too.
         metrics: Names of metrics.
     """
     return [
         score
         for score in published_scores()
-        if score.family == family and score.metric in metrics and score.set in ("", *sets)
+        if score.base == base and score.metric in metrics and score.set in ("", *sets)
     ]

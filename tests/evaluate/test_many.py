@@ -215,7 +215,7 @@ def test_holm_by_hand() -> None:
 
 def test_published_scores_name_their_source_and_known_metrics() -> None:
     scores = published_scores()
-    assert {score.family for score in scores} == {"sdxl", "sd15"}
+    assert {score.base for score in scores} == {"sdxl", "sd15"}
     assert {score.metric for score in scores} <= set(SCORERS)
     assert all(score.source and score.caveat for score in scores)
     found = {
