@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.cli import _named, main
+from fastpo.cli import main
+from fastpo.cli.judging import named
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ForeignPathError
 from fastpo.evaluate import many
@@ -228,10 +229,10 @@ def test_published_scores_name_their_source_and_known_metrics() -> None:
 
 
 def test_models_are_named_after_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _named("dpo=runs/x") == ("dpo", Path("runs/x"))
-    assert _named("runs/x/final")[0] == "x"
-    assert _named("runs/x/checkpoints/step-00000500")[0] == "x-step-00000500"
-    assert _named("runs/a=b/x") == ("x", Path("runs/a=b/x"))
+    assert named("dpo=runs/x") == ("dpo", Path("runs/x"))
+    assert named("runs/x/final")[0] == "x"
+    assert named("runs/x/checkpoints/step-00000500")[0] == "x-step-00000500"
+    assert named("runs/a=b/x") == ("x", Path("runs/a=b/x"))
     with pytest.raises(SystemExit):
         main(["evaluate", "none.yaml", "--weights", "a", "--weights", "b"])
     assert "--out" in capsys.readouterr().err

@@ -8,7 +8,9 @@ from scripts.layers import PACKAGE, modules
 
 MOST = 6
 FREE = {
-    "fastpo.cli",  # one parameter per option of a command
+    "fastpo.cli.judging",  # one parameter per option of a command
+    "fastpo.cli.training",
+    "fastpo.cli.trying",
     "fastpo.loss.adaptive",  # a loss names each option of its formula
     "fastpo.loss.preference",
     "fastpo.loss.reference_free",

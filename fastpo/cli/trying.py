@@ -1,0 +1,71 @@
+"""The commands that try FastPO on a machine: the demo, the benchmark, the self-test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fastpo.cli.group import app
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of pairs, labels, training.")] = 0,
+    short: Annotated[bool, typer.Option(help="A few steps of everything, to try it.")] = False,
+) -> None:
+    """Align a tiny SDXL on real handwritten digits, from nothing to a page, on a CPU."""
+    from fastpo.demo.run import run_demo
+
+    run_demo(out, seed=seed, short=short)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Option(help="loss or noise.")] = "loss",
+    objective: Annotated[
+        list[str] | None, typer.Option(help="Objective (or prediction, for the noise); repeat.")
+    ] = None,
+    pairs: Annotated[list[int] | None, typer.Option(help="Pairs in the batch; repeat.")] = None,
+    latents: Annotated[list[str] | None, typer.Option(help="sdxl, sd15 or video; repeat.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16 or fp32; repeat.")] = None,
+    quick: Annotated[bool, typer.Option(help="One small case, a few seconds.")] = False,
+    budget_seconds: Annotated[float, typer.Option(help="Stop in time; important first.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="CSV file for all rows.")] = None,
+) -> None:
+    """Time the kernels on this machine against eager PyTorch and torch.compile."""
+    from fastpo.bench.select import Choice, select
+    from fastpo.bench.show import show
+
+    chosen = Choice(
+        op,
+        objective,
+        pairs=pairs,
+        latents=latents,
+        dtypes=dtype,
+        quick=quick,
+        budget_seconds=budget_seconds,
+    )
+    show(select(chosen), out, Console())
+
+
+@app.command()
+def selftest(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to try faults.")] = 3.0,
+    folder: Annotated[
+        Path, typer.Option(help="Where to work: its disk is tested; cleaned up at the end.")
+    ] = Path("."),
+) -> None:
+    """Kill, cut off and damage a tiny run here, and see whether anything is lost."""
+    from fastpo.selftest.command import selftest
+
+    if not selftest(folder, minutes=minutes):
+        raise typer.Exit(1)
