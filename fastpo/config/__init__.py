@@ -17,7 +17,8 @@ from fastpo.config.sections import (
     PrepareConfig,
 )
 from fastpo.config.timesteps import TimestepsConfig
-from fastpo.config.train import TrainConfig, check_stage_3
+from fastpo.config.train import TrainConfig
+from fastpo.config.train_checks import check_stage_3
 
 __all__ = [
     "OBJECTIVES",

@@ -17,7 +17,8 @@ from fastpo.config.data import DataConfig
 from fastpo.config.fields import Section, Seed, decides, with_words
 from fastpo.config.messages import explain
 from fastpo.config.sections import EvaluateConfig, ModelConfig, PrepareConfig
-from fastpo.config.train import TrainConfig, check_held_out, check_lora_start
+from fastpo.config.train import TrainConfig
+from fastpo.config.train_checks import check_held_out, check_lora_start
 from fastpo.errors import ConfigError
 from fastpo.system.json_text import read_bounded
 
