@@ -46,8 +46,16 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that no process is left with one when the others are done."""
+def pytest_collection_modifyitems(config, items):
+    """Leaves long tests out unless `-m` names them, and puts files with slow tests first.
+
+    So no process is left with a slow one when the others are done.
+    """
+    if "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("long")]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -1,7 +1,7 @@
 """Every family through a whole run: prepared, trained, resumed from a cache of errors, exported.
 
 `fastpo train` is the same for all of them; what can differ is what a family hands to it. A quick
-slice runs always, the whole matrix with the slow tests.
+slice runs always, the whole matrix with `pytest -m long`.
 """
 
 import json
@@ -115,7 +115,7 @@ def test_a_run_ends_in_what_the_familys_own_pipeline_loads(world, method, object
     assert_runs(world, method, objective, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "objective", "reference"), WHOLE)
 def test_every_other_way_of_training(world, method, objective, reference):
     assert_runs(world, method, objective, reference)
