@@ -42,7 +42,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Sample the base and the aligned model alike, score both, and compare."""
-    named = [named(text) for text in weights or ()]
+    named = [named_weights(text) for text in weights or ()]
     if out is None and len(named) > 1:
         raise typer.BadParameter(
             "several --weights are compared in a table: name its folder, --out"
@@ -61,7 +61,7 @@ def evaluate(
             evaluate(resolved, aligned=folder, step=step)
 
 
-def named(text: str) -> tuple[str, Path]:
+def named_weights(text: str) -> tuple[str, Path]:
     """Reads `[NAME=]FOLDER`; without a name it is the run's, and the checkpoint's."""
     name, equals, folder = text.partition("=")
     if equals and "/" not in name:
@@ -128,7 +128,7 @@ def pairs(
         from fastpo.train.consolidate import exported
 
         with exported(resolved.train.output_dir, weights) as (folder, _):
-            model = None if folder is None else Candidate(named(str(weights))[0], folder)
+            model = None if folder is None else Candidate(named_weights(str(weights))[0], folder)
             made = pairs_from_model(resolved, out, model=model, pick=pick or "extremes", gap=gap)
         if made is not None:
             print(made)

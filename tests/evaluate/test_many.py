@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastpo.cli import main
-from fastpo.cli.judging import named
+from fastpo.cli.judging import named_weights
 from fastpo.config import Config
 from fastpo.errors import CheckpointError, ConfigError, ForeignPathError
 from fastpo.evaluate import many
@@ -229,10 +229,10 @@ def test_published_scores_name_their_source_and_known_metrics() -> None:
 
 
 def test_models_are_named_after_their_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert named("dpo=runs/x") == ("dpo", Path("runs/x"))
-    assert named("runs/x/final")[0] == "x"
-    assert named("runs/x/checkpoints/step-00000500")[0] == "x-step-00000500"
-    assert named("runs/a=b/x") == ("x", Path("runs/a=b/x"))
+    assert named_weights("dpo=runs/x") == ("dpo", Path("runs/x"))
+    assert named_weights("runs/x/final")[0] == "x"
+    assert named_weights("runs/x/checkpoints/step-00000500")[0] == "x-step-00000500"
+    assert named_weights("runs/a=b/x") == ("x", Path("runs/a=b/x"))
     with pytest.raises(SystemExit):
         main(["evaluate", "none.yaml", "--weights", "a", "--weights", "b"])
     assert "--out" in capsys.readouterr().err
