@@ -28,14 +28,14 @@ NAMES = {
 def table(summaries: dict[str, dict]) -> str:
     """Returns the Markdown table, one column group per seed."""
     head = ["run", *(f"gain, seed {seed}" for seed in summaries)]
-    head += [*(f"kept, seed {seed}" for seed in summaries), "forward passes"]
-    passes = {"adaptive_dpo_released": "4"}
+    head += [*(f"kept, seed {seed}" for seed in summaries), "passes a pair"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for key, name in NAMES.items():
         runs = [summary["objectives"][key] for summary in summaries.values()]
         cells = [f"{run['gain']:+.3f}" for run in runs]
         cells += [f"{run['gain_kept']:.0%}" for run in runs]
-        lines.append("| " + " | ".join([name, *cells, passes.get(key, "2")]) + " |")
+        passes = " and ".join(dict.fromkeys(f"{run['passes']:.1f}" for run in runs))
+        lines.append("| " + " | ".join([name, *cells, passes]) + " |")
     return "\n".join(lines)
 
 
@@ -55,9 +55,12 @@ def text(summaries: dict[str, dict]) -> str:
         "pairs of handwritten digits, the bolder preferred,",
         f"{flips} of the labels flipped in all runs but the first.",
         f"Gain is mean ink over the base's ({base:.3f}) on held-out prompts and seeds;",
-        "kept is the share of the gain that clean labels give.",
+        "kept is the share of the gain that clean labels give;",
+        "a forward pass through the denoiser counts 1, a backward pass 2.",
         f"\n\n{table(summaries)}\n\n",
-        "The ledger judges a pair by its own past margins and costs no forward pass;",
+        "The ledger judges a pair by its own past margins and costs no forward pass,",
+        "and pairs that it leaves out need no backward pass "
+        "([sparse steps](docs/sparse-steps.md));",
         f"it finds the flipped labels with an AUROC of {found}.",
         "Its win rate over the base has a 95 % interval that starts at",
         f"{wins:.3f} or above; at least {legible:.0%} of any run's samples are read",

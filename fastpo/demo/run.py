@@ -3,7 +3,8 @@
 It trains and keeps a tiny base, writes preferences in Pick-a-Pic v2's schema, and then does what a
 user of SDXL does: prepare, train, evaluate, report. Four runs are compared: plain DPO on the clean
 labels (the reachable best), plain DPO on labels of which a fifth are flipped, Adaptive-DPO as
-released, and Adaptive-DPO with the ledger as annotator, both on the same flipped labels.
+released, and Adaptive-DPO with the ledger as annotator and without a backward pass for the pairs
+that it leaves out, both on the same flipped labels.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 
 from fastpo.config import Config, flatten, parse_config, with_keys
+from fastpo.config.sections import EmaAnnotators
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import ABOUT, build_base
 from fastpo.demo.base import SHORT as SHORT_BASE
@@ -43,6 +46,7 @@ RELEASED = {
 LEDGER = {
     "objective": {"name": "adaptive_dpo", "weight_kind": "gate"},
     "annotators": {"kind": "ledger"},
+    "backward": "alive",  # no backward pass for pairs whose gate is closed; the same results
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo_clean": {"data": {"flip_rate": 0.0}},
@@ -134,7 +138,8 @@ def summarize(
     """The demo's numbers, as measured.
 
     `gain_kept` is a run's gain in reward over the base, divided by plain DPO's on clean labels;
-    `data_wait` the mean share of a step in which training waited for data.
+    `passes` as `passes_of_run`; `data_wait` the mean share of a step in which training waited for
+    data.
     """
     reward, legible = "ink_reward", "legible"
     first = evaluations["dpo_clean"].metrics
@@ -149,6 +154,7 @@ def summarize(
             "win_rate": metric.win_rate,
             "win_rate_interval": list(metric.win_interval),
             "legibility": evaluation.metrics[legible].aligned_mean,
+            "passes": passes_of_run(configs[name]),
         }
     ledger = minority_auroc(configs["adaptive_dpo_ledger"].train.output_dir)
     released = minority_auroc(configs["adaptive_dpo_released"].train.output_dir)
@@ -169,6 +175,19 @@ def summarize(
     }
 
 
+def passes_of_run(config: Config) -> float:
+    """Returns the passes through the denoiser that a run took for each pair of the data.
+
+    A forward pass counts 1, a backward pass 2: of the policy `metrics.jsonl` tells the mean, the
+    live reference and each moving average take a forward pass a visit.
+    """
+    train, metrics = config.train, load_metrics(config.train.output_dir)
+    policy = metrics["backward/cost"] if "backward/cost" in metrics else np.array([3.0])
+    averages = len(train.annotators.decays) if isinstance(train.annotators, EmaAnnotators) else 0
+    frozen = averages + (train.needs_reference and train.reference == "live")
+    return (float(policy.mean()) + frozen) * float(metrics["epoch"][-1])
+
+
 def sections(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What the page says beside the comparison."""
     rows = [
@@ -180,6 +199,7 @@ def sections(summary: Mapping[str, Any]) -> dict[str, Any]:
             if values["gain_kept"] is None
             else f"{values['gain_kept']:.0%}",
             "legible": f"{values['legibility']:.0%}",
+            "passes a pair": f"{values['passes']:.1f}",
         }
         for name, values in summary["objectives"].items()
     ]

@@ -120,6 +120,11 @@ def test_the_short_demo_writes_its_page_and_its_summary(tmp_path):
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert {"base", "objectives", "minority_auroc", "flip_rate", "wall_s"} <= summary.keys()
     assert summary["objectives"].keys() == summary["data_wait"].keys() == OBJECTIVES.keys()
+    passes = {name: values["passes"] for name, values in summary["objectives"].items()}
+    visits = passes["dpo"] / 4  # forward, backward and the reference's forward pass
+    assert passes["dpo_clean"] == passes["dpo"]
+    assert passes["adaptive_dpo_released"] == pytest.approx(6 * visits)
+    assert 2 * visits <= passes["adaptive_dpo_ledger"] <= 4 * visits
     assert all(0.0 <= share < 1.0 for share in summary["data_wait"].values())
     for values in summary["objectives"].values():
         assert {"reward_mean", "win_rate", "win_rate_interval", "legibility"} <= values.keys()
