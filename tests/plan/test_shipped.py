@@ -66,9 +66,20 @@ def test_every_shipped_configuration_for_a_real_model_has_its_row():
     assert sorted(name for name, *_ in PLANS["ROWS"]) == real
 
 
+LIKE_OTHERS = ("sdxl-full-80gb", "diffusion-dpo-published")
+"""Rows of a model, method and objective that other rows have in other batches."""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("measured_once")
-@pytest.mark.parametrize(("name", "gpu", "processes"), PLANS["ROWS"], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("name", "gpu", "processes"),
+    [
+        pytest.param(*row, marks=[pytest.mark.long] if row[0] in LIKE_OTHERS else [])
+        for row in PLANS["ROWS"]
+    ],
+    ids=str,
+)
 def test_a_shipped_configuration_costs_what_its_header_and_the_readme_say(name, gpu, processes):
     path = ROOT / "fastpo" / "configs" / f"{name}.yaml"
     plan = make_plan(load_config(path), gpu=gpu, world_size=processes)

@@ -146,7 +146,7 @@ def key_of(place):
     return next(name for name, own in PACKAGED_FOLDERS.items() if own == place)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the shipped configurations of Qwen-Image are planned always
 @pytest.mark.parametrize(
     ("bits", "gpu"), [(None, "h100"), ("4bit", "rtx4090")], ids=["80 GB", "24 GB"]
 )
