@@ -42,7 +42,7 @@ def test_metrics_up_to_the_checkpoint_last_wherever_a_run_ended(experiment, tmp_
         begin(path, config, done)
         lines = (path / "metrics.jsonl").read_text()
         assert lines == '{"step": 1}\n{"step": 2}\n'[: 12 * done]
-        names = {".fastpo", "checkpoints", "config.yaml", "metrics.jsonl"}
+        names = {".fastpo", "checkpoints", "config.yaml", "metrics.jsonl", "votes.csv"}
         assert {p.name for p in path.iterdir()} <= names
         seen.add(done)
         begin(tmp_path / str(number + 1), config, 0)
@@ -105,7 +105,8 @@ def test_an_overwriting_leaves_the_old_run_or_the_new_one(experiment, tmp_path, 
         seen.append(everything(path) == old)
         if not seen[-1]:
             assert (path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 9.0}\n'
-            assert {p.name for p in path.iterdir()} == {".fastpo", "config.yaml", "metrics.jsonl"}
+            names = {".fastpo", "config.yaml", "metrics.jsonl", "votes.csv"}
+            assert {p.name for p in path.iterdir()} == names
         shutil.copytree(tmp_path / "before", tmp_path / str(number + 1))
 
     seen = []

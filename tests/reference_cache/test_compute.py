@@ -316,7 +316,11 @@ def test_every_key_that_decides_the_errors_is_in_their_identity(shared, settle):
     # Models are there by the digests of the denoiser and of the prepared latents; the others came
     # later, and are there where they differ from what was done before.
     by_digest = {f"model.{key}" for key in ("path", "config", "revision", "variant", "vae")}
-    assert missing == by_digest | {"train.flow_shift", "train.guidance"}
+    assert missing == by_digest | {
+        "train.flow_shift",
+        "train.guidance",
+        "train.quantize_base",
+    }
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many"])

@@ -196,7 +196,7 @@ def test_the_old_run_is_back_if_the_new_one_does_no_step(run):
     assert everything(folder) == before
     with pytest.raises(RuntimeError):
         train(run, overwrite=True, progress=False, observers=[Ends(1)])
-    names = {"checkpoints", "config.yaml", "metrics.jsonl", "run.json"}
+    names = {"checkpoints", "config.yaml", "metrics.jsonl", "run.json", "votes.csv"}
     assert {n.partition("/")[0] for n in everything(folder)} == names
     assert (folder / "metrics.jsonl").read_text().count("\n") == 1
 
