@@ -167,14 +167,17 @@ def load_vae_of(folder: ModelFolder, dtype: torch.dtype) -> Any:
     return load_part(AutoencoderKL, folder, "vae", what=what, dtype=dtype)
 
 
-def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Loads one of CLIP's text encoders and its tokenizer.
+def load_text(
+    folder: ModelFolder, name: str, kind: Any, tokenizer_kind: Any, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """Loads one of a pipeline's text encoders and its tokenizer.
 
     Args:
         folder: The pipeline.
-        name: The encoder's component, `text_encoder` or `text_encoder_2`.
+        name: The encoder's component, such as `text_encoder_2`.
         kind: The class of the encoder.
-        dtype: Of its weights.
+        tokenizer_kind: The class of the tokenizer.
+        dtype: Of the encoder's weights.
 
     Returns:
         The tokenizer and the encoder.
@@ -182,15 +185,27 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
     Raises:
         ModelError: One of them cannot be loaded.
     """
-    from transformers import CLIPTokenizer
-
     what = f"{folder.path / name} could not be loaded"
     encoder = load_part(kind, folder, name, what=what, dtype=dtype)
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
-        tokenizer = CLIPTokenizer.from_pretrained(part)
+        tokenizer = tokenizer_kind.from_pretrained(part)
+    return tokenizer, encoder
+
+
+def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """As `load_text`, of CLIP, whose tokenizer is held to the encoder's places."""
+    from transformers import CLIPTokenizer
+
+    tokenizer, encoder = load_text(folder, name, kind, CLIPTokenizer, dtype)
     limit_tokens(tokenizer, encoder)
     return tokenizer, encoder
+
+
+def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
+    """Returns how many texts have more tokens than `length`, the tokenizer's own among them."""
+    ids = tokenizer(list(texts), verbose=False)["input_ids"]
+    return sum(len(own) > length for own in ids)
 
 
 def limit_tokens(tokenizer: Any, encoder: Any) -> None:

@@ -30,6 +30,11 @@ from fastpo.precision import DTYPES
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser
 
+JOINT_ATTENTION = (
+    *("to_k", "to_q", "to_v", "to_out.0"),
+    *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+)
+"""Layers of attention that images and texts share, of the images' tokens, then of the texts'."""
 _FEW_STEPS = re.compile(
     r"(?i)(?<![a-z])(turbo|lightning|schnell|distilled|lcm|hyper|sprint)(?![a-z])"
 )

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
-from fastpo.models.encoders import Encoders, load_clip
-from fastpo.models.flow import FlowFamily
+from fastpo.models.encoders import Encoders, count_longer, load_clip
+from fastpo.models.flow import JOINT_ATTENTION, FlowFamily
 from fastpo.models.folder import ModelFolder
-from fastpo.models.t5 import load_t5, t5_cut, t5_states
+from fastpo.models.t5 import load_t5, t5_states
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -56,7 +56,7 @@ class FluxEncoders(Encoders):
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`, by T5, which reads the words."""
-        return t5_cut(self.tokenizers[1], prompts, self.length)
+        return count_longer(self.tokenizers[1], prompts, self.length)
 
 
 class Flux(FlowFamily):
@@ -64,16 +64,7 @@ class Flux(FlowFamily):
 
     name = "flux"
     encoder_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    lora_targets = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     denoiser_class = FluxTransformer2DModel
     pipeline_class = FluxPipeline
     pipeline_prefix = r"Flux(?!\d)"

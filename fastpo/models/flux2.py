@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from fastpo.errors import ModelError
-from fastpo.models.encoders import vae_factor
+from fastpo.models.encoders import count_longer, vae_factor
 from fastpo.models.folder import ModelFolder, read_json
-from fastpo.models.language import LanguageEncoders, LanguageFamily, chats, count_longer
+from fastpo.models.language import LanguageEncoders, LanguageFamily, chats
 from fastpo.types import NoisedPair
 
 SAMPLING_STEPS = 50

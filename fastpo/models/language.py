@@ -136,12 +136,6 @@ def chats(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str
     ]
 
 
-def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
-    """Returns how many texts have more tokens than `length`."""
-    ids = tokenizer(list(texts), verbose=False)["input_ids"]
-    return sum(len(own) > length for own in ids)
-
-
 def padded(states: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Pads texts with zeros behind their last token.
 

@@ -20,9 +20,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fastpo.errors import ModelError
 from fastpo.models.clip import latent_normalization
+from fastpo.models.encoders import count_longer
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.geometry import MOST_LEVELS
-from fastpo.models.language import LanguageEncoders, LanguageFamily, count_longer, lengths, padded
+from fastpo.models.language import LanguageEncoders, LanguageFamily, lengths, padded
 from fastpo.types import NoisedPair
 
 _OTHER_CONDITIONING = (

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ModelError, NonFiniteLatentsError
-from fastpo.models.encoders import Encoders
+from fastpo.models.encoders import Encoders, count_longer, load_text
 from fastpo.models.flow import FlowFamily
-from fastpo.models.folder import ModelFolder, loading, read_json
+from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.geometry import MOST_LEVELS
 from fastpo.models.schedule import NoiseSchedule, config_number
-from fastpo.models.weights import load_part
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -85,8 +84,7 @@ class SanaEncoders(Encoders):
         before = "\n".join(instruction())
         room = len(tokenizer.encode(before)) + self.length - 2
         texts = self._pipeline()._text_preprocessing(list(prompts))
-        ids = tokenizer([before + text for text in texts], verbose=False)["input_ids"]
-        return sum(len(own) > room for own in ids)
+        return count_longer(tokenizer, [before + text for text in texts], room)
 
     def _pipeline(self) -> Any:
         """diffusers' pipeline of the text encoder alone."""
@@ -161,12 +159,8 @@ class Sana(FlowFamily):
         from transformers import Gemma2Model, GemmaTokenizer
 
         self.refuse_clip_options(config)
-        what = f"{folder.path / 'text_encoder'} could not be loaded"
         dtype = DTYPES[config.text_precision]
-        text = load_part(Gemma2Model, folder, "text_encoder", what=what, dtype=dtype)
-        part = folder.path / "tokenizer"
-        with loading(f"{part} could not be loaded"):
-            tokenizer = GemmaTokenizer.from_pretrained(part)
+        tokenizer, text = load_text(folder, "text_encoder", Gemma2Model, GemmaTokenizer, dtype)
         text.to(device).eval().requires_grad_(False)
         vae = self.load_vae(folder, config, device)
         length = config.text_length or TEXT_LENGTH

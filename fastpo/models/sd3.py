@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError
-from fastpo.models.encoders import Encoders, load_clip
-from fastpo.models.flow import FlowFamily
+from fastpo.models.encoders import Encoders, count_longer, load_clip
+from fastpo.models.flow import JOINT_ATTENTION, FlowFamily
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
-from fastpo.models.t5 import load_t5, t5_cut, t5_states
+from fastpo.models.t5 import load_t5, t5_states
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -67,7 +67,7 @@ class SD3Encoders(Encoders):
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`, by T5, which reads most of a prompt."""
-        return t5_cut(self.tokenizers[2], prompts, self.length)
+        return count_longer(self.tokenizers[2], prompts, self.length)
 
 
 class SD3(FlowFamily):
@@ -82,16 +82,7 @@ class SD3(FlowFamily):
         "tokenizer_2",
         "tokenizer_3",
     )
-    lora_targets = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     denoiser_class = SD3Transformer2DModel
     pipeline_class = StableDiffusion3Pipeline
     pipeline_prefix = "StableDiffusion3"

@@ -8,32 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.models.folder import ModelFolder, loading
-from fastpo.models.weights import load_part
+from fastpo.models.encoders import load_text
+from fastpo.models.folder import ModelFolder
 
 
 def load_t5(folder: ModelFolder, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Loads T5's encoder and its tokenizer.
-
-    Args:
-        folder: The pipeline.
-        name: The encoder's component, such as `text_encoder_3`.
-        dtype: Of its weights.
-
-    Returns:
-        The tokenizer and the encoder.
-
-    Raises:
-        ModelError: One of them cannot be loaded.
-    """
+    """As `fastpo.models.encoders.load_text`, of T5's encoder."""
     from transformers import T5EncoderModel, T5Tokenizer
 
-    what = f"{folder.path / name} could not be loaded"
-    encoder = load_part(T5EncoderModel, folder, name, what=what, dtype=dtype)
-    part = folder.path / name.replace("text_encoder", "tokenizer")
-    with loading(f"{part} could not be loaded"):
-        tokenizer = T5Tokenizer.from_pretrained(part)
-    return tokenizer, encoder
+    return load_text(folder, name, T5EncoderModel, T5Tokenizer, dtype)
 
 
 def t5_states(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:
@@ -50,9 +33,3 @@ def t5_states(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int)
         return_tensors="pt",
     )
     return encoder(tokens["input_ids"].to(encoder.device))[0]
-
-
-def t5_cut(tokenizer: Any, prompts: Sequence[str], length: int) -> int:
-    """Returns how many prompts have more tokens than `length`, T5's end token among them."""
-    ids = tokenizer(list(prompts), verbose=False)["input_ids"]
-    return sum(len(own) > length for own in ids)

@@ -16,11 +16,11 @@ from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from fastpo.models.encoders import count_longer
 from fastpo.models.language import (
     LanguageEncoders,
     LanguageFamily,
     chats,
-    count_longer,
     lengths,
     padded,
 )
