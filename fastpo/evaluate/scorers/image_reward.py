@@ -19,7 +19,7 @@ from torch import Tensor
 from fastpo.errors import ModelError
 from fastpo.evaluate.scorers.base import Scores, WeightedScorer
 from fastpo.evaluate.scorers.head import apply_layers, linear_layers
-from fastpo.evaluate.scorers.loading import find_file, load_tokenizer, read_weights
+from fastpo.evaluate.scorers.loading import fill, find_file, load_tokenizer, read_weights
 from fastpo.evaluate.scorers.preprocess import cropped
 from fastpo.models.folder import read_json
 from fastpo.models.reports import complain
@@ -184,17 +184,7 @@ def _depth(state: dict[str, Tensor], blocks: str) -> int:
 
 
 def _filled(model: Any, state: dict[str, Tensor], file: Path) -> Any:
-    """Puts the tensors into the model, all or none."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [
-        (name, tuple(tensor.shape), own[name])
-        for name, tensor in state.items()
-        if name in own and tuple(tensor.shape) != own[name]
-    ]
-    if text := complain(set(own) - set(state), set(state) - set(own), wrong):
-        raise ModelError(f"scorer imagereward: {file} {text}; {FILE} was expected")
-    model.load_state_dict(state, assign=True)
-    return model
+    return fill(model, state, file, "scorer imagereward", f"{FILE} was expected")
 
 
 def _lacking(file: Path, error: KeyError) -> ModelError:

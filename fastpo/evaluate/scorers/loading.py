@@ -179,6 +179,31 @@ def read_weights(scorer: str, file: Path) -> dict[str, Any]:
     return content
 
 
+def fill(model: Any, state: dict[str, torch.Tensor], file: Path, what: str, expected: str) -> Any:
+    """Puts a file's tensors into a model, all or none, and returns it.
+
+    Args:
+        model: The model.
+        state: The tensors, by the model's names.
+        file: Where they were read, for messages.
+        what: Who asks, for messages, such as `scorer imagereward`.
+        expected: What the file should be, for messages.
+
+    Raises:
+        ModelError: A tensor is missing, unknown or of another shape.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [
+        (name, tuple(tensor.shape), own[name])
+        for name, tensor in state.items()
+        if name in own and tuple(tensor.shape) != own[name]
+    ]
+    if text := complain(set(own) - set(state), set(state) - set(own), wrong):
+        raise ModelError(f"{what}: {file} {text}; {expected}")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
 def load_tokenizer(scorer: str, folder: Path, hub: str, *, most: int) -> Any:
     """Loads the tokenizer of a folder, or of a hub repository if the folder has none.
 

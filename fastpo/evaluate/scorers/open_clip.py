@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fastpo.errors import ModelError
+from fastpo.evaluate.scorers.loading import fill
 from fastpo.models.folder import read_json
-from fastpo.models.reports import complain
 
 CONFIG = "open_clip_config.json"
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
@@ -155,14 +155,4 @@ def load_open_clip(scorer: str, state: dict[str, Tensor], file: Path) -> Any:
     except KeyError as error:
         raise ModelError(f"scorer {scorer}: {file} lacks {error}; {expected}") from None
     model = CLIPModel(CLIPConfig(**arguments))
-    named, own = as_transformers(state), model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    wrong = [
-        (name, tuple(tensor.shape), shapes[name])
-        for name, tensor in named.items()
-        if name in shapes and tuple(tensor.shape) != shapes[name]
-    ]
-    if text := complain(set(own) - set(named), set(named) - set(own), wrong):
-        raise ModelError(f"scorer {scorer}: {file} {text}; {expected}")
-    model.load_state_dict(named, assign=True)
-    return model
+    return fill(model, as_transformers(state), file, f"scorer {scorer}", expected)
