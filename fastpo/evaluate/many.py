@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from fastpo.evaluate.table_files import write_table
 from fastpo.system.files import make_folder, write_json
 from fastpo.system.json_text import read_json
 from fastpo.system.locks import FolderLocks
-from fastpo.system.ownership import claim
+from fastpo.system.ownership import Kind, claim
 from fastpo.system.process import Rank
 from fastpo.system.storage import storage_errors
 from fastpo.system.work import share_work
@@ -122,15 +123,7 @@ def evaluate_many(
         raise ConfigError("nothing to compare by: give evaluate.scorers")
     sampler = ImageSampler(config, progress=progress and process.rank == 0)
     candidates = [Candidate(BASE), *candidates]
-    check_candidates(candidates, sampler)
-    cells = list(plan_cells(config, candidates, out, sampler))
-    claim(out, TABLE)
-    with FolderLocks(out) as locks:
-        locks.sweep()
-        make_images(cells, sampler, locks, process)
-        sampler.drop_pipeline()
-        scored = CellScores(config, out, progress=sampler.progress)
-        scored.fill(cells, locks, process)
+    with filled_cells(sampler, candidates, out, TABLE, process) as (cells, scored):
         if process.rank != 0:
             return None
         scores = {(cell.candidate.name, cell.prompts.name): scored.all_of(cell) for cell in cells}
@@ -149,6 +142,34 @@ def evaluate_many(
 
 _TOGETHER, _SCORES = 1 << 24, 1 << 25
 """Numbers of the locks: chunks of images from 0, whole folders and scores from these."""
+
+
+@contextmanager
+def filled_cells(
+    sampler: ImageSampler, candidates: Sequence[Candidate], out: Path, kind: Kind, process: Rank
+) -> Iterator[tuple[list[Cell], CellScores]]:
+    """Makes what images and scores of a folder are missing; its locks are held in the block.
+
+    Args:
+        sampler: Makes the images, of the configuration's prompts and sets.
+        candidates: The models.
+        out: The folder.
+        kind: What the folder is, for its marker.
+        process: This process of the launch; all share the work.
+
+    Raises:
+        FastPOError: As `evaluate_many`.
+    """
+    check_candidates(candidates, sampler)
+    cells = list(plan_cells(sampler.config, candidates, out, sampler))
+    claim(out, kind)
+    with FolderLocks(out) as locks:
+        locks.sweep()
+        make_images(cells, sampler, locks, process)
+        sampler.drop_pipeline()
+        scored = CellScores(sampler.config, out, progress=sampler.progress)
+        scored.fill(cells, locks, process)
+        yield cells, scored
 
 
 def check_candidates(candidates: Sequence[Candidate], sampler: ImageSampler) -> None:

@@ -17,22 +17,13 @@ from typing import Any
 
 from fastpo.config import Config
 from fastpo.errors import ConfigError, DataError
-from fastpo.evaluate.many import (
-    BASE,
-    Candidate,
-    Cell,
-    CellScores,
-    check_candidates,
-    make_images,
-    plan_cells,
-)
+from fastpo.evaluate.many import BASE, Candidate, Cell, filled_cells
 from fastpo.evaluate.sampling import ImageSampler, Sample
 from fastpo.evaluate.scorers import Scores
 from fastpo.pairs.choose import Pick, choose_pairs
 from fastpo.system.files import write_text
 from fastpo.system.json_text import parse_json
-from fastpo.system.locks import FolderLocks
-from fastpo.system.ownership import Kind, claim
+from fastpo.system.ownership import Kind
 from fastpo.system.process import Rank
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
@@ -95,15 +86,7 @@ def pairs_from_model(
         raise ConfigError("evaluate.seeds_per_prompt: pairs need two images of a prompt at least")
     sampler = ImageSampler(config, progress=process.rank == 0)
     models = [model or Candidate(BASE)]
-    check_candidates(models, sampler)
-    cells = list(plan_cells(config, models, out, sampler))
-    claim(out, PAIRS)
-    with FolderLocks(out) as locks:
-        locks.sweep()
-        make_images(cells, sampler, locks, process)
-        sampler.drop_pipeline()
-        scored = CellScores(config, out, progress=process.rank == 0)
-        scored.fill(cells, locks, process)
+    with filled_cells(sampler, models, out, PAIRS, process) as (cells, scored):
         if process.rank != 0:
             return None
         lines, prompts, opposed = [], 0, 0
