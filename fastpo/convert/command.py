@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastpo.convert.rules import Draft
 from fastpo.convert.scripts import SCRIPTS, Script, convert_script
 from fastpo.errors import ConfigError
 from fastpo.system.files import write_text
+from fastpo.system.ownership import check_new
 
 ORDER = ("seed", "model", "data", "prepare", "train", "evaluate")
 NAMES = tuple(script.name for script in SCRIPTS)
@@ -46,8 +46,7 @@ def convert(
         ConfigError: The command cannot be read, is of no known trainer, or has an option that
             cannot be carried over; or `out` exists.
     """
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists and is not replaced: name another file")
+    check_new(out, ConfigError)
     launch = read_launch(text)
     script = find_script(launch, trainer)
     draft = Draft()

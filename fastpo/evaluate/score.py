@@ -21,6 +21,7 @@ from fastpo.evaluate.prompt_sets import read_prompt_set
 from fastpo.evaluate.scorers import Scorer, Scores, needs_groups, reads_prompts
 from fastpo.evaluate.win_rate import bootstrap_mean
 from fastpo.system.files import write_text
+from fastpo.system.ownership import check_new
 from fastpo.system.progress import progress_bar
 from fastpo.system.storage import storage_errors
 
@@ -108,8 +109,7 @@ def check_new_file(file: Path, suffixes: Sequence[str]) -> None:
     """
     if file.suffix not in suffixes:
         raise ConfigError(f"{file}: the file's name must end with {' or '.join(suffixes)}")
-    if file.exists():
-        raise ConfigError(f"{file} exists and is not replaced: name another file")
+    check_new(file, ConfigError)
 
 
 def _with_prompts(folder: Path, prompts: str | None) -> list[Picture]:

@@ -15,6 +15,7 @@ from fastpo.errors import DataError, one_line
 from fastpo.pairs.choose import Pick, choose_pairs
 from fastpo.system.files import write_text
 from fastpo.system.json_text import parse_json, read_json
+from fastpo.system.ownership import check_new
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 
@@ -72,8 +73,7 @@ def pairs_from_table(table: Path, out: Path, *, pick: Pick = "all", gap: float =
     """
     if out.suffix != ".jsonl":
         raise DataError(f"{out}: the pairs' file must end with .jsonl")
-    if os.path.lexists(out):
-        raise DataError(f"{out} exists and is not replaced: name another file")
+    check_new(out, DataError)
     compared = list(read_compared(table))
     lines, outside = [], 0
     for number, one in enumerate(compared):

@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo._version import __version__
-from fastpo.errors import ForeignPathError
+from fastpo.errors import FastPOError, ForeignPathError
 from fastpo.system import files
 
 MARKER = ".fastpo"
@@ -145,6 +145,20 @@ def check_replaceable(target: Path, kind: Kind) -> None:
             "it, or give another folder"
         )
     check_unprotected(target)
+
+
+def check_new(target: Path, error: type[FastPOError]) -> None:
+    """Refuses a file's name that is taken, by a link that leads nowhere too.
+
+    Args:
+        target: The file to write.
+        error: What to raise.
+
+    Raises:
+        FastPOError: Of that class; the text names the file.
+    """
+    if os.path.lexists(target):
+        raise error(f"{target} exists and is not replaced: name another file")
 
 
 def claim(folder: Path, kind: Kind) -> None:

@@ -95,6 +95,10 @@ def test_scores_are_in_the_files_and_the_table(
     assert rows[1]["prompt"] == "a" and rows[1]["file"] == "1.png"
     with pytest.raises(ConfigError, match="exists and is not replaced"):
         score_pictures([images], [Red()], out=out, progress=False)
+    out[0].unlink()
+    out[0].symlink_to("nowhere.json")  # a link that leads nowhere is somebody's as well
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
+        score_pictures([images], [Red()], out=out[:1], progress=False)
 
 
 def test_a_missing_prompt_is_named_where_a_scorer_needs_it(tmp_path: Path) -> None:
