@@ -31,6 +31,19 @@ class Ranks:
         return [process.exitcode for process in self._processes]
 
 
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def launched(rank, port):
+    """What a launcher of two processes puts into the environment of one."""
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    return names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 @contextmanager
 def two_ranks(folder: Path, arguments, *, act=main, env=None):
     """Starts both; what is left of them is killed at the end.
@@ -41,14 +54,11 @@ def two_ranks(folder: Path, arguments, *, act=main, env=None):
         act: Is called with these words in each process.
         env: Further variables of the environment.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in (0, 1):
-        names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
+        names = launched(rank, port) | (env or {})
         words = list(map(str, arguments(rank)))
         output = folder / f"rank-{rank}.txt"
         processes.append(FORK.Process(target=_run, args=(act, words, names, output)))

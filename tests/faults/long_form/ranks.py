@@ -9,7 +9,6 @@ import dataclasses
 import os
 import random
 import signal
-import socket
 import threading
 from functools import partial
 
@@ -23,6 +22,7 @@ from fastpo.selftest.endings import TITLES
 from fastpo.selftest.results import differing, results
 from fastpo.selftest.trials import Trial, Verdict, act
 from fastpo.selftest.world import TRAININGS
+from tests.faults.two_ranks import free_port, launched
 
 MODES = ("plain", "zero1", "zero2", "zero3")
 LIMIT = 300.0
@@ -119,9 +119,7 @@ def _lay_out(bench, stage, mode, place):
 
 
 def _start(bench, stage, place, faults, counted=False):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = free_port()
     return [
         Call(_as_rank, rank, port, counted, bench.world, stage, place, *faults.get(rank, ()))
         for rank in (0, 1)
@@ -130,8 +128,7 @@ def _start(bench, stage, place, faults, counted=False):
 
 def _as_rank(tell, rank, port, counted, world, stage, place, *fault):
     """Runs the command as one of two processes of one machine."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= launched(rank, port)
     act(tell, world, stage, place, *((count_steps, tell) if counted else fault))
 
 
