@@ -84,7 +84,12 @@ class Heartbeat:
         self._grace = min(_GRACE, timeout)
         self._mine = Beat(0, ProcessName.own(), progress.place)
         self._watch = Watch(
-            self._mine, rank=rank, count=count, timeout=timeout, now=time.monotonic()
+            self._mine,
+            rank=rank,
+            count=count,
+            timeout=timeout,
+            now=time.monotonic(),
+            interval=self._interval,
         )
         self._lock = threading.Lock()  # around `_watch`
         self._left: str | None = None

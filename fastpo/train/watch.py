@@ -74,10 +74,20 @@ class Watch:
         count: Number of processes.
         timeout: `train.hang_timeout`, in seconds.
         now: The time, in seconds; so are all others.
+        interval: Seconds from one beat to the next.
     """
 
-    def __init__(self, mine: Beat, *, rank: int, count: int, timeout: float, now: float) -> None:
-        self.rank, self.count, self.timeout = rank, count, timeout
+    def __init__(
+        self,
+        mine: Beat,
+        *,
+        rank: int,
+        count: int,
+        timeout: float,
+        now: float,
+        interval: float = INTERVAL,
+    ) -> None:
+        self.rank, self.count, self.timeout, self.interval = rank, count, timeout, interval
         self.seen = {rank: Seen(mine, now, now)}
         self.gone: dict[int, float] = {}
         self.exchanged = now
@@ -137,7 +147,7 @@ class Watch:
         for rank, since in self.gone.items():
             seen = self.seen[rank]
             # It may have left in order, which its last beat tells: that must have been read.
-            told = self.exchanged > since or now - since >= 2 * INTERVAL
+            told = self.exchanged > since or now - since >= 2 * max(INTERVAL, self.interval)
             if seen.beat.left is None and told:
                 return f"{self._named(rank)} has ended; last seen at {seen.beat.place}"
         return None
@@ -165,6 +175,10 @@ class Watch:
                 )
         return None
 
+    def _may_be_silent(self, rank: int) -> bool:
+        silent = self.exchanged - self.seen[rank].beaten
+        return rank != self.rank and 2 * self.interval <= silent < self.timeout
+
     def _behind(self, now: float) -> str | None:
         mine = self.seen[self.rank]
         if now - mine.moved < self._allowed(mine.beat.place):
@@ -178,6 +192,9 @@ class Watch:
         stalled = min(now - self.seen[rank].moved for rank in last)
         where = places[last[0]]
         if stalled < self._allowed(where):
+            return None
+        # Its last beat came after its last progress, so its silence is told a little later.
+        if any(self._may_be_silent(rank) for rank in last):
             return None
         if len(last) == len(self.seen):
             return f"no process has made progress for {stalled:.0f} s: all are at {where}"

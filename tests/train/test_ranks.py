@@ -104,6 +104,23 @@ def test_a_silent_process_is_named_even_while_saving():
     )
 
 
+def test_silence_is_told_rather_than_the_missing_progress():
+    """A stopped process beat once more after its last progress, so its silence is shorter."""
+    clock = Clock()
+    clock.to(at(31, "computing"), at(30, "computing"))
+    assert clock.pass_by(6) is None
+    assert clock.pass_by(6, silent=True) is None  # 11 s without progress, 6 s without a beat
+    assert "gives no sign of life for 10 s" in clock.pass_by(4, silent=True)
+
+
+def test_a_process_that_beats_again_is_told_to_be_behind():
+    clock = Clock()
+    clock.to(at(31, "computing"), at(30, "computing"))
+    clock.pass_by(6)
+    assert clock.pass_by(6, silent=True) is None
+    assert "has made no progress for 12 s" in clock.pass_by(1)
+
+
 def test_what_is_slow_has_six_times_as_long():
     clock = Clock()
     clock.to(at(31, "saving", slow=True), at(31, "saving", slow=True))
