@@ -14,7 +14,8 @@ PACKAGE = ROOT / "fastpo"
 # From top to bottom. Rooms of one layer do not import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli", "study"),
+    ("cli",),
+    ("study",),
     ("selftest",),
     ("demo", "testing"),
     ("plan",),

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
@@ -34,17 +32,16 @@ from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.base import build_base
-from fastpo.demo.preferences import FILE, PREFERENCES, write_preferences
+from fastpo.demo.preferences import write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.models.folder import ModelFolder
-from fastpo.system.ownership import Kind, is_ours, remove_owned
+from fastpo.study.digits import Digits
 from fastpo.train import Observer, train
 from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, setup_accelerator
 from fastpo.train.metrics import StepResult, StepTable
 from fastpo.train.trainer import setup_trainer
-from fastpo.types import pair_key
 
 ROWS, ROWS_SHORT = 700, 60
 SOFT = with_keys(LEDGER, {"objective.weight_kind": "linear"})
@@ -72,11 +69,7 @@ FIELDS = (
     "part", "case", "method", "flip_rate", "seed", "pairs", "wrong", "auroc", "worst", "gain",
     "kept", "step_ratio", "device", "threads", "torch", "commit", "date",
 )  # fmt: skip
-CASE = Kind(
-    "a case of the study", ".*", lambda folder: is_ours(folder / "preferences", PREFERENCES)
-)
 PARTS = ("methods", "cost", "cases", "variants")
-Label = Callable[[dict[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -115,68 +108,11 @@ class Place:
         return config
 
 
-def bradley_terry(row: dict[str, Any]) -> bool:
-    """Wrong with probability 1/2 where both hold as much ink, 0.12 at a difference of 0.02."""
-    return chance(row) < 1.0 / (1.0 + math.exp(abs(row["ink"]) / 0.01))
-
-
-def taste(row: dict[str, Any]) -> bool:
-    """Three people in ten prefer ink in the lower half, whatever its amount."""
-    return minority(row) and (row["ink"] > 0) != (row["lower"] > 0)
-
-
-def minority(row: dict[str, Any]) -> bool:
-    """Whether one of the three in ten judged the pair; what `taste` is scored against."""
-    return chance(row) < 0.3
-
-
-def subtle(row: dict[str, Any]) -> bool:
-    """One label in five wrong, among pairs that differ by less than 0.02 in ink."""
-    return chance(row) < 0.2
-
-
-CASES: dict[str, tuple[Label, Label, float]] = {  # wrong label, what is looked for, largest gap
-    "Bradley-Terry": (bradley_terry, bradley_terry, math.inf),
-    "two tastes, 70/30": (taste, minority, math.inf),
-    "subtle, 20 % flipped": (subtle, subtle, 0.02),
+CASES: dict[str, tuple[str, float]] = {  # labels of the world, flipped on top
+    "Bradley-Terry": ("bradley_terry", 0.0),
+    "two tastes, 70/30": ("two_tastes", 0.0),
+    "subtle, 20 % flipped": ("subtle", 0.2),
 }
-
-
-def chance(row: dict[str, Any]) -> float:
-    """A number in [0, 1) that depends on the pair alone."""
-    return pair_key(f"chance {row['ranking_id']}") / 2.0**63
-
-
-def relabel(folder: Path, case: str) -> set[int]:
-    """Rewrites the labels of a clean data set; returns the ranking ids of what is looked for."""
-    import io
-
-    from PIL import Image
-
-    from fastpo.demo.digits import to_gray
-
-    wrong, looked_for, gap = CASES[case]
-    path = folder / "data" / FILE
-    table = pq.read_table(path)
-    rows, found = [], set()
-    for row in table.to_pylist():
-        grays = [1 - to_gray(Image.open(io.BytesIO(row[k]))) / 255.0 for k in ("jpg_0", "jpg_1")]
-        lower = [g[16:].mean() - g[:16].mean() for g in grays]
-        facts = {
-            "ranking_id": row["ranking_id"],
-            "ink": float(grays[0].mean() - grays[1].mean()),
-            "lower": float(lower[0] - lower[1]),
-        }
-        if row["label_0"] == 0.5 or abs(facts["ink"]) >= gap:
-            continue
-        if looked_for(facts):
-            found.add(row["ranking_id"])
-        if wrong(facts):
-            row["label_0"], row["label_1"] = row["label_1"], row["label_0"]
-            row["best_image_uid"] = row[f"image_{int(row['label_1'])}_uid"]
-        rows.append(row)
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
-    return found
 
 
 class VoteRecorder(Observer):
@@ -296,17 +232,16 @@ def run_variants(place: Place, seed: int) -> None:
 
 def run_cases(place: Place, seed: int, results: Results) -> None:
     """Errors that are not coin flips, under the gate's ledger."""
-    for number, case in enumerate(CASES):
+    for number, (case, (kind, rate)) in enumerate(CASES.items()):
         labels = {"part": "cases", "case": case, "method": "ledger, gate", "seed": seed}
         if results.has(**labels):
             continue
-        remove_owned(place.root / f"case-{number}-{seed}", CASE)
-        work = place.work(f"case-{number}-{seed}", seed=seed)
-        found = relabel(work / "preferences", case)
-        config = place.configure(work, "gate", LEDGER, flip_rate=0.0, seed=seed)
+        work, world = place.root / f"case-{number}-{seed}", Digits(labels=kind, rows=place.rows)
+        found = world.write_preferences(work / "preferences", seed=seed, short=place.short)
+        config = place.configure(work, "gate", LEDGER, flip_rate=rate, seed=seed)
         run = train(config, overwrite=True, progress=False)
-        ids, _, metrics = minority_columns(run)
-        wrong = np.array([int(name.split(":")[0]) in found for name in ids])
+        ids, flipped, metrics = minority_columns(run)
+        wrong = flipped | np.isin(ids, list(found))
         results.add(
             **labels,
             pairs=len(ids),

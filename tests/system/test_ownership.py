@@ -107,7 +107,7 @@ ALLOWED = {
     ("review/relabel.py", "relabel"): ({"write_json"}, TEMPORARY),
     ("review/relabel.py", "_write"): ({"open"}, TEMPORARY),
     ("review/pictures.py", "thumbnail"): ({"save"}, MEMORY),
-    ("study/ledger.py", "relabel"): ({"write_table"}, CHOSEN),
+    ("study/digits.py", "_relabel"): ({"whole_file", "write_table"}, OWN_NAME),
     ("study/ledger.py", "keep"): ({"savez"}, CHOSEN),
     ("study/replay.py", "main"): ({"write_text"}, CHOSEN),
     ("study/rounds.py", "main"): ({"write_text"}, CHOSEN),
