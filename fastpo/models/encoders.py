@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,14 +128,34 @@ class Encoders(ABC):
         Raises:
             ModelError: An encoder answered with NaN or infinity.
         """
-        conditions = self.prompt_conditions(prompts)
-        for tensor in conditions.values():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ModelError(
-                    f"a text encoder produced NaN or infinity in {tensor.dtype}; "
-                    f"set prepare.text_precision=fp32"
-                )
-        return conditions
+        return checked(self.prompt_conditions(prompts))
+
+    def encode_batches(self, prompts: Sequence[str], size: int) -> Iterator[dict[str, Tensor]]:
+        """Encodes any number of prompts in batches of `size`, in their order.
+
+        Yields:
+            What `encode_prompts` gives for each batch.
+
+        Raises:
+            ModelError: As `encode_prompts`, or a text encoder cannot be loaded.
+        """
+        for start in range(0, len(prompts), size):
+            yield self.encode_prompts(prompts[start : start + size])
+
+
+def checked(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns prompts' conditions if all of their numbers are finite.
+
+    Raises:
+        ModelError: One is not.
+    """
+    for tensor in conditions.values():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"a text encoder produced NaN or infinity in {tensor.dtype}; "
+                f"set prepare.text_precision=fp32"
+            )
+    return conditions
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:
@@ -185,12 +205,21 @@ def load_text(
     Raises:
         ModelError: One of them cannot be loaded.
     """
+    encoder = load_encoder(folder, name, kind, dtype)
+    return load_tokenizer(folder, name, tokenizer_kind), encoder
+
+
+def load_encoder(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    """As `load_text`, of the encoder alone."""
     what = f"{folder.path / name} could not be loaded"
-    encoder = load_part(kind, folder, name, what=what, dtype=dtype)
+    return load_part(kind, folder, name, what=what, dtype=dtype)
+
+
+def load_tokenizer(folder: ModelFolder, name: str, kind: Any) -> Any:
+    """As `load_text`, of the tokenizer alone; `name` is the encoder's component."""
     part = folder.path / name.replace("text_encoder", "tokenizer")
     with loading(f"{part} could not be loaded"):
-        tokenizer = tokenizer_kind.from_pretrained(part)
-    return tokenizer, encoder
+        return kind.from_pretrained(part)
 
 
 def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -198,8 +227,19 @@ def load_clip(folder: ModelFolder, name: str, kind: Any, dtype: torch.dtype) -> 
     from transformers import CLIPTokenizer
 
     tokenizer, encoder = load_text(folder, name, kind, CLIPTokenizer, dtype)
-    limit_tokens(tokenizer, encoder)
+    limit_tokens(tokenizer, encoder.config)
     return tokenizer, encoder
+
+
+def load_clip_tokenizer(folder: ModelFolder, name: str) -> Any:
+    """As `load_clip`, of the tokenizer alone."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    tokenizer = load_tokenizer(folder, name, CLIPTokenizer)
+    part = folder.component(name)
+    with loading(f"{part} could not be loaded"):
+        limit_tokens(tokenizer, CLIPTextConfig.from_pretrained(part))
+    return tokenizer
 
 
 def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
@@ -208,11 +248,11 @@ def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
     return sum(len(own) > length for own in ids)
 
 
-def limit_tokens(tokenizer: Any, encoder: Any) -> None:
-    """Lowers a tokenizer's length to the encoder's places.
+def limit_tokens(tokenizer: Any, config: Any) -> None:
+    """Lowers a tokenizer's length to the places of an encoder, by its configuration.
 
     A configuration without `model_max_length` means 10^30 to transformers, to which each prompt
     would be padded.
     """
-    places = encoder.config.max_position_embeddings
+    places = config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, places)

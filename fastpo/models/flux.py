@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
-from fastpo.models.encoders import Encoders, count_longer, load_clip
+from fastpo.models.encoders import Encoders, count_longer, load_clip_tokenizer, load_encoder
 from fastpo.models.flow import JOINT_ATTENTION, FlowFamily
 from fastpo.models.folder import ModelFolder
-from fastpo.models.t5 import load_t5, t5_states
+from fastpo.models.t5 import load_t5, load_t5_tokenizer, t5_states
+from fastpo.models.turns import States, TurnEncoders, Turns
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -31,7 +33,7 @@ TEXT_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class FluxEncoders(Encoders):
+class FluxEncoders(TurnEncoders):
     """CLIP for the summary of a prompt, T5 for its words.
 
     Attributes:
@@ -40,9 +42,11 @@ class FluxEncoders(Encoders):
 
     length: int = TEXT_LENGTH
 
-    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encodes prompts as the pipeline's `encode_prompt` does."""
-        tokenizer, encoder = self.tokenizers[0], self.text_encoders[0]
+    def states_by(self, number: int, encoder: Any, prompts: Sequence[str]) -> States:
+        """As the pipeline's `encode_prompt`."""
+        tokenizer = self.tokenizers[number]
+        if number == 1:
+            return {"prompt_embeds": t5_states(tokenizer, encoder, prompts, self.length)}
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -50,9 +54,12 @@ class FluxEncoders(Encoders):
             truncation=True,
             return_tensors="pt",
         )
-        pooled = encoder(tokens["input_ids"].to(self.device)).pooler_output
-        t5 = t5_states(self.tokenizers[1], self.text_encoders[1], prompts, self.length)
-        return {"prompt_embeds": t5, "pooled": pooled}
+        return {"pooled": encoder(tokens["input_ids"].to(self.device)).pooler_output}
+
+    def join(self, states: Sequence[States]) -> States:
+        """Both beside each other."""
+        clip, t5 = states
+        return {**t5, **clip}
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`, by T5, which reads the words."""
@@ -97,21 +104,20 @@ class Flux(FlowFamily):
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
-        """Loads the VAE, CLIP and T5."""
+        """Loads the VAE and the tokenizers; the text encoders when prompts are encoded."""
         from transformers import CLIPTextModel
 
         self.refuse_clip_options(config)
         length = self.text_length(config)
         dtype = DTYPES[config.text_precision]
-        parts = [
-            load_clip(folder, "text_encoder", CLIPTextModel, dtype),
-            load_t5(folder, "text_encoder_2", dtype),
-        ]
-        tokenizers, texts = zip(*parts, strict=True)
-        for module in texts:
-            module.to(device).eval().requires_grad_(False)
+        clip, t5 = (name for name in self.encoder_parts if name.startswith("text_encoder"))
+        tokenizers = load_clip_tokenizer(folder, clip), load_t5_tokenizer(folder, t5)
+        loads = (
+            partial(load_encoder, folder, clip, CLIPTextModel, dtype),
+            partial(load_t5, folder, t5, dtype),
+        )
         vae = self.load_vae(folder, config, device)
-        return FluxEncoders(vae, tokenizers, texts, device, length=length)
+        return FluxEncoders(vae, tokenizers, (), device, turns=Turns(loads, device), length=length)
 
     def text_length(self, config: PrepareConfig) -> int:
         """Returns the tokens of T5.

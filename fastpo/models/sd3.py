@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError
-from fastpo.models.encoders import Encoders, count_longer, load_clip
+from fastpo.models.encoders import Encoders, count_longer, load_clip_tokenizer, load_encoder
 from fastpo.models.flow import JOINT_ATTENTION, FlowFamily
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
-from fastpo.models.t5 import load_t5, t5_states
+from fastpo.models.t5 import load_t5, load_t5_tokenizer, t5_states
+from fastpo.models.turns import States, TurnEncoders, Turns
 from fastpo.precision import DTYPES
 from fastpo.types import NoisedPair
 
@@ -34,7 +36,7 @@ TEXT_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class SD3Encoders(Encoders):
+class SD3Encoders(TurnEncoders):
     """Two CLIP encoders and T5.
 
     Attributes:
@@ -43,26 +45,29 @@ class SD3Encoders(Encoders):
 
     length: int = TEXT_LENGTH
 
-    def prompt_conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encodes prompts as the pipeline's `encode_prompt` does the positive prompt."""
-        states, pooled = [], []
-        for tokenizer, encoder in zip(self.tokenizers[:2], self.text_encoders[:2], strict=True):
-            tokens = tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=self.tokenizers[0].model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            output = encoder(tokens["input_ids"].to(self.device), output_hidden_states=True)
-            pooled.append(output[0])
-            states.append(output.hidden_states[-2])
-        clip = torch.cat(states, dim=-1)
-        t5 = t5_states(self.tokenizers[2], self.text_encoders[2], prompts, self.length)
+    def states_by(self, number: int, encoder: Any, prompts: Sequence[str]) -> States:
+        """As the pipeline's `encode_prompt` encodes the positive prompt."""
+        tokenizer = self.tokenizers[number]
+        if number == 2:
+            return {"states": t5_states(tokenizer, encoder, prompts, self.length)}
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizers[0].model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        output = encoder(tokens["input_ids"].to(self.device), output_hidden_states=True)
+        return {"states": output.hidden_states[-2], "pooled": output[0]}
+
+    def join(self, states: Sequence[States]) -> States:
+        """CLIP's states side by side, padded to T5's width, before T5's."""
+        *clips, t5 = (given["states"] for given in states)
+        clip = torch.cat(clips, dim=-1)
         clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {
             "prompt_embeds": torch.cat([clip, t5], dim=-2),
-            "pooled": torch.cat(pooled, dim=-1),
+            "pooled": torch.cat([given["pooled"] for given in states[:2]], dim=-1),
         }
 
     def count_cut(self, prompts: Sequence[str]) -> int:
@@ -98,22 +103,24 @@ class SD3(FlowFamily):
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device
     ) -> Encoders:
-        """Loads the VAE, both CLIP encoders and T5."""
+        """Loads the VAE and the tokenizers; the text encoders when prompts are encoded."""
         from transformers import CLIPTextModelWithProjection
 
         self.refuse_clip_options(config)
         dtype = DTYPES[config.text_precision]
-        parts = [
-            load_clip(folder, "text_encoder", CLIPTextModelWithProjection, dtype),
-            load_clip(folder, "text_encoder_2", CLIPTextModelWithProjection, dtype),
-            load_t5(folder, "text_encoder_3", dtype),
+        *clips, t5 = (name for name in self.encoder_parts if name.startswith("text_encoder"))
+        tokenizers = (
+            *(load_clip_tokenizer(folder, name) for name in clips),
+            load_t5_tokenizer(folder, t5),
+        )
+        kind = CLIPTextModelWithProjection
+        loads = [
+            *(partial(load_encoder, folder, name, kind, dtype) for name in clips),
+            partial(load_t5, folder, t5, dtype),
         ]
-        tokenizers, texts = zip(*parts, strict=True)
-        for module in texts:
-            module.to(device).eval().requires_grad_(False)
         vae = self.load_vae(folder, config, device)
         length = config.text_length or TEXT_LENGTH
-        return SD3Encoders(vae, tokenizers, texts, device, length=length)
+        return SD3Encoders(vae, tokenizers, (), device, turns=Turns(loads, device), length=length)
 
     def geometry(self, folder: ModelFolder, resolution: int, *, buckets: bool) -> Geometry:
         """As `ModelFamily.geometry`; the table of positions bounds the sides."""

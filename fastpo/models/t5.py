@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.models.encoders import load_text
+from fastpo.models.encoders import load_encoder, load_tokenizer
 from fastpo.models.folder import ModelFolder
 
 
-def load_t5(folder: ModelFolder, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """As `fastpo.models.encoders.load_text`, of T5's encoder."""
-    from transformers import T5EncoderModel, T5Tokenizer
+def load_t5(folder: ModelFolder, name: str, dtype: torch.dtype) -> Any:
+    """As `fastpo.models.encoders.load_encoder`, of T5's encoder."""
+    from transformers import T5EncoderModel
 
-    return load_text(folder, name, T5EncoderModel, T5Tokenizer, dtype)
+    return load_encoder(folder, name, T5EncoderModel, dtype)
+
+
+def load_t5_tokenizer(folder: ModelFolder, name: str) -> Any:
+    """As `fastpo.models.encoders.load_tokenizer`, of T5's."""
+    from transformers import T5Tokenizer
+
+    return load_tokenizer(folder, name, T5Tokenizer)
 
 
 def t5_states(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:

@@ -183,7 +183,7 @@ class UNetFamily(ModelFamily):
         for name in self.encoder_parts:
             if name.startswith("text_encoder"):
                 tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
-                limit_tokens(tokenizer, pipeline.components[name])
+                limit_tokens(tokenizer, pipeline.components[name].config)
         return pipeline
 
     def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:

@@ -47,11 +47,13 @@ def test_they_are_also_near_the_image(stock):
 def test_training_mode_and_checkpointing_change_nothing(stock, answers, checkpointing):
     noised, expected = answers
     denoiser = stock.denoiser.train().requires_grad_(True)
+    plain = stock.family.predict(denoiser, noised, stock.conditions()).detach()
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     try:
         found = stock.family.predict(denoiser, noised, stock.conditions())
         close(found, expected)
+        assert torch.equal(found, plain), "cached errors are made without checkpointing"
         found.square().mean().backward()
     finally:
         denoiser.disable_gradient_checkpointing()

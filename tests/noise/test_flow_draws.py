@@ -81,10 +81,21 @@ def test_listed_sigmas_are_the_only_ones(noise):
     assert len(found) == 4
 
 
+@pytest.mark.parametrize(("train", "most"), [({}, 1.5e-3), ({"flow_shift": 1.0}, 5e-4)])
+def test_a_listed_sigma_is_met_within_half_a_place_of_the_schedule(noise, train, most):
+    """A shift of 3 sets the places near the image 3 times as far apart as they are unshifted."""
+    values = torch.linspace(0.02, 1.0, 9801)
+    source = noise(timesteps={"kind": "sigmas", "values": values.tolist()}, **train)
+    found = source.table.sigma
+    assert 0.9 * most < float((found - values).abs().max()) < 1.05 * most
+
+
 def test_what_moves_sigma_is_in_the_references_identity(noise):
     plain = noise().identity()
     for other in ({"flow_shift": 2.0}, {"timesteps": {"kind": "sigmas", "values": [0.5]}}):
         assert noise(**other).identity() != plain
+    same = [{"kind": "sigmas", "values": [value]} for value in (0.5, 0.5001)]
+    assert noise(timesteps=same[0]).identity() == noise(timesteps=same[1]).identity()
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_float32_serves_lora_and_full_alike_and_bf16_does_not(shared, settle):
         return prepare_reference(settle(shared, **options), 1, progress=False).folder
 
     assert folder() == folder(method="full")
+    assert folder() == folder(gradient_checkpointing=True), "it changes no prediction"
     assert folder(precision="bf16") != folder(precision="bf16", method="full")
 
 

@@ -182,12 +182,10 @@ def write_prompts(
     known = earlier.prompts(prompts) if earlier else {}
     unknown = [prompt for prompt in prompts if prompt not in known]
     encoded: dict[str, list[Tensor]] = defaultdict(list)
-    for start in range(0, len(unknown), size):
-        batch = unknown[start : start + size]
-        with enough_memory(f"{len(batch)} prompts", size):
-            conditions = encoders.encode_prompts(batch)
-        for name, values in conditions.items():
-            encoded[name].append(store(values, dtype, name))
+    with enough_memory(f"{min(size, len(unknown))} prompts", size):
+        for conditions in encoders.encode_batches(unknown, size):
+            for name, values in conditions.items():
+                encoded[name].append(store(values, dtype, name))
     new = {name: torch.cat(parts) for name, parts in encoded.items()}
     text = without_padding(in_order(prompts, known, new))
     rows = [{"prompt": prompt} for prompt in prompts]
