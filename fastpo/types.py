@@ -32,6 +32,7 @@ class PreferencePair:
         loser: The same for the other image.
         flipped: Whether the label was exchanged on purpose (synthetic minority label).
         fault: Why the listing alone makes the pair unusable; None where it does not.
+        weight: Multiplies the pair's loss; None where the data set says nothing, which counts as 1.
     """
 
     pair_id: str
@@ -40,6 +41,7 @@ class PreferencePair:
     loser: Callable[[], bytes]
     flipped: bool = False
     fault: str | None = None
+    weight: float | None = None
 
 
 def pair_key(pair_id: str) -> int:
@@ -64,6 +66,7 @@ class PairBatch:
         latent_logvar: `(2B, C, h, w)` its log-variance.
         conditions: What the denoiser is told beside the noisy latents, each `(B, ...)`, under the
             names that the model's family gives them. Both sides of a pair share them.
+        pair_weight: `(B,)` float32, multiplies each pair's loss; None where the data set has none.
     """
 
     index: Tensor
@@ -73,6 +76,7 @@ class PairBatch:
     latent_mean: Tensor
     latent_logvar: Tensor
     conditions: dict[str, Tensor]
+    pair_weight: Tensor | None = None
 
     def __len__(self) -> int:
         """Returns B."""
@@ -86,10 +90,11 @@ class PairBatch:
         """Returns the batch with a function applied to every tensor."""
         moved: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in _PLAIN_FIELDS}
         conditions = {name: change(tensor) for name, tensor in self.conditions.items()}
-        return PairBatch(**moved, conditions=conditions)
+        weight = None if self.pair_weight is None else change(self.pair_weight)
+        return PairBatch(**moved, conditions=conditions, pair_weight=weight)
 
 
-_PLAIN_FIELDS = tuple(f for f in fields(PairBatch) if f.name != "conditions")
+_PLAIN_FIELDS = tuple(f for f in fields(PairBatch) if f.name not in ("conditions", "pair_weight"))
 
 
 @dataclass(frozen=True, slots=True)

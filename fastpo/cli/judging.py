@@ -202,13 +202,17 @@ def relabel(
         Literal["drop", "tie", "turn"] | None,
         typer.Option(help="With wrong labels [--threshold: drop; --marks, --by: turn]"),
     ] = None,
+    weigh: Annotated[
+        bool,
+        typer.Option(help="With --by: pair_weight, from how far apart the images' scores are."),
+    ] = False,
 ) -> None:
     """Write a cleaned copy of a run's data set, and what changed and why."""
     from fastpo.review.relabel import Rules, relabel
 
     scorers = [] if by is None else [name.strip() for name in by.split(",")]
     with catch_signals():
-        done = relabel(run, out, Rules(threshold, marks, scorers, action))
+        done = relabel(run, out, Rules(threshold, marks, scorers, action, weigh))
     told = ", ".join(f"{done[name]:,} {name}" for name in ("kept", "dropped", "tied", "turned"))
     print(f"{told} of {counted(done['pairs'], 'pair')}: {out} (data: {{source: folder}})")
     print("A label that most others speak against may be a taste that few share, and no error.")

@@ -26,6 +26,7 @@ from fastpo.data.sources import open_source
 from fastpo.errors import ConfigError, DataError
 from fastpo.evaluate.scorers import build_scorers, needs_groups
 from fastpo.review.decide import (
+    UNREADABLE,
     Action,
     Decision,
     Jury,
@@ -64,12 +65,14 @@ class Rules:
         by: Scorers, by their names in `evaluate.scorers`; alone.
         action: What becomes of a label that is found wrong. None: it is dropped by the threshold,
             turned round by a reviewer and by scorers.
+        weigh: Give each pair a weight, from how far apart the scorers rate its images.
     """
 
     threshold: float | None = None
     marks: Path | None = None
     by: Sequence[str] = ()
     action: Action | None = None
+    weigh: bool = False
 
     def check(self) -> None:
         """Refuses rules that decide nothing, or twice.
@@ -79,6 +82,8 @@ class Rules:
         """
         if self.by and (self.threshold is not None or self.marks is not None):
             raise ConfigError("--by decides alone; leave --threshold and --marks out")
+        if self.weigh and not self.by:
+            raise ConfigError("--weigh takes weights from scorers; name them with --by SCORER")
         if not self.by and self.threshold is None and self.marks is None:
             raise ConfigError(
                 "nothing says which labels to change: give --threshold 0.9, --marks FILE (which "
@@ -123,6 +128,9 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
         else:
             assert jury is not None
             decided = _by_jury(pairs, jury)
+            if rules.weigh:  # only when all pairs are rated are the weights known
+                total = len(open_source(config.data.with_all_bad()))
+                decided = zip(_pairs(config), _rated(decided, jury, total, progress), strict=True)
         counts = _write(folder, decided, len(open_source(config.data.with_all_bad())), progress)
         summary: dict[str, Any] = {
             "data": config.data.title,
@@ -130,6 +138,7 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
             "threshold": rules.threshold,
             "marks": None if rules.marks is None else str(rules.marks),
             "by": list(rules.by),
+            **({"weigh": True} if rules.weigh else {}),
             "pairs": counts.total(),
             **{name: counts[name] for name in ("kept", "dropped", "tied", "turned")},
         }
@@ -191,6 +200,16 @@ def _by_jury(pairs: Iterator[PreferencePair], jury: Jury) -> Decided:
         yield from zip(some, jury.decide(some), strict=True)
 
 
+def _rated(decided: Decided, jury: Jury, total: int, progress: bool) -> list[Decision]:
+    """Lets the scorers rate all pairs, and returns the decisions with weights."""
+    decisions = []
+    with progress_bar("rate", total, unit="pairs", show=progress) as advance:
+        for _, decision in decided:
+            decisions.append(decision)
+            advance(1)
+    return jury.weighed(decisions)
+
+
 def _write(folder: Path, decided: Decided, total: int, progress: bool) -> Counter[str]:
     """Writes shards and the list of changes; counts what became of the labels."""
     counts: Counter[str] = Counter()
@@ -237,9 +256,12 @@ class Shards:
         try:
             images = [retrying(read) for read in (pair.winner, pair.loser)]
         except OSError as error:
-            return f"unreadable: {' '.join(str(error).split())[:200]}"
+            return f"{UNREADABLE}{' '.join(str(error).split())[:200]}"
         labels = dict(zip(("label_0", "label_1"), LABELS[decision.change], strict=True))
         about = {"id": pair.pair_id, "prompt": pair.prompt, **labels}
+        weight = pair.weight if decision.weight is None else decision.weight
+        if weight is not None:
+            about["pair_weight"] = weight
         if self._tar is None or self._bytes > SHARD:
             if self._tar is not None:
                 self._tar.close()

@@ -38,6 +38,7 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         "reference": _reference(trainer),
         "pairs": f"{len(data.sampler.pairs):,}"
         + (f", {counted(flipped, 'label')} flipped" if flipped else ""),
+        "pair weight": _pair_weight(data),
         "held out": _held_out(trainer, data),
         "batch": f"{counted(pairs, 'pair')} = {config.micro_batch_size} x "
         f"{config.accumulation_steps} accumulation x {processes.count} process(es)",
@@ -48,8 +49,9 @@ def _banner(trainer: Trainer, data: TrainingData, start: int) -> Table:
         "memory": _memory(trainer),
         "folder": str(config.output_dir),
     }
-    if not rows["held out"]:
-        del rows["held out"]
+    for name in ("pair weight", "held out"):
+        if not rows[name]:
+            del rows[name]
     if processes.count == 1 and started_alone():
         rows["warning"] = (
             "accelerate launch --cpu was asked for several processes and started one; use "
@@ -77,6 +79,16 @@ def _backward(trainer: Trainer) -> dict[str, str]:
         "sampled": f"all but part of the gradient scales below {config.backward_threshold:g}",
     }[config.backward]
     return {"backward": f"{which}; {share.value:.0%} needed of late"}
+
+
+def _pair_weight(data: TrainingData) -> str:
+    """What the data set's weights are; empty where it has none."""
+    if data.cache.pair_weight is None:
+        return ""
+    weight = data.cache.pair_weight[data.sampler.pairs].double()
+    zero = int((weight == 0).sum())
+    told = f"; {counted(zero, 'pair')} of weight 0" if zero else ""
+    return f"{weight.min():.3g} to {weight.max():.3g}, mean {weight.mean():.3g}{told}"
 
 
 def _held_out(trainer: Trainer, data: TrainingData) -> str:

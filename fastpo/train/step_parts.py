@@ -42,7 +42,8 @@ class JudgedBatch:
         reference: The reference's predictions `(2B, C, h, w)`, its errors `(2B,)`, or None.
         annotators: The moving averages' predictions, each `(2B, C, h, w)`.
         minority: `(B,)` minority metric in the annotators' place, or None.
-        weight: `(B,)` min-SNR weight, or None.
+        weight: `(B,)` what multiplies each pair's loss: its min-SNR weight, the weight that the
+            data set gives it, the product of both, or None.
     """
 
     batch: PairBatch
@@ -101,6 +102,8 @@ class StepParts:
         batch, noised = self.noised(batch)
         reference, annotators = self.annotators.predict(noised, batch, step, errors)
         weight = self.noise.snr_weight(noised.index, self.config.snr_gamma)
+        if batch.pair_weight is not None:
+            weight = batch.pair_weight if weight is None else weight * batch.pair_weight
         return JudgedBatch(batch, noised, reference, annotators, minority, weight)
 
     def noised(self, batch: PairBatch) -> tuple[PairBatch, NoisedPair]:

@@ -30,6 +30,7 @@ def some_pairs(batch: PairBatch, rows: Tensor) -> PairBatch:
         latent_mean=batch.latent_mean[sides],
         latent_logvar=batch.latent_logvar[sides],
         conditions={name: tensor[rows] for name, tensor in batch.conditions.items()},
+        pair_weight=None if batch.pair_weight is None else batch.pair_weight[rows],
     )
 
 
@@ -59,6 +60,7 @@ def joined_pairs(parts: Sequence[PairBatch]) -> PairBatch:
         halves = [tensor.chunk(2) for tensor in tensors]
         return joined([half[side] for side in (0, 1) for half in halves])
 
+    weights = [part.pair_weight for part in parts if part.pair_weight is not None]
     return PairBatch(
         index=joined([p.index for p in parts]),
         pair_key=joined([p.pair_key for p in parts]),
@@ -67,6 +69,7 @@ def joined_pairs(parts: Sequence[PairBatch]) -> PairBatch:
         latent_mean=sides([p.latent_mean for p in parts]),
         latent_logvar=sides([p.latent_logvar for p in parts]),
         conditions={n: joined([p.conditions[n] for p in parts]) for n in parts[0].conditions},
+        pair_weight=joined(weights) if weights else None,
     )
 
 

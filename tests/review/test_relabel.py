@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from fastpo.config import load_config, parse_config
+from fastpo.config import dump_config, load_config, parse_config
 from fastpo.data.cache.flips import is_flipped
 from fastpo.data.sources import open_source
 from fastpo.errors import ConfigError, DataError, ForeignPathError
 from fastpo.review import relabel as module
-from fastpo.review.decide import Decision, Jury, read_marks
+from fastpo.review.decide import Decision, Jury, gap_weights, read_marks
 from fastpo.review.evidence import load_evidence
 from fastpo.review.relabel import Rules, relabel
 from fastpo.types import PreferencePair
@@ -25,8 +25,8 @@ def run(tmp_path_factory):
     return make_run(folder / "run", make_data(folder / "data", PAIRS), PAIRS, epochs=6)
 
 
-def read(out):
-    """Pairs of the copy by name: prompt, winner, loser."""
+def opened(out):
+    """The pairs of the copy."""
     config = parse_config(
         {
             "model": {"path": "base"},
@@ -35,7 +35,12 @@ def read(out):
             "train": {"output_dir": "run", "objective": {"name": "dpo"}, "epochs": 1},
         }
     )
-    return {p.pair_id: (p.prompt, p.winner(), p.loser()) for p in open_source(config.data)}
+    return open_source(config.data)
+
+
+def read(out):
+    """Pairs of the copy by name: prompt, winner, loser."""
+    return {p.pair_id: (p.prompt, p.winner(), p.loser()) for p in opened(out)}
 
 
 def changes(out):
@@ -117,6 +122,56 @@ def test_scorers_decide_by_majority_and_their_agreement_is_told(run, tmp_path, m
     agreement = summary["agreement"]
     assert agreement["label"]["one"] == pytest.approx(share)
     assert agreement["one"]["two"] == 1.0 and agreement["dark"]["one"] == 0.0
+
+
+class Known:
+    """Rates the images in turn: the winners of the pairs, then their losers."""
+
+    def __init__(self, name, winners, losers):
+        self.name, self.left = name, [winners, losers]
+
+    def score(self, images, prompts):
+        return {self.name: np.array(self.left.pop(0)[: len(images)], dtype=float)}
+
+
+def test_weights_come_from_the_gaps_of_the_scores(run, tmp_path, monkeypatch):
+    """Worked by hand: two scorers, whose gaps have rms 2 and 10, on four pairs.
+
+    g = (gap_1 / 2 + gap_2 / 10) / 2: 1, -1 (turned round: 1), 0.5 - 0.5 = 0 (a tie), and 1.
+    """
+    one = Known("one", [2, 0, 2, 2], [0, 2, 0, 0])
+    two = Known("two", [10, 10, 0, 30], [0, 20, 10, 20])
+    data = open_source(load_config(run / "config.yaml").data)
+    jury = Jury([one, two], "turn")
+    decided = jury.weighed(jury.decide(list(data)[:4]))
+    assert [d.change for d in decided] == ["kept", "turned", "tied", "kept"]
+    assert [d.weight for d in decided] == pytest.approx([1.0, 1.0, None, 1.0])
+    weak = gap_weights(np.array([[1.0], [7.0]]), [0, 1], np.ones(2))  # rms 5
+    a, b = np.tanh(0.1), np.tanh(0.7)
+    assert weak == pytest.approx([2 * a / (a + b), 2 * b / (a + b)])
+    assert gap_weights(np.array([[3.0], [-3.0]]), [0, 1], np.ones(2)) == pytest.approx([2.0, 0.0])
+    with pytest.raises(DataError, match="--weigh: the scorers rate both images"):
+        gap_weights(np.zeros((2, 1)), [0, 1], np.ones(2))
+
+
+def test_a_copy_holds_the_weights_of_gaps_or_those_of_the_data(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "build_scorers", lambda names: [Light("one")])
+    config, out, again = run / "config.yaml", tmp_path / "out", tmp_path / "again"
+    summary = relabel(config, out, Rules(by=["one"], weigh=True), progress=False)
+    assert summary["weigh"] and summary["turned"] > 0
+    found = {p.pair_id: p.weight for p in opened(out)}
+    assert len(found) == PAIRS and np.mean(list(found.values())) == pytest.approx(1.0)
+    raw = load_config(config).model_dump(mode="json")
+    raw["data"] |= {"path": str(out), "flip_rate": 0.0}
+    other = tmp_path / "other.yaml"
+    other.write_text(dump_config(parse_config(raw)))
+    relabel(other, again, Rules(by=["one"]), progress=False)
+    assert {p.pair_id: p.weight for p in opened(again)} == found
+
+
+def test_weights_need_scorers():
+    with pytest.raises(ConfigError, match="--weigh takes weights from scorers"):
+        Rules(threshold=0.9, weigh=True).check()
 
 
 def test_equal_votes_are_a_tie_and_unreadable_images_are_dropped(run):

@@ -27,14 +27,15 @@ PROBED, AT_ONCE = 0.1, 1.0
 
 @pytest.fixture
 def one_step(experiment):
-    """Gradients and rows of one step: `one_step(share, verdicts, **options)`."""
+    """Gradients and rows of one step: `one_step(share, verdicts, pair_weight, **options)`."""
 
-    def run(share=AT_ONCE, verdicts=VERDICTS, **options):
+    def run(share=AT_ONCE, verdicts=VERDICTS, pair_weight=None, **options):
         options = {"accumulation_steps": 2, "micro_batch_size": 4, **options}
         config = load_config(experiment(**options))
         with joined(config.train) as processes:
             made = setup(config, processes, RunFolder(config.train.output_dir, main=True))
             trainer, state = made.trainer, made.trainer.state
+            made.data.cache.pair_weight = pair_weight
             torch.manual_seed(0)
             for parameter in state.trainable.values():
                 parameter.data += 0.05 * torch.randn(parameter.shape)
@@ -102,6 +103,24 @@ def test_a_step_without_needless_backward_passes_has_the_same_gradient(one_step,
     first = 1.0 if share == PROBED else 0.0
     kept = first + needed * table["kept"]
     assert table["cost"].equal(torch.where(table["kept"] > 0, kept, 1.0))
+
+
+@pytest.mark.parametrize("share", [AT_ONCE, PROBED])
+def test_weights_of_the_data_multiply_those_of_the_timesteps(one_step, share):
+    """Batches that are made of some of a step's pairs bring the pairs' own weights."""
+    options = {"objective": {"name": "hinge", "beta": 2000.0}, "snr_gamma": 1.0}
+    given = torch.linspace(0.0, 2.5, 11)
+    plain, table = one_step(**options)
+    whole, expected = one_step(pair_weight=given, **options)
+    torch.testing.assert_close(expected["weight"], table["weight"] * given[table["index"].long()])
+    apart = max((plain[name] - whole[name]).abs().max().item() for name in plain)
+    assert apart > 0
+    sparse, found = one_step(share, pair_weight=given, backward="alive", **options)
+    assert_same_gradient(whole, sparse)
+    assert found["weight"].equal(expected["weight"])
+    assert not found["kept"][found["index"] == 0].any()  # of weight 0
+    ones, _ = one_step(pair_weight=torch.ones(11), **options)
+    assert all(plain[name].equal(ones[name]) for name in plain)
 
 
 @pytest.mark.parametrize("share", [AT_ONCE, PROBED])

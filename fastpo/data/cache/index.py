@@ -2,8 +2,9 @@
 
 Columns of `index.arrow`, one row per usable pair in the order of the source: `pair_id`, `pair_key`,
 `position` in the source, number of the `prompt`, `bucket` (number of the latent shape), `shard`,
-`slot` (row in the shard's tensor of this shape), `add_time_ids`. Any Arrow reader opens it. Nothing
-is copied to memory when it is opened; processes of one machine share its pages.
+`slot` (row in the shard's tensor of this shape), `add_time_ids`; and `pair_weight`, where the data
+set has weights. Any Arrow reader opens it. Nothing is copied to memory when it is opened; processes
+of one machine share its pages.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from fastpo.data.cache.manifest import (
     file_record,
     write_recorded,
 )
-from fastpo.data.cache.parts import INDEX, PROMPTS, RECORD, CachePart, parts_of
+from fastpo.data.cache.parts import (
+    INDEX,
+    PROMPTS,
+    RECORD,
+    WEIGHT,
+    WEIGHT_TYPE,
+    CachePart,
+    parts_of,
+)
 from fastpo.data.cache.summary import CUT_PROMPTS
 from fastpo.data.sources.base import numbered
 from fastpo.errors import CacheError, one_line
@@ -181,7 +190,7 @@ def _merge_index(
     """Returns the index, the latent shapes, and what `_number_names` tells of repeated names."""
     tables = [part.table(folder, INDEX) for part in shards]
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(table) for table in tables])
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
     position = table["position"].to_numpy()
     kept = position < manifest.source_pairs
     if not kept.all():
@@ -204,9 +213,13 @@ def _merge_index(
         "slot": table["slot"].to_numpy(),
         "add_time_ids": table["add_time_ids"].combine_chunks(),
     }
-    arrays = [pa.array(columns[name], type=kind) for name, kind in INDEX_TYPES.items()]
+    types = dict(INDEX_TYPES)
+    if WEIGHT in table.column_names:
+        types[WEIGHT] = WEIGHT_TYPE
+        columns[WEIGHT] = table[WEIGHT].combine_chunks().fill_null(1.0)
+    arrays = [pa.array(columns[name], type=kind) for name, kind in types.items()]
     pairs = [(int(shape >> 32), int(shape & 0xFFFFFFFF)) for shape in distinct]
-    return pa.record_batch(arrays, names=list(INDEX_TYPES)), pairs, repeated
+    return pa.record_batch(arrays, names=list(types)), pairs, repeated
 
 
 def _count(

@@ -33,7 +33,7 @@ from fastpo.data.cache.manifest import (
     check_identity,
     load_manifest,
 )
-from fastpo.data.cache.parts import LATENTS, TEXT, finished_parts, part_name
+from fastpo.data.cache.parts import LATENTS, TEXT, WEIGHT, finished_parts, part_name
 from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.data.cache.texts import TextRows
@@ -58,6 +58,8 @@ class PairCache:
         turned: `(N,)` bool, pairs that a run reads the other way round than it was given them; see
             `train.rounds_turn`. False until the run writes there.
         held_out: `(N,)` bool, pairs that training leaves out, see `data.held_out`.
+        pair_weight: `(N,)` float32, what multiplies each pair's loss; None where the data set gives
+            no pair a weight.
         bucket: `(N,)` int64, number of the pair's latent shape.
         latent_shapes: `(h, w)` by bucket number.
         prompts: The distinct prompts; number 0 is the empty one.
@@ -106,6 +108,8 @@ class PairCache:
         self.pair_keys = column(index, "pair_key")
         self.prompt_index = column(index, "prompt")
         self.bucket = column(index, "bucket")
+        weighted = WEIGHT in index.schema.names
+        self.pair_weight = column(index, WEIGHT) if weighted else None
         self._positions = column(index, "position")
         self._sources = manifest.sources
         self.source_names = [one.name for one in manifest.sources]
@@ -213,6 +217,7 @@ class PairCache:
             latent_mean=mean,
             latent_logvar=logvar,
             conditions=of_prompts | of_pairs,
+            pair_weight=None if self.pair_weight is None else self.pair_weight[index],
         )
 
     def _held_out(self, share: float, by: str) -> Tensor:

@@ -51,6 +51,8 @@ INDEX_SCHEMA = pa.schema(
         ("add_time_ids", pa.list_(pa.float32(), 6)),
     ]
 )
+WEIGHT = "pair_weight"
+WEIGHT_TYPE = pa.float32()  # null counts as 1; a shard of which no pair has one lacks the column
 PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
 LATENTS, INDEX = "latents.safetensors", "index.parquet"
 TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
@@ -220,6 +222,12 @@ def rows_writer(name: str, tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
 def table_writer(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Callable[[Path], Any]:
     """Returns what writes rows as parquet."""
     return lambda path: pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+
+
+def index_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+    """Returns the schema of a shard's index: with the pairs' weights, where any has one."""
+    weighted = any(row[WEIGHT] is not None for row in rows)
+    return INDEX_SCHEMA.append(pa.field(WEIGHT, WEIGHT_TYPE)) if weighted else INDEX_SCHEMA
 
 
 def finished_parts(folder: Path, manifest: Manifest) -> int:

@@ -17,13 +17,14 @@ from fastpo.data.cache.checks import ROWS
 from fastpo.data.cache.manifest import Quarantined
 from fastpo.data.cache.parts import (
     INDEX,
-    INDEX_SCHEMA,
     LATENTS,
     PROMPT_SCHEMA,
     PROMPTS,
     TEXT,
+    WEIGHT,
     CachePart,
     Digests,
+    index_schema,
     rows_writer,
     table_writer,
     tensor_writer,
@@ -113,6 +114,7 @@ class ShardBuilder:
                 "width": width,
                 "slot": self._slots[shape],
                 "add_time_ids": images.add_time_ids,
+                WEIGHT: pair.weight,
             }
         )
         self._slots[shape] += 1
@@ -128,7 +130,7 @@ class ShardBuilder:
         writers = {
             LATENTS: tensor_writer(latents),
             ROWS: rows_writer(LATENTS, latents),
-            INDEX: table_writer(self._rows, INDEX_SCHEMA),
+            INDEX: table_writer(self._rows, index_schema(self._rows)),
         }
         digests = Digests(
             "".join(one.content for one in self._digests),

@@ -31,7 +31,8 @@ class PairDigests:
     """What a pair is made from, each as `DIGITS` hexadecimal digits of BLAKE2b.
 
     Attributes:
-        content: Of its name, prompt and images, with their lengths.
+        content: Of its name, prompt and images, with their lengths, and of its weight if it has
+            one.
         winner: Of the winner's bytes.
         loser: Of the loser's.
     """
@@ -49,6 +50,8 @@ def pair_digests(
     content = _digest()
     for data in (pair.pair_id.encode(), pair.prompt.encode(), *sides):
         content.update(len(data).to_bytes(8, "little") + data)
+    if pair.weight is not None:
+        content.update(f"pair_weight {pair.weight!r}".encode())
     return PairDigests(content.hexdigest(), *(_digest(side).hexdigest() for side in sides))
 
 

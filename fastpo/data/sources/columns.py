@@ -14,6 +14,7 @@ from fastpo.errors import DataError
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
+WEIGHT = "pair_weight"
 SCHEMA = "caption string, jpg_0 and jpg_1 binary, label_0 and label_1 number in {0, 0.5, 1}"
 TIE, UNLABELED, BAD = -1, -2, -3
 """What stands in the place of the winner's number where there is none."""
@@ -36,6 +37,7 @@ def check_schema(path: Path, schema: pa.Schema) -> None:
         **{name: (_is_image, "the image's bytes (binary)") for name in IMAGES},
         **{name: (is_number, "a number in {0, 0.5, 1}") for name in LABELS},
         "has_label": (_is_truth, "true or false"),
+        WEIGHT: (is_number, "a number from 0"),
     }
     for name, (fits, words) in expected.items():
         if name in schema.names and not fits(plain_type(schema.field(name).type)):

@@ -23,12 +23,15 @@ from fastpo.data.sources.base import (
     shown,
 )
 from fastpo.data.sources.files import DataFolder, is_file
-from fastpo.data.sources.rows import name_of
+from fastpo.data.sources.rows import name_of, pair_weight
 from fastpo.errors import DataError
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
 
-SCHEMA = '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional)}'
+SCHEMA = (
+    '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional), '
+    '"pair_weight": number from 0 (optional)}'
+)
 OTHERS = ("pairs.csv", "pairs.parquet", "metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Listings that are read where there is no `pairs.jsonl`, by `ListingSource`."""
 MOST_LINE = 1 << 20
@@ -88,7 +91,9 @@ class FolderSource(ScannedSource):
             name = entry.get("id")
             if name is None:
                 name = name_of(*sides, entry["prompt"])
-            yield PreferencePair(str(name), entry["prompt"], winner, loser)
+            weight = pair_weight(entry.get("pair_weight"))
+            assert not isinstance(weight, str), "bad lines were passed over"
+            yield PreferencePair(str(name), entry["prompt"], winner, loser, weight=weight)
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
@@ -189,4 +194,5 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any] | str:
     name = entry.get("id")
     if not (name is None or isinstance(name, int) or plain_text(name)):
         return f"id is {shown(name)}; expected {SCHEMA}"
-    return entry
+    weight = pair_weight(entry.get("pair_weight"))
+    return weight if isinstance(weight, str) else entry

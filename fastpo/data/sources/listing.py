@@ -68,6 +68,7 @@ class ListingSource(ScannedSource):
             name: pa.array([getattr(row, name) for row in kept], pa.large_string())
             for name in ("name", "prompt", "winner", "loser")
         }
+        values["weight"] = pa.array([row.weight for row in kept], pa.float64())
         self._kept = pa.table(values)
 
     def _take(self, place: str, row: Row | NoPair, kept: list[Row]) -> None:
@@ -95,7 +96,9 @@ class ListingSource(ScannedSource):
         for place in range(start, stop, 1024):
             for row in self._kept.slice(place, min(1024, stop - place)).to_pylist():
                 winner, loser = (partial(self._images.read, row[s]) for s in ("winner", "loser"))
-                yield PreferencePair(row["name"], row["prompt"], winner, loser)
+                yield PreferencePair(
+                    row["name"], row["prompt"], winner, loser, weight=row["weight"]
+                )
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
@@ -158,7 +161,7 @@ def _parquet_rows(listing: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
             columns = find_columns(str(listing), file.schema_arrow.names)
             for what, name in columns.items():
                 kind = file.schema_arrow.field(name).type
-                labels = what in ("label_0", "label_1", "has_label")
+                labels = what in ("label_0", "label_1", "has_label", "weight")
                 words = "a number" if labels else "text" if what == "prompt" else "an image's path"
                 fits = is_number if labels or what == "id" else is_text
                 if not fits(plain_type(kind)):

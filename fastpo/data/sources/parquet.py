@@ -25,6 +25,7 @@ from fastpo.data.sources.columns import (
     LABELS,
     TIE,
     UNLABELED,
+    WEIGHT,
     check_schema,
     may_have_nulls,
     null_rows,
@@ -32,13 +33,14 @@ from fastpo.data.sources.columns import (
     winners,
 )
 from fastpo.data.sources.files import DataFolder
+from fastpo.data.sources.rows import pair_weight
 from fastpo.errors import DataError
 from fastpo.models.folder import is_hub_id
 from fastpo.system.retry import is_transient, retrying
 from fastpo.types import PreferencePair
 
 _UIDS = ("image_0_uid", "image_1_uid")
-_OPTIONAL = ("ranking_id", *_UIDS)
+_OPTIONAL = ("ranking_id", *_UIDS, WEIGHT)
 
 
 MOST_BATCH_BYTES = 1 << 28
@@ -185,7 +187,9 @@ class ParquetSource(ScannedSource):
             name = ":".join(str(part) for part in parts if part is not None)
         else:
             name = content_hash(prompt, images[0](), images[1]())
-        return PreferencePair(name, prompt, images[winner], images[1 - winner])
+        weight = pair_weight(values.get(WEIGHT))
+        assert not isinstance(weight, str), "such a row is bad"
+        return PreferencePair(name, prompt, images[winner], images[1 - winner], weight=weight)
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
@@ -204,13 +208,18 @@ class ParquetSource(ScannedSource):
 
 
 def _winners(path: Path, file: pq.ParquetFile, group: int) -> tuple[np.ndarray, dict[int, str]]:
-    """As `columns.winners`, of a row group; a row without a caption is bad too."""
+    """As `columns.winners`, of a row group; without a caption, or of a wrong weight it is bad."""
     has = ["has_label"] if "has_label" in file.schema_arrow.names else []
     winner, reasons = winners(_read_group(path, file, group, [*LABELS, *has]))
     if may_have_nulls(file, group, "caption"):
         for row in null_rows(_read_group(path, file, group, ["caption"])["caption"]):
             if winner[row] >= 0:
                 winner[row], reasons[row] = BAD, "caption is null"
+    if WEIGHT in file.schema_arrow.names:
+        weights = plain(_read_group(path, file, group, [WEIGHT])[WEIGHT]).to_pylist()
+        for row, weight in enumerate(map(pair_weight, weights)):
+            if isinstance(weight, str) and winner[row] >= 0:
+                winner[row], reasons[row] = BAD, weight
     return winner, reasons
 
 

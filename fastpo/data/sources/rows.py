@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.data.sources.base import content_hash, plain_text, shown
-from fastpo.data.sources.columns import BAD, TIE, UNLABELED, number
+from fastpo.data.sources.columns import BAD, TIE, UNLABELED, WEIGHT, number
 from fastpo.errors import DataError
 
 COLUMNS = {
@@ -21,8 +21,11 @@ COLUMNS = {
     "label_1": ("label_1",),
     "has_label": ("has_label",),
     "id": ("id",),
+    "weight": (WEIGHT,),
 }
 """Names that a column may have, the first one the preferred."""
+MOST_WEIGHT = 1_000_000
+"""Of `pair_weight`; a larger one is a mistake."""
 FILE_NAME = "_file_name"
 """What `imagefolder` wants the names of columns with image paths to end with."""
 EXPECTED = (
@@ -40,12 +43,14 @@ class Row:
         prompt: The prompt.
         winner: Names the preferred image.
         loser: Names the other.
+        weight: The pair's weight, if one is given.
     """
 
     name: str
     prompt: str
     winner: str
     loser: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,24 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row | NoPair
         name = name_of(winner_path, loser_path, str(values["prompt"]))
     elif not isinstance(name, int) and not plain_text(name):
         return NoPair(BAD, f"id is {shown(name)}; expected text or a whole number")
-    return Row(str(name), str(values["prompt"]), winner_path, loser_path)
+    weight = pair_weight(row.get(WEIGHT))  # of JSON lines the first may lack it
+    if isinstance(weight, str):
+        return NoPair(BAD, weight)
+    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight)
+
+
+def pair_weight(value: Any) -> float | str | None:
+    """Returns a pair's weight, None where there is none (null, or an empty cell).
+
+    Returns:
+        Or why it is none: it must be a number, or text of one, from 0 to `MOST_WEIGHT`.
+    """
+    if value is None or value == "":
+        return None
+    found = math.nan if isinstance(value, bool) else number(value)
+    if 0.0 <= found <= MOST_WEIGHT:
+        return found
+    return f"pair_weight is {shown(value)}; expected a number from 0 to {MOST_WEIGHT:,}"
 
 
 def name_of(winner: str, loser: str, prompt: str) -> str:

@@ -56,6 +56,7 @@ class TarSource(ScannedSource):
         self._files = find_tars(self.config)
         names: list[str] = []
         prompts: list[str] = []
+        weights: list[float | None] = []
         places = array("q")  # file, then place and size of winner and loser
         for number, file in enumerate(self._files):
             for key, values, members in _samples(file):
@@ -66,6 +67,7 @@ class TarSource(ScannedSource):
                 else:
                     names.append(row.name)
                     prompts.append(row.prompt)
+                    weights.append(row.weight)
                     places.extend((number, *members[row.winner], *members[row.loser]))
                     self.report.rows += 1
                     self.report.pairs += 1
@@ -74,6 +76,7 @@ class TarSource(ScannedSource):
             if self._full():
                 break
         self._names, self._prompts = (pa.array(x, pa.large_string()) for x in (names, prompts))
+        self._weights = pa.array(weights, pa.float64())
         self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
 
     def _captions(self) -> Iterator[str]:
@@ -87,7 +90,8 @@ class TarSource(ScannedSource):
             winner = partial(_read, path, *spans[:2])
             loser = partial(_read, path, *spans[2:])
             name, prompt = self._names[number].as_py(), self._prompts[number].as_py()
-            yield PreferencePair(name, prompt, winner, loser)
+            weight = self._weights[number].as_py()
+            yield PreferencePair(name, prompt, winner, loser, weight=weight)
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
