@@ -36,24 +36,29 @@ def init(
 @app.command(name="convert-args")
 def convert_args(
     command: Annotated[
-        str, typer.Argument(help="'accelerate launch train.py ...', or a file with it.")
+        str,
+        typer.Argument(help="'accelerate launch train.py ...', or a file: a script, JSON, YAML."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="YAML file to write.")],
     trainer: Annotated[
-        str | None, typer.Option(help="diffusers-sd15, diffusers-sdxl, salesforce, mapo, mapo-lora")
+        str | None,
+        typer.Option(
+            help="diffusers-sd15, diffusers-sdxl, salesforce, mapo, mapo-lora, simpletuner, "
+            "flow-factory"
+        ),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
     data: Annotated[str | None, typer.Option(help="Data instead of the command's.")] = None,
 ) -> None:
-    """Write a configuration from another trainer's launch command."""
+    """Write a configuration from another trainer's launch command or configuration."""
     from fastpo.convert.command import convert
 
     file = Path(command)
-    text = command
+    text, name = command, ""
     if len(command) < 4096 and "\n" not in command and file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text, name = file.read_text(encoding="utf-8"), file.name
     with storage_errors():
-        draft = convert(text, out, trainer=trainer, processes=processes, data=data)
+        draft = convert(text, out, trainer=trainer, processes=processes, data=data, file=name)
     for note in draft.notes:
         tell("[bold yellow]note:[/]", note)
     print(out)

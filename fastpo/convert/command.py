@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 
 from fastpo.config import parse_config
 from fastpo.config.load import with_keys
-from fastpo.convert.launch import Launch, read_launch
+from fastpo.convert import flow_factory, simpletuner, simpletuner_options
+from fastpo.convert.launch import Launch, read_launch, read_options, words_of
 from fastpo.convert.rules import Draft
 from fastpo.convert.scripts import SCRIPTS, Script, convert_script
 from fastpo.errors import ConfigError
@@ -19,7 +21,8 @@ from fastpo.system.files import write_text
 from fastpo.system.ownership import check_new
 
 ORDER = ("seed", "model", "data", "prepare", "train", "evaluate")
-NAMES = tuple(script.name for script in SCRIPTS)
+COMMAND = re.compile(r"^\s*(\S+/)?simpletuner\s+train\b", re.MULTILINE)
+NAMES = (*(script.name for script in SCRIPTS), simpletuner_options.NAME, flow_factory.NAME)
 
 
 def convert(
@@ -29,15 +32,18 @@ def convert(
     trainer: str | None = None,
     processes: int | None = None,
     data: str | None = None,
+    file: str = "",
 ) -> Draft:
-    """Writes the configuration of another trainer's launch.
+    """Writes the configuration of another trainer's launch, or of its own configuration.
 
     Args:
-        text: The launch command, or a shell script with it.
+        text: The launch command, or a shell script with it; or the content of SimpleTuner's
+            `config.json` or `config.env`, or of Flow-Factory's YAML.
         out: The YAML file to write, which must not exist.
         trainer: One of `NAMES`; default: told by the script's name and options.
         processes: How many processes train; default: as the command says, else one.
         data: The data instead of the command's: a folder, file or hub id with Pick-a-Pic's columns.
+        file: Name of the file that the text is from, if it is: its ending tells what it is.
 
     Returns:
         The keys that were set, and what the reader has to know.
@@ -47,9 +53,53 @@ def convert(
             cannot be carried over; or `out` exists.
     """
     check_new(out, ConfigError)
+    draft = Draft()
+    name = trainer or recognize(text, file)
+    if name in (simpletuner_options.NAME, flow_factory.NAME):
+        command = file or name
+        _convert_settings(name, text, file, draft, processes=processes, data=data)
+    else:
+        name, command = _convert_launch(text, trainer, draft, processes=processes, data=data)
+    draft.check(name)
+    raw = with_keys({}, draft.keys)
+    parse_config(raw, where=name)
+    write_text(out, _as_yaml(raw, f"From {name}: {command}", draft))
+    return draft
+
+
+def recognize(text: str, file: str) -> str | None:
+    """Tells whose settings a text holds, if it is no launch of a script."""
+    if file.endswith((".json", ".env")):
+        return simpletuner_options.NAME
+    if file.endswith((".yaml", ".yml")) or re.search(r"^\s+trainer_type\s*:", text, re.MULTILINE):
+        return flow_factory.NAME
+    of_options = text.lstrip().startswith("{") or COMMAND.search(text)
+    return simpletuner_options.NAME if of_options else None
+
+
+def _convert_settings(
+    name: str, text: str, file: str, draft: Draft, *, processes: int | None, data: str | None
+) -> None:
+    """Puts a trainer's own configuration into a draft."""
+    if name == flow_factory.NAME:
+        raw = flow_factory.read_factory(text)
+        flow_factory.convert_factory(raw, draft, processes=processes, data=data)
+        return
+    if text.lstrip().startswith("{"):
+        options = simpletuner_options.read_json_options(text)
+    elif COMMAND.search(text):
+        options = read_options(words_of(text))
+    else:
+        options = simpletuner_options.read_env_options(text)
+    simpletuner.convert_simpletuner(options, draft, processes=processes, data=data)
+
+
+def _convert_launch(
+    text: str, trainer: str | None, draft: Draft, *, processes: int | None, data: str | None
+) -> tuple[str, str]:
+    """Puts a launch into a draft; returns the trainer's name, and the command in one line."""
     launch = read_launch(text)
     script = find_script(launch, trainer)
-    draft = Draft()
     if data is not None:
         launch = Launch(
             launch.command,
@@ -59,11 +109,7 @@ def convert(
         )
     _require(script, launch)
     convert_script(script, launch, processes=processes, draft=draft)
-    draft.check(script.name)
-    raw = with_keys({}, draft.keys)
-    parse_config(raw, where=script.name)
-    write_text(out, _as_yaml(raw, launch, script, draft))
-    return draft
+    return script.name, launch.command
 
 
 def find_script(launch: Launch, trainer: str | None = None) -> Script:
@@ -100,9 +146,9 @@ def _require(script: Script, launch: Launch) -> None:
         raise ConfigError(f"{script.name}: the command lacks --{', --'.join(missing)}")
 
 
-def _as_yaml(raw: Mapping[str, Any], launch: Launch, script: Script, draft: Draft) -> str:
-    """The file's text, with the command and the notes as comments."""
-    head = [f"From {script.name}: {launch.command}", *draft.notes]
+def _as_yaml(raw: Mapping[str, Any], origin: str, draft: Draft) -> str:
+    """The file's text, with where it is from and the notes as comments."""
+    head = [origin, *draft.notes]
     comments = "".join(
         textwrap.fill(
             line,

@@ -52,7 +52,7 @@ def read_launch(text: str) -> Launch:
     Raises:
         ConfigError: There is no command that starts a script, or a variable is not set.
     """
-    words = _words(text)
+    words = words_of(text)
     if not words:
         raise ConfigError("the launch command is empty")
     start = next((i for i, word in enumerate(words) if _name(word) in LAUNCHERS), None)
@@ -85,7 +85,7 @@ def read_options(words: list[str]) -> dict[str, str | None]:
     return found
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """The command's words, with variables put in; those that set variables are left out."""
     variables: dict[str, str] = {}
     command: list[str] = []

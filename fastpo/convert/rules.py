@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastpo.errors import ConfigError
@@ -88,6 +90,13 @@ def _value(rule: Rule, text: str | None, shown: str) -> Any:
         return rule.read(text)
     except (ValueError, KeyError):
         raise ConfigError(f"{shown}: {text!r} is no value of it") from None
+
+
+def read_data(path: str) -> dict[str, str]:
+    """Returns the keys of a data set that `--data` names: a folder, or Pick-a-Pic's hub id."""
+    hub = re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]*pick[\w.-]*", path.lower())
+    hub = hub and not Path(path).exists()
+    return {"data.source": "pickapic" if hub else "folder", "data.path": path}
 
 
 def truth(text: str | None) -> bool:

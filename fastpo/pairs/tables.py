@@ -101,6 +101,9 @@ def read_compared(table: Path) -> Iterator[Compared]:
     likes: dict[str, tuple[list[str], list[float]]] = {}
     for place, row in _rows(table):
         try:
+            if "supervision" in row:
+                yield _supervised(row)
+                continue
             prompt = _first(row, PROMPT)
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"no prompt; expected {EXPECTED}")
@@ -113,10 +116,27 @@ def read_compared(table: Path) -> Iterator[Compared]:
                 images, values = likes.setdefault(prompt.strip(), ([], []))
                 images.append(image)
                 values.append(value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{table}: {place}: {one_line(error)}") from None
     for prompt, (images, values) in likes.items():
         yield Compared(prompt, tuple(images), tuple(values))
+
+
+def _supervised(row: Mapping[str, Any]) -> Compared:
+    """A preference record of Flow-Factory's schema 2: one image is chosen, one rejected."""
+    given, told = row.get("input") or {}, row["supervision"]
+    prompt = given.get("prompt")
+    if told.get("type") != "preference" or not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("no preference record: no prompt, or another type of supervision")
+    if given.get("media"):
+        raise ValueError("it has input media; pairs here have a prompt alone")
+    images = []
+    for side in ("chosen", "rejected"):
+        media = (told.get(side) or {}).get("media")
+        if not isinstance(media, list) or len(media) != 1 or media[0].get("type") != "image":
+            raise ValueError(f"supervision.{side}.media must be one image")
+        images.append(str(media[0]["path"]))
+    return Compared(prompt.strip(), tuple(images), (1.0, 0.0))
 
 
 def _listed(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]] | None:

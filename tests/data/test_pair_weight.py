@@ -48,7 +48,13 @@ def write_parquet(folder, name, rows):
 
 
 def weights_of(path, source="folder", **options):
-    return [p.weight for p in open_source(DataConfig(source=source, path=str(path), **options))]
+    config = DataConfig.model_validate({"source": source, "path": str(path), **options})
+    return [p.weight for p in open_source(config)]
+
+
+def listed(weights):
+    assert weights is not None
+    return weights.tolist()
 
 
 @pytest.mark.parametrize(
@@ -95,10 +101,10 @@ def prepared(config_for, tmp_path, weights, **sections):
 def test_the_cache_holds_weights_and_batches_bring_them(config_for, tmp_path):
     """The first shard of two pairs has none of its own; without one a pair's weight is 1."""
     cache = prepared(config_for, tmp_path, [None, None, 0.5, 3])
-    assert cache.pair_weight.tolist() == [1.0, 1.0, 0.5, 3.0]
+    assert listed(cache.pair_weight) == [1.0, 1.0, 0.5, 3.0]
     batch = cache.read([3, 0, 2], visit=0)
-    assert batch.pair_weight.tolist() == [3.0, 1.0, 0.5]
-    assert batch.map(lambda tensor: tensor.flip(0)).pair_weight.tolist() == [0.5, 1.0, 3.0]
+    assert listed(batch.pair_weight) == [3.0, 1.0, 0.5]
+    assert listed(batch.map(lambda tensor: tensor.flip(0)).pair_weight) == [0.5, 1.0, 3.0]
 
 
 def test_a_cache_without_weights_is_what_it_was(config_for, tmp_path):
@@ -114,7 +120,7 @@ def test_another_weight_is_another_cache_whose_images_are_reused(config_for, tmp
         prepared(config_for, tmp_path, [1.0, 4.0])
     folders = {"cache_dir": str(tmp_path / "other"), "reuse": str(cache.folder)}
     other = prepared(config_for, tmp_path, [1.0, 4.0], **folders)
-    assert other.pair_weight.tolist() == [1.0, 4.0]
+    assert listed(other.pair_weight) == [1.0, 4.0]
     assert other.encoded(1).equal(cache.encoded(1))
 
 

@@ -26,6 +26,8 @@ from fastpo.system.process import Rank
 from fastpo.testing import image_bytes, tiny_sdxl_folder
 from tests.evaluate.test_evaluate import export_lora, make_config
 
+SIDES = ("chosen", "rejected")
+
 
 class Sparse(WeightedScorer):
     """Says of the second half of the images that they are better."""
@@ -168,6 +170,24 @@ def test_ranked_lists_of_every_kind(tmp_path: Path, suffix: str) -> None:
         ("b", "data/3.png", "data/4.png"),
     ]
     assert [prompt for _, prompt, *_ in read_by_prepare(tmp_path)] == ["a", "a", "b"]
+
+
+def test_flow_factorys_records_of_preference(tmp_path: Path) -> None:
+    def record(**changes: object) -> str:
+        media = {side: {"media": [{"type": "image", "path": f"{side}.png"}]} for side in SIDES}
+        told = {"type": "preference", **media}
+        given = {"prompt": "A clean typographic poster.", "media": [], **changes}
+        return json.dumps({"schema_version": 2, "input": given, "supervision": told})
+
+    table = tmp_path / "train.jsonl"
+    table.write_text(record() + "\n")
+    pairs_from_table(table, tmp_path / "pairs.jsonl")
+    (row,) = rows_of(tmp_path / "pairs.jsonl")
+    assert (row["winner"], row["loser"]) == ("chosen.png", "rejected.png")
+    assert row["prompt"] == "A clean typographic poster."
+    table.write_text(record(media=[{"type": "image", "path": "source.png"}]) + "\n")
+    with pytest.raises(DataError, match="line 1: it has input media"):
+        pairs_from_table(table, tmp_path / "other.jsonl")
 
 
 def test_scores_likes_and_lists_best_first(tmp_path: Path) -> None:
