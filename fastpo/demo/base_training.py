@@ -57,7 +57,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, recipe: BaseRecipe, advance: A
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr)
     vae.train()
-    for rate in _rates(recipe.vae_lr, recipe.vae_steps):
+    for rate in rates(recipe.vae_lr, recipe.vae_steps):
         clean = images[torch.randint(len(images), (recipe.vae_batch,))]
         bold = -F.max_pool2d(-clean, 3, stride=1, padding=1)
         share = torch.rand(2, recipe.vae_batch, 1, 1, 1).prod(dim=0)
@@ -65,7 +65,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, recipe: BaseRecipe, advance: A
         posterior = vae.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         decoded = vae.decode(posterior.sample()).sample  # pyright: ignore[reportAttributeAccessIssue]
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        _step(optimizer, vae, F.mse_loss(decoded, x) + recipe.kl_weight * divergence, rate)
+        step(optimizer, vae, F.mse_loss(decoded, x) + recipe.kl_weight * divergence, rate)
         advance()
     vae.eval().requires_grad_(False)
 
@@ -81,8 +81,8 @@ def train_unet(
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.unet_lr)
     averaged = [p.detach().clone() for p in unet.parameters()]
     unet.train()
-    for rate in _rates(recipe.unet_lr, recipe.unet_steps):
-        _step(optimizer, unet, _denoising_loss(unet, schedule, data, recipe), rate)
+    for rate in rates(recipe.unet_lr, recipe.unet_steps):
+        step(optimizer, unet, _denoising_loss(unet, schedule, data, recipe), rate)
         torch._foreach_lerp_(averaged, list(unet.parameters()), 1.0 - recipe.ema_decay)
         advance()
     with torch.no_grad():
@@ -122,14 +122,15 @@ def time_ids(batch: int) -> Tensor:
     return torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float32).expand(batch, -1)
 
 
-def _rates(peak: float, steps: int) -> Iterator[float]:
-    """A short linear warm-up, then half a cosine down to zero."""
+def rates(peak: float, steps: int) -> Iterator[float]:
+    """Yields a short linear warm-up, then half a cosine down to zero."""
     warmup = max(1, steps // 20)
     for step in range(steps):
         yield peak * min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, rate: float) -> None:
+def step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor, rate: float) -> None:
+    """Updates the weights once, at a rate, from gradients of norm 1 at most."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
