@@ -59,7 +59,9 @@ class Digits(Section):
             return build_base(root / "digits-short", recipe=SHORT_BASE)
         return build_base(root / "digits")
 
-    def write_preferences(self, folder: Path, *, seed: int, short: bool) -> frozenset[str]:
+    def write_preferences(
+        self, folder: Path, *, base: Path, seed: int, short: bool
+    ) -> frozenset[str]:
         """See `World`."""
         rows = min(self.rows, N_PAIRS_SHORT) if short else self.rows
         write_preferences(folder, n_pairs=rows, seed=seed)
@@ -76,7 +78,7 @@ class Digits(Section):
         }
         return with_keys(raw, flatten(own))
 
-    def scorers(self) -> Sequence[DigitScorer | LowerScorer]:
+    def scorers(self, base: Path) -> Sequence[DigitScorer | LowerScorer]:
         """See `World`."""
         return [DigitScorer(), LowerScorer()]
 

@@ -237,7 +237,9 @@ def run_cases(place: Place, seed: int, results: Results) -> None:
         if results.has(**labels):
             continue
         work, world = place.root / f"case-{number}-{seed}", Digits(labels=kind, rows=place.rows)
-        found = world.write_preferences(work / "preferences", seed=seed, short=place.short)
+        found = world.write_preferences(
+            work / "preferences", base=place.base, seed=seed, short=place.short
+        )
         config = place.configure(work, "gate", LEDGER, flip_rate=rate, seed=seed)
         run = train(config, overwrite=True, progress=False)
         ids, flipped, metrics = minority_columns(run)

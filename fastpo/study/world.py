@@ -56,8 +56,12 @@ class World(Protocol):
         """
         ...
 
-    def write_preferences(self, folder: Path, *, seed: int, short: bool) -> frozenset[str]:
+    def write_preferences(
+        self, folder: Path, *, base: Path, seed: int, short: bool
+    ) -> frozenset[str]:
         """Writes the preferences of a seed to `folder`, anew if they are there.
+
+        `base` is the folder that `build_base` returned: worlds may keep their pictures by it.
 
         Labels that a study flips are not made here, but by `data.flip_rate` when a run reads them.
 
@@ -75,6 +79,6 @@ class World(Protocol):
         """
         ...
 
-    def scorers(self) -> Sequence[Scorer]:
-        """Returns the scorers whose metrics `columns` names."""
+    def scorers(self, base: Path) -> Sequence[Scorer]:
+        """Returns the scorers whose metrics `columns` names; `base` as `build_base` returned it."""
         ...

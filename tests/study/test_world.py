@@ -17,7 +17,7 @@ def written(tmp_path, labels):
     """A short set's config, its pairs, and what is to be found in it."""
     world = build_world({"name": "digits", "labels": labels})
     places = Places(*(tmp_path / name for name in ("base", labels, "cache", "run")))
-    found = world.write_preferences(places.preferences, seed=0, short=True)
+    found = world.write_preferences(places.preferences, base=places.base, seed=0, short=True)
     config = parse_config(world.plain(places, seed=0, short=True))
     return config, list(open_source(config.data)), found
 
@@ -76,10 +76,10 @@ def test_of_two_tastes_the_minority_prefers_the_lower_half(tmp_path):
         assert winner >= loser
 
 
-def test_the_minority_is_scored_by_its_own_taste():
+def test_the_minority_is_scored_by_its_own_taste(tmp_path):
     world = build_world("digits")
     gray = np.full((32, 32), 255, np.uint8)
     gray[20:24] = 0
     assert lower_surplus(gray) == pytest.approx(0.25) and lower_surplus(gray[::-1]) == -0.25
-    names = [s.score([Image.fromarray(gray)], ["the digit one"]) for s in world.scorers()]
+    names = [s.score([Image.fromarray(gray)], ["the digit one"]) for s in world.scorers(tmp_path)]
     assert set(world.columns.values()) <= set().union(*names)

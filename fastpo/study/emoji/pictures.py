@@ -56,8 +56,9 @@ SCHEMA = pa.schema(
 PICTURES = Kind(
     "a set of emoji pictures",
     FILE.replace(".", r"\."),
-    lambda folder: (folder / FILE).is_file()
-    and set(STYLES) <= set(pq.read_schema(folder / FILE).names),
+    lambda folder: (
+        (folder / FILE).is_file() and set(STYLES) <= set(pq.read_schema(folder / FILE).names)
+    ),
 )
 
 
@@ -156,9 +157,7 @@ def read_pictures(
         raise DataError(f"{path}: no emoji pictures there; `write_pictures` makes them")
     rows = pq.read_table(path).to_pylist()
     rows = [
-        row
-        for row in rows
-        if drawn in (None, row["drawn"]) and held_out in (None, row["held_out"])
+        row for row in rows if drawn in (None, row["drawn"]) and held_out in (None, row["held_out"])
     ]
     styles = {style: np.stack([_decode(row[style]) for row in rows]) for style in STYLES}
     return Pictures([row["name"] for row in rows], styles)
