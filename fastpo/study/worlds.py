@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from fastpo.config import Section
 from fastpo.config.messages import explain
 from fastpo.study.digits import Digits
+from fastpo.study.emoji.world import Emoji
 from fastpo.study.world import World
 
-WORLDS: dict[str, type[Section]] = {Digits.name: Digits}
+WORLDS: dict[str, type[Section]] = {Digits.name: Digits, Emoji.name: Emoji}
 """By name; each class has what `World` asks for."""
 
 

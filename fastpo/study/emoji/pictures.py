@@ -27,18 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 from fastpo.errors import DataError
+from fastpo.study.emoji.text import HELD_OUT, NAMES
 from fastpo.system.files import make_folder, whole_file
 from fastpo.system.ownership import Kind, claim
 
 STYLES = ("google", "twitter")  # A, which the base knows, and B
 SIZES = (32, 64)
-SUBCATEGORIES = (  # of the names that the base draws
-    "food-fruit", "food-vegetable", "food-sweet", "plant-flower", "animal-bird", "animal-bug",
-    "animal-marine", "animal-reptile", "animal-amphibian",
-)  # fmt: skip
-MOST_WORDS = 2
 FILE = "pictures.parquet"
-HELD_OUT_EVERY = 5  # of the drawn names, one in five is kept from preferences and from the scorer
 SCALES = (0.8, 1.0)  # range of a variant's size
 STRENGTHS = (0.5, 1.5)  # range of a variant's colors, 1 being the picture's own
 SHIFT = 0.06  # of the width, at most, to any side
@@ -107,30 +102,33 @@ def write_pictures(out: Path, packages: dict[str, Path], *, size: int = 32) -> P
         `out`.
 
     Raises:
-        DataError: A package's folder lacks a file, or holds one that is no such file.
+        DataError: A package's folder lacks a file or a name, or holds what is no such file.
         ForeignPathError: `out` holds other things.
         ValueError: The size is neither 32 nor 64.
     """
     if size not in SIZES:
         raise ValueError(f"size must be 32 or 64, got {size}")
     entries = {style: _entries(folder, style) for style, folder in packages.items()}
-    rows, drawn = [], 0
+    rows = []
     for name, entry in entries[STYLES[0]].items():
         if any(name not in entries[style] for style in STYLES):
             continue
-        chosen = entry["subcategory"] in SUBCATEGORIES and len(name.split()) <= MOST_WORDS
-        chosen = chosen and "-" not in name
-        drawn += chosen
         files = {s: packages[s] / "img" / s / "64" / entries[s][name]["image"] for s in STYLES}
         rows.append(
             {
                 "name": name,
                 "category": entry["category"],
                 "subcategory": entry["subcategory"],
-                "drawn": chosen,
-                "held_out": chosen and drawn % HELD_OUT_EVERY == 0,
+                "drawn": name in NAMES,
+                "held_out": name in HELD_OUT,
                 **{style: _on_paper(path, size) for style, path in files.items()},
             }
+        )
+    missing = set(NAMES) - {row["name"] for row in rows}
+    if missing:
+        raise DataError(
+            f"{', '.join(map(str, packages.values()))}: no picture in both of {min(missing)!r} "
+            f"and {len(missing) - 1} other names that the base draws"
         )
     claim(out, PICTURES)
     make_folder(out)

@@ -1,4 +1,4 @@
-"""Prompts from names, and the base's text encoder, made from the prompts alone."""
+"""The names that the base draws, prompts from them, and a text encoder made of these prompts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ from fastpo.demo.text import MAX_LENGTH
 from fastpo.errors import DataError
 
 WIDTH = 64
+NAMES = tuple(
+    name.strip()
+    for name in """
+    chestnut, hot pepper, tulip, cherry blossom, rose, hibiscus, sunflower, blossom, brown
+    mushroom, tomato, aubergine, grapes, melon, watermelon, tangerine, lime, lemon, banana,
+    pineapple, red apple, green apple, pear, peach, cherries, strawberry, shaved ice, ice cream,
+    doughnut, cookie, chocolate bar, candy, lollipop, custard, honey pot, shortcake, birthday
+    cake, rosette, dragon, crocodile, whale, snail, snake, rooster, chicken, octopus, spiral
+    shell, bug, ant, honeybee, lady beetle, fish, tropical fish, blowfish, turtle, hatching
+    chick, baby chick, phoenix, black bird, bird, penguin, dolphin, dragon face, spouting whale,
+    frog face, bouquet, white flower, dove, spider, spider web, wilted flower, avocado,
+    cucumber, potato, carrot, peanuts, kiwifruit, coconut, broccoli, pie, leafy green, mango,
+    crab, scorpion, turkey, eagle, duck, shark, owl, butterfly, lizard, shrimp, squid, sauropod,
+    cricket, peacock, parrot, lobster, mosquito, microbe, swan, dodo, flamingo, oyster, seal,
+    cupcake, garlic, onion, fly, worm, beetle, cockroach, feather, lotus, coral, hyacinth,
+    jellyfish, wing, goose, blueberries, bell pepper, olive, beans, ginger root, pea pod, root
+    vegetable
+    """.replace("\n    ", " ").split(",")
+)
+HELD_OUT = NAMES[4::5]  # kept from preferences and from the judge of style: they are evaluated
 TEMPLATES = ("an emoji of a {}", "a small picture of a {}", "{}")
 
 
