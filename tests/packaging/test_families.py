@@ -13,6 +13,7 @@ KNOWING = ("models/", "plan/")
 MAKERS = (
     "demo/base.py",
     "demo/base_training.py",
+    "study/emoji/base.py",
     "testing/datasets.py",
     "testing/flow.py",
     "testing/language_pipelines.py",

@@ -43,6 +43,7 @@ from fastpo.study.emoji.pictures import (
 from fastpo.study.emoji.text import WIDTH, build_text_encoder, encode, prompts_of
 from fastpo.system.ownership import Kind, check_replaceable, owned_folder
 
+SAMPLING = {"clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
 LAYOUT = 1  # raise when the architecture or the data of the base changes
 ABOUT = "emoji_base.json"
 EMOJI_BASE = Kind(
@@ -161,7 +162,7 @@ def _train(
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing"),  # pyright: ignore[reportArgumentType]
+        scheduler=DDIMScheduler(**SCHEDULE, **SAMPLING),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,

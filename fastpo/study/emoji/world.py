@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from pydantic import Field
 
 from fastpo.config import Section, decides, flatten, with_keys
-from fastpo.config.fields import Fraction, PositiveInt
+from fastpo.config.fields import PositiveInt, Share
 from fastpo.study.emoji.base import SHORT, build_emoji_base
 from fastpo.study.emoji.judge import ABOUT, JudgeRecipe, StyleJudge, fit_judge
 from fastpo.study.emoji.packages import fetched, packages_in
@@ -51,7 +51,7 @@ class Emoji(Section):
         "style": "style_reward",
     }
 
-    mismatch: Annotated[Fraction, decides("cache", "run")] = 0.0
+    mismatch: Annotated[Share, decides("cache", "run")] = 0.0
     """Share of the pairs that prefer style B, which the base never drew, to style A. In the others
     both images are in style A, and the more colorful one is preferred."""
     rows: Annotated[PositiveInt, decides("cache", "run")] = 480
