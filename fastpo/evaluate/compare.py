@@ -223,12 +223,39 @@ def _fill_base(
     if shared is None:
         sampler.fill(folder, samples, label="base")
         return
-    fingerprint = sampler.fingerprint(samples)
-    store = shared / fingerprint[:16]
-    sampler.fill(store, samples, label="base")
-    if not holds_samples(folder, samples, fingerprint):
+    store = _fill_shared(sampler, samples, shared)
+    if not holds_samples(folder, samples, sampler.fingerprint(samples)):
         with owned_folder(folder, SAMPLES) as copy:
             shutil.copytree(store, copy, dirs_exist_ok=True)
+
+
+def _fill_shared(sampler: ImageSampler, samples: Sequence[Sample], shared: Path) -> Path:
+    """Samples the base into the folder of runs that agree, and returns it."""
+    store = shared / sampler.fingerprint(samples)[:16]
+    sampler.fill(store, samples, label="base")
+    return store
+
+
+def sample_base(config: Config, shared: Path, *, progress: bool = True) -> Path:
+    """Samples the base's images before any run, where `evaluate` takes them from.
+
+    Several processes may then evaluate at once with the same `base_samples`.
+
+    Args:
+        config: The experiment.
+        shared: The folder `base_samples` of `evaluate`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The folder of the images.
+
+    Raises:
+        ConfigError: No prompts.
+        ModelError: The base pipeline is not available.
+        ForeignPathError: There are other things in their place.
+    """
+    samples = plan_samples(config)
+    return _fill_shared(ImageSampler(config, progress=progress), samples, shared)
 
 
 def _about_weights(source: Path, run: Path, step: int | None) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Processes that make a study's runs, each with one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+Job = Callable[..., str | None]
+
+
+class Workers(Protocol):
+    """Does a job on each of several lists of arguments."""
+
+    def __call__(
+        self, job: Job, items: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yields the number of each item that is done, as they end, with what failed or None."""
+        ...
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[Workers]:
+    """Gives what does jobs in processes; with one process, in this one.
+
+    If the block ends by an exception, or by a signal, the processes are asked to end: a run that
+    is being trained saves its state first.
+    """
+    if processes == 1:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield _here
+        finally:
+            torch.set_num_threads(before)
+        return
+    others = set(multiprocessing.active_children())
+    with _one_thread():
+        pool = ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        )
+
+        def there(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:
+            numbers = {pool.submit(job, *item): number for number, item in enumerate(items)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+
+        try:
+            yield there
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _here(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:
+    for number, item in enumerate(items):
+        yield number, job(*item)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets processes that are started now have one thread each."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
