@@ -69,3 +69,46 @@ def selftest(
 
     if not selftest(folder, minutes=minutes):
         raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A study's YAML file, or `digits`.")
+    ],
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of all runs; what it holds is not made again. runs/study/NAME"),
+    ] = None,
+    short: Annotated[bool, typer.Option(help="A few steps of every run, to try it.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time, one thread each; one on each core.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="The table of all runs; WORK/study.csv.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown file that gets tables and figures.")
+    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part; repeat.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; repeat.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeat.")] = None,
+    flips: Annotated[
+        list[float] | None, typer.Option(help="Only this share of flipped labels; repeat.")
+    ] = None,
+    make: Annotated[
+        bool, typer.Option("--run/--no-run", help="Make runs, or only the table and the page.")
+    ] = True,
+) -> None:
+    """Compare methods on wrong labels of a known share: every run, one table, one page."""
+    from fastpo.study.command import study_command
+    from fastpo.study.run import Options
+    from fastpo.study.trials import Choice
+
+    options = Options(
+        work or Path("runs/study") / config.stem,
+        csv=csv,
+        short=short,
+        processes=processes,
+        choice=Choice(part or (), method or (), seed or (), flips or ()),
+        make=make,
+    )
+    study_command(config, options, page)

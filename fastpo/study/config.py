@@ -79,6 +79,9 @@ class Part(Section):
     """Cases by name, each with keys that it sets beside `set`; each method is run in each case.
     Without any there is one case, without a name."""
 
+    columns: Annotated[tuple[str, ...], decides("nothing")] = ()
+    """Of the world's columns, those that the page shows beside reward and legibility."""
+
     @property
     def cases(self) -> Mapping[str, Keys]:
         """The keys that each case sets, by its name."""

@@ -85,14 +85,19 @@ class Table:
         return [float(row["cpu_s"]) for row in rows if row.get("cpu_s")]
 
     def rows(self) -> list[Row]:
-        """The rows of all runs that are known, in the study's order."""
-        return [self.row(trial) for trial in self.trials if self.holds(trial)]
+        """The rows of all runs that are known, in the study's order, all with the same columns."""
+        rows = [self.row(trial) for trial in self.trials if self.holds(trial)]
+        known = (*LABELS, *MEASURED, *ABOUT)
+        more = sorted({key for row in rows for key in row} - set(known))
+        columns = (*LABELS, *MEASURED, *more, *ABOUT)
+        return [{key: row.get(key, "") for key in columns} for row in rows]
 
     def row(self, trial: Trial) -> Row:
         """The row of a run that is known, compared with plain DPO's where that is known too."""
         found = self._found.get(trial.digest)
         if found is None:
-            return {**self._earlier[trial.digest], **trial.labels}
+            plain = {"win_dpo": ""} if trial.method_name == "dpo" else {}
+            return {**self._earlier[trial.digest], **plain, **trial.labels}
         row = {k: v for k, v in found.items() if k not in ("run", "scores")}
         partner = self._found.get(_plain_of(trial, self.trials).digest)
         same = partner is not None and len(partner["scores"]) == len(found["scores"])
@@ -104,12 +109,10 @@ class Table:
         return {**text, **trial.labels}
 
     def write(self, path: Path) -> None:
-        """Writes the CSV whole: known columns in their order, then those of some worlds alone."""
+        """Writes the CSV whole; columns of some worlds alone stand behind the measured ones."""
         rows = self.rows()
-        known = (*LABELS, *MEASURED, *ABOUT)
-        more = sorted({key for row in rows for key in row} - set(known))
-        columns = (*LABELS, *MEASURED, *more, *ABOUT)
-        write_records(({key: row.get(key, "") for key in columns} for row in rows), columns, path)
+        columns = list(rows[0]) if rows else [*LABELS, *MEASURED, *ABOUT]
+        write_records(rows, columns, path)
 
 
 def _plain_of(trial: Trial, trials: Iterable[Trial]) -> Trial:

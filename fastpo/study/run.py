@@ -82,8 +82,11 @@ def run_study(study: StudyConfig, options: Options) -> list[Row]:
     claim(options.work, STUDY)
     with sole_writer(options.work):
         table = Table(trials, options.work, earlier)
-        lacking = {t.digest: t for t in reversed(trials) if t in options.choice}
-        lacking = [t for t in reversed(lacking.values()) if not table.holds(t)]
+        first: dict[str, Trial] = {}  # of the runs with the same numbers
+        for trial in trials:
+            if trial in options.choice and not table.holds(trial):
+                first.setdefault(trial.digest, trial)
+        lacking = list(first.values())
         processes = min(options.processes or os.cpu_count() or 1, max(1, len(lacking)))
         making = Making(table, options, processes)
         making.tell(making.outlook(lacking))

@@ -1,0 +1,94 @@
+"""From rows to means over seeds with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+Row = Mapping[str, str]
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        value: The mean.
+        half_width: Of its 95 % interval, by Student's t over the seeds; None with one seed.
+        seeds: How many there are.
+    """
+
+    value: float
+    half_width: float | None
+    seeds: int
+
+    def text(self, style: str) -> str:
+        """The mean, with `±` its interval's half-width if there is one, such as `.3f` or `.0%`."""
+        if self.half_width is None:
+            return f"{self.value:{style}}"
+        return f"{self.value:{style}} ± {self.half_width:{style}}"
+
+
+def mean_of(values: Iterable[float]) -> Mean | None:
+    """Returns the mean of a number for each seed; None without any."""
+    found = np.array(list(values), dtype=np.float64)
+    if not len(found):
+        return None
+    if len(found) == 1:
+        return Mean(float(found[0]), None, 1)
+    quantile = float(student.ppf((1.0 + CONFIDENCE) / 2.0, len(found) - 1))
+    half = quantile * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return Mean(float(found.mean()), half, len(found))
+
+
+def column(rows: Iterable[Row], name: str) -> Mean | None:
+    """The mean of a column over rows, those left out that have nothing there."""
+    return mean_of(float(row[name]) for row in rows if row.get(name))
+
+
+def chosen(rows: Iterable[Row], **labels: str) -> list[Row]:
+    """Rows with these labels."""
+    return [row for row in rows if all(row[k] == v for k, v in labels.items())]
+
+
+def kept(rows: Sequence[Row], part: Sequence[Row]) -> Mean | None:
+    """The share of plain DPO's gain on clean labels that is kept, seed by seed.
+
+    Args:
+        rows: Of one method.
+        part: All rows of its part; without plain DPO at a share of 0 there is nothing to compare.
+    """
+    clean = {
+        row["seed"]: float(row["gain"])
+        for row in chosen(part, method="dpo", case="")
+        if float(row["flip_rate"]) == 0.0
+    }
+    shares = [
+        float(row["gain"]) / clean[row["seed"]] for row in rows if clean.get(row["seed"], 0.0) > 0.0
+    ]
+    return mean_of(shares)
+
+
+def cost(rows: Sequence[Row], part: Sequence[Row]) -> float | None:
+    """Passes through the denoiser, as a multiple of plain DPO's in the same part and case."""
+    case = rows[0]["case"]
+    plain = column(chosen(part, method="dpo", case=case), "passes")
+    own = column(rows, "passes")
+    return None if plain is None or own is None or not plain.value else own.value / plain.value
+
+
+def bins(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sums over seeds: pairs, and wrong ones among them, in each tenth of the minority metric."""
+    with_bins = [row for row in rows if row["bin_pairs"]]
+    if not with_bins:
+        return None
+    pairs, wrong = (
+        np.sum([[int(n) for n in row[name].split()] for row in with_bins], axis=0)
+        for name in ("bin_pairs", "bin_wrong")
+    )
+    return pairs, wrong
