@@ -59,11 +59,11 @@ def build_bases(trials: Sequence[Trial], work: Path) -> None:
 def make_data(trials: Sequence[Trial], work: Path) -> None:
     """Writes and prepares the preferences that some runs share, and samples their base's images."""
     data = trials[0].data
-    folder = data.folder(work)
+    folder, places = data.folder(work), places_of(trials[0], work)
     if not (folder / DATA).is_file():
         make_folder(folder)
         found = trials[0].world.write_preferences(
-            folder / "preferences", seed=data.seed, short=data.short
+            places.preferences, base=places.base, seed=data.seed, short=data.short
         )
         write_json(folder / DATA, sorted(found))
     configs = [trial.config(places_of(trial, work)) for trial in trials]
@@ -88,7 +88,7 @@ def make_run(trial: Trial, work: Path) -> None:
     )
     evaluation = evaluate(
         evaluated,
-        scorers=trial.world.scorers(),
+        scorers=trial.world.scorers(places.base),
         base_samples=data / "base-samples",
         progress=False,
     )
