@@ -207,8 +207,8 @@ class EvaluateConfig(Section):
     precision: Annotated[Precision, decides("images")] = "fp32"
     """Precision in which the pipeline samples."""
     scorers: Annotated[tuple[str, ...], decides("nothing")] = ()
-    """What rates the images: `pickscore`, `hpsv2`, `hpsv2.1`, `imagereward`, `clip`, `aesthetic`,
-    `clip_iqa`, `diversity`; after a colon the weights' folder, file or hub id."""
+    """What rates the images: `pickscore`, `hpsv2`, `hpsv2.1`, `hpsv3`, `imagereward`, `clip`,
+    `aesthetic`, `clip_iqa`, `diversity`; after a colon the weights' folder, file or hub id."""
     score_batch_size: Annotated[PositiveInt, decides("nothing")] = 16
     """Images that a scorer rates at once."""
     score_precision: Annotated[Precision, decides("nothing")] = "fp32"

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastpo.testing.language_pipelines import chat_tokenizer
 
 
 class Block(nn.Module):
@@ -229,6 +232,45 @@ def write_image_reward(folder: Path) -> ImageReward:
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return model
+
+
+def write_hps3(folder: Path) -> tuple[nn.Module, nn.Module, Any]:
+    """Writes a tiny HPSv3: Qwen2-VL under the names of transformers 4.45, and its head.
+
+    Returns:
+        transformers' own network, the head, and the tokenizer without the reward's token.
+    """
+    from safetensors.torch import save_file
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    tokenizer = chat_tokenizer()
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+        **{"rope_parameters": sections, "bos_token_id": None, "eos_token_id": None},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=image)
+    config.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config.text_config.vocab_size += 1
+        network = Qwen2VLModel(config).eval()
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                nn.init.normal_(weight, std=0.15)
+        first = [nn.Linear(32, 24), nn.ReLU(), nn.Dropout(0.05), nn.Linear(24, 16), nn.ReLU()]
+        head = nn.Sequential(*first, nn.Linear(16, 2)).eval()
+    state = {n.replace("language_model.", "model."): t for n, t in network.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state |= {f"rm_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    save_file(state, folder / "HPSv3.safetensors")
+    return network, head, tokenizer
 
 
 def split(x: Tensor, heads: int) -> Tensor:

@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, CLIPModel, Qwen2VLImageProcessorPil
 
 from fastpo.errors import ConfigError, ModelError
 from fastpo.evaluate.scorers import build_scorer
+from fastpo.evaluate.scorers.hps3 import text_of
 from fastpo.evaluate.scorers.preprocess import cropped, padded
 from fastpo.testing import tiny_clip_folder
 from fastpo.testing.pipelines import clip_tokenizer
-from tests.evaluate.published import ImageReward, OpenClip, write_hps, write_image_reward
+from tests.evaluate.published import (
+    ImageReward,
+    OpenClip,
+    write_hps,
+    write_hps3,
+    write_image_reward,
+)
 
 PROMPTS = ["a cat", "seven", "a very long prompt " * 20, "x", "a cat"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -131,6 +139,61 @@ def test_image_reward_refuses_other_checkpoints(
         build_scorer(f"imagereward:{tmp_path}")
     with pytest.raises(ModelError, match="no such file or folder"):
         build_scorer(f"imagereward:{tmp_path / 'none.pt'}")
+
+
+@torch.no_grad()
+def test_hps3_reads_the_state_at_the_rewards_token(tmp_path: Path) -> None:
+    """Each image alone, by the library's own calls, with all of the released text behind it."""
+    network, head, tokenizer = write_hps3(tmp_path)
+    rng = np.random.default_rng(1)
+    sizes = [(448, 448), (30, 60)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
+    prompts = ["a cat", "a much longer prompt with {braces} and <|im_end|>"]
+    scorer = build_scorer(f"hpsv3:{tmp_path}", batch_size=2)
+    scores = scorer.score(images, prompts)["hpsv3"]
+    tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    size = {"shortest_edge": 200704, "longest_edge": 200704}
+    processor = Qwen2VLImageProcessorPil(size=size)
+    for image, prompt, score in zip(images, prompts, scores, strict=True):
+        seen = processor(images=image, return_tensors="pt")
+        grid = seen["image_grid_thw"]
+        text = (
+            text_of(prompt, int(grid.prod()) // 4) + "\n\nEND\n<|im_end|>\n<|im_start|>assistant\n"
+        )
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        hidden = network(
+            input_ids=ids,
+            pixel_values=seen["pixel_values"],
+            image_grid_thw=grid,
+            position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1),
+        ).last_hidden_state
+        (place,) = (ids[0] == len(tokenizer) - 1).nonzero().flatten().tolist()
+        assert score == pytest.approx(head(hidden[0, place])[0].item(), abs=1e-5)
+    assert np.ptp(scores) > 1e-3
+    half = build_scorer(f"hpsv3:{tmp_path}", precision="bf16")
+    assert 0 < abs(half.score(images[:1], prompts[:1])["hpsv3"][0] - scores[0]) < 0.1
+
+
+def test_hps3_refuses_other_checkpoints(tmp_path: Path) -> None:
+    _, _, tokenizer = write_hps3(tmp_path)
+    file = tmp_path / "HPSv3.safetensors"
+    whole = load_file(file)
+    for change, told in (
+        (
+            {"rm_head.0.weight": torch.zeros(24, 31)},
+            r"the head of .* must be linear layers 0, 3, 5",
+        ),
+        ({"visual.merger.ln_q.weight": None}, r"lacks 1 key \(visual\.merger\.ln_q\.weight\)"),
+        ({"model.strange": torch.zeros(1)}, "language_model.strange"),
+        ({"model.embed_tokens.weight": torch.zeros(400, 32)}, r"has 400 tokens, its tokenizer \d+"),
+    ):
+        state = {n: t for n, t in {**whole, **change}.items() if t is not None}
+        save_file(state, file)
+        with pytest.raises(ModelError, match=told):
+            build_scorer(f"hpsv3:{tmp_path}")
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") < len(tokenizer)
+    with pytest.raises(ModelError, match=r"holds no HPSv3\.safetensors"):
+        build_scorer(f"hpsv3:{tmp_path.parent}")
 
 
 def test_padding_resizes_the_longer_edge() -> None:

@@ -5,6 +5,7 @@
 | `pickscore[:path]`         | `pickscore`                    | PickScore v1 (CLIP-H)              |
 | `hpsv2[:path]`             | `hpsv2`, cosine x 100          | HPSv2.0's checkpoint (OpenCLIP)    |
 | `hpsv2.1[:path]`           | `hpsv2.1`, cosine x 100        | HPSv2.1's checkpoint (OpenCLIP)    |
+| `hpsv3[:path]`             | `hpsv3`                        | its checkpoint (Qwen2-VL, a head)  |
 | `imagereward[:path]`       | `imagereward`                  | its checkpoint (BLIP and a head)   |
 | `clip[:path]`              | `clip`, cosine x 100           | any CLIP model, default ViT-L/14   |
 | `aesthetic:path`           | `aesthetic`, about 1 to 10     | LAION's head on CLIP ViT-L/14      |

@@ -32,6 +32,7 @@ SCORERS = {
     "pickscore": ScorerEntry(f"{_HERE}.clip:PickScorer"),
     "hpsv2": ScorerEntry(f"{_HERE}.hps:HpsScorer"),
     "hpsv2.1": ScorerEntry(f"{_HERE}.hps:Hps21Scorer"),
+    "hpsv3": ScorerEntry(f"{_HERE}.hps3:Hps3Scorer"),
     "imagereward": ScorerEntry(f"{_HERE}.image_reward:ImageRewardScorer"),
     "clip": ScorerEntry(f"{_HERE}.clip:ClipScorer"),
     "aesthetic": ScorerEntry(f"{_HERE}.aesthetic:AestheticScorer"),
