@@ -65,16 +65,9 @@ def bins_figure(part: Part, rows: Sequence[Row]) -> bytes | None:
     middles = (np.arange(BINS) + 0.5) / BINS
     for axes, (flip_rate, lines) in zip(grid[0], drawn.items(), strict=True):
         for number, (pairs, wrong) in lines.items():
-            enough = pairs >= LEAST
+            share = np.where(pairs >= LEAST, wrong / np.maximum(pairs, 1), np.nan)  # no line there
             label = part.methods[number]
-            axes.plot(
-                middles[enough],
-                (wrong / np.maximum(pairs, 1))[enough],
-                label=label,
-                linewidth=1.4,
-                markersize=4,
-                **_look(number),
-            )
+            axes.plot(middles, share, label=label, linewidth=1.4, markersize=4, **_look(number))
         axes.plot([0, 1], [0, 1], color="#9aa1aa", linewidth=0.8, linestyle=":")
         axes.set_title(f"{flip_rate:.0%} flipped", fontsize=9)
         axes.set_xlabel("minority metric")

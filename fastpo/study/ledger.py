@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from sklearn.metrics import roc_auc_score
 
 from fastpo.bench.measure import environment
 from fastpo.bench.script import results_path
@@ -37,6 +36,7 @@ from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.models.folder import ModelFolder
 from fastpo.study.digits import Digits
+from fastpo.study.measure import area, minority_columns
 from fastpo.train import Observer, train
 from fastpo.train.data import setup_data
 from fastpo.train.distributed import Processes, setup_accelerator
@@ -136,23 +136,6 @@ def keep(path: Path, votes: list[np.ndarray], flipped: np.ndarray) -> None:
     """Writes a run's votes for `fastpo/study/replay.py`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, votes=np.concatenate(votes), flipped=flipped)
-
-
-def minority_columns(run: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
-    """Pair ids, flipped labels, and the metric of both annotators, NaN where there is none."""
-    with (run / "minority.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    annotators = {
-        "ledger": [r["ledger_minority"] if r["visits"] != "0" else "" for r in rows],
-        "ema": [r["metric_minority"] for r in rows],
-    }
-    numbers = {k: np.array([float(v or "nan") for v in column]) for k, column in annotators.items()}
-    return [r["pair_id"] for r in rows], np.array([r["flipped"] == "1" for r in rows]), numbers
-
-
-def area(wrong: np.ndarray, metric: np.ndarray) -> float:
-    """AUROC over all pairs; one without a metric counts as unsuspicious."""
-    return float(roc_auc_score(wrong, np.nan_to_num(metric, nan=0.0)))
 
 
 class Results:

@@ -29,7 +29,8 @@ from fastpo.bench.script import results_path
 from fastpo.bench.table import with_section
 from fastpo.demo.base import SCHEDULE
 from fastpo.ledger import BINS, CERTAIN, DOUBT, PRIOR, WINDOW, PairLedger
-from fastpo.study.ledger import METHODS, Results, area
+from fastpo.study.ledger import METHODS, Results
+from fastpo.study.measure import area
 from fastpo.system.files import write_text
 
 OURS = "leveled and worth (ours)"

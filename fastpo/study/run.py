@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -77,6 +77,8 @@ def run_study(study: StudyConfig, options: Options) -> list[Row]:
         BusyFolderError: Another call works in the folder.
         StudyError: Some runs failed; the text names the first.
     """
+    # Runs name their data by path, and one that was killed must find the same names.
+    options = replace(options, work=options.work.resolve())
     trials = plan(study, short=options.short)
     earlier = read_rows(options.table)
     claim(options.work, STUDY)

@@ -45,13 +45,14 @@ def _base_line(part: Part, rows: Sequence[Row]) -> dict[str, str]:
 def _line(part: Part, rows: Sequence[Row], own: Sequence[Row]) -> dict[str, str]:
     """One method's cells, by column."""
     times = cost(rows, own)
-    reward = column(rows, "reward")
+    gain = column(rows, "gain")
     return {
         "labels wrong": _text(column(rows, "wrong"), ".0%", plain=True),
         "case": rows[0]["case"],
         "method": rows[0]["method"],
-        "seeds": "" if reward is None else str(reward.seeds),
-        "reward": _text(reward, ".4f"),
+        "seeds": "" if gain is None else str(gain.seeds),
+        "reward": _text(column(rows, "reward"), ".4f"),
+        "gain": _text(gain, ".4f"),
         "of the clean gain": _text(kept(rows, own), ".0%"),
         "better than the base": _text(column(rows, "win_base"), ".1%"),
         "better than DPO": _text(column(rows, "win_dpo"), ".1%"),
@@ -88,12 +89,12 @@ def state_line(rows: Sequence[Row], total: int) -> str:
         ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))
         for name in ("device", "torch", "commit")
     )
-    pairs = sorted({int(row["pairs"]) for row in rows if row["part"] == rows[0]["part"]})
-    many = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+    pairs = sorted({int(row["pairs"]) for row in rows})
+    many = f"{pairs[0]:,}" if len(pairs) == 1 else f"{pairs[0]:,} to {pairs[-1]:,}"
     done = f"{len(rows)} of {counted(total, 'run')}" if len(rows) < total else f"All {total} runs"
     one = "one seed, so no intervals" if len(seeds) == 1 else f"seeds {_listed(seeds)}"
     return (
-        f"{done}; {one}; {many} pairs in the first part; {devices}, one thread a run, "
+        f"{done}; {one}; {many} pairs a run; {devices}, one thread a run, "
         f"torch {torches}, commit {commits}."
     )
 

@@ -119,7 +119,6 @@ ALLOWED = {
     ("study/rows.py", "keep_row"): ({"write_json"}, OWN_NAME),
     ("study/ledger.py", "keep"): ({"savez"}, CHOSEN),
     ("study/replay.py", "main"): ({"write_text"}, CHOSEN),
-    ("study/rounds.py", "main"): ({"write_text"}, CHOSEN),
     ("testing/datasets.py", "image_bytes"): ({"save"}, MEMORY),
     ("testing/datasets.py", "write_pickapic"): ({"write_table"}, CHOSEN),
     ("testing/datasets.py", "write_pickapic_columns"): ({"write_table"}, CHOSEN),
