@@ -184,7 +184,8 @@ class EvaluateConfig(Section):
     prompts: Annotated[tuple[str, ...], decides("images")] = ()
     """What to sample; none of them should be in the training data."""
     prompts_file: Annotated[UserPath | None, decides("images")] = None
-    """One prompt per line, after those above."""
+    """One prompt per line, after those above; a `.jsonl` file has objects with `prompt` and, for
+    models that edit, the path of the `source` image, such as a data set's `pairs.jsonl`."""
     prompt_sets: Annotated[tuple[str, ...], decides("images")] = ()
     """Published prompts: `pickapic`, `parti`, `hpdv2`, `geneval`, or `lines` for a text file, each
     with its file or folder after a colon."""

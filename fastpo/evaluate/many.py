@@ -201,7 +201,7 @@ def plan_cells(
     sets = configured_sets(config)
     for candidate in candidates:
         for one in sets:
-            samples = tuple(list_samples(config, one.prompts))
+            samples = tuple(list_samples(config, one.rows))
             folder = out / "images" / candidate.name / one.name
             fingerprint = sampler.fingerprint(samples, candidate.weights)
             yield Cell(candidate, one, samples, folder, fingerprint)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,19 @@ class PromptSet:
         name: The set's name in tables and paths.
         prompts: Distinct prompts, in the files' order.
         groups: Category, style or tag of each; empty where the set has none.
+        sources: Path of the source image that each prompt edits; empty where it edits none. A
+            prompt may then come with several.
     """
 
     name: str
     prompts: tuple[str, ...]
     groups: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, str | None]]:
+        """Each prompt with its source image, or None."""
+        return list(zip(self.prompts, self.sources or [None] * len(self.prompts), strict=True))
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,14 @@ def configured_sets(config: Config) -> list[PromptSet]:
         ConfigError: As `read_prompt_set`; two sets share a name; or there is no prompt at all.
     """
     options = config.evaluate
-    own = list(options.prompts)
+    own = [(prompt, "") for prompt in options.prompts]
     if options.prompts_file is not None:
+        read = _edits if options.prompts_file.suffix == ".jsonl" else _lines
         try:
-            own += [prompt for prompt, _ in _lines(options.prompts_file)]
+            own += read(options.prompts_file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None
-    sets = [PromptSet(OWN, tuple(dict.fromkeys(own)), ())] if own else []
+    sets = [_own_set(own)] if own else []
     for text in options.prompt_sets:
         sets.append(read_prompt_set(text, most=options.prompts_per_set))
         if any(one.name == sets[-1].name for one in sets[:-1]):
@@ -115,11 +124,26 @@ def configured_sets(config: Config) -> list[PromptSet]:
     if not sets:
         raise ConfigError(
             "nothing to sample: give evaluate.prompts (a list), evaluate.prompts_file (a text "
-            "file, one prompt per line) or evaluate.prompt_sets"
+            "file, one prompt per line; of models that edit, JSON lines with prompt and source) or "
+            "evaluate.prompt_sets"
         )
     for one in sets:
         _check_lengths(one)
     return sets
+
+
+def _own_set(rows: Sequence[Row]) -> PromptSet:
+    """The set of prompts that are given one by one, with their source images."""
+    distinct = list(dict.fromkeys(rows))
+    sources = tuple(source for _, source in distinct)
+    if any(sources) and not all(sources):
+        without = next(prompt for prompt, source in distinct if not source)
+        raise ConfigError(
+            f"evaluate.prompts: {without[:80]!r} has no source image, others have; give all "
+            "prompts by evaluate.prompts_file, as JSON lines with prompt and source"
+        )
+    prompts = tuple(prompt for prompt, _ in distinct)
+    return PromptSet(OWN, prompts, (), sources if any(sources) else ())
 
 
 def _check_lengths(one: PromptSet) -> None:
@@ -202,6 +226,27 @@ def _lines(file: Path) -> Iterator[Row]:
     for line in read_bounded(file, MOST_BYTES).decode("utf-8-sig").splitlines():
         if line.strip():
             yield line.strip(), ""
+
+
+def _edits(file: Path) -> Iterator[Row]:
+    """Yields prompt and source image of JSON lines; a data set's `pairs.jsonl` is one such file.
+
+    Raises:
+        ValueError: A line has no prompt, or names a source that is not there.
+    """
+    lines = read_bounded(file, MOST_BYTES).decode("utf-8-sig").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = parse_json(line)
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        source = row.get("source", "") if isinstance(row, dict) else ""
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(source, str):
+            raise ValueError(f"line {number} is no object with prompt and source, which are text")
+        place = file.parent / source
+        if source and not place.is_file():
+            raise ValueError(f"line {number}: source image not found: {place}")
+        yield prompt.strip(), str(place.absolute()) if source else ""
 
 
 SETS = {

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,10 @@ from PIL import Image
 from fastpo.config import Config, decided_values
 from fastpo.errors import CheckpointError, ConfigError, DataError, one_line
 from fastpo.evaluate.folders import SAMPLES, SET, partial_folder
-from fastpo.evaluate.prompt_sets import configured_sets
+from fastpo.evaluate.samples import Sample as Sample
+from fastpo.evaluate.samples import described, opened
+from fastpo.evaluate.samples import list_samples as list_samples
+from fastpo.evaluate.samples import plan_samples as plan_samples
 from fastpo.models.export import EXPORT_MANIFEST, LORA_FILE, export_damage
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, component_files, digest_files
@@ -52,51 +54,6 @@ BY_CONTENT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image to make.
-
-    Attributes:
-        prompt_index: Position of its prompt among the prompts.
-        prompt: The prompt.
-        seed: Seed of its generator; no two samples share one.
-    """
-
-    prompt_index: int
-    prompt: str
-    seed: int
-
-    @property
-    def file(self) -> str:
-        """Its file's name in a folder of samples."""
-        return f"{self.prompt_index:05d}-{self.seed}.png"
-
-
-def plan_samples(config: Config) -> list[Sample]:
-    """Lists what is sampled: `seeds_per_prompt` images of each prompt.
-
-    Prompts are `evaluate.prompts`, those of `evaluate.prompts_file` and `evaluate.prompt_sets`. A
-    prompt given twice counts once. Sample i has the seed `first_seed + i`: a seed of its own, so
-    that samples of different prompts are independent, which their intervals rest on.
-
-    Raises:
-        ConfigError: No prompt is given, a file of prompts is missing or not as published, or a
-            prompt is too long.
-    """
-    prompts = [prompt for one in configured_sets(config) for prompt in one.prompts]
-    return list_samples(config, list(dict.fromkeys(prompts)))
-
-
-def list_samples(config: Config, prompts: Sequence[str]) -> list[Sample]:
-    """Lists `seeds_per_prompt` images of each of some distinct prompts; see `plan_samples`."""
-    each, first = config.evaluate.seeds_per_prompt, config.evaluate.first_seed
-    return [
-        Sample(p, prompt, first + p * each + k)
-        for p, prompt in enumerate(prompts)
-        for k in range(each)
-    ]
-
-
 class ImageSampler:
     """Makes images with the pipeline of a configuration; loads it when the first one is needed.
 
@@ -115,9 +72,16 @@ class ImageSampler:
         self.family = self.model.family
         self.device = default_device()
 
-    def check_size(self) -> None:
-        """Refuses a size of images; errors as `settings`."""
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuses what the pipeline does not make.
+
+        Raises:
+            ConfigError: As `settings`.
+            DataError: The family edits and a sample has no source image, or the other way round.
+        """
         _ = self.settings
+        for sample in samples:
+            self.family.check_edits(sample.source is not None, "evaluate.prompts")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -158,10 +122,11 @@ class ImageSampler:
 
     def fingerprint(self, samples: Sequence[Sample], aligned: Path | None = None) -> str:
         """Returns the name of what will be made: equal ones mean equal images."""
+        self.check(samples)
         content: dict[str, Any] = {
             "settings": self.settings,
             "weights": self.weights,
-            "samples": [asdict(sample) for sample in samples],
+            "samples": [described(sample) for sample in samples],
         }
         if aligned is not None:
             file = aligned / LORA_FILE
@@ -270,9 +235,13 @@ class ImageSampler:
     @torch.inference_mode()
     def images(self, pipeline: Any, batch: Sequence[Sample]) -> list[Image.Image]:
         """Makes images with a pipeline that is on its device."""
+        if len(batch) > 1 and any(sample.source for sample in batch):
+            # Their pipelines take one source at a time.
+            return [image for sample in batch for image in self.images(pipeline, [sample])]
         settings = self.settings
         prompts = [sample.prompt for sample in batch]
         return pipeline(
+            **self._source(batch[0]),
             **self.family.prompt_arguments(pipeline, prompts, self.config.prepare),
             height=settings["height"],
             width=settings["width"],
@@ -280,6 +249,12 @@ class ImageSampler:
             **self.family.guidance_arguments(settings["guidance_scale"], len(batch)),
             generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
         ).images
+
+    def _source(self, sample: Sample) -> dict[str, Any]:
+        if sample.source is None:
+            return {}
+        image = opened(sample.source)
+        return self.family.edit_arguments(image, self.settings["height"], self.settings["width"])
 
     @cached_property
     def pipeline(self) -> Any:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
+from fastpo.errors import DataError
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae_of, vae_factor
 from fastpo.models.export import (
@@ -59,6 +60,8 @@ class ModelFamily(ABC):
             None: it is told none.
         peft_names: Whether exports name adapters as peft does (`lora_A`), like diffusers' trainers
             of transformers, which other programs read; else as its trainers of UNets.
+        edits: Whether pairs begin from a source image, which the prompt says how to change.
+        text_sees_source: Whether prompts are encoded together with their source image.
     """
 
     name: ClassVar[str]
@@ -72,6 +75,8 @@ class ModelFamily(ABC):
     pipeline_options: ClassVar[Mapping[str, Any]] = {}
     guidance: ClassVar[float | None] = None
     peft_names: ClassVar[bool] = False
+    edits: ClassVar[Literal["never", "may", "must"]] = "never"
+    text_sees_source: ClassVar[bool] = False
 
     @abstractmethod
     def recognizes(self, folder: Path) -> bool:
@@ -88,6 +93,33 @@ class ModelFamily(ABC):
             ModelError: A component is of another kind than the family's; the text names its file.
         """
         self.vae_factor(folder)
+
+    @property
+    def takes_sources(self) -> bool:
+        """Whether pairs may begin from a source image."""
+        return self.edits != "never"
+
+    def check_edits(self, given: bool, where: str) -> None:
+        """Refuses source images that the model could not be told, or that it lacks.
+
+        Args:
+            given: Whether there are source images.
+            where: The data, as errors name it.
+
+        Raises:
+            DataError: There are some, and the family edits no images; or it does nothing else, and
+                there are none.
+        """
+        if given and self.edits == "never":
+            raise DataError(
+                f"{where}: source images are given, and {self.name} edits no images; take a model "
+                'that does, or remove the column "source"'
+            )
+        if not given and self.edits == "must":
+            raise DataError(
+                f"{where}: {self.name} edits source images, and none are given; name them in a "
+                'column "source"'
+            )
 
     def latent_notes(self, folder: ModelFolder) -> dict[str, str]:
         """Returns what else decides the cached latents, by name, beside weights and settings."""
@@ -240,6 +272,16 @@ class ModelFamily(ABC):
     ) -> dict[str, Any]:
         """Returns the arguments with which the pipeline samples prompts as they were encoded."""
         return {"prompt": list(prompts)}
+
+    def edit_arguments(self, image: Any, height: int, width: int) -> dict[str, Any]:
+        """Returns the arguments with which the pipeline edits a source image.
+
+        Args:
+            image: The source, a PIL image.
+            height: Of the result in pixels.
+            width: Of the result.
+        """
+        return {"image": image}
 
     def guidance_arguments(self, scale: float, images: int) -> dict[str, Any]:
         """Returns the arguments with which the pipeline samples at `evaluate.guidance_scale`.

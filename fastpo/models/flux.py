@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
+from fastpo.models.edits import of_both_sides
 from fastpo.models.encoders import Encoders, count_longer, load_clip_tokenizer, load_encoder
 from fastpo.models.flow import JOINT_ATTENTION, FlowFamily
 from fastpo.models.folder import ModelFolder
@@ -67,15 +68,21 @@ class FluxEncoders(TurnEncoders):
 
 
 class Flux(FlowFamily):
-    """FLUX.1-dev, and what was fine-tuned from it."""
+    """FLUX.1-dev, and what was fine-tuned from it.
+
+    Attributes:
+        model_name: The model in messages.
+    """
 
     name = "flux"
+    encoders_class: ClassVar[type[FluxEncoders]] = FluxEncoders
     encoder_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_targets = JOINT_ATTENTION
     denoiser_class = FluxTransformer2DModel
     pipeline_class = FluxPipeline
-    pipeline_prefix = r"Flux(?!\d)"
+    pipeline_prefix = r"Flux(?!\d|KontextPipeline)"
     guidance = 1.0
+    model_name: ClassVar[str] = "FLUX.1-dev"
 
     def check(self, folder: ModelFolder) -> None:
         """As `FlowFamily.check`; the transformer and the schedule must be FLUX.1-dev's."""
@@ -83,22 +90,22 @@ class Flux(FlowFamily):
         config, path = self.denoiser_config(folder), folder.component("transformer") / "config.json"
         if not config.get("guidance_embeds"):
             raise ModelError(
-                f"{path}: FastPO trains FLUX.1-dev, which is told a guidance scale; this "
+                f"{path}: FastPO trains {self.model_name}, which is told a guidance scale; this "
                 "transformer is told none (guidance_embeds is false), as FLUX.1-schnell's, which "
                 "was distilled to four steps"
             )
         channels = config.get("in_channels", 64), config.get("out_channels") or 64
         if channels != (64, 64):
             raise ModelError(
-                f"{path}: FLUX.1-dev maps 64 numbers a token to 64; this transformer maps "
-                f"{channels[0]} to {channels[1]}, as those for control and filling in do"
+                f"{path}: {self.model_name} maps 64 numbers a token to 64; this transformer "
+                f"maps {channels[0]} to {channels[1]}, as those for control and filling in do"
             )
         self.check_width(folder, [("text_encoder", "hidden_size")], "pooled_projection_dim")
         self.check_width(folder, [("text_encoder_2", "d_model")], "joint_attention_dim")
         if not self.scheduler_config(folder).get("use_dynamic_shifting"):
             raise ModelError(
-                f"{folder.path / 'scheduler'}: FLUX.1-dev's noise is shifted by the resolution "
-                "(use_dynamic_shifting); this scheduler's is not"
+                f"{folder.path / 'scheduler'}: {self.model_name}'s noise is shifted by the "
+                "resolution (use_dynamic_shifting); this scheduler's is not"
             )
 
     def load_encoders(
@@ -117,7 +124,8 @@ class Flux(FlowFamily):
             partial(load_t5, folder, t5, dtype),
         )
         vae = self.load_vae(folder, config, device)
-        return FluxEncoders(vae, tokenizers, (), device, turns=Turns(loads, device), length=length)
+        turns = Turns(loads, device)
+        return self.encoders_class(vae, tokenizers, (), device, turns=turns, length=length)
 
     def text_length(self, config: PrepareConfig) -> int:
         """Returns the tokens of T5.
@@ -152,18 +160,37 @@ class Flux(FlowFamily):
     ) -> Tensor:
         """As `ModelFamily.predict`."""
         latents = noised.noisy_latents
-        rows, channels, height, width = latents.shape
+        rows, _, height, width = latents.shape
         device, dtype = latents.device, latents.dtype
         text = conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1)
-        sides = height // 2, width // 2
+        tokens, ids = tokens_of(latents)
+        own, source = tokens.shape[1], of_both_sides(conditions, latents)
+        if source is not None:
+            tokens, ids = _appended(tokens, ids, source)
         answer = denoiser(
-            hidden_states=FluxPipeline._pack_latents(latents, rows, channels, height, width),
+            hidden_states=tokens,
             timestep=noised.timesteps.repeat(2),
             guidance=torch.full((rows,), noised.guidance, device=device),
             pooled_projections=conditions["pooled"].to(dtype).repeat(2, 1),
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=device),
-            img_ids=FluxPipeline._prepare_latent_image_ids(rows, *sides, device, torch.float32),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return FluxPipeline._unpack_latents(answer, height, width, 1)
+        return FluxPipeline._unpack_latents(answer[:, :own], height, width, 1)
+
+
+def tokens_of(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns latents `(N, C, h, w)` as tokens `(N, L, 4 C)`, and their ids `(L, 3)`."""
+    rows, channels, height, width = latents.shape
+    tokens = FluxPipeline._pack_latents(latents, rows, channels, height, width)
+    sides = height // 2, width // 2
+    device = latents.device
+    return tokens, FluxPipeline._prepare_latent_image_ids(rows, *sides, device, torch.float32)
+
+
+def _appended(tokens: Tensor, ids: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the source's tokens behind the image's; the first of their ids is 1 instead of 0."""
+    more, more_ids = tokens_of(source)
+    more_ids[:, 0] = 1
+    return torch.cat([tokens, more], dim=1), torch.cat([ids, more_ids])

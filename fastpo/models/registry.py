@@ -19,6 +19,7 @@ FAMILIES = {
     "sd15": "fastpo.models.unet:SD15",
     "sd3": "fastpo.models.sd3:SD3",
     "flux": "fastpo.models.flux:Flux",
+    "flux-kontext": "fastpo.models.flux_kontext:FluxKontext",
     "sana": "fastpo.models.sana:Sana",
     "z-image": "fastpo.models.z_image:ZImage",
     "qwen-image": "fastpo.models.qwen_image:QwenImage",

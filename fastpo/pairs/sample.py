@@ -126,6 +126,8 @@ def _row(
         "id": f"{cell.prompts.name}-{winner[1].prompt_index}-{winner[1].seed}-{loser[1].seed}",
         "prompt": winner[1].prompt,
     }
+    if winner[1].source is not None:
+        row["source"] = winner[1].source
     for side, (_, sample) in (("winner", winner), ("loser", loser)):
         row[side] = (cell.folder / sample.file).relative_to(out).as_posix()
     for side, (i, sample) in (("winner", winner), ("loser", loser)):

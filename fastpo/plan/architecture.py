@@ -38,6 +38,7 @@ PACKAGED_FOLDERS: dict[str, str] = {
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",
     "black-forest-labs/FLUX.1-dev": "flux1-dev",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux1-kontext-dev",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1.6b",

@@ -31,12 +31,14 @@ class DataSize:
         prompts: Distinct prompts, if known; at most `pairs`.
         source: Where the numbers come from.
         repeats: How often an epoch visits a pair, on average.
+        images: Distinct images that edits begin from, if known; at most `pairs`.
     """
 
     pairs: int | None
     prompts: int | None
     source: str
     repeats: float = 1.0
+    images: int | None = None
 
 
 def find_size(config: Config, pairs: int | None) -> DataSize:
@@ -55,7 +57,8 @@ def find_size(config: Config, pairs: int | None) -> DataSize:
     if pairs is None:
         return size
     prompts = pairs if size.prompts is None else min(size.prompts, pairs)
-    return DataSize(pairs, prompts, "--pairs", size.repeats)
+    images = None if size.images is None else min(size.images, pairs)
+    return DataSize(pairs, prompts, "--pairs", size.repeats, images)
 
 
 def _prepared_size(config: Config) -> DataSize | None:
@@ -69,7 +72,8 @@ def _prepared_size(config: Config) -> DataSize | None:
     repeats = 1.0
     if len(each) == len(config.data.sources) > 0:
         repeats = _repeats(config, each)
-    return DataSize(pairs, min(prompts, pairs), where, repeats)
+    images = min(manifest.images[-1].stop, pairs) if manifest.images else None
+    return DataSize(pairs, min(prompts, pairs), where, repeats, images)
 
 
 def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
@@ -82,7 +86,9 @@ def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
         return DataSize(None, None, unknown.source)
     prompts = [size.prompts or size.pairs or 0 for size in sizes]
     where = ", ".join(size.source for size in sizes)
-    return DataSize(sum(known), sum(prompts), where, _repeats(config, known))
+    images = [size.images for size in sizes if size.images is not None]
+    counted = sum(images) if len(images) == len(sizes) else None
+    return DataSize(sum(known), sum(prompts), where, _repeats(config, known), counted)
 
 
 def _repeats(config: Config, pairs: Sequence[int]) -> float:
@@ -98,7 +104,10 @@ def count_source(one: SourceConfig) -> DataSize:
     """Counts one data set: its labels are scanned, and its prompts read, if it is on this disk."""
     source = open_local(one)
     if source is not None:
-        return DataSize(len(source), len(source.prompt_table().prompts) - 1, one.path)
+        edits = source.source_images() if source.edits() else None
+        images = None if edits is None else len(edits.names)
+        prompts = len(source.prompt_table().prompts) - 1
+        return DataSize(len(source), prompts, one.path, images=images)
     pairs, prompts, where = one.limit, one.limit, "data.limit"
     if one.split == "train" and one.path in PUBLISHED:
         published, prompts = PUBLISHED[one.path]
@@ -133,7 +142,8 @@ def cache_size(
     """The files that `fastpo prepare` writes; index and manifest are below a thousandth of them.
 
     Latents: 2 images x (mean, log-variance) x C x h x w. Text: L x D states and P pooled per
-    distinct prompt, the empty one included. Reference: 2 floats per pair and visit.
+    distinct prompt, the empty one included. Reference: 2 floats per pair and visit. Source: C x h x
+    w per distinct image that edits begin from.
     """
     element = DTYPES[config.prepare.store_precision].itemsize
     latents = 4 * architecture.latent_channels * shapes.height * shapes.width * element
@@ -141,10 +151,14 @@ def cache_size(
     per_pair = 0
     if config.train.reads_reference_errors and size.pairs and visits:
         per_pair = 8 * math.ceil(visits / size.pairs)
-    if size.pairs is None or size.prompts is None:
-        totals = (None, None, None)
-    else:
-        totals = (size.pairs * latents, (size.prompts + 1) * text, size.pairs * per_pair)
+    source = 0
+    if shapes.source is not None:
+        source = architecture.latent_channels * math.prod(shapes.source) * element
+    totals: tuple[int | None, ...] = (None,) * 4
+    if size.pairs is not None and size.prompts is not None:
+        images = size.pairs if size.images is None else size.images
+        totals = size.pairs * latents, (size.prompts + 1) * text, size.pairs * per_pair
+        totals = *totals, images * source
     return CacheSize(
         latent_bytes_per_pair=latents,
         text_bytes_per_prompt=text,
@@ -152,6 +166,8 @@ def cache_size(
         latents=totals[0],
         text=totals[1],
         reference=totals[2],
+        source_bytes_per_image=source,
+        sources=totals[3],
         total=None if totals[0] is None else sum(t for t in totals if t is not None),
         prepare_hours=hours,
     )

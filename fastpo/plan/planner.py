@@ -36,7 +36,7 @@ from fastpo.plan.recipes import (
     own_recipe,
 )
 from fastpo.plan.schema import Assumptions, Cost, Flops, Plan, Preparing
-from fastpo.plan.transformers import text_length, text_tokens, transformer_call
+from fastpo.plan.transformers import SOURCE_SIDE, text_length, text_tokens, transformer_call
 from fastpo.plan.verdict import make_notes, make_verdict
 from fastpo.precision import autocast_dtype
 from fastpo.train.sharding import Sharding, count_trained, read_sharding
@@ -108,8 +108,8 @@ def make_plan(
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
     costs[0] = costs[0].model_copy(update={"what": describe_own(config.train, own)})
     assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
-    preparing = _preparing(config, measured, hardware)
-    hours = _prepare_hours(preparing, hardware, size.pairs, visits)
+    preparing = _preparing(config, measured, hardware, shapes)
+    hours = _prepare_hours(preparing, hardware, size, visits)
     largest = find_largest(
         measured,
         own,
@@ -154,7 +154,10 @@ def make_shapes(config: Config, architecture: Architecture) -> Shapes:
     side = config.prepare.resolution // factor
     if architecture.flow is not None:
         tokens = text_length(architecture.flow, config)
-        return Shapes(config.train.micro_batch_size, side, side, factor, tokens)
+        source = None
+        if architecture.flow.edits == "must":
+            source = (SOURCE_SIDE // factor, SOURCE_SIDE // factor)
+        return Shapes(config.train.micro_batch_size, side, side, factor, tokens, source=source)
     chunks = config.prepare.prompt_chunks
     tokens = chunks * architecture.texts[0].get("max_position_embeddings", 77)
     return Shapes(config.train.micro_batch_size, side, side, factor, tokens, chunks)
@@ -309,25 +312,32 @@ def _cost(
     )
 
 
-def _preparing(config: Config, m: Measured, hardware: Hardware) -> Preparing:
+def _preparing(config: Config, m: Measured, hardware: Hardware, shapes: Shapes) -> Preparing:
     """What preparing costs a process: encoding a pair, and the reference's pass of a visit."""
     each, prepare = TERA * config.train.micro_batch_size, config.prepare
-    pair = hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
+    images = hardware.seconds(m.vae.flops / each, prepare.vae_precision, convolutions=True)
+    source = 0.0
+    if shapes.source is not None:  # of another size than the pair's two images
+        source = images / 2 * math.prod(shapes.source) / (shapes.height * shapes.width)
+    pair = images
     pair += hardware.seconds(m.text.flops / each, prepare.text_precision)
     if not config.train.reads_reference_errors:
-        return Preparing(pair=pair, visit=0.0)
+        return Preparing(pair=pair, visit=0.0, source=source)
     visit = hardware.seconds(m.reference.flops / each, config.train.precision)
-    return Preparing(pair=pair, visit=visit)
+    return Preparing(pair=pair, visit=visit, source=source)
 
 
 def _prepare_hours(
-    seconds: Preparing, hardware: Hardware, pairs: int | None, visits: int | None
+    seconds: Preparing, hardware: Hardware, size: DataSize, visits: int | None
 ) -> float | None:
     """Hours of preparing on all processes; each pair's last visit is prepared for all pairs."""
+    pairs = size.pairs
     if pairs is None:
         return None
+    sources = seconds.source * (pairs if size.images is None else size.images)
     passes = 0 if visits is None else math.ceil(visits / pairs)
-    return pairs * (seconds.pair + passes * seconds.visit) / hardware.processes / 3600
+    every = pairs * (seconds.pair + passes * seconds.visit) + sources
+    return every / hardware.processes / 3600
 
 
 def _assumptions(

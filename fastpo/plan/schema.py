@@ -123,10 +123,12 @@ class Preparing(_Record):
     Attributes:
         pair: Encoding both images and the prompt, once.
         visit: The cached reference's pass for each visit; 0 where it is not cached.
+        source: Encoding an image that edits begin from, once.
     """
 
     pair: float
     visit: float
+    source: float = 0.0
 
 
 class CacheSize(_Record):
@@ -139,6 +141,8 @@ class CacheSize(_Record):
         latents: All pairs' bytes.
         text: All distinct prompts' bytes.
         reference: All pairs' bytes.
+        source_bytes_per_image: Latents of an image that edits begin from; 0 where there are none.
+        sources: All distinct source images' bytes, one for each pair where they are not counted.
         total: The sum.
         prepare_hours: Of encoding and, where cached, of the reference's errors, on all processes.
     """
@@ -149,6 +153,8 @@ class CacheSize(_Record):
     latents: int | None
     text: int | None
     reference: int | None
+    source_bytes_per_image: int = 0
+    sources: int | None = None
     total: int | None
     prepare_hours: float | None
 

@@ -16,6 +16,7 @@ class Shapes:
         vae_factor: Image pixels per latent pixel and side.
         tokens: Tokens of a prompt, in all of its chunks.
         chunks: How many chunks the text encoders take it in.
+        source: Latent pixels, height and width, of the image that an edit begins from.
     """
 
     pairs: int
@@ -24,3 +25,4 @@ class Shapes:
     vae_factor: int
     tokens: int
     chunks: int = 1
+    source: tuple[int, int] | None = None

@@ -121,6 +121,10 @@ def _cache_table(plan: Plan) -> Table:
         rows.append(
             ("reference's errors, per pair", cache.reference_bytes_per_pair, cache.reference)
         )
+    if cache.source_bytes_per_image:
+        rows.append(
+            ("source images, per distinct image", cache.source_bytes_per_image, cache.sources)
+        )
     for label, each, total in rows:
         table.add_row(label, f"{each:,} B", "-" if total is None else f"{gigabytes(total)} GB")
     total = "-" if cache.total is None else f"[bold]{gigabytes(cache.total)} GB[/]"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastpo.config import Config
 from fastpo.errors import ModelError
 from fastpo.models import flux, sana, sd3
+from fastpo.models.edits import SOURCE_LATENTS
 from fastpo.models.export import empty_denoiser
 from fastpo.models.flow import FlowFamily
 from fastpo.models.folder import ModelFolder
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 CLIP_TOKENS = 77
-_LENGTHS = {"sd3": sd3.TEXT_LENGTH, "flux": flux.TEXT_LENGTH, "sana": sana.TEXT_LENGTH}
+_LENGTHS = {
+    "sd3": sd3.TEXT_LENGTH,
+    "flux": flux.TEXT_LENGTH,
+    "flux-kontext": flux.TEXT_LENGTH,
+    "sana": sana.TEXT_LENGTH,
+}
+SOURCE_SIDE = 1024
+"""Pixels: the pipelines that must edit resize a square source to this side."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def text_of(family: FlowFamily, denoiser: dict[str, Any], length: int) -> Text:
     if family.name == "qwen-image":
         sizes = {"prompt_embeds": (length, width), "prompt_mask": (length,)}
         return Text(sizes, masks=("prompt_mask",))
-    if family.name in ("sd3", "flux"):
+    if family.name in ("sd3", "flux", "flux-kontext"):
         tokens = length + (CLIP_TOKENS if family.name == "sd3" else 0)
         pooled = (denoiser["pooled_projection_dim"],)
         return Text({"prompt_embeds": (tokens, width), "pooled": pooled})
@@ -149,6 +157,10 @@ def transformer_call(
         else torch.empty(shapes.pairs, *size, device=META)
         for name, size in text.sizes.items()
     }
+
+    if shapes.source is not None:
+        sides = shapes.source
+        conditions[SOURCE_LATENTS] = torch.empty(shapes.pairs, latent_channels, *sides, device=META)
 
     def call(denoiser: nn.Module) -> Tensor:
         return family.predict(denoiser, noised, conditions)

@@ -253,8 +253,11 @@ class Shards:
 
     def add(self, pair: PreferencePair, decision: Decision) -> str | None:
         """Writes a pair; returns why it has none where an image cannot be read."""
+        readers = {"jpg_0": pair.winner, "jpg_1": pair.loser}
+        if pair.source_image is not None:
+            readers["source"] = pair.source_image
         try:
-            images = [retrying(read) for read in (pair.winner, pair.loser)]
+            images = {name: retrying(read) for name, read in readers.items()}
         except OSError as error:
             return f"{UNREADABLE}{' '.join(str(error).split())[:200]}"
         labels = dict(zip(("label_0", "label_1"), LABELS[decision.change], strict=True))
@@ -268,7 +271,7 @@ class Shards:
             self._tar = tarfile.open(self._folder / f"train-{self._shard:06d}.tar", "w")
             self._shard, self._bytes = self._shard + 1, 0
         content = [("json", json.dumps(about).encode())]
-        content += [(f"jpg_{k}", image) for k, image in enumerate(images)]
+        content += images.items()
         for name, data in content:
             member = tarfile.TarInfo(f"{self._pair:09d}.{name}")
             member.size = len(data)

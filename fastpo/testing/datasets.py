@@ -112,7 +112,8 @@ def write_index(folder: Path, pairs: int, *, shard_size: int = 1024, prompts: in
     import numpy as np
     import pyarrow as pa
 
-    from fastpo.data.cache.index import INDEX_FILE, INDEX_TYPES, PROMPTS_FILE, write_arrow
+    from fastpo.data.cache.arrow import write_arrow
+    from fastpo.data.cache.index import INDEX_FILE, INDEX_TYPES, PROMPTS_FILE
     from fastpo.data.cache.manifest import Manifest
     from fastpo.data.prepare.partition import partition_ranges
 
@@ -145,7 +146,12 @@ def write_index(folder: Path, pairs: int, *, shard_size: int = 1024, prompts: in
 
 
 def write_folder(
-    path: Path, pairs: int, *, sizes: Sequence[tuple[int, int]] = ((48, 48),), prompts: int = 3
+    path: Path,
+    pairs: int,
+    *,
+    sizes: Sequence[tuple[int, int]] = ((48, 48),),
+    prompts: int = 3,
+    sources: Sequence[tuple[int, int]] = (),
 ) -> Path:
     """Writes a plain folder with `pairs.jsonl`; returns `path`.
 
@@ -154,8 +160,11 @@ def write_folder(
         pairs: Number of pairs, named `p0`, `p1`, ...
         sizes: Width and height, taken in turn.
         prompts: Number of distinct prompts, taken in turn.
+        sources: Width and height of source images, taken in turn; default: the pairs are no edits.
     """
     path.mkdir(parents=True, exist_ok=True)
+    for k, size in enumerate(sources):
+        (path / f"source{k}.png").write_bytes(image_bytes(1000 + k, size))
     lines = []
     for i in range(pairs):
         entry = {"id": f"p{i}", "prompt": f"prompt {i % prompts}"}
@@ -163,6 +172,8 @@ def write_folder(
             entry[side] = f"{side}{i}.png"
             image = image_bytes(2 * i + offset, sizes[i % len(sizes)])
             (path / entry[side]).write_bytes(image)
+        if sources:
+            entry["source"] = f"source{i % len(sources)}.png"
         lines.append(json.dumps(entry) + "\n")
     (path / "pairs.jsonl").write_text("".join(lines))
     return path

@@ -125,8 +125,23 @@ def tiny_sd3_folder(path: Path, *, seed: int = 0, large: bool = False) -> Path:
 
 def tiny_flux_folder(path: Path, *, seed: int = 0) -> Path:
     """Writes a pipeline of FLUX.1-dev's kind; args and return value as in `tiny_sd3_folder`."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+    return _tiny_flux(FluxPipeline, path, seed)
+
+
+def tiny_flux_kontext_folder(path: Path, *, seed: int = 0) -> Path:
+    """Writes a pipeline of FLUX.1-Kontext's kind; args and return value as in `tiny_sd3_folder`.
+
+    It resizes source images to about a megapixel, as the real one.
+    """
+    from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+
+    return _tiny_flux(FluxKontextPipeline, path, seed)
+
+
+def _tiny_flux(kind: Any, path: Path, seed: int) -> Path:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteScheduler,
     )
@@ -145,7 +160,7 @@ def tiny_flux_folder(path: Path, *, seed: int = 0) -> Path:
             guidance_embeds=True,
             axes_dims_rope=(2, 2, 4),
         )
-        pipeline = FluxPipeline(
+        pipeline = kind(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
             text_encoder=CLIPTextModel(clip_config(tokenizer, hidden_size=16)),

@@ -75,7 +75,7 @@ class TrainingSamples:
         self.config = config.model_copy(update={"evaluate": evaluate})
         planned = plan_samples(self.config)
         self.samples = planned if config.train.sample_prompts else planned[:DEFAULT_PROMPTS]
-        ImageSampler(self.config, progress=False).check_size()
+        ImageSampler(self.config, progress=False).check(self.samples)
 
     def begin(self, processes: Processes) -> None:
         """Makes the base's images, unless they are there (collective)."""

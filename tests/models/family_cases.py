@@ -5,6 +5,7 @@ scheduler's `step` receives is recorded, and latents of our making are given bac
 step's result, so that the pipeline's own last lines decode them. A family joins in by one `Case`.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -12,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fastpo.config.sections import PrepareConfig
+from fastpo.models.edits import SOURCE_LATENTS
 from fastpo.models.folder import ModelFolder
-from fastpo.testing import tiny_sd15_folder, tiny_sdxl_folder
-from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
+from fastpo.testing import image_bytes, tiny_sd15_folder, tiny_sdxl_folder
+from fastpo.testing.flow import (
+    tiny_flux_folder,
+    tiny_flux_kontext_folder,
+    tiny_sana_folder,
+    tiny_sd3_folder,
+)
 from fastpo.testing.language_pipelines import (
     tiny_flux2_dev_folder,
     tiny_flux2_klein_folder,
@@ -28,6 +36,9 @@ from fastpo.types import NoisedPair
 PROMPTS = ["a cat", "a small dog beside a red house"]
 SIZE = 16, 24
 """Height and width of the images in pixels."""
+SOURCES = (90, 50), (180, 101)
+"""Width and height of the source images of both prompts: of another aspect than the images, and
+alike, since the pairs of a batch have sources of one size."""
 
 
 def same(latents, pipeline, size):
@@ -51,6 +62,8 @@ class Case:
         options: More arguments of the pipeline's call.
         pair_conditions: `pair_conditions(height, width)`: those of each pair.
         size: Height and width of the images in pixels.
+        sources: Width and height of each prompt's source image, of families that edit; both get
+            one size where they share a batch.
     """
 
     name: str
@@ -63,6 +76,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     pair_conditions: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
     size: tuple[int, int] = SIZE
+    sources: tuple[tuple[int, int], ...] = ()
 
 
 def sizes(height, width):
@@ -99,6 +113,13 @@ CASES = (
     Case("sd3.5-medium", tiny_sd3_folder),
     Case("sd3.5-large", lambda path: tiny_sd3_folder(path, large=True)),
     Case("flux.1-dev", tiny_flux_folder, pack=tokens_of, unpack=latents_of),
+    Case(
+        "flux.1-kontext",
+        tiny_flux_kontext_folder,
+        pack=tokens_of,
+        unpack=latents_of,
+        sources=SOURCES,
+    ),
     Case("sana", tiny_sana_folder, size=(32, 64)),
     Case("z-image", tiny_z_image_folder, guidance=0.0),
     Case("qwen-image", tiny_qwen_image_folder, pack=tokens_of, unpack=qwen_latents),
@@ -124,6 +145,14 @@ class Recorded:
     image: Any = None
 
 
+JOINED = ("output", "sample", "image")
+
+
+def source_image(seed, size):
+    """A source image as a user gives it."""
+    return Image.open(io.BytesIO(image_bytes(seed, size))).convert("RGB")
+
+
 class Stock:
     """A tiny pipeline of a case, and FastPO's parts of the same folder."""
 
@@ -143,10 +172,14 @@ class Stock:
         self.encoders = self.family.load_encoders(self.model, self.config, device)
         self.denoiser = self.family.load_denoiser(self.model)
         self.schedule = self.family.schedule(self.model, case.size[0])
+        self.sources = [source_image(k, size) for k, size in enumerate(case.sources)]
 
     def conditions(self, prompts=PROMPTS):
         """What `predict` is given for the prompts."""
         pairs = self.case.pair_conditions(*self.case.size)
+        if self.sources:
+            pixels = [self.encoders.source_pixels(image) for image in self.sources]
+            pairs[SOURCE_LATENTS] = self.encoders.encode_sources(torch.stack(pixels))
         return {**self.encoders.encode_prompts(prompts), **pairs}
 
     def draw(self, seed):
@@ -159,6 +192,18 @@ class Stock:
         return torch.randn(mean.shape, generator=generator)
 
     def step(self, latents, place, *, end=None, prompts=PROMPTS):
+        """As `step_of`; with source images the pipelines take one prompt at a time."""
+        if not self.sources:
+            return self.step_of(latents, place, end, prompts, {})
+        end, steps = latents if end is None else end, []
+        for k, prompt in enumerate(prompts):
+            own = slice(k, k + 1)
+            source = self.family.edit_arguments(self.sources[k], *self.case.size)
+            steps.append(self.step_of(latents[own], place, end[own], [prompt], source))
+        joined = {name: torch.cat([getattr(s, name) for s in steps]) for name in JOINED}
+        return Recorded(**joined, timestep=steps[0].timestep)
+
+    def step_of(self, latents, place, end, prompts, source):
         """Runs the pipeline for one step at a place of our schedule.
 
         Args:
@@ -166,6 +211,7 @@ class Stock:
             place: Of the schedule.
             end: `(B, C, h, w)`, what the pipeline decodes at its end; default: `latents`.
             prompts: B prompts.
+            source: The pipeline's arguments for the source image, if it edits.
         """
         recorded, scheduler, case = Recorded(), self.pipeline.scheduler, self.case
         size, (set_timesteps, step) = case.size, (scheduler.set_timesteps, scheduler.step)
@@ -196,6 +242,7 @@ class Stock:
                     num_inference_steps=2,
                     output_type="pt",
                     **case.options,
+                    **source,
                 ).images
         finally:
             scheduler.set_timesteps, scheduler.step = set_timesteps, step

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.models.family_cases import CASES, PROMPTS, Stock
+from fastpo.testing.edits import small_sources
+from tests.models.family_cases import CASES, PROMPTS, Stock, source_image
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def stock(request, tmp_path_factory):
-    return Stock(request.param, tmp_path_factory.mktemp(request.param.name))
+    with small_sources():
+        yield Stock(request.param, tmp_path_factory.mktemp(request.param.name))
 
 
 def close(ours, theirs):
@@ -68,6 +70,43 @@ def test_prompts_matter_each_for_its_own_pair(stock, answers):
     with torch.no_grad():
         swapped = stock.family.predict(stock.denoiser, noised, stock.conditions(PROMPTS[::-1]))
     assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+
+
+def test_sources_matter_each_for_its_own_pair(stock, answers):
+    if not stock.sources:
+        pytest.skip("edits no images")
+    noised, expected = answers
+    conditions = stock.conditions()
+    conditions["source_latents"] = conditions["source_latents"].flip(0)
+    with torch.no_grad():
+        swapped = stock.family.predict(stock.denoiser, noised, conditions)
+    assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+
+
+class GivenError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("size", [(90, 50), (50, 90), (64, 64), (200, 40), (64, 48)])
+def test_a_source_gets_the_size_and_pixels_that_the_pipeline_gives_it(stock, size, monkeypatch):
+    """A size of the real list, which the tests' tiny ones stand for elsewhere, included."""
+    if not stock.sources:
+        pytest.skip("edits no images")
+
+    def given(image):
+        raise GivenError(image)
+
+    image = source_image(7, size)
+    monkeypatch.setattr(stock.pipeline, "_encode_vae_image", lambda image, generator: given(image))
+    with pytest.raises(GivenError) as caught, torch.no_grad():
+        stock.pipeline(
+            prompt="a cat",
+            num_inference_steps=1,
+            **stock.family.edit_arguments(image, *stock.case.size),
+        )
+    pixels = caught.value.args[0]
+    assert torch.equal(stock.encoders.source_pixels(image), pixels.squeeze(2)[0])
+    assert pixels.shape[-2:] != stock.case.size
 
 
 def test_a_prompt_beside_a_longer_one_is_encoded_as_alone(stock):

@@ -21,6 +21,7 @@ from fastpo.models.folder import ModelFolder
 from fastpo.noise import setup_noise
 from fastpo.reference_cache import prepare_reference
 from fastpo.testing import write_folder
+from fastpo.testing.edits import small_sources
 from fastpo.train import train
 from fastpo.train.consolidate import consolidate
 from tests.models.family_cases import CASES
@@ -54,7 +55,8 @@ class World:
     def __init__(self, case, folder):
         self.case, self.folder = case, folder
         self.path = case.make(folder / "model")
-        write_folder(folder / "data", 4, sizes=((64, 64), (64, 64), (64, 64), (96, 56)))
+        sizes = (64, 64), (64, 64), (64, 64), (96, 56)
+        write_folder(folder / "data", 4, sizes=sizes, sources=case.sources)
         self.runs = {}
         prepare(self.config("unused"), progress=False)
 
@@ -107,7 +109,8 @@ class World:
     ids=lambda case: case.name,
 )
 def world(request, tmp_path_factory):
-    return World(request.param, tmp_path_factory.mktemp(request.param.name))
+    with small_sources():
+        yield World(request.param, tmp_path_factory.mktemp(request.param.name))
 
 
 @pytest.mark.parametrize(("method", "objective", "reference"), SLICE)
@@ -162,6 +165,11 @@ def test_evaluation_samples_each_prompt_at_the_guidance_asked_for(world):
     scales, found = (1.0, 5.0), []
     for scale in scales:
         evaluation = {"prompts": ["a cat", "a red house"], "num_inference_steps": 2}
+        if world.case.sources:
+            evaluation["prompts"] = []
+            evaluation["prompts_file"] = world.folder / "data" / "edits.jsonl"
+            rows = [{"prompt": "a cat", "source": f"source{k}.png"} for k in range(2)]
+            evaluation["prompts_file"].write_text("\n".join(map(json.dumps, rows)))
         evaluation |= {"guidance_scale": scale, "seeds_per_prompt": 1}
         config = world.config("unused")
         config = config.model_copy(update={"evaluate": EvaluateConfig(**evaluation)})

@@ -1,5 +1,8 @@
 """Plans of flow-matching transformers: sizes, quantization, and the real step's own numbers."""
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -8,11 +11,16 @@ from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.quantized import QuantizedLinear
 from fastpo.models.registry import detect
-from fastpo.plan import make_plan
+from fastpo.plan import make_plan, planner
 from fastpo.plan.architecture import PACKAGED_FOLDERS, resolve_architecture
 from fastpo.plan.choose import choose
+from fastpo.plan.dataset import cache_size, find_size
 from fastpo.plan.gpus import find_gpu
+from fastpo.plan.measure import measure_forward
+from fastpo.plan.planner import denoiser_call, make_shapes
 from fastpo.plan.transformers import empty_transformer
+from fastpo.testing import write_folder
+from fastpo.testing.edits import small_sources
 from tests.models.family_cases import CASES
 
 # Billions of weights, as published or counted from the published configurations.
@@ -24,6 +32,7 @@ BILLIONS = {
     "black-forest-labs/FLUX.2-klein-base-4B": 3.88,
     "black-forest-labs/FLUX.2-klein-base-9B": 9.08,
     "black-forest-labs/FLUX.1-dev": 11.90,
+    "black-forest-labs/FLUX.1-Kontext-dev": 11.90,
     "stabilityai/stable-diffusion-3.5-medium": 2.24,
     "stabilityai/stable-diffusion-3.5-large": 8.06,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.60,
@@ -35,6 +44,7 @@ TEXT = {
     "black-forest-labs/FLUX.2-klein-base-4B": 7.86,
     "black-forest-labs/FLUX.2-klein-base-9B": 12.58,
     "black-forest-labs/FLUX.1-dev": 4.20,
+    "black-forest-labs/FLUX.1-Kontext-dev": 4.20,
     "stabilityai/stable-diffusion-3.5-medium": 2.73,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.38,
 }
@@ -71,6 +81,30 @@ def test_packaged_architectures_are_the_real_models(name):
     length = {"sd3": 256, "sana": 300}.get(family.name, 512)
     if name in TEXT:
         assert architecture.text(length).bytes(2) / 1e6 == pytest.approx(TEXT[name], abs=0.01)
+
+
+def test_source_images_are_in_the_plan(tmp_path):
+    """A pass sees them beside the image; the cache holds each distinct one once."""
+    case = next(case for case in CASES if case.name == "flux.1-kontext")
+    data = write_folder(tmp_path / "data", 6, sizes=((64, 64),), sources=((48, 48), (64, 32)))
+    made = config(case.make(tmp_path / "model"), resolution=64, text_length=64)
+    listed = made.data.model_copy(update={"source": "folder", "path": str(data)})
+    made = made.model_copy(update={"data": listed})
+    architecture = resolve_architecture(made)
+    assert make_shapes(made, architecture).source == (512, 512)  # the VAE's factor is 2
+    with small_sources(), patch.object(planner, "SOURCE_SIDE", 32):
+        shapes, size = make_shapes(made, architecture), find_size(made, None)
+    cache = cache_size(made, architecture, shapes, size=size, visits=60, hours=None)
+    assert cache.source_bytes_per_image == 16 * 16 * 16 * 2
+    assert cache.sources == 2 * cache.source_bytes_per_image
+    assert cache.total == cache.latents + cache.text + cache.reference + cache.sources
+    policy = empty_transformer(architecture.flow, architecture.unet)
+    with_source, alone = (
+        measure_forward(policy, one, "fp32", denoiser_call(architecture, policy, one)).flops
+        for one in (shapes, replace(shapes, source=None))
+    )
+    tokens, more = 32 * 32 // 4 + 64, 16 * 16 // 4
+    assert 1 + 0.5 * more / tokens < with_source / alone < (1 + more / tokens) ** 2
 
 
 QUICK = ("qwen-image", "flux2-dev", "sana")

@@ -2,46 +2,38 @@
 
 Columns of `index.arrow`, one row per usable pair in the order of the source: `pair_id`, `pair_key`,
 `position` in the source, number of the `prompt`, `bucket` (number of the latent shape), `shard`,
-`slot` (row in the shard's tensor of this shape), `add_time_ids`; and `pair_weight`, where the data
-set has weights. Any Arrow reader opens it. Nothing is copied to memory when it is opened; processes
-of one machine share its pages.
+`slot` (row in the shard's tensor of this shape), `add_time_ids`; `pair_weight`, where the data set
+has weights; and of edits the number of the `source_image` that they begin from. Any Arrow reader
+opens it. Nothing is copied to memory when it is opened; processes of one machine share its pages.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
+from fastpo.data.cache.arrow import Texts, write_arrow
 from fastpo.data.cache.checks import ROWS
 from fastpo.data.cache.comparisons import find_comparisons, image_digests
-from fastpo.data.cache.manifest import (
-    REMAKE,
-    FileRecord,
-    Manifest,
-    Quarantined,
-    file_record,
-    write_recorded,
-)
+from fastpo.data.cache.manifest import Manifest, Quarantined, file_record
 from fastpo.data.cache.parts import (
     INDEX,
     PROMPTS,
     RECORD,
+    SOURCE_IMAGE,
+    SOURCE_IMAGE_TYPE,
     WEIGHT,
     WEIGHT_TYPE,
     CachePart,
     parts_of,
 )
+from fastpo.data.cache.source_images import IMAGES_FILE, merge_images, shapes_of
 from fastpo.data.cache.summary import CUT_PROMPTS
 from fastpo.data.sources.base import numbered
-from fastpo.errors import CacheError, one_line
+from fastpo.errors import CacheError
 from fastpo.system.files import write_text
 from fastpo.types import pair_key
 
@@ -56,71 +48,6 @@ INDEX_TYPES = {
     "slot": pa.int32(),
     "add_time_ids": pa.list_(pa.float32(), 6),
 }
-
-
-class Texts(Sequence[str]):
-    """Many texts, decoded when they are asked for; equal to any sequence of the same texts."""
-
-    def __init__(self, array: pa.Array) -> None:
-        """Wraps an Arrow array of strings."""
-        self._array = array
-
-    def __len__(self) -> int:
-        """Returns the number of texts."""
-        return len(self._array)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """Returns one text, or a list of those of a slice."""
-        if isinstance(index, slice):
-            return self._array[index].to_pylist()
-        return self._array[int(index)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        """Decodes some thousand texts at a time."""
-        step = 8192
-        parts = (self._array[i : i + step].to_pylist() for i in range(0, len(self), step))
-        return chain.from_iterable(parts)
-
-    def __eq__(self, other: object) -> bool:
-        """Compares text by text."""
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return NotImplemented if not isinstance(other, Sequence) else False
-        return all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-
-def open_arrow(path: Path) -> pa.RecordBatch:
-    """Maps a file of one record batch.
-
-    The pages are private: who writes into a tensor made of them changes no file.
-
-    Raises:
-        CacheError: It is missing or damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(pages))).get_batch(0)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CacheError(f"{path} is damaged: {one_line(error)}; {REMAKE}") from error
-
-
-def column(batch: pa.RecordBatch, name: str) -> Tensor:
-    """Returns a column of numbers as a tensor on the same memory."""
-    return torch.from_dlpack(batch.column(name))
-
-
-def rows_of(batch: pa.RecordBatch, name: str) -> Tensor:
-    """Returns a column of lists of equal length as a tensor `(rows, length)` on the same memory."""
-    lists = batch.column(name)
-    return torch.from_dlpack(lists.flatten()).view(-1, lists.type.list_size)
 
 
 def merge(
@@ -150,7 +77,11 @@ def merge(
         for position, pair in records[part].quarantined.items()
         if position < manifest.source_pairs
     }
-    index, manifest.shapes, repeated = _merge_index(folder, manifest, shards, quarantined)
+    image_parts = [part for part in records if part.kind == "image"]
+    images = merge_images(folder, image_parts) if image_parts else None
+    index, manifest.shapes, repeated = _merge_index(
+        folder, manifest, shards, quarantined, images=images
+    )
     for position, pair in quarantined.items():
         if manifest.sources:
             pair.source = manifest.sources[int(manifest.source_of(np.array(position)))].name
@@ -176,6 +107,8 @@ def merge(
     manifest.beside = {name: recorded[name] for name in rows}
     manifest.beside |= {name: file_record(folder / name) for name in beside}
     manifest.files[INDEX_FILE] = write_arrow(folder / INDEX_FILE, index)
+    if images is not None:
+        manifest.files[IMAGES_FILE] = write_arrow(folder / IMAGES_FILE, images)
     prompts = pa.record_batch([texts], names=["prompt"])
     manifest.files[PROMPTS_FILE] = write_arrow(folder / PROMPTS_FILE, prompts)
     return left_out
@@ -186,6 +119,8 @@ def _merge_index(
     manifest: Manifest,
     shards: Sequence[CachePart],
     quarantined: dict[int, Quarantined],
+    *,
+    images: pa.RecordBatch | None,
 ) -> tuple[pa.RecordBatch, list[tuple[int, int]], tuple[np.ndarray, int]]:
     """Returns the index, the latent shapes, and what `_number_names` tells of repeated names."""
     tables = [part.table(folder, INDEX) for part in shards]
@@ -199,8 +134,12 @@ def _merge_index(
             shard[kept],
             position[kept],
         )
-    shapes = table["height"].to_numpy().astype(np.int64) << 32 | table["width"].to_numpy()
+    shapes = table["height"].to_numpy().astype(np.int64) << 16 | table["width"].to_numpy()
+    if images is not None:  # pairs of a batch have source images of one shape, too
+        begins = table[SOURCE_IMAGE].to_numpy()
+        shapes = shapes << 32 | shapes_of(images, begins)
     distinct, bucket = np.unique(shapes, return_inverse=True)
+    distinct = distinct if images is None else distinct >> 32
     names = table["pair_id"].cast(pa.large_string()).combine_chunks()
     names, keys, repeated = _number_names(names, position, quarantined)
     columns = {
@@ -217,8 +156,11 @@ def _merge_index(
     if WEIGHT in table.column_names:
         types[WEIGHT] = WEIGHT_TYPE
         columns[WEIGHT] = table[WEIGHT].combine_chunks().fill_null(1.0)
+    if images is not None:
+        types[SOURCE_IMAGE] = SOURCE_IMAGE_TYPE
+        columns[SOURCE_IMAGE] = table[SOURCE_IMAGE].combine_chunks()
     arrays = [pa.array(columns[name], type=kind) for name, kind in types.items()]
-    pairs = [(int(shape >> 32), int(shape & 0xFFFFFFFF)) for shape in distinct]
+    pairs = [(int(shape >> 16), int(shape & 0xFFFF)) for shape in distinct]
     return pa.record_batch(arrays, names=list(types)), pairs, repeated
 
 
@@ -240,6 +182,9 @@ def _count(
     """
     named_again, duplicates = repeated
     position, prompt = (index.column(name).to_numpy() for name in ("position", "prompt"))
+    if SOURCE_IMAGE in index.schema.names:
+        begins = index.column(SOURCE_IMAGE).to_numpy().astype(np.int64)
+        prompt = prompt * (begins.max(initial=0) + 1) + begins
     source = manifest.source_of(position)
     nowhere = np.zeros(len(position), dtype=bool)
     pairs = {"shared": nowhere, "contradictions": nowhere}
@@ -311,13 +256,3 @@ def _number_names(
     again = np.zeros(len(names), dtype=bool)
     again[list(renamed)] = True
     return names, keys, (again, len(repeats))
-
-
-def write_arrow(path: Path, batch: pa.RecordBatch) -> FileRecord:
-    """Writes a file that `open_arrow` maps, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as file:
-            file.write_batch(batch)
-
-    return write_recorded(path, write)

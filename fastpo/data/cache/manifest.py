@@ -126,6 +126,7 @@ class Manifest(Record):
         source_pairs: Pairs of the source within the limit, those in quarantine included.
         shards: Stretches of the source; shard k stands in the folder `shard-k`.
         texts: Stretches of the prompts; text k stands in the folder `text-k`.
+        images: Stretches of the images that edits begin from, in folders `image-k`; else empty.
         shapes: `(h, w)` of the latents, by bucket number.
         pairs: Usable pairs.
         quarantined: How many pairs and bad rows were left out as unusable.
@@ -145,6 +146,7 @@ class Manifest(Record):
     source_pairs: int = 0
     shards: list[Range] = []
     texts: list[Range] = []
+    images: list[Range] = []
     shapes: list[tuple[int, int]] = []
     pairs: int = 0
     quarantined: int = 0
@@ -154,7 +156,8 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        for name, spans in (("shards", self.shards), ("texts", self.texts)):
+        each = (("shards", self.shards), ("texts", self.texts), ("images", self.images))
+        for name, spans in each:
             edges = [0, *(edge for span in spans for edge in (span.start, span.stop))]
             if edges != sorted(edges) or edges[:-1:2] != edges[1::2]:
                 raise ValueError(f"{name} do not follow one another from 0 on")
@@ -167,8 +170,8 @@ class Manifest(Record):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out what a single data set has no use for."""
-        return _without_empty(handler(self), "sources")
+        """Leaves out what a single data set, or one without edits, has no use for."""
+        return _without_empty(_without_empty(handler(self), "sources"), "images")
 
     def source_of(self, position: np.ndarray) -> np.ndarray:
         """Returns the number of the data set of each position; all 0 for a single one."""

@@ -12,19 +12,12 @@ import torch
 from torch import Tensor
 
 from fastpo.config import Config
+from fastpo.data.cache.arrow import Texts, column, open_arrow, rows_of
 from fastpo.data.cache.checks import RowChecks
 from fastpo.data.cache.fingerprint import cache_fingerprint
 from fastpo.data.cache.flips import is_flipped, write_flip_mask
 from fastpo.data.cache.held_out import held_out_mask
-from fastpo.data.cache.index import (
-    INDEX_FILE,
-    PROMPTS_FILE,
-    QUARANTINE,
-    Texts,
-    column,
-    open_arrow,
-    rows_of,
-)
+from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, QUARANTINE
 from fastpo.data.cache.manifest import (
     REMAKE,
     Manifest,
@@ -33,11 +26,20 @@ from fastpo.data.cache.manifest import (
     check_identity,
     load_manifest,
 )
-from fastpo.data.cache.parts import LATENTS, TEXT, WEIGHT, finished_parts, part_name
+from fastpo.data.cache.parts import (
+    LATENTS,
+    SOURCE_IMAGE,
+    TEXT,
+    WEIGHT,
+    finished_parts,
+    part_name,
+)
+from fastpo.data.cache.source_images import IMAGES_FILE, SourceLatents
 from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.data.cache.texts import TextRows
 from fastpo.errors import CacheError, ConfigError, one_line
+from fastpo.models.edits import SOURCE_LATENTS
 from fastpo.models.folder import ModelFolder
 from fastpo.system.words import counted
 from fastpo.types import PairBatch
@@ -64,6 +66,7 @@ class PairCache:
         latent_shapes: `(h, w)` by bucket number.
         prompts: The distinct prompts; number 0 is the empty one.
         prompt_index: `(N,)` int64, number of each pair's prompt.
+        source_images: Of edits, `(N,)` int32, the number of the image that each begins from.
         source_names: Of several data sets the names, in their order; empty for a single one.
         source_index: `(N,)` int64, the number of each pair's data set; all 0 for a single one.
     """
@@ -121,6 +124,10 @@ class PairCache:
         ):
             if int(numbers.min()) < 0 or int(numbers.max()) >= count:
                 raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
+        self.source_images: Tensor | None = None
+        if manifest.images:
+            self.source_images = column(index, SOURCE_IMAGE)
+            self._source_latents = SourceLatents(folder, manifest, self._files)
         self._pair_conditions = {name: rows_of(index, name) for name in pair_conditions}
         rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
         flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)
@@ -178,7 +185,7 @@ class PairCache:
         files, when = manifest.files | manifest.beside, config.data.verify
         check_files(folder, files, verify=verify or when == "always")
         if when == "first" and not verify:
-            merged = (INDEX_FILE, PROMPTS_FILE, QUARANTINE)
+            merged = (INDEX_FILE, PROMPTS_FILE, IMAGES_FILE, QUARANTINE)
             whole = {name: files[name] for name in merged if name in files}
             check_files(folder, whole, verify=True)
         return cls(folder, manifest, config, model.family.pair_conditions)
@@ -209,6 +216,8 @@ class PairCache:
         mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
         of_prompts = self._text(self.prompt_index[index].tolist())
         of_pairs = {name: rows[index] for name, rows in self._pair_conditions.items()}
+        if self.source_images is not None:
+            of_pairs[SOURCE_LATENTS] = self._source_latents.read(self.source_images[index].tolist())
         return PairBatch(
             index=index,
             pair_key=self.pair_keys[index],

@@ -3,11 +3,12 @@
 - `shard-k` holds `latents.safetensors`: per latent shape one tensor `hxw` of
   `(pairs, 2, 2, C, h, w)`: mean and log-variance, each of the side that the source calls the winner
   and of the other, so that a pair is one stretch of bytes; and `index.parquet`, see `INDEX_SCHEMA`.
+- `image-k`, of edits alone: see `fastpo.data.cache.source_images`.
 - `text-k` holds `text.safetensors`: the conditions that prompts give, each `(prompts, ...)`, under
   the names of the model's family, or without their padding (see `fastpo.data.cache.texts`); and
   `prompts.parquet`, their text in the same order.
 
-Both hold `rows.json`, the checksums of the tensors' rows (see `fastpo.data.cache.checks`), and
+All hold `rows.json`, the checksums of the tensors' rows (see `fastpo.data.cache.checks`), and
 `record.json`: the files' sizes and hashes, and the pairs in quarantine.
 """
 
@@ -53,6 +54,8 @@ INDEX_SCHEMA = pa.schema(
 )
 WEIGHT = "pair_weight"
 WEIGHT_TYPE = pa.float32()  # null counts as 1; a shard of which no pair has one lacks the column
+SOURCE_IMAGE = "source_image"
+SOURCE_IMAGE_TYPE = pa.int32()  # number of the image that an edit begins from; only of edits
 PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
 LATENTS, INDEX = "latents.safetensors", "index.parquet"
 TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
@@ -64,7 +67,8 @@ PART = ownership.Kind(
     lambda folder: not ownership.strangers(folder, PART),
 )
 
-Kind = Literal["shard", "text"]
+Kind = Literal["shard", "text", "image"]
+_FIRST_IMAGE_LOCK = 1 << 40
 DIGITS = 16
 """Hexadecimal digits of a digest of `PartRecord.contents` and `images`."""
 
@@ -75,7 +79,8 @@ class PartRecord(Record):
     Attributes:
         span: What it covers.
         files: Its other files by name.
-        quarantined: Position in the source of each pair left out, and why.
+        quarantined: Position in the source of each pair left out, and why; of texts and source
+            images the numbers of those whose image could not be read.
         contents: Of a shard, the digests of its pairs in the source one after the other; see
             `fastpo.data.prepare.verify_source`.
         images: The same of each pair's winner and loser; empty in caches of before it was kept.
@@ -108,7 +113,7 @@ class CachePart:
     """One part of a cache.
 
     Attributes:
-        kind: `shard` or `text`.
+        kind: `shard`, `text` or `image`.
         number: Its number among its kind.
         span: What it covers.
     """
@@ -124,7 +129,9 @@ class CachePart:
 
     @property
     def lock_number(self) -> int:
-        """Number of its lock: even for shards, odd for texts."""
+        """Number of its lock: even for shards, odd for texts, beyond all of them for images."""
+        if self.kind == "image":
+            return _FIRST_IMAGE_LOCK + self.number
         return 2 * self.number + (self.kind == "text")
 
     def done(self, folder: Path) -> bool:
@@ -204,9 +211,11 @@ def part_name(kind: Kind, number: int) -> str:
 
 
 def parts_of(manifest: Manifest) -> list[CachePart]:
-    """Returns the plan's parts: the texts, then the shards."""
+    """Returns the plan's parts: the texts, the source images, then the shards."""
     texts = [CachePart("text", k, span) for k, span in enumerate(manifest.texts)]
-    return texts + [CachePart("shard", k, span) for k, span in enumerate(manifest.shards)]
+    images = [CachePart("image", k, span) for k, span in enumerate(manifest.images)]
+    shards = [CachePart("shard", k, span) for k, span in enumerate(manifest.shards)]
+    return texts + images + shards
 
 
 def tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], Any]:
@@ -224,10 +233,17 @@ def table_writer(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Callable[
     return lambda path: pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
 
 
-def index_schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
-    """Returns the schema of a shard's index: with the pairs' weights, where any has one."""
-    weighted = any(row[WEIGHT] is not None for row in rows)
-    return INDEX_SCHEMA.append(pa.field(WEIGHT, WEIGHT_TYPE)) if weighted else INDEX_SCHEMA
+def index_schema(rows: Sequence[dict[str, Any]], *, edits: bool = False) -> pa.Schema:
+    """Returns the schema of a shard's index.
+
+    Args:
+        rows: Its rows; the pairs' weights are among the columns where any has one.
+        edits: Whether the pairs begin from source images.
+    """
+    schema = INDEX_SCHEMA
+    if any(row[WEIGHT] is not None for row in rows):
+        schema = schema.append(pa.field(WEIGHT, WEIGHT_TYPE))
+    return schema.append(pa.field(SOURCE_IMAGE, SOURCE_IMAGE_TYPE)) if edits else schema
 
 
 def finished_parts(folder: Path, manifest: Manifest) -> int:

@@ -20,6 +20,7 @@ from fastpo.data.cache.parts import (
     LATENTS,
     PROMPT_SCHEMA,
     PROMPTS,
+    SOURCE_IMAGE,
     TEXT,
     WEIGHT,
     CachePart,
@@ -49,6 +50,19 @@ class _Waiting:
     latents: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a pair has in common with others, by number.
+
+    Attributes:
+        text: Of its text.
+        source_image: Of the image that it begins from; None where it is no edit.
+    """
+
+    text: int
+    source_image: int | None = None
+
+
 class ShardBuilder:
     """Collects pairs by image size and encodes them in batches of one size.
 
@@ -56,15 +70,18 @@ class ShardBuilder:
     how many interruptions.
     """
 
-    def __init__(self, config: Config, encoders: Encoders, position: int) -> None:
+    def __init__(
+        self, config: Config, encoders: Encoders, position: int, *, edits: bool = False
+    ) -> None:
         """Starts an empty shard.
 
         Args:
             config: Gives the batch size and the stored dtype.
             encoders: VAE and text encoders.
             position: Position in the source of the first pair.
+            edits: Whether pairs begin from a source image.
         """
-        self._encoders = encoders
+        self._encoders, self._edits = encoders, edits
         self._position = position
         self._batch_size = config.prepare.batch_size
         self._dtype = DTYPES[config.prepare.store_precision]
@@ -78,7 +95,7 @@ class ShardBuilder:
     def add(
         self,
         pair: PreferencePair,
-        prompt: int,
+        shared: Shared,
         digests: PairDigests,
         images: PairImages | EncodedPair | UnusableImageError,
     ) -> None:
@@ -86,7 +103,7 @@ class ShardBuilder:
 
         Args:
             pair: The pair.
-            prompt: Number of its prompt.
+            shared: Its text and source image.
             digests: What it is made from.
             images: Both images, or what an earlier cache holds of them, or why there are none.
         """
@@ -109,7 +126,8 @@ class ShardBuilder:
             {
                 "pair_id": pair.pair_id,
                 "position": position,
-                "prompt": prompt,
+                "prompt": shared.text,
+                SOURCE_IMAGE: shared.source_image,
                 "height": height,
                 "width": width,
                 "slot": self._slots[shape],
@@ -130,7 +148,7 @@ class ShardBuilder:
         writers = {
             LATENTS: tensor_writer(latents),
             ROWS: rows_writer(LATENTS, latents),
-            INDEX: table_writer(self._rows, index_schema(self._rows)),
+            INDEX: table_writer(self._rows, index_schema(self._rows, edits=self._edits)),
         }
         digests = Digests(
             "".join(one.content for one in self._digests),

@@ -35,8 +35,15 @@ from fastpo.data.cache.manifest import (
 )
 from fastpo.data.cache.parts import CachePart, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
-from fastpo.data.prepare.encode import ShardBuilder, write_prompts
-from fastpo.data.prepare.partition import partition
+from fastpo.data.prepare.edits import (
+    numbers_of,
+    source_image,
+    tables_of,
+    write_edit_texts,
+    write_source_images,
+)
+from fastpo.data.prepare.encode import ShardBuilder, Shared, write_prompts
+from fastpo.data.prepare.partition import Tables, partition
 from fastpo.data.prepare.remake import find_lost, take_back
 from fastpo.data.prepare.reuse import EarlierCache, EncodedPair
 from fastpo.data.prepare.verify_source import (
@@ -44,12 +51,12 @@ from fastpo.data.prepare.verify_source import (
     check_contents,
     naming,
     pair_digests,
-    read_image,
+    read_images,
 )
 from fastpo.data.sources import PairSource, open_source, source_stamps
 from fastpo.data.sources.bad_rows import MOST_TOLD, BadRows
-from fastpo.data.sources.base import PromptTable
 from fastpo.errors import CacheError, DataError, TooManyBadRowsError
+from fastpo.models.edits import EditEncoders
 from fastpo.models.encoders import Encoders
 from fastpo.models.folder import ModelFolder
 from fastpo.models.geometry import Geometry
@@ -128,11 +135,11 @@ def prepare(
             earlier = EarlierCache.open(config, identity.fields)
             with _bad_rows_listed(folder):
                 source = open_source(config.data)
-                prompts = source.prompt_table()
+                tables = tables_of(model.family, source)
                 if lost.reasons:
                     take_back(folder, lost, locks, source_pairs=len(source), tell=process.rank == 0)
-                manifest = partition(config, identity, source, prompts, locks, stamp=stamp)
-                work = _Work(config, model, identity, manifest, source, prompts, process, earlier)
+                manifest = partition(config, identity, source, tables, locks, stamp=stamp)
+                work = _Work(config, model, identity, manifest, source, tables, process, earlier)
                 with progress_bar(
                     "encoding images", 2 * len(source), unit="images", show=show
                 ) as advance:
@@ -156,7 +163,7 @@ class _Work:
     identity: CacheFingerprint
     manifest: Manifest
     source: PairSource
-    prompts: PromptTable
+    tables: Tables
     process: Rank
     earlier: EarlierCache | None
 
@@ -181,22 +188,39 @@ class _Work:
         if part.done(folder):
             advance(self._images(part))
         elif part.kind == "text":
-            prompts = self.prompts.prompts[part.span.start : part.span.stop]
             self.encoders.place_texts(self.encoders.device)
-            write_prompts(self.config, self.encoders, part, prompts, self.earlier)
+            self._make_text(part)
+        elif part.kind == "image":
+            self.encoders.place_texts("cpu")
+            assert self.tables.images is not None, "the plan has source images"
+            write_source_images(self.config, self._edit_encoders, part, self.tables.images)
         else:
             self._make_shard(part, advance)
+
+    def _make_text(self, part: CachePart) -> None:
+        if self.tables.seen is not None:
+            write_edit_texts(self.config, self._edit_encoders, part, self.tables)
+            return
+        prompts = self.tables.texts.prompts[part.span.start : part.span.stop]
+        write_prompts(self.config, self.encoders, part, prompts, self.earlier)
+
+    @property
+    def _edit_encoders(self) -> EditEncoders:
+        encoders = self.encoders
+        assert isinstance(encoders, EditEncoders), "the family edits"
+        return encoders
 
     def _make_shard(self, part: CachePart, advance: Advance) -> None:
         start, stop = part.span.start, part.span.stop
         self.encoders.place_texts("cpu")
-        builder = ShardBuilder(self.config, self.encoders, start)
+        edits = self.tables.images is not None
+        builder = ShardBuilder(self.config, self.encoders, start, edits=edits)
         loaded = read_ahead(
-            partial(_load, geometry=self.identity.geometry, earlier=self.earlier),
+            partial(_load, geometry=self.identity.geometry, earlier=self.earlier, edits=edits),
             self.source.pairs(start, stop),
             threads=self.config.prepare.workers,
         )
-        numbers = self.prompts.numbers[start:stop].tolist()
+        numbers = [Shared(*both) for both in numbers_of(self.tables, start, stop)]
         parts = list(self.source.parts)
         owners = self.manifest.source_of(np.arange(start, start + len(numbers))).tolist()
         with closing(loaded):
@@ -212,7 +236,7 @@ class _Work:
 
     def _images(self, part: CachePart) -> int:
         """Images of a part within `data.limit`."""
-        if part.kind == "text":
+        if part.kind != "shard":
             return 0
         return 2 * (min(part.span.stop, len(self.source)) - part.span.start)
 
@@ -303,7 +327,7 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
 
 
 def _load(
-    pair: PreferencePair, geometry: Geometry, earlier: EarlierCache | None
+    pair: PreferencePair, geometry: Geometry, earlier: EarlierCache | None, *, edits: bool
 ) -> tuple[PreferencePair, PairDigests, PairImages | EncodedPair | UnusableImageError]:
     """Reads and decodes a pair's images, or says why they are unusable; with its digests.
 
@@ -312,13 +336,14 @@ def _load(
     Raises:
         DataError: A fault of the machine did not pass.
     """
-    with naming(pair, "reading its images"):
-        winner, loser = read_image(pair.winner), read_image(pair.loser)
-    digests = pair_digests(pair, winner, loser)
+    winner, loser, *source = read_images(pair, edits=edits)
+    digests = pair_digests(pair, winner, loser, *source)
     give = partial(_give, winner), partial(_give, loser)
     try:
         if pair.fault is not None:
             raise UnusableImageError(pair.fault)
+        for image in source:  # its latents stand in a part of their own, which reads it again
+            source_image(image)
         known = earlier.pair(digests) if earlier and winner != loser else None
         if known is not None:
             return pair, digests, known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastpo.config import Config
 from fastpo.data.cache.fingerprint import CacheFingerprint
@@ -15,17 +16,32 @@ from fastpo.data.cache.manifest import (
 )
 from fastpo.data.cache.parts import PART, parts_of
 from fastpo.data.sources import PairSource
-from fastpo.data.sources.base import PromptTable
+from fastpo.data.sources.base import PromptTable, SourceImages
 from fastpo.errors import CacheError
 from fastpo.system.locks import FolderLocks
 from fastpo.system.ownership import remove_owned
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What pairs share: their texts and the images that edits begin from.
+
+    Attributes:
+        texts: What is encoded as text, and which pair has which.
+        images: The source images, or None.
+        seen: Of texts that are read together with an image, `(texts,)` its number; else None.
+    """
+
+    texts: PromptTable
+    images: SourceImages | None = None
+    seen: Sequence[int] | None = None
 
 
 def partition(
     config: Config,
     identity: CacheFingerprint,
     source: PairSource,
-    prompts: PromptTable,
+    tables: Tables,
     locks: FolderLocks,
     *,
     stamp: str | None = None,
@@ -43,7 +59,7 @@ def partition(
     with locks.manifest():
         manifest = load_manifest(folder)
         if manifest is None:
-            stray = [*folder.glob("shard-*"), *folder.glob("text-*")]
+            stray = [one for kind in ("shard", "text", "image") for one in folder.glob(f"{kind}-*")]
             if stray:
                 raise CacheError(
                     f"{folder} holds {stray[0].name} but no manifest.json; delete the folder or "
@@ -55,7 +71,7 @@ def partition(
             return manifest
         before = manifest.model_copy(deep=True)
         if manifest.source_pairs != len(source):
-            _extend(config, manifest, source, prompts, locks)
+            _extend(config, manifest, source, tables, locks)
             manifest.sources = _counts(source)
         if not manifest.covers(config.data.limit):
             manifest.limit = config.data.limit
@@ -82,7 +98,7 @@ def _extend(
     config: Config,
     manifest: Manifest,
     source: PairSource,
-    prompts: PromptTable,
+    tables: Tables,
     locks: FolderLocks,
 ) -> None:
     """Makes the plan span the source, keeping the parts that are done."""
@@ -95,15 +111,19 @@ def _extend(
             )
         before = parts_of(manifest)
         done = {part.name for part in before if part.done(folder)}
-        for kind, total in (("shard", len(source)), ("text", len(prompts.prompts))):
+        images = 0 if tables.images is None else len(tables.images.names)
+        totals = {"shard": len(source), "text": len(tables.texts.prompts), "image": images}
+        for kind, total in totals.items():
             old = [part for part in before if part.kind == kind]
             spans = partition_ranges(
                 total, size, [u.span for u in old], [u.name in done for u in old]
             )
             if kind == "shard":
                 manifest.shards = spans
-            else:
+            elif kind == "text":
                 manifest.texts = spans
+            else:
+                manifest.images = spans
         kept = {part.name for part in parts_of(manifest)}
         for name in done - kept:
             remove_owned(folder / name, PART)

@@ -14,6 +14,7 @@ from fastpo.config.data import Verify
 from fastpo.data.cache.index import INDEX_FILE, PROMPTS_FILE, QUARANTINE
 from fastpo.data.cache.manifest import Manifest, damages, load_manifest
 from fastpo.data.cache.parts import PART, CachePart, parts_of
+from fastpo.data.cache.source_images import IMAGES_FILE
 from fastpo.errors import CacheError
 from fastpo.system.locks import FolderLocks
 from fastpo.system.ownership import remove_owned
@@ -47,17 +48,20 @@ def find_lost(
     files = manifest.files | manifest.beside
     found = damages(folder, files, content=verify == "always")
     if verify == "first":
-        merged = [name for name in (INDEX_FILE, PROMPTS_FILE, QUARANTINE) if name in files]
+        names = (INDEX_FILE, PROMPTS_FILE, IMAGES_FILE, QUARANTINE)
+        merged = [name for name in names if name in files]
         found |= damages(folder, {name: files[name] for name in merged}, content=True)
     broken = {name.partition("/")[0] for name in found}
     parts = [part for part in parts_of(manifest) if part.name in broken]
     reasons = [*found.values()]
     if retry_quarantined:
-        sound = [p for p in parts_of(manifest) if p.kind == "shard" and p.name not in broken]
+        sound = [p for p in parts_of(manifest) if p.name not in broken]
         for part in sound:
             if count := len(part.record(folder).quarantined):
                 parts.append(part)
-                reasons.append(f"{folder / part.name}: {count} pair(s) in quarantine, tried again")
+                what = {"shard": "pair(s)", "text": "prompt(s)", "image": "source image(s)"}
+                told = f"{count} {what[part.kind]} in quarantine, tried again"
+                reasons.append(f"{folder / part.name}: {told}")
     return Lost(tuple(reasons), tuple(parts))
 
 

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastpo.data.cache.manifest import Manifest
@@ -42,17 +43,30 @@ class PairDigests:
     loser: str
 
 
-def pair_digests(
-    pair: PreferencePair, winner: bytes | OSError, loser: bytes | OSError
-) -> PairDigests:
-    """Returns the digests of a pair; an image that cannot be read counts as such."""
-    sides = [b"unreadable" if isinstance(side, OSError) else side for side in (winner, loser)]
+def pair_digests(pair: PreferencePair, *images: bytes | OSError) -> PairDigests:
+    """Returns the digests of a pair; an image that cannot be read counts as such.
+
+    Args:
+        pair: The pair.
+        images: Winner, loser and, of an edit, the image that it begins from.
+    """
+    sides = [readable(image) for image in images]
     content = _digest()
     for data in (pair.pair_id.encode(), pair.prompt.encode(), *sides):
         content.update(len(data).to_bytes(8, "little") + data)
     if pair.weight is not None:
         content.update(f"pair_weight {pair.weight!r}".encode())
-    return PairDigests(content.hexdigest(), *(_digest(side).hexdigest() for side in sides))
+    return PairDigests(content.hexdigest(), *map(image_digest, sides[:2]))
+
+
+def readable(image: bytes | OSError) -> bytes:
+    """Returns what an image counts as in digests."""
+    return b"unreadable" if isinstance(image, OSError) else image
+
+
+def image_digest(image: bytes | OSError) -> str:
+    """Returns `DIGITS` hexadecimal digits of an image's bytes."""
+    return _digest(readable(image)).hexdigest()
 
 
 def _digest(data: bytes = b"") -> hashlib.blake2b:
@@ -133,7 +147,8 @@ def check_contents(
             stop = min(part.span.stop, len(source))
             if not known or start >= stop:
                 continue
-            pairs = read_ahead(_content_of, source.pairs(start, stop), threads=workers)
+            read = partial(_content_of, edits=bool(manifest.images))
+            pairs = read_ahead(read, source.pairs(start, stop), threads=workers)
             for place, (name, content) in enumerate(pairs):
                 same = content == known[DIGITS * place :][:DIGITS]
                 if not same and start + place not in record.quarantined:
@@ -148,7 +163,18 @@ def check_contents(
         )
 
 
-def _content_of(pair: PreferencePair) -> tuple[str, str]:
+def _content_of(pair: PreferencePair, *, edits: bool) -> tuple[str, str]:
+    return pair.pair_id, pair_digests(pair, *read_images(pair, edits=edits)).content
+
+
+def read_images(pair: PreferencePair, *, edits: bool) -> list[bytes | OSError]:
+    """Reads winner, loser and, of an edit, the image that it begins from; see `read_image`.
+
+    Raises:
+        DataError: A fault of the machine did not pass.
+    """
+    readers = [pair.winner, pair.loser]
+    if edits and pair.source_image is not None:
+        readers.append(pair.source_image)
     with naming(pair, "reading its images"):
-        winner, loser = read_image(pair.winner), read_image(pair.loser)
-    return pair.pair_id, pair_digests(pair, winner, loser).content
+        return [read_image(reader) for reader in readers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,6 +62,21 @@ class PromptTable:
     numbers: np.ndarray
 
 
+@dataclass(frozen=True)
+class SourceImages:
+    """The distinct images that a data set of edits begins from, and which pair has which.
+
+    Attributes:
+        names: In the order of their first appearance.
+        numbers: `(N,)` int32, the number of each pair's image.
+        read: Returns the bytes of the image of a number; errors as `DataFolder.read`.
+    """
+
+    names: list[str]
+    numbers: np.ndarray
+    read: Callable[[int], bytes]
+
+
 class PairSource(ABC):
     """Preference pairs by their position in the data.
 
@@ -116,6 +131,24 @@ class PairSource(ABC):
         """
 
     @abstractmethod
+    def source_images(self) -> SourceImages | None:
+        """Returns the images that edits begin from; None where no pair names one.
+
+        A pair whose image is missing counts as a bad row.
+
+        Raises:
+            DataError: Some pairs name one and others none, or a name leads out of the folder.
+            TooManyBadRowsError: There are more bad rows than `data.max_bad` allows.
+        """
+
+    @abstractmethod
+    def edits(self) -> bool:
+        """Tells whether the first pair's `source` is an image that is there.
+
+        A column of that name may hold anything where the model begins from no image.
+        """
+
+    @abstractmethod
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
         """Yields the pairs at positions `start` to `stop` - 1, of those that the scan counted."""
 
@@ -137,7 +170,7 @@ class ScannedSource(PairSource):
         self.report = SourceReport()
         self.where = self._where()
         self.bad = BadRows(self.where, config.max_bad)
-        self._long_prompts_told = False
+        self._long_prompts_told = self._source_faults_told = False
         self._scan()
         if self.report.pairs == 0:
             reasons = f"; {told(self.bad.kept, self.bad.count)}" if self.bad.count else ""
@@ -174,6 +207,47 @@ class ScannedSource(PairSource):
         if not self._long_prompts_told:
             self.bad.add(f"pair {number} (from 0)", fault, is_pair=True)
         return ""
+
+    def source_images(self) -> SourceImages | None:
+        """See the base class."""
+        known: dict[str, int] = {}
+        numbers, without = np.zeros(len(self), dtype=np.int32), []
+        for number, name in enumerate(self._source_names()):
+            if name is None:
+                without.append(number)
+                continue
+            fault = self._source_fault(name)
+            if fault is not None and not self._source_faults_told:
+                self.bad.add(f"pair {number} (from 0)", fault, is_pair=True)
+            numbers[number] = known.setdefault(name, len(known))
+        self._source_faults_told = True
+        if not known:
+            return None
+        if without:
+            raise DataError(
+                f"{self.where}: {len(without)} of {len(self)} pairs have no source image, the "
+                f"first is pair {without[0]} (from 0); give all of them one, or none"
+            )
+        self.bad.check(self.report.rows)
+        names = list(known)
+        return SourceImages(names, numbers, lambda number: self._read_source(names[number]))
+
+    def edits(self) -> bool:
+        """See the base class."""
+        name = next(iter(self._source_names()), None)
+        return name is not None and self._source_fault(name) is None
+
+    def _source_names(self) -> Iterable[str | None]:
+        """Yields the source image of every pair; by default there are none."""
+        return ()
+
+    def _source_fault(self, name: str) -> str | None:
+        """Says why there is no source image of a name, or returns None."""
+        return None
+
+    def _read_source(self, name: str) -> bytes:
+        """Returns a source image's bytes."""
+        raise NotImplementedError
 
     def _bad_row(self, place: str, reason: str) -> None:
         """Counts a row that is no comparison."""

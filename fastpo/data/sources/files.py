@@ -48,6 +48,15 @@ class DataFolder:
             return None
         return f"{shown(name)} is, or lies behind, a link out of {self.folder}, to {target}; {HINT}"
 
+    def fault(self, name: str) -> str | None:
+        """Says why a source image cannot be read: its name, or that it is missing; else None."""
+        complaint = self.complaint(name)
+        if complaint is not None:
+            return f"source image {complaint}"
+        if is_file(self.folder, name):
+            return None
+        return f"source image not found: {printable(str(self.folder / name))}"
+
     def name_complaint(self, name: str) -> str | None:
         """As `complaint`, from the text alone."""
         if "\0" in name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -32,6 +32,8 @@ SCHEMA = (
     '{"prompt": text, "winner": image path, "loser": image path, "id": text (optional), '
     '"pair_weight": number from 0 (optional)}'
 )
+SOURCE = "source"
+"""Of an edit, the image that the prompt says how to change."""
 OTHERS = ("pairs.csv", "pairs.parquet", "metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Listings that are read where there is no `pairs.jsonl`, by `ListingSource`."""
 MOST_LINE = 1 << 20
@@ -93,7 +95,21 @@ class FolderSource(ScannedSource):
                 name = name_of(*sides, entry["prompt"])
             weight = pair_weight(entry.get("pair_weight"))
             assert not isinstance(weight, str), "bad lines were passed over"
-            yield PreferencePair(str(name), entry["prompt"], winner, loser, weight=weight)
+            source = entry.get(SOURCE)
+            read = partial(self._images.read, source) if plain_text(source) else None
+            yield PreferencePair(
+                str(name), entry["prompt"], winner, loser, source_image=read, weight=weight
+            )
+
+    def _source_names(self) -> Iterator[str | None]:
+        entries = (entry for _, _, entry in islice(listed(self._file, bad=passed_over), len(self)))
+        return source_names(entries, SOURCE)
+
+    def _source_fault(self, name: str) -> str | None:
+        return self._images.fault(name)
+
+    def _read_source(self, name: str) -> bytes:
+        return self._images.read(name)
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
@@ -112,6 +128,9 @@ class FolderSource(ScannedSource):
             for _, _, entry in listed(listing, bad=passed_over):
                 for side in ("winner", "loser"):
                     yield os.path.join(listing.parent, entry[side])
+                for name in source_names([entry], SOURCE):
+                    if name is not None:
+                        yield os.path.join(listing.parent, name)
 
 
 def listed(
@@ -136,6 +155,13 @@ def listed(
             bad(number, entry)
         else:
             raise DataError(f"{path}: line {number}: {entry}")
+
+
+def source_names(rows: Iterable[Mapping[str, Any]], key: str) -> Iterator[str | None]:
+    """Yields the source image that each row names; what is no text names none."""
+    for row in rows:
+        name = row.get(key)
+        yield name if name and plain_text(name) else None
 
 
 def json_lines(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:

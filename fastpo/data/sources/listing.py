@@ -66,7 +66,7 @@ class ListingSource(ScannedSource):
                 break
         values = {
             name: pa.array([getattr(row, name) for row in kept], pa.large_string())
-            for name in ("name", "prompt", "winner", "loser")
+            for name in ("name", "prompt", "winner", "loser", "source")
         }
         values["weight"] = pa.array([row.weight for row in kept], pa.float64())
         self._kept = pa.table(values)
@@ -96,9 +96,20 @@ class ListingSource(ScannedSource):
         for place in range(start, stop, 1024):
             for row in self._kept.slice(place, min(1024, stop - place)).to_pylist():
                 winner, loser = (partial(self._images.read, row[s]) for s in ("winner", "loser"))
-                yield PreferencePair(
-                    row["name"], row["prompt"], winner, loser, weight=row["weight"]
-                )
+                source = row["source"]
+                read = None if source is None else partial(self._images.read, source)
+                about = {"source_image": read, "weight": row["weight"]}
+                yield PreferencePair(row["name"], row["prompt"], winner, loser, **about)
+
+    def _source_names(self) -> Iterator[str | None]:
+        for start in range(0, len(self), 8192):
+            yield from self._kept["source"].slice(start, 8192).to_pylist()
+
+    def _source_fault(self, name: str) -> str | None:
+        return self._images.fault(name)
+
+    def _read_source(self, name: str) -> bytes:
+        return self._images.read(name)
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
@@ -121,8 +132,9 @@ class ListingSource(ScannedSource):
             with contextlib.suppress(DataError):
                 columns = columns or find_columns(str(listing), row)
                 found = read_row(row, columns)
-                for name in (found.winner, found.loser) if isinstance(found, Row) else ():
-                    yield os.path.join(listing.parent, name)
+                if isinstance(found, Row):
+                    for name in filter(None, (found.winner, found.loser, found.source)):
+                        yield os.path.join(listing.parent, name)
 
 
 def _rows(listing: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -163,6 +175,8 @@ def _parquet_rows(listing: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
                 kind = file.schema_arrow.field(name).type
                 labels = what in ("label_0", "label_1", "has_label", "weight")
                 words = "a number" if labels else "text" if what == "prompt" else "an image's path"
+                if what == "source":  # of a model without source images it may hold anything
+                    continue
                 fits = is_number if labels or what == "id" else is_text
                 if not fits(plain_type(kind)):
                     raise DataError(f"{listing}: column {name} is {kind!s:.200}; expected {words}")

@@ -22,6 +22,7 @@ COLUMNS = {
     "has_label": ("has_label",),
     "id": ("id",),
     "weight": (WEIGHT,),
+    "source": ("source",),
 }
 """Names that a column may have, the first one the preferred."""
 MOST_WEIGHT = 1_000_000
@@ -44,6 +45,7 @@ class Row:
         winner: Names the preferred image.
         loser: Names the other.
         weight: The pair's weight, if one is given.
+        source: Of an edit, names the image that the prompt says how to change.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     winner: str
     loser: str
     weight: float | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,9 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row | NoPair
     weight = pair_weight(row.get(WEIGHT))  # of JSON lines the first may lack it
     if isinstance(weight, str):
         return NoPair(BAD, weight)
-    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight)
+    source = values.get("source")
+    named = str(source) if source and plain_text(source) else None
+    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight, named)
 
 
 def pair_weight(value: Any) -> float | str | None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from fastpo.data.sources.bad_rows import BadRows
-from fastpo.data.sources.base import PairSource, PromptTable, SourceReport
+from fastpo.data.sources.base import PairSource, PromptTable, SourceImages, SourceReport
+from fastpo.errors import DataError
 from fastpo.types import PreferencePair
 
 
@@ -51,6 +52,33 @@ class SeveralSources(PairSource):
             joint = [known.setdefault(prompt, len(known)) for prompt in table.prompts]
             numbers.append(np.array(joint, dtype=np.int32)[table.numbers])
         return PromptTable(list(known), np.concatenate(numbers))
+
+    def source_images(self) -> SourceImages | None:
+        """See the base class."""
+        tables = {name: part.source_images() for name, part in self._parts.items()}
+        found = {name: table for name, table in tables.items() if table is not None}
+        if not found:
+            return None
+        if len(found) < len(tables):
+            without = ", ".join(name for name, table in tables.items() if table is None)
+            raise DataError(
+                f"data.sources: pairs of {', '.join(found)} have source images, those of "
+                f"{without} have none; train them in one run only if all have"
+            )
+        names = [f"{name}/{image}" for name, table in found.items() for image in table.names]
+        starts = [0, *np.cumsum([len(table.names) for table in found.values()]).tolist()]
+        each = list(found.values())
+        numbers = [table.numbers + start for table, start in zip(each, starts, strict=False)]
+
+        def read(number: int) -> bytes:
+            part = int(np.searchsorted(starts, number, side="right")) - 1
+            return each[part].read(number - starts[part])
+
+        return SourceImages(names, np.concatenate(numbers).astype(np.int32), read)
+
+    def edits(self) -> bool:
+        """See the base class."""
+        return any(part.edits() for part in self._parts.values())
 
     def _pairs(self, start: int, stop: int) -> Iterator[PreferencePair]:
         for (name, part), first in zip(self._parts.items(), self._starts, strict=False):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastpo.config import SourceConfig
-from fastpo.data.sources.base import ScannedSource, printable, shown
+from fastpo.data.sources.base import ScannedSource, content_hash, printable, shown
 from fastpo.data.sources.columns import BAD, TIE
 from fastpo.data.sources.files import MOST_IMAGE_BYTES
 from fastpo.data.sources.folder import MOST_LINE
@@ -49,7 +49,8 @@ class TarSource(ScannedSource):
 
     `key.winner.png` and `key.loser.png`, or `key.jpg_0` and `key.jpg_1` (or `key.0.png` and
     `key.1.png`) with labels; `key.txt` is the prompt, and `key.json` holds it or other columns of
-    `fastpo.data.sources.rows`. Images are read from their place in the tar file.
+    `fastpo.data.sources.rows`. Images are read from their place in the tar file. `key.source.png`
+    is the image that an edit begins from; equal ones are known by their bytes.
     """
 
     def _scan(self) -> None:
@@ -57,7 +58,7 @@ class TarSource(ScannedSource):
         names: list[str] = []
         prompts: list[str] = []
         weights: list[float | None] = []
-        places = array("q")  # file, then place and size of winner and loser
+        places = array("q")  # file, then place and size of winner, loser and source, or zeros
         for number, file in enumerate(self._files):
             for key, values, members in _samples(file):
                 row = _row(key, values, members)
@@ -68,7 +69,8 @@ class TarSource(ScannedSource):
                     names.append(row.name)
                     prompts.append(row.prompt)
                     weights.append(row.weight)
-                    places.extend((number, *members[row.winner], *members[row.loser]))
+                    source = members.get(row.source or "", (0, 0))
+                    places.extend((number, *members[row.winner], *members[row.loser], *source))
                     self.report.rows += 1
                     self.report.pairs += 1
                 if self._full():
@@ -77,7 +79,8 @@ class TarSource(ScannedSource):
                 break
         self._names, self._prompts = (pa.array(x, pa.large_string()) for x in (names, prompts))
         self._weights = pa.array(weights, pa.float64())
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 7)
+        self._sources: dict[str, tuple[Path, int, int]] = {}
 
     def _captions(self) -> Iterator[str]:
         for start in range(0, len(self._prompts), 8192):
@@ -88,10 +91,25 @@ class TarSource(ScannedSource):
             file, *spans = self._places[number].tolist()
             path = self._files[file]
             winner = partial(_read, path, *spans[:2])
-            loser = partial(_read, path, *spans[2:])
+            loser = partial(_read, path, *spans[2:4])
+            source = partial(_read, path, *spans[4:]) if spans[5] else None
             name, prompt = self._names[number].as_py(), self._prompts[number].as_py()
             weight = self._weights[number].as_py()
-            yield PreferencePair(name, prompt, winner, loser, weight=weight)
+            about = {"source_image": source, "weight": weight}
+            yield PreferencePair(name, prompt, winner, loser, **about)
+
+    def _source_names(self) -> Iterator[str | None]:
+        for file, *_, place, size in self._places.tolist():
+            if not size:
+                yield None
+                continue
+            where = self._files[file], place, size
+            name = content_hash(_read(*where))
+            self._sources.setdefault(name, where)
+            yield name
+
+    def _read_source(self, name: str) -> bytes:
+        return _read(*self._sources[name])
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:

@@ -1,0 +1,88 @@
+"""Which images are sampled: a prompt, a seed and, of edits, the image that is edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastpo.config import Config
+from fastpo.data.images import UnusableImageError, decode
+from fastpo.data.sources.files import read_image_file
+from fastpo.errors import DataError, one_line
+from fastpo.evaluate.prompt_sets import configured_sets
+from fastpo.models.folder import digest_files
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image to make.
+
+    Attributes:
+        prompt_index: Position of its prompt among the prompts.
+        prompt: The prompt.
+        seed: Seed of its generator; no two samples share one.
+        source: Path of the image that is edited; None where none is.
+    """
+
+    prompt_index: int
+    prompt: str
+    seed: int
+    source: str | None = None
+
+    @property
+    def file(self) -> str:
+        """Its file's name in a folder of samples."""
+        return f"{self.prompt_index:05d}-{self.seed}.png"
+
+
+def plan_samples(config: Config) -> list[Sample]:
+    """Lists what is sampled: `seeds_per_prompt` images of each prompt.
+
+    Prompts are `evaluate.prompts`, those of `evaluate.prompts_file` and `evaluate.prompt_sets`. A
+    prompt given twice counts once. Sample i has the seed `first_seed + i`: a seed of its own, so
+    that samples of different prompts are independent, which their intervals rest on.
+
+    Raises:
+        ConfigError: No prompt is given, a file of prompts is missing or not as published, or a
+            prompt is too long.
+    """
+    rows = [row for one in configured_sets(config) for row in one.rows]
+    return list_samples(config, list(dict.fromkeys(rows)))
+
+
+def list_samples(config: Config, rows: Sequence[tuple[str, str | None]]) -> list[Sample]:
+    """Lists `seeds_per_prompt` images of each of some distinct prompts; see `plan_samples`.
+
+    Args:
+        config: The experiment.
+        rows: Prompts with their source image, or None; see `PromptSet.rows`.
+    """
+    each, first = config.evaluate.seeds_per_prompt, config.evaluate.first_seed
+    return [
+        Sample(p, prompt, first + p * each + k, source)
+        for p, (prompt, source) in enumerate(rows)
+        for k in range(each)
+    ]
+
+
+def described(sample: Sample) -> dict[str, Any]:
+    """What stands for a sample in a fingerprint: of a source image its content, not its name."""
+    row = asdict(sample)
+    source = row.pop("source")
+    return row if source is None else row | {"source": digest_files([Path(source)])}
+
+
+def opened(path: str) -> Image.Image:
+    """Decodes a source image.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return decode(read_image_file(Path(path)))
+    except (OSError, UnusableImageError) as error:
+        raise DataError(f"source image {path}: {one_line(error)}") from None
