@@ -5,44 +5,25 @@ Nothing here knows which image won, so nothing of the label can leak into the pi
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fastpo.models.geometry import Geometry
+from fastpo.system.pictures import UnusableImageError as UnusableImageError
+from fastpo.system.pictures import decode as decode
 
 ASPECT_TOLERANCE = 2
 """Largest difference of the two images' aspect ratios, in percent."""
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is decoded; of several frames the first. Other formats' decoders are never called."""
-MOST_PIXELS = 80_000_000
-"""Of one image, told by its header before anything is decoded; three bytes each."""
-MOST_SIDE = 65_535
-"""Pixels of width or height; a JPEG has no more."""
 MOST_ENLARGED = 4
 """How many times the target's pixels a whole resized image may have before it is cut first."""
-
-
-class UnusableImageError(Exception):
-    """A pair cannot be used; the text is the reason written to the quarantine.
-
-    Attributes:
-        kind: `bad` where an image or the row is at fault; `aspect` or `same` where the two images
-            are whole but cannot be compared: shapes that differ, or one image twice.
-    """
-
-    def __init__(self, reason: str, kind: Literal["bad", "aspect", "same"] = "bad") -> None:
-        super().__init__(reason)
-        self.kind: Literal["bad", "aspect", "same"] = kind
 
 
 @dataclass(frozen=True)
@@ -95,39 +76,6 @@ def to_model_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decodes an image to RGB: EXIF orientation applied, transparency laid over white.
-
-    Raises:
-        UnusableImageError: The bytes are not a whole image of `FORMATS`, or it is too large.
-        MemoryError: There is none left for it.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS or max(image.size) > MOST_SIDE:
-            raise ValueError(
-                f"{image.width}x{image.height} are more than {MOST_PIXELS / 1e6:g} megapixels, or "
-                f"than {MOST_SIDE} on a side"
-            )
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = _sixteen_bit(image)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except MemoryError:  # of the machine, not of the image
-        raise
-    except UnidentifiedImageError:
-        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise UnusableImageError(f"UnidentifiedImageError: no {kinds} image") from None
-    except Exception as error:  # PIL's plug-ins raise anything on broken data
-        reason = " ".join(str(error).split("<_io", maxsplit=1)[0].split())
-        raise UnusableImageError(f"{type(error).__name__}: {reason}") from error
-
-
 def _decode(read: Callable[[], bytes], name: str) -> Image.Image:
     try:
         return decode(read())
@@ -135,12 +83,6 @@ def _decode(read: Callable[[], bytes], name: str) -> Image.Image:
         raise UnusableImageError(f"{name}: unreadable: {error}") from error
     except UnusableImageError as error:
         raise UnusableImageError(f"{name}: {error}") from error
-
-
-def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit gray levels to eight bits; PIL's own conversion clips them to white."""
-    values = np.asarray(image, dtype=np.float64)
-    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _resize_crop(

@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 
 from fastpo.config import Config
-from fastpo.data.images import UnusableImageError, decode
-from fastpo.data.sources.files import read_image_file
 from fastpo.errors import DataError, one_line
 from fastpo.evaluate.prompt_sets import configured_sets
 from fastpo.models.folder import digest_files
+from fastpo.system.json_text import read_bounded
+from fastpo.system.pictures import MOST_IMAGE_BYTES, UnusableImageError, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,6 @@ def opened(path: str) -> Image.Image:
         DataError: It cannot be read.
     """
     try:
-        return decode(read_image_file(Path(path)))
-    except (OSError, UnusableImageError) as error:
+        return decode(read_bounded(Path(path), MOST_IMAGE_BYTES))
+    except (OSError, ValueError, UnusableImageError) as error:
         raise DataError(f"source image {path}: {one_line(error)}") from None

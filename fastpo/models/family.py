@@ -258,7 +258,11 @@ class ModelFamily(ABC):
         Raises:
             ModelError: A part of it could not be loaded.
         """
-        options: dict[str, Any] = {**self.pipeline_options, "dtype": dtype}
+        options: dict[str, Any] = {
+            **self.pipeline_options,
+            **self.pipeline_parts(folder),
+            "dtype": dtype,
+        }
         if folder.other_vae is not None:
             options["vae"] = load_vae_of(folder, dtype)
         if denoiser is not None:
@@ -266,6 +270,10 @@ class ModelFamily(ABC):
         options |= load_models(folder, dtype, without=options)
         with loading(f"{folder.path} could not be loaded"):
             return self.pipeline_class.from_pretrained(folder.path, **options)
+
+    def pipeline_parts(self, folder: ModelFolder) -> dict[str, Any]:
+        """Returns components of the pipeline that diffusers cannot load everywhere, by name."""
+        return {}
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig

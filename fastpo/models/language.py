@@ -105,7 +105,13 @@ class LanguageFamily(FlowFamily):
         text.to(device).eval().requires_grad_(False)
         vae = self.load_vae(folder, config, device)
         tokenizer = self._load_tokenizer(folder)
-        return self.encoders_class(vae, (tokenizer,), (text,), device, length=length)
+        parts = (tokenizer,), (text,)
+        options = self.encoder_options(folder)
+        return self.encoders_class(vae, *parts, device, length=length, **options)
+
+    def encoder_options(self, folder: ModelFolder) -> dict[str, Any]:
+        """Returns what else the family's encoders are made of, loaded, by its attribute's name."""
+        return {}
 
     def _load_tokenizer(self, folder: ModelFolder) -> Any:
         """Of a processor's folder, too, the tokenizer is all that texts need."""

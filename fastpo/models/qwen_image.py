@@ -9,7 +9,7 @@ bool. All images of a batch have one size, which the position embedding takes fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
@@ -25,13 +25,6 @@ from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.geometry import MOST_LEVELS
 from fastpo.models.language import LanguageEncoders, LanguageFamily, lengths, padded
 from fastpo.types import NoisedPair
-
-_OTHER_CONDITIONING = (
-    "zero_cond_t",
-    "use_additional_t_cond",
-    "use_layer3d_rope",
-    "guidance_embeds",
-)
 
 
 class QwenImageEncoders(LanguageEncoders):
@@ -76,12 +69,22 @@ class QwenImageEncoders(LanguageEncoders):
 
 
 class QwenImage(LanguageFamily):
-    """Qwen-Image, 20B."""
+    """Qwen-Image, 20B.
+
+    Attributes:
+        refused_keys: Of the transformer's configuration; each set one is of another kind of model.
+    """
 
     name = "qwen-image"
+    refused_keys: ClassVar[tuple[str, ...]] = (
+        "zero_cond_t",
+        "use_additional_t_cond",
+        "use_layer3d_rope",
+        "guidance_embeds",
+    )
     denoiser_class = QwenImageTransformer2DModel
     pipeline_class = QwenImagePipeline
-    pipeline_prefix = "QwenImage"
+    pipeline_prefix = "QwenImage(?!Edit(Plus)?Pipeline)"
     sdpa_alone = True  # texts of unequal length need a mask, which flash kernels do not take
     vae_class = AutoencoderKLQwenImage
     encoders_class = QwenImageEncoders
@@ -94,11 +97,11 @@ class QwenImage(LanguageFamily):
         if latent_normalization(_channels_named(read_json(folder.vae / "config.json"))) is None:
             raise ModelError(f"{folder.vae / 'config.json'} has no latents_mean and latents_std")
         config = self.denoiser_config(folder)
-        for key in _OTHER_CONDITIONING:
+        for key in self.refused_keys:
             if config.get(key):
                 raise ModelError(
                     f"{folder.component(self.denoiser) / 'config.json'}: {key} is set, as in "
-                    "models that edit images or make layers; FastPO trains text-to-image models"
+                    f"models of another kind than {self.name}, which edit images or make layers"
                 )
 
     def scheduler_config(self, folder: ModelFolder) -> dict[str, Any]:

@@ -23,6 +23,8 @@ FAMILIES = {
     "sana": "fastpo.models.sana:Sana",
     "z-image": "fastpo.models.z_image:ZImage",
     "qwen-image": "fastpo.models.qwen_image:QwenImage",
+    "qwen-image-edit": "fastpo.models.qwen_image_edit:QwenImageEdit",
+    "qwen-image-edit-plus": "fastpo.models.qwen_image_edit:QwenImageEditPlus",
     "flux2-klein": "fastpo.models.flux2:Flux2Klein",
     "flux2-dev": "fastpo.models.flux2:Flux2Dev",
 }

@@ -195,7 +195,15 @@ def dropped_conditions(
         config: The run's configuration.
         model: The folder of its model.
         empty: The conditions that the empty prompt gives, each `(1, ...)`.
+
+    Raises:
+        ConfigError: Captions are dropped, and the family encodes none without a source image.
     """
+    if config.train.empty_prompt_rate and model.family.text_sees_source:
+        raise ConfigError(
+            f"train.empty_prompt_rate: prompts of {model.family.name} are encoded together with "
+            "their source images, and no empty ones are kept; leave it at 0"
+        )
     if drops_to_zeros(config, model):
         return {name: torch.zeros_like(given) for name, given in empty.items()}
     return dict(empty)

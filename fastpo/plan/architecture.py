@@ -34,6 +34,8 @@ PACKAGED_FOLDERS: dict[str, str] = {
     "Tongyi-MAI/Z-Image": "z-image",
     "Qwen/Qwen-Image": "qwen-image",
     "Qwen/Qwen-Image-2512": "qwen-image",
+    "Qwen/Qwen-Image-Edit": "qwen-image-edit",
+    "Qwen/Qwen-Image-Edit-2509": "qwen-image-edit-2509",
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2-klein-base-9b",

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fastpo.config import Config, SourceConfig
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.mixing import visits_per_epoch
@@ -32,6 +34,7 @@ class DataSize:
         source: Where the numbers come from.
         repeats: How often an epoch visits a pair, on average.
         images: Distinct images that edits begin from, if known; at most `pairs`.
+        edits: Distinct prompts with such an image, if known; at most `pairs`.
     """
 
     pairs: int | None
@@ -39,6 +42,7 @@ class DataSize:
     source: str
     repeats: float = 1.0
     images: int | None = None
+    edits: int | None = None
 
 
 def find_size(config: Config, pairs: int | None) -> DataSize:
@@ -57,8 +61,8 @@ def find_size(config: Config, pairs: int | None) -> DataSize:
     if pairs is None:
         return size
     prompts = pairs if size.prompts is None else min(size.prompts, pairs)
-    images = None if size.images is None else min(size.images, pairs)
-    return DataSize(pairs, prompts, "--pairs", size.repeats, images)
+    images, edits = (None if n is None else min(n, pairs) for n in (size.images, size.edits))
+    return DataSize(pairs, prompts, "--pairs", size.repeats, images, edits)
 
 
 def _prepared_size(config: Config) -> DataSize | None:
@@ -73,7 +77,9 @@ def _prepared_size(config: Config) -> DataSize | None:
     if len(each) == len(config.data.sources) > 0:
         repeats = _repeats(config, each)
     images = min(manifest.images[-1].stop, pairs) if manifest.images else None
-    return DataSize(pairs, min(prompts, pairs), where, repeats, images)
+    # Where texts see images, the texts that were encoded are the edits.
+    edits = None if images is None else min(prompts, pairs)
+    return DataSize(pairs, min(prompts, pairs), where, repeats, images, edits)
 
 
 def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
@@ -86,9 +92,9 @@ def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
         return DataSize(None, None, unknown.source)
     prompts = [size.prompts or size.pairs or 0 for size in sizes]
     where = ", ".join(size.source for size in sizes)
-    images = [size.images for size in sizes if size.images is not None]
-    counted = sum(images) if len(images) == len(sizes) else None
-    return DataSize(sum(known), sum(prompts), where, _repeats(config, known), counted)
+    counts = ([one.images for one in sizes], [one.edits for one in sizes])
+    images, edits = (None if None in n else sum(filter(None, n)) for n in counts)
+    return DataSize(sum(known), sum(prompts), where, _repeats(config, known), images, edits)
 
 
 def _repeats(config: Config, pairs: Sequence[int]) -> float:
@@ -104,10 +110,14 @@ def count_source(one: SourceConfig) -> DataSize:
     """Counts one data set: its labels are scanned, and its prompts read, if it is on this disk."""
     source = open_local(one)
     if source is not None:
-        edits = source.source_images() if source.edits() else None
-        images = None if edits is None else len(edits.names)
-        prompts = len(source.prompt_table().prompts) - 1
-        return DataSize(len(source), prompts, one.path, images=images)
+        table = source.prompt_table()
+        prompts = len(table.prompts) - 1
+        found = source.source_images() if source.edits() else None
+        if found is None:
+            return DataSize(len(source), prompts, one.path)
+        both = np.stack([table.numbers, found.numbers])
+        edits = np.unique(both, axis=1).shape[1]
+        return DataSize(len(source), prompts, one.path, images=len(found.names), edits=edits)
     pairs, prompts, where = one.limit, one.limit, "data.limit"
     if one.split == "train" and one.path in PUBLISHED:
         published, prompts = PUBLISHED[one.path]
@@ -157,7 +167,10 @@ def cache_size(
     totals: tuple[int | None, ...] = (None,) * 4
     if size.pairs is not None and size.prompts is not None:
         images = size.pairs if size.images is None else size.images
-        totals = size.pairs * latents, (size.prompts + 1) * text, size.pairs * per_pair
+        texts = size.prompts + 1
+        if architecture.flow is not None and architecture.flow.text_sees_source:
+            texts = size.pairs if size.edits is None else size.edits
+        totals = size.pairs * latents, texts * text, size.pairs * per_pair
         totals = *totals, images * source
     return CacheSize(
         latent_bytes_per_pair=latents,

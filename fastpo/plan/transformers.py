@@ -36,6 +36,8 @@ _LENGTHS = {
     "flux-kontext": flux.TEXT_LENGTH,
     "sana": sana.TEXT_LENGTH,
 }
+_SEEN = {"qwen-image-edit": 37 * 37, "qwen-image-edit-plus": 14 * 14}
+"""Tokens of 28 x 28 pixels of a square source image, as the language model sees it."""
 SOURCE_SIDE = 1024
 """Pixels: the pipelines that must edit resize a square source to this side."""
 
@@ -61,11 +63,12 @@ class Text:
 
 
 def text_length(family: FlowFamily, config: Config) -> int:
-    """Returns the tokens of a prompt for the family's long text encoder."""
+    """Returns the tokens of a prompt, and of an image with it, for the long text encoder."""
+    seen = _SEEN.get(family.name, 0)
     if config.prepare.text_length is not None:
-        return config.prepare.text_length
+        return config.prepare.text_length + seen
     if isinstance(family, LanguageFamily):
-        return family.text_length
+        return family.text_length + seen
     return _LENGTHS[family.name]
 
 
@@ -84,7 +87,7 @@ def text_of(family: FlowFamily, denoiser: dict[str, Any], length: int) -> Text:
         sizes = {"prompt_embeds": (length, denoiser["caption_channels"]), "prompt_mask": (length,)}
         return Text(sizes, masks=("prompt_mask",))
     width = denoiser["joint_attention_dim"]
-    if family.name == "qwen-image":
+    if family.name in ("qwen-image", *_SEEN):
         sizes = {"prompt_embeds": (length, width), "prompt_mask": (length,)}
         return Text(sizes, masks=("prompt_mask",))
     if family.name in ("sd3", "flux", "flux-kontext"):

@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastpo.system.files import write_json
+from fastpo.system.json_text import read_json
 from fastpo.testing.flow import seeded, tiny_vae
 from fastpo.testing.pipelines import save_pipeline
 
 _MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_IMAGE_MARKS = (*_MARKS, *_VISION)
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -66,32 +70,65 @@ def tiny_qwen_image_folder(path: Path, *, seed: int = 0, **scheduler: Any) -> Pa
 
     Args and return value as in `tiny_z_image_folder`; images are of multiples of 4 px.
     """
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 
     def make() -> Any:
         tokenizer = chat_tokenizer()
         return QwenImagePipeline(
             scheduler=_scheduler(QWEN_SHIFT, scheduler),
-            vae=AutoencoderKLQwenImage(
-                base_dim=8,
-                dim_mult=[1, 2],
-                num_res_blocks=1,
-                temperal_downsample=[True],
-            ),
+            vae=_qwen_vae(),
             text_encoder=_qwen_vl(tokenizer, width=16),
             tokenizer=tokenizer,
-            transformer=QwenImageTransformer2DModel(
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=16,
-                axes_dims_rope=(4, 6, 6),
-            ),
+            transformer=_qwen_transformer(),
         )
 
     return _written(make, path, seed)
+
+
+def tiny_qwen_image_edit_folder(
+    path: Path, *, seed: int = 0, plus: bool = False, zero_cond_t: bool = False
+) -> Path:
+    """Writes a pipeline of Qwen-Image-Edit's kind; its language model sees images.
+
+    Args:
+        path: Folder to create; an existing one is overwritten file by file.
+        seed: Seed of the random weights.
+        plus: As Edit-Plus (2509 and later).
+        zero_cond_t: As of 2511, whose transformer is told that sources have no noise.
+
+    Returns:
+        `path`.
+    """
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import QwenImageEditPipeline
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+        QwenImageEditPlusPipeline,
+    )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    kind: Any = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
+    tokenizer = chat_tokenizer(_IMAGE_MARKS)
+
+    def make() -> Any:
+        return kind(
+            scheduler=_scheduler(QWEN_SHIFT, {}),
+            vae=_qwen_vae(),
+            text_encoder=_qwen_vl(tokenizer, width=16),
+            tokenizer=tokenizer,
+            processor=None,
+            transformer=_qwen_transformer(zero_cond_t=zero_cond_t),
+        )
+
+    _written(make, path, seed)
+    # transformers writes a processor only where it has torchvision, for the part for videos.
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
+    for part in (images, tokenizer):
+        part.save_pretrained(path / "processor")
+    index = path / "model_index.json"
+    write_json(
+        index,
+        read_json(index, most_bytes=1 << 20) | {"processor": ["transformers", "Qwen2VLProcessor"]},
+    )
+    return path
 
 
 def tiny_flux2_klein_folder(
@@ -164,16 +201,20 @@ QWEN_SHIFT: Mapping[str, Any] = {
 FLUX2_SHIFT: Mapping[str, Any] = {"use_dynamic_shifting": True, "shift": 3.0}
 
 
-def chat_tokenizer() -> Any:
-    """Qwen's tokenizer without merges: each byte is a token; texts are put into a chat."""
+def chat_tokenizer(marks: tuple[str, ...] = _MARKS) -> Any:
+    """Qwen's tokenizer without merges: each byte is a token; texts are put into a chat.
+
+    Args:
+        marks: The tokens that mark a chat's parts.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    names = [*sorted(ByteLevel.alphabet()), *_MARKS]
+    names = [*sorted(ByteLevel.alphabet()), *marks]
     tokenizer = Qwen2Tokenizer(
         vocab={name: i for i, name in enumerate(names)},
         merges=[],
-        extra_special_tokens=list(_MARKS),
+        extra_special_tokens=list(marks),
         model_max_length=1 << 14,
     )
     tokenizer.chat_template = _CHAT
@@ -192,6 +233,30 @@ def _scheduler(usual: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     )
 
     return FlowMatchEulerDiscreteScheduler(**{**usual, **own})
+
+
+def _qwen_vae() -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+    )
+
+
+def _qwen_transformer(**options: Any) -> Any:
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        **options,
+    )
 
 
 def _flux2_vae() -> Any:
@@ -264,6 +329,11 @@ def _qwen_vl(tokenizer: Any, *, width: int) -> Any:
         "out_hidden_size": width,
         "fullatt_block_indexes": [0],
     }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    )
+    known = set(tokenizer.all_special_tokens)
+    ids = {
+        f"{mark.strip('<|>').removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(mark)
+        for mark in _VISION
+        if mark in known
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config)

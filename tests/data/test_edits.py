@@ -134,6 +134,14 @@ def test_pairs_of_a_source_that_is_no_image_are_left_out_until_it_is_repaired(tm
     assert repaired.read([1], 0).conditions["source_latents"].abs().sum() > 0
 
 
+def test_a_strip_is_no_source(tmp_path, model):
+    write_folder(tmp_path / "data", 2, sizes=((64, 64),), sources=SOURCES[:2])
+    (tmp_path / "data" / "source1.png").write_bytes(image_bytes(0, (153, 3)))
+    config = config_of(model, tmp_path / "data", tmp_path / "cache", data={"max_bad": 0.5})
+    cache = prepare(config, progress=False)
+    assert "source: its sides are more than 1 to 50: (153, 3)" in cache.left_out()
+
+
 def test_a_missing_source_stops_before_any_model_is_loaded(tmp_path, model, monkeypatch):
     write_folder(tmp_path / "data", 2, sizes=((64, 64),), sources=SOURCES[:2])
     (tmp_path / "data" / "source1.png").unlink()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastpo.data.images as images
 import fastpo.data.sources.files as files
 import fastpo.data.sources.folder as folder_module
 import fastpo.data.sources.hpdv2 as hpdv2_module
+import fastpo.system.pictures as images
 from fastpo.config import DataConfig
 from fastpo.data.images import UnusableImageError, decode, load_pair
 from fastpo.data.prepare.verify_source import read_image
@@ -66,7 +66,7 @@ def test_of_a_strip_only_what_is_kept_is_resized(monkeypatch):
     pair = load_pair(lambda: data, lambda: data, GEOMETRY)
     (height, width) = pair.pixels.shape[-2:]
     assert sizes == [(width, height)] * 2
-    monkeypatch.setattr(images, "MOST_ENLARGED", 10**9)
+    monkeypatch.setattr("fastpo.data.images.MOST_ENLARGED", 10**9)
     whole = load_pair(lambda: data, lambda: data, GEOMETRY)
     assert whole.add_time_ids == pair.add_time_ids
     assert (whole.pixels.int() - pair.pixels.int()).abs().max() <= 1

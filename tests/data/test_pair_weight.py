@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastpo.config import DataConfig
-from fastpo.data.cache.index import INDEX_TYPES, open_arrow
+from fastpo.data.cache.arrow import open_arrow
+from fastpo.data.cache.index import INDEX_TYPES
 from fastpo.data.cache.parts import INDEX_SCHEMA
 from fastpo.data.prepare import prepare
 from fastpo.data.sources import open_source

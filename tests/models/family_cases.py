@@ -28,6 +28,7 @@ from fastpo.testing.flow import (
 from fastpo.testing.language_pipelines import (
     tiny_flux2_dev_folder,
     tiny_flux2_klein_folder,
+    tiny_qwen_image_edit_folder,
     tiny_qwen_image_folder,
     tiny_z_image_folder,
 )
@@ -105,6 +106,7 @@ def flux2_latents(tokens, pipeline, size):
     return tokens.mT.unflatten(2, [side // (2 * pipeline.vae_scale_factor) for side in size])
 
 
+QWEN_EDIT = {"pack": tokens_of, "unpack": qwen_latents, "sources": SOURCES}
 FLUX2 = {"pack": flux2_tokens, "unpack": flux2_latents, "enter": same}
 
 CASES = (
@@ -123,6 +125,17 @@ CASES = (
     Case("sana", tiny_sana_folder, size=(32, 64)),
     Case("z-image", tiny_z_image_folder, guidance=0.0),
     Case("qwen-image", tiny_qwen_image_folder, pack=tokens_of, unpack=qwen_latents),
+    Case("qwen-image-edit", tiny_qwen_image_edit_folder, **QWEN_EDIT),
+    Case(
+        "qwen-image-edit-2509",
+        lambda path: tiny_qwen_image_edit_folder(path, plus=True),
+        **QWEN_EDIT,
+    ),
+    Case(
+        "qwen-image-edit-2511",
+        lambda path: tiny_qwen_image_edit_folder(path, plus=True, zero_cond_t=True),
+        **QWEN_EDIT,
+    ),
     Case("flux2-klein", tiny_flux2_klein_folder, **FLUX2),
     Case("flux2-dev", tiny_flux2_dev_folder, **FLUX2),
 )
@@ -180,7 +193,17 @@ class Stock:
         if self.sources:
             pixels = [self.encoders.source_pixels(image) for image in self.sources]
             pairs[SOURCE_LATENTS] = self.encoders.encode_sources(torch.stack(pixels))
-        return {**self.encoders.encode_prompts(prompts), **pairs}
+        return {**self.text(prompts), **pairs}
+
+    def text(self, prompts):
+        """What the prompts give, with their source images where the text encoder sees them."""
+        if not self.family.text_sees_source:
+            return self.encoders.encode_prompts(prompts)
+        each = [
+            self.encoders.encode_edit(prompt, image)
+            for prompt, image in zip(prompts, self.sources, strict=False)
+        ]
+        return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 
     def draw(self, seed):
         """Latents of both prompts' images as the denoiser sees them."""

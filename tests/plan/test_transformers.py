@@ -28,6 +28,8 @@ BILLIONS = {
     "Tongyi-MAI/Z-Image": 6.15,
     "Qwen/Qwen-Image": 20.43,
     "Qwen/Qwen-Image-2512": 20.43,
+    "Qwen/Qwen-Image-Edit": 20.43,
+    "Qwen/Qwen-Image-Edit-2509": 20.43,
     "black-forest-labs/FLUX.2-dev": 32.22,
     "black-forest-labs/FLUX.2-klein-base-4B": 3.88,
     "black-forest-labs/FLUX.2-klein-base-9B": 9.08,
@@ -105,6 +107,25 @@ def test_source_images_are_in_the_plan(tmp_path):
     )
     tokens, more = 32 * 32 // 4 + 64, 16 * 16 // 4
     assert 1 + 0.5 * more / tokens < with_source / alone < (1 + more / tokens) ** 2
+
+
+def test_a_text_that_sees_its_image_is_counted_with_it(tmp_path):
+    """Per prompt and image; 1,369 or 196 tokens more."""
+    data = write_folder(tmp_path / "data", 12, prompts=2, sources=((48, 48), (64, 32), (32, 32)))
+    sizes = []
+    for name in ("Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509"):
+        made = config(name, text_length=100)
+        listed = made.data.model_copy(update={"source": "folder", "path": str(data)})
+        made = made.model_copy(update={"data": listed})
+        architecture = resolve_architecture(made)
+        shapes, size = make_shapes(made, architecture), find_size(made, None)
+        assert (size.prompts, size.images, size.edits) == (2, 3, 6)
+        assert shapes.source == (128, 128)
+        cache = cache_size(made, architecture, shapes, size=size, visits=None, hours=None)
+        assert cache.text == 6 * cache.text_bytes_per_prompt
+        sizes.append(cache.text_bytes_per_prompt)
+    token = 2 * 3584 + 1
+    assert sizes == [(100 + 1369) * token, (100 + 196) * token]
 
 
 QUICK = ("qwen-image", "flux2-dev", "sana")

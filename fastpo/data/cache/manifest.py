@@ -62,7 +62,7 @@ class Quarantined(Record):
     Attributes:
         pair_id: Its name; of a row that is no pair, where it stands.
         reason: What is wrong with it.
-        kind: See `fastpo.data.images.UnusableImageError`; caches of before it was kept say `bad`.
+        kind: See `fastpo.system.pictures.UnusableImageError`; of before it was kept `bad`.
         source: Of several data sets the name of its own.
     """
 

@@ -42,6 +42,8 @@ from fastpo.models.family import ModelFamily
 from fastpo.precision import DTYPES
 from fastpo.system.read_ahead import read_ahead
 
+MOST_ASPECT = 50
+"""Sides of a source image are at most 1 to this; resized to a pipeline's area, none becomes 0."""
 STAND_IN = (64, 64)
 """Size of a gray image in place of one that cannot be read, whose pairs are in quarantine."""
 
@@ -80,7 +82,10 @@ def source_image(data: bytes | OSError) -> Image.Image:
     if isinstance(data, OSError):
         raise UnusableImageError(f"source: unreadable: {data}")
     try:
-        return decode(data)
+        image = decode(data)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise UnusableImageError(f"its sides are more than 1 to {MOST_ASPECT}: {image.size}")
+        return image
     except UnusableImageError as error:
         raise UnusableImageError(f"source: {error}") from None
 

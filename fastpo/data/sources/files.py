@@ -9,10 +9,9 @@ from pathlib import Path
 
 from fastpo.data.sources.base import printable, shown
 from fastpo.errors import DataError
+from fastpo.system.pictures import MOST_IMAGE_BYTES as MOST_IMAGE_BYTES
 
 HINT = "set data.allow_outside: true if it is meant"
-MOST_IMAGE_BYTES = 1 << 28
-"""Of one encoded image."""
 
 
 class DataFolder:

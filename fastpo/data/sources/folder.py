@@ -95,8 +95,8 @@ class FolderSource(ScannedSource):
                 name = name_of(*sides, entry["prompt"])
             weight = pair_weight(entry.get("pair_weight"))
             assert not isinstance(weight, str), "bad lines were passed over"
-            source = entry.get(SOURCE)
-            read = partial(self._images.read, source) if plain_text(source) else None
+            source = next(source_names([entry], SOURCE))
+            read = None if source is None else partial(self._images.read, source)
             yield PreferencePair(
                 str(name), entry["prompt"], winner, loser, source_image=read, weight=weight
             )
