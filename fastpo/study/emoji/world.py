@@ -54,7 +54,7 @@ class Emoji(Section):
     mismatch: Annotated[Share, decides("cache", "run")] = 0.0
     """Share of the pairs that prefer style B, which the base never drew, to style A. In the others
     both images are in style A, and the more colorful one is preferred."""
-    rows: Annotated[PositiveInt, decides("cache", "run")] = 480
+    rows: Annotated[PositiveInt, decides("cache", "run")] = 320
     """Pairs that are written."""
     size: Annotated[Literal[32, 64], decides("cache", "run")] = 32
     """Width and height of the images in pixels."""
