@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,9 @@ from PIL import Image
 from fastpo.config import parse_config
 from fastpo.data.sources import open_source
 from fastpo.errors import DataError, ForeignPathError
+from fastpo.study.config import load_study
 from fastpo.study.emoji import packages
+from fastpo.study.emoji.grid import grid
 from fastpo.study.emoji.judge import StyleJudge
 from fastpo.study.emoji.pictures import (
     STYLES,
@@ -29,6 +32,7 @@ from fastpo.study.emoji.pictures import (
 from fastpo.study.emoji.scorer import EmojiScorer
 from fastpo.study.emoji.text import HELD_OUT, NAMES, name_of, prompts_of
 from fastpo.study.emoji.world import Emoji
+from fastpo.study.trials import plan
 from fastpo.study.world import Places, World
 
 
@@ -249,3 +253,23 @@ def test_it_is_a_world_and_the_packages_folder_decides_nothing(folder):
     world = Emoji(packages=folder, mismatch=0.5)
     assert isinstance(world, World)
     assert world.model_dump(mode="json", exclude_defaults=True) == {"mismatch": 0.5}
+
+
+def test_the_picture_has_a_row_for_the_base_and_each_run_that_is_there(tmp_path):
+    trials = plan(load_study(Path("emoji")), short=False)
+    with pytest.raises(DataError, match="none of the study's runs is there"):
+        grid(trials, tmp_path)
+    heights = []
+    for trial in trials[:2]:
+        assert trial.part.name == trials[0].part.name
+        folder = trial.folder(tmp_path) / "run" / "evaluation"
+        folder.mkdir(parents=True)
+        samples = []
+        for k in range(4):
+            for model in ("base", "aligned"):
+                Image.new("RGB", (32, 32), (60 * k, 0, 0)).save(folder / f"{model}-{k}.png")
+            files = {"base": f"base-{k}.png", "aligned": f"aligned-{k}.png"}
+            samples.append({"prompt": f"an emoji of a {NAMES[k // 2]}", **files})
+        (folder / "samples.json").write_text(json.dumps({"samples": samples}))
+        heights.append(Image.open(io.BytesIO(grid(trials, tmp_path))).height)
+    assert heights[1] == pytest.approx(1.5 * heights[0], abs=2)  # 3 rows, after 2
