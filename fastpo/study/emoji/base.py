@@ -56,7 +56,7 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class EmojiRecipe:
-    """How long and how the base is trained; the defaults take about six minutes of one core."""
+    """How long and how the base is trained; the defaults take about nine minutes of one core."""
 
     vae_steps: int = 600
     vae_batch: int = 16
