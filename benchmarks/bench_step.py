@@ -41,7 +41,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from step_models import SIZES
-from step_providers import FLOOR, OPTIONS, PROVIDERS, Bench, Case, groups, rival
+from step_providers import (
+    EVERY,
+    FLOOR,
+    OPTIONS,
+    Bench,
+    Case,
+    groups,
+    providers_of,
+    rival,
+)
 from step_timing import CLOCK, DEVICE, Parts
 
 from fastpo.bench.measure import environment
@@ -104,7 +113,7 @@ def parts_of(bench: Bench, name: str, runs: int) -> dict[str, float]:
 def measure_providers(case: Case, names: Iterable[str], rounds: int) -> Iterator[list[Row]]:
     """The case's rows, again after every group."""
     rows: list[Row] = []
-    for group in groups(case.method, names):
+    for group in groups(case.method, names, flow=SIZES[case.size].flow):
         for found in _together_or_apart(case, group, rounds):
             rows += [_row(case, name, found) for name in found if name != FLOOR or not rows]
             _compare_over_floor(rows)
@@ -148,9 +157,13 @@ def _compare_over_floor(rows: list[Row]) -> None:
     """Fills in ratios to recipes that were measured on a model of their own."""
     floors = {row["provider"]: row["times_floor"] for row in rows}
     for row in rows:
-        recipe = floors.get(rival(row["provider"]))
+        recipe = floors.get(_recipe_of(row["size"], row["provider"]))
         if recipe is not None and row["faster_than_recipe"] == "":
             row["faster_than_recipe"] = round(recipe / row["times_floor"], 3)
+
+
+def _recipe_of(size: str, name: str) -> str:
+    return rival(name, flow=SIZES[size].flow)
 
 
 def measure_options(case: Case, options: Iterable[str], rounds: int) -> Iterator[list[Row]]:
@@ -225,7 +238,7 @@ def _say(text: str) -> None:
 def _row(case: Case, name: str, found: Found) -> Row:
     """A provider's row; ratios are medians over the rounds, with their quintiles."""
     timing = found[name]
-    floor, recipe = _ratios(timing, found[FLOOR]), found.get(rival(name))
+    floor, recipe = _ratios(timing, found[FLOOR]), found.get(_recipe_of(case.size, name))
     faster = ("", "", "") if recipe is None else _ratios(recipe, timing)
     parts = timing["parts"]
     share = {
@@ -271,7 +284,8 @@ def measure_case(case: Case, options: argparse.Namespace) -> Iterator[list[Row]]
     """The case's rows so far, again whenever there is more to tell."""
     rows: list[Row] = []
     if options.options is None:
-        found = measure_providers(case, options.providers, options.rounds)
+        names = [name for name in options.providers if name in providers_of(case.size)]
+        found = measure_providers(case, names, options.rounds)
     else:
         found = measure_options(case, options.options or OPTIONS, options.rounds)
     for rows in found:
@@ -292,13 +306,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", nargs="+", type=int, default=[4] if gpu else [1])
     parser.add_argument("--precision", choices=DTYPES, default="bf16" if gpu else "fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--providers", nargs="+", choices=EVERY, default=EVERY)
     parser.add_argument(
         "--options", nargs="*", choices=OPTIONS, help="these, or all, instead of the providers"
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--peaks", nargs="*", choices=PROVIDERS, default=PROVIDERS, help="peak memory of these only"
+        "--peaks", nargs="*", choices=EVERY, default=EVERY, help="peak memory of these only"
     )
     parser.add_argument("--commit", help="for the CSV, where git's history is not at hand")
     parser.add_argument("--out", type=Path, help="CSV file; default: results/<device>/step.csv")

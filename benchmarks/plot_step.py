@@ -4,7 +4,8 @@
 
 Writes a table (`.md`) and a figure (`.png`) beside every CSV; with `--readme`, the tables and
 figures of all files, in their order, between `<!-- step:begin -->` and `<!-- step:end -->` too;
-with `--marks`, what they say of a step's marks between `<!-- marks:begin -->` and its end.
+with `--marks` (`--flow-marks` for transformers), what they say of a step's marks between
+`<!-- marks:begin -->` (`<!-- flow-marks:begin -->`) and its end.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ COLORS = {
     "ledger": "#999933",
     "rest": "#bbbbbb",
 }
-MARKS = (  # ours; its recipe; the bare policy's time at most; faster than the recipe at least
-    ("FastPO MaPO", "recipe MaPO", 1.03, 2.0),
-    ("FastPO DPO, cached reference", "recipe Diffusion-DPO", 1.03, 2.0),
-    ("FastPO Adaptive-DPO, ledger, cached reference", "recipe Adaptive-DPO", 1.05, 2.5),
+# Ours; its recipe; the bare policy's time at most; faster than the recipe at least; memory below
+# this share of the recipe's.
+FLOW_RECIPE = "recipe Flow-Factory DPO"
+MARKS = (
+    ("FastPO MaPO", "recipe MaPO", 1.03, 2.0, 1.0),
+    ("FastPO DPO, cached reference", "recipe Diffusion-DPO", 1.03, 2.0, 1.0),
+    ("FastPO Adaptive-DPO, ledger, cached reference", "recipe Adaptive-DPO", 1.05, 2.5, 1.0),
 )
+FLOW_MARKS = (("FastPO DPO, cached reference", FLOW_RECIPE, 1.05, 1.5, 0.75),)
 CASE = ("size", "method", "pairs", "precision", "checkpointing")
 Row = dict[str, str]
 
@@ -103,7 +108,7 @@ def marks_table(rows: list[Row]) -> str:
     ]
     for case, group in groupby(rows, case_of):
         found = {row["provider"]: row for row in group}
-        for ours, recipe, most, least in MARKS:
+        for ours, recipe, most, least, share in FLOW_MARKS if FLOW_RECIPE in found else MARKS:
             if ours not in found:
                 continue
             time, faster, peak = (
@@ -113,10 +118,15 @@ def marks_table(rows: list[Row]) -> str:
             cells = [
                 _verdict(time, float(time) <= most, f"at most {most}"),
                 faster and _verdict(f"{faster}x", float(faster) >= least, f"at least {least}x"),
-                peak and other and _verdict(peak, float(peak) < float(other), f"below {other}"),
+                peak and other and _verdict(peak, *_memory_mark(peak, other, share)),
             ]
             lines.append(f"| {title_of(case)} | {ours} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _memory_mark(peak: str, other: str, share: float) -> tuple[bool, str]:
+    of_recipe = other if share == 1.0 else f"{share} x {other}"
+    return float(peak) < share * float(other), f"below {of_recipe}"
 
 
 def _verdict(value: str, met: bool, mark: str) -> str:
@@ -176,6 +186,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--readme", type=Path, help="rewrite the text between its step markers")
     parser.add_argument("--marks", type=Path, help="rewrite the text between its marks markers")
+    parser.add_argument("--flow-marks", type=Path, help="the same between its flow-marks markers")
     options = parser.parse_args()
     texts, marks = [], []
     for path in options.files:
@@ -187,7 +198,12 @@ def main() -> None:
         if options.readme:
             place = Path(os.path.relpath(picture, options.readme.parent)).as_posix()
             texts.append(f"{text}\n\n![Time of a step by part]({place})")
-    for file, name, bodies in ((options.readme, "step", texts), (options.marks, "marks", marks)):
+    sections = (
+        (options.readme, "step", texts),
+        (options.marks, "marks", marks),
+        (options.flow_marks, "flow-marks", marks),
+    )
+    for file, name, bodies in sections:
         if file:
             write_text(file, with_section(file.read_text(), name, "\n\n".join(bodies)))
 

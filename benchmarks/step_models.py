@@ -3,7 +3,7 @@
 `sdxl` and `sd15` are the published architectures at their own resolution. `mid` is SDXL's at a
 quarter of the width of every part and a quarter of the side (256 pixels), so that UNet, VAE and
 text encoders keep their proportions to one another, and a CPU takes seconds a step. `tiny` has
-fewer layers too, and only shows that the benchmark runs.
+fewer layers too, and only shows that the benchmark runs. Transformers are in `step_flow.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from step_flow import CHANNELS, build_flow_vae, build_transformer, text_conditions
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -31,7 +32,7 @@ class Size:
     """One architecture, scaled by `width` and `depth`.
 
     Attributes:
-        family: `sdxl` or `sd15`.
+        family: `sdxl` or `sd15`, or `sd3` or `flux`, trained with flow matching.
         latent: Side of the latents.
         width: Divisor of all channel counts.
         depth: Divisor of all numbers of layers, of which one is left at least.
@@ -47,6 +48,16 @@ class Size:
         return max(1, count // self.depth)
 
     @property
+    def flow(self) -> bool:
+        """Whether it is a transformer trained with flow matching."""
+        return self.family in ("sd3", "flux")
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return CHANNELS if self.flow else 4
+
+    @property
     def text_dims(self) -> tuple[int, ...]:
         """Hidden size of each text encoder."""
         return tuple(d // self.width for d in ((768, 1280) if self.family == "sdxl" else (768,)))
@@ -57,6 +68,12 @@ SIZES = {
     "mid": Size("sdxl", latent=32, width=4),
     "sdxl": Size("sdxl", latent=128),
     "sd15": Size("sd15", latent=64),
+    "sd3-tiny": Size("sd3", latent=32, width=8, depth=4),
+    "sd3-mid": Size("sd3", latent=32, width=8),
+    "sd3": Size("sd3", latent=128),
+    "flux-tiny": Size("flux", latent=32, width=16, depth=4),
+    "flux-mid": Size("flux", latent=32, width=16),
+    "flux": Size("flux", latent=128),
 }
 
 
@@ -72,8 +89,12 @@ def on_device(build: Callable[[Size], Built]) -> Callable[[Size], Built]:
 
 
 @on_device
-def build_unet(size: Size) -> UNet2DConditionModel:
-    """The UNet with random weights, float32."""
+def build_denoiser(size: Size) -> Any:
+    """The UNet or transformer with random weights, float32."""
+    return build_transformer(size) if size.flow else _build_unet(size)
+
+
+def _build_unet(size: Size) -> UNet2DConditionModel:
     w = size.width
     common: dict[str, Any] = {
         "sample_size": size.latent,
@@ -104,6 +125,8 @@ def build_unet(size: Size) -> UNet2DConditionModel:
 @on_device
 def build_vae(size: Size) -> AutoencoderKL:
     """The VAE; its encoder is all that training uses."""
+    if size.flow:
+        return build_flow_vae(size)
     shape: dict[str, Any] = {  # diffusers annotates tuples of one
         "block_out_channels": tuple(c // size.width for c in (128, 256, 512, 512)),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -120,7 +143,9 @@ def build_vae(size: Size) -> AutoencoderKL:
 
 @on_device
 def build_text_encoders(size: Size) -> list[nn.Module]:
-    """CLIP ViT-L's text tower and, for SDXL, OpenCLIP ViT-bigG's."""
+    """CLIP ViT-L's text tower and, for SDXL, OpenCLIP ViT-bigG's; none where text is cached."""
+    if size.flow:
+        return []
     w = size.width
 
     def config(hidden: int, layers: int, heads: int, **more: Any) -> CLIPTextConfig:
@@ -146,7 +171,7 @@ class Inputs:
 
     Attributes:
         pixels: `(2B, 3, H, W)` in [-1, 1], winners first.
-        tokens: `(B, 77)` int64.
+        tokens: `(B, 77)` int64; nothing of transformers reads them.
         batch: The same pairs as the cache gives them.
     """
 
@@ -159,26 +184,36 @@ def make_inputs(size: Size, pairs: int, device: torch.device) -> Inputs:
     """Random pairs; every value is the same in every run."""
     make = torch.Generator().manual_seed(0)
     side, rows = size.latent, 2 * pairs
-    sdxl = size.family == "sdxl"
     pixels = torch.rand(rows, 3, 8 * side, 8 * side, generator=make) * 2 - 1
-    times = [8.0 * side, 8.0 * side, 0.0, 0.0, 8.0 * side, 8.0 * side]
-    conditions = {
-        "prompt_embeds": torch.randn(pairs, TOKENS, sum(size.text_dims), generator=make).half()
-    }
-    if sdxl:
-        conditions["pooled"] = torch.randn(pairs, size.text_dims[-1], generator=make).half()
-        conditions["add_time_ids"] = torch.tensor([times] * pairs)
+    if size.flow:
+        conditions = text_conditions(size, pairs, make)
+    else:
+        conditions = _clip_conditions(size, pairs, make)
+    shape = rows, size.channels, side, side
     batch = PairBatch(
         index=torch.arange(pairs),
         pair_key=torch.randint(2**62, (pairs,), generator=make),
         visit=torch.zeros(pairs, dtype=torch.int64),
         flipped=torch.zeros(pairs, dtype=torch.bool),
-        latent_mean=torch.randn(rows, 4, side, side, generator=make).half(),
-        latent_logvar=torch.full((rows, 4, side, side), -10.0).half(),
+        latent_mean=torch.randn(shape, generator=make).half(),
+        latent_logvar=torch.full(shape, -10.0).half(),
         conditions=conditions,
     )
     tokens = torch.randint(1000, (pairs, TOKENS), generator=make)
     return Inputs(pixels.to(device), tokens.to(device), batch)
+
+
+def _clip_conditions(size: Size, pairs: int, make: torch.Generator) -> dict[str, Tensor]:
+    """Random prompts of SDXL and SD1.5."""
+    conditions = {
+        "prompt_embeds": torch.randn(pairs, TOKENS, sum(size.text_dims), generator=make).half()
+    }
+    if size.family == "sdxl":
+        side = 8.0 * size.latent
+        times = [side, side, 0.0, 0.0, side, side]
+        conditions["pooled"] = torch.randn(pairs, size.text_dims[-1], generator=make).half()
+        conditions["add_time_ids"] = torch.tensor([times] * pairs)
+    return conditions
 
 
 def endless(batch: PairBatch) -> Iterator[PairBatch]:

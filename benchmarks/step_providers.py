@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from step_models import (
     SIZES,
+    build_denoiser,
     build_text_encoders,
-    build_unet,
     build_vae,
     endless,
     make_inputs,
 )
-from step_recipes import RECIPES, Recipe, make_averages
+from step_noise import Noising, ddpm_noising, flow_noising
+from step_recipes import FLOW_RECIPES, RECIPES, Recipe, make_averages
 from step_timing import Parts, TimedNoise, TimedOptimizer, TimedProcesses
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from fastpo.config import Config, parse_config
 from fastpo.ledger import PairLedger
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
-from fastpo.models.schedule import ddpm_schedule
 from fastpo.noise import make_noise
 from fastpo.precision import DTYPES
 from fastpo.train.annotators import Annotators
@@ -38,7 +37,7 @@ from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import setup_schedule
 from fastpo.train.state import TrainingState
 from fastpo.train.trainer import Trainer
-from fastpo.types import NoisedPair, PairBatch
+from fastpo.types import PairBatch
 
 FLOOR = "bare policy"
 CLOSED = 0.2  # share of the pairs whose gate is closed, where closed ones have no backward pass
@@ -85,17 +84,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "xformers attention": {"attention": "xformers"},
 }
 PROVIDERS = (FLOOR, *(f"FastPO {n}" for n in OURS), *(f"recipe {n}" for n in RECIPES))
+FLOW_PROVIDERS = (
+    FLOOR,
+    *(f"FastPO {n}" for n in OURS if "averages" not in n and n != "MaPO"),
+    *(f"recipe {n}" for n in FLOW_RECIPES),
+)
+EVERY = tuple(dict.fromkeys((*PROVIDERS, *FLOW_PROVIDERS)))
 Step = Callable[[], None]
 
 
-def rival(name: str) -> str:
-    """The recipe that trains the objective of one of ours; none has another kind of step."""
+def providers_of(size: str) -> tuple[str, ...]:
+    """The providers of a size: UNets and transformers have other recipes."""
+    return FLOW_PROVIDERS if SIZES[size].flow else PROVIDERS
+
+
+def rival(name: str, *, flow: bool = False) -> str:
+    """The recipe that trains the objective of one of ours; none has another kind of step.
+
+    With `flow`, of transformers: Flow-Factory's is the one released for pairs on disk.
+    """
     if not name.startswith("FastPO"):
         return ""
+    if flow:
+        return "" if "MaPO" in name else "recipe Flow-Factory DPO"
     return next((f"recipe {r}" for r in RECIPES if r in name), "recipe Diffusion-DPO")
 
 
-def groups(method: str, names: Iterable[str]) -> list[tuple[str, ...]]:
+def groups(method: str, names: Iterable[str], *, flow: bool = False) -> list[tuple[str, ...]]:
     """Providers that are measured together, on one model: those of an objective, and the floor.
 
     Full fine-tuning's moving averages, eight bytes a weight, stay apart from the recipe's own.
@@ -105,7 +120,8 @@ def groups(method: str, names: Iterable[str]) -> list[tuple[str, ...]]:
         if name == FLOOR or (method == "full" and "in one pass" in name):
             continue
         apart = method == "full" and "averages" in name
-        found.setdefault("averages" if apart else rival(name) or name, [FLOOR]).append(name)
+        group = "averages" if apart else rival(name, flow=flow) or name
+        found.setdefault(group, [FLOOR]).append(name)
     return [tuple(group) for group in found.values()] or [(FLOOR,)]
 
 
@@ -166,26 +182,27 @@ class Bench:
         self.policy, self.optimizer, self.weights = self.processes.prepare_policy(
             self.denoisers.policy, trainable, optimizer
         )
-        self.scheduler = DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        )
+        self.noising = self._noising()
         self.encoders: tuple[Any, list[nn.Module]] | None = None
         if any(n.startswith("recipe") for n in names):
             self.encoders = self._frozen_encoders(device)
         self.steps: dict[str, Step] = {name: self._step(name) for name in names}
 
+    def _noising(self) -> Noising:
+        return flow_noising(self.denoisers.family) if self.size.flow else ddpm_noising()
+
     def _denoisers(self, config: Config, needs_reference: bool) -> Denoisers:
         torch.manual_seed(0)
         with self.inputs.pixels.device:  # random weights are drawn where they are used
-            unet = build_unet(self.size)
+            model = build_denoiser(self.size)
         denoisers = setup_denoisers(
-            load_family(self.size.family), unet, config.train, needs_reference=needs_reference
+            load_family(self.size.family), model, config.train, needs_reference=needs_reference
         )
         for module in (denoisers.policy, denoisers.frozen):
             if module is not None:
                 nn.Module.to(module, self.processes.device)
                 module.register_forward_pre_hook(self._enter_model)
-                module.register_forward_hook(self._leave_model)
+                module.register_forward_hook(self._leave_model, with_kwargs=True)
         return denoisers
 
     def _frozen_encoders(self, device: torch.device) -> tuple[Any, list[nn.Module]]:
@@ -203,11 +220,14 @@ class Bench:
         if self.parts.on:
             self._began = self.parts.now()
 
-    def _leave_model(self, module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+    def _leave_model(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], _: Any
+    ) -> None:
         if not self.parts.on:
             return
         part = "annotators"
-        together = len(inputs[0]) > 2 * self.case.pairs
+        rows = len(inputs[0] if inputs else named["hidden_states"])
+        together = rows > 2 * self.case.pairs
         if torch.is_grad_enabled():
             part = "policy forward"
         elif module is self.denoisers.frozen or (_adapters_off(module) and not together):
@@ -230,15 +250,12 @@ class Bench:
                 batch = self.inputs.batch.to(device)
                 mean = batch.latent_mean.float()
                 std = torch.exp(0.5 * batch.latent_logvar.float())
-                latents = (mean + std * torch.randn_like(mean)) * 0.18215
-                noise = torch.randn_like(latents)
-                times = torch.randint(1000, (len(batch),), device=device)
-                noisy = self.scheduler.add_noise(latents, noise, times.repeat(2))  # pyright: ignore[reportArgumentType]
+                latents = mean + std * torch.randn_like(mean)
+                noised = self.noising.draw(latents * self.noising.schedule.latent_scale)
             with processes.autocast():
-                noised = NoisedPair(noisy, times, times, noise)
                 answer = self.denoisers.predict(policy, noised, batch.conditions)
             with self.parts("loss"):
-                loss = F.mse_loss(answer.float(), noise)
+                loss = F.mse_loss(answer.float(), noised.target)
             with self.parts("backward"):
                 processes.backward(loss)
             with self.parts("optimizer"):
@@ -256,14 +273,15 @@ class Bench:
         recipe = Recipe(
             denoisers=self.denoisers,
             optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            scheduler=self.noising.scheduler,
             vae=self.encoders[0],
             text_encoders=self.encoders[1],
             autocast=self.processes.autocast,
             averages=averages,
             logged=[],
         )
-        return lambda: RECIPES[name](recipe, self.inputs, self.parts)
+        run = {**RECIPES, **FLOW_RECIPES}[name]
+        return lambda: run(recipe, self.inputs, self.parts)
 
     def _ours(self, name: str) -> Step:
         trainer = self._trainer(self.case.config(**OURS[name]))
@@ -280,7 +298,7 @@ class Bench:
         """The trainer as `setup_trainer` makes it, with this bench's model and data."""
         train, device = config.train, self.processes.device
         noise = make_noise(
-            ddpm_schedule(self.scheduler, {}),
+            self.noising.schedule,
             seed=0,
             min_timestep=0,
             max_timestep=None,

@@ -1,11 +1,16 @@
 """The steps that released trainers run, re-created from their description with stock diffusers.
 
-All three encode images (VAE in float32) and prompts in every step. Diffusion-DPO adds a forward of
-the reference. Adaptive-DPO adds two more, of moving averages that diffusers' `EMAModel` swaps in
-by way of host memory, the whole UNet both ways. They are kept in the precision of the run, to which
-released code casts them, although slow updates round away there. MaPO has neither. Two things are
-left out in the recipes' favor: decoding and resizing the images, which those trainers do in their
-data loaders (pixels are on the device already), and the graph that the averages' passes build.
+Of UNets, all three encode images (VAE in float32) and prompts in every step. Diffusion-DPO adds a
+forward of the reference. Adaptive-DPO adds two more, of moving averages that diffusers' `EMAModel`
+swaps in by way of host memory, the whole UNet both ways. They are kept in the precision of the run,
+to which released code casts them, although slow updates round away there. MaPO has neither. Two
+things are left out in the recipes' favor: decoding and resizing the images, which those trainers do
+in their data loaders (pixels are on the device already), and the graph that the averages' passes
+build.
+
+Of transformers there is Flow-Factory's offline DPO, whose prompts are cached: images are encoded in
+every step, and policy and reference each see winner and loser in forward passes of their own. What
+it copies to host memory between the two sides is left out in its favor; on a CPU it is there.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from step_flow import predict_arm
 from step_models import Inputs, encode_text
 from torch import Tensor, nn
 
@@ -37,7 +43,7 @@ class Recipe:
     Attributes:
         denoisers: Policy and reference, as FastPO sets them up.
         optimizer: The policy's.
-        scheduler: diffusers' noise schedule.
+        scheduler: diffusers' noise schedule, of UNets.
         vae: In float32, frozen.
         text_encoders: In the precision of the run, frozen.
         autocast: Context of the policy's and the reference's forward.
@@ -165,4 +171,36 @@ def mapo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
     recipe.finish(loss, part)
 
 
+def flow_factory_dpo(recipe: Recipe, inputs: Inputs, part: Part) -> None:
+    """VAE, policy and reference on winners and losers one after the other, sigmoid loss, update."""
+    arms = inputs.pixels.float().chunk(2)
+    with torch.no_grad(), part("VAE"):
+        latents = [recipe.vae.encode(arm).latent_dist.sample() for arm in arms]  # pyright: ignore[reportAttributeAccessIssue]
+        latents = [x * recipe.vae.config["scaling_factor"] for x in latents]
+    with part("noise"):
+        sigma = torch.sigmoid(torch.randn(len(latents[0]), device=latents[0].device))
+        noise, share = torch.randn_like(latents[0]), sigma.view(-1, 1, 1, 1)
+        noisy = [torch.lerp(x, noise, share) for x in latents]
+        conditions = {k: v.to(noise.device) for k, v in inputs.batch.conditions.items()}
+
+    def judge(model: nn.Module) -> list[Tensor]:
+        errors = []
+        for x, seen in zip(latents, noisy, strict=True):
+            with recipe.autocast():
+                answer = predict_arm(model, recipe.denoisers.family.name, seen, sigma, conditions)
+            with part("loss"):
+                errors.append((answer.float() - (noise - x)).square().mean(dim=(1, 2, 3)))
+        return errors
+
+    e_w, e_l = judge(recipe.denoisers.policy)
+    with torch.no_grad(), recipe.denoisers.reference() as reference:
+        r_w, r_l = judge(reference)
+    with part("loss"):
+        margin = (r_w - r_l) - (e_w - e_l)
+        loss = -F.logsigmoid(1000.0 * margin).mean()
+        recipe.logged.append((margin > 0).float().mean().item())
+    recipe.finish(loss, part)
+
+
+FLOW_RECIPES = {"Flow-Factory DPO": flow_factory_dpo}
 RECIPES = {"Diffusion-DPO": diffusion_dpo, "MaPO": mapo, "Adaptive-DPO": adaptive_dpo}

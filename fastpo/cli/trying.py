@@ -21,11 +21,14 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of pairs, labels, training.")] = 0,
     short: Annotated[bool, typer.Option(help="A few steps of everything, to try it.")] = False,
+    family: Annotated[
+        str, typer.Option(help="The tiny model: sdxl, or sd3 (flow matching, a transformer).")
+    ] = "sdxl",
 ) -> None:
-    """Align a tiny SDXL on real handwritten digits, from nothing to a page, on a CPU."""
+    """Align a tiny model on real handwritten digits, from nothing to a page, on a CPU."""
     from fastpo.demo.run import run_demo
 
-    run_demo(out, seed=seed, short=short)
+    run_demo(out, seed=seed, short=short, family=family)
 
 
 @app.command()

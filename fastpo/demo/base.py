@@ -1,16 +1,17 @@
-"""The demo's base model: a tiny SDXL, trained once on the scans and kept.
+"""The demo's base models: a tiny SDXL or SD3, trained once on the scans and kept.
 
-The folder is a stock `StableDiffusionXLPipeline`: an AutoencoderKL that halves twice, a UNet with
-SDXL's text and size conditioning, two frozen CLIP text encoders, and a DDIM sampler. It predicts
-the velocity under a cosine schedule, which at this size trains well where predicting the noise
-stays noisy.
+SDXL's folder is a stock `StableDiffusionXLPipeline`: an AutoencoderKL that halves twice, a UNet
+with SDXL's text and size conditioning, two frozen CLIP text encoders, and a DDIM sampler. It
+predicts the velocity under a cosine schedule, which at this size trains well where predicting the
+noise stays noisy. SD3 is in `fastpo.demo.flow_base`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ from diffusers import (
 )
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
-from fastpo.demo.base_training import BaseRecipe, Captioned, train_unet, train_vae
-from fastpo.demo.digits import SIZE, WORDS, load_scans, prompts
+from fastpo.demo import flow_base
+from fastpo.demo.base_training import (
+    BaseRecipe,
+    Captioned,
+    by_digit,
+    posteriors,
+    train_unet,
+    train_vae,
+)
+from fastpo.demo.digits import SIZE, load_scans, prompts
 from fastpo.demo.text import WIDTH, build_text_encoders, build_tokenizer, encode
+from fastpo.errors import ConfigError
 from fastpo.system.ownership import Kind, check_replaceable, owned_folder
 
 LAYOUT = 1  # raise when the architecture or the data of the base changes
@@ -38,13 +47,56 @@ ABOUT = "demo_base.json"
 DEMO_BASE = Kind(
     "the demo's base model",
     r"(demo_base|model_index)\.json"
-    r"|(vae|unet|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)/[\w.-]+",
+    r"|(vae|unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?|scheduler)/[\w.-]+",
     lambda folder: (folder / ABOUT).is_file(),
 )
 
 
+PLAIN = "sdxl"
+"""The family that the demo is of unless another is asked for."""
+
+
+@dataclass(frozen=True)
+class DemoFamily:
+    """A kind of base model that the demo has.
+
+    Attributes:
+        title: What the base is.
+        recipe: How it is trained.
+        options: Keys of a run's configuration in which it differs from `configs/demo.yaml`.
+        suffix: Of the names of its folders.
+    """
+
+    title: str
+    recipe: BaseRecipe
+    options: Mapping[str, Any]
+    suffix: str
+
+
+FAMILIES = {
+    PLAIN: DemoFamily("a tiny SDXL", BaseRecipe(), {}, ""),
+    "sd3": DemoFamily("a tiny SD3", flow_base.RECIPE, flow_base.OPTIONS, "-sd3"),
+}
+
+
+def demo_family(name: str) -> DemoFamily:
+    """Returns one of the demo's families.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"--family: the demo has {' and '.join(FAMILIES)}, got {name!a}")
+    return FAMILIES[name]
+
+
 def build_base(
-    out: Path, *, seed: int = 0, recipe: BaseRecipe | None = None, progress: bool = True
+    out: Path,
+    *,
+    seed: int = 0,
+    recipe: BaseRecipe | None = None,
+    progress: bool = True,
+    family: str = PLAIN,
 ) -> Path:
     """Trains the base, or finds the one that the same recipe made before.
 
@@ -53,23 +105,28 @@ def build_base(
         seed: Seed of the base's weights and training.
         recipe: Lengths and rates; the default takes about three minutes on two cores.
         progress: Show a progress bar.
+        family: One of `FAMILIES`.
 
     Returns:
         `out`.
 
     Raises:
         ForeignPathError: `out` holds something else.
+        ConfigError: The demo has no such family.
     """
-    recipe = recipe or BaseRecipe()
-    about = {"layout": LAYOUT, "seed": seed, "recipe": asdict(recipe)}
+    recipe = recipe or demo_family(family).recipe
+    about: dict[str, Any] = {"layout": LAYOUT, "seed": seed, "recipe": asdict(recipe)}
+    if family != PLAIN:
+        about["family"] = family
     about["fingerprint"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     marker = out / ABOUT
     if marker.is_file() and json.loads(marker.read_text()) == about:
         return out
     check_replaceable(out, DEMO_BASE)
+    make = _train if family == PLAIN else flow_base.train_pipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _train(recipe, progress)
+        pipeline = make(recipe, progress)
     with owned_folder(out, DEMO_BASE) as folder:
         pipeline.save_pretrained(folder)
         (folder / ABOUT).write_text(json.dumps(about))
@@ -86,15 +143,15 @@ def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("autoencoder", total=recipe.vae_steps)
         train_vae(vae, images, recipe, lambda: bar.advance(task))
-        mean, logvar, scale = _posteriors(vae, images)
+        mean, logvar, scale = posteriors(vae, images)
         vae.register_to_config(scaling_factor=scale)
         states, pooled = encode(tokenizer, *encoders, captions)
         data = Captioned(
             mean=mean,
             logvar=logvar,
             labels=torch.from_numpy(scans.labels),
-            states=_by_digit(states),
-            pooled=_by_digit(pooled),
+            states=by_digit(states),
+            pooled=by_digit(pooled),
         )
         task = bar.add_task("denoiser", total=recipe.unet_steps)
         train_unet(unet, DDPMScheduler(**SCHEDULE), data, recipe, lambda: bar.advance(task))
@@ -151,17 +208,3 @@ def build_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=time_width,
         projection_class_embeddings_input_dim=WIDTH + 6 * time_width,
     )
-
-
-@torch.no_grad()
-def _posteriors(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Returns the scans' scaled means and log-variances, and the scale that gives unit size."""
-    posterior = vae.encode(images.expand(-1, 3, -1, -1)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-    scale = 1.0 / posterior.sample().std().item()
-    logvar = posterior.logvar + 2.0 * torch.tensor(scale).log()
-    return posterior.mean * scale, logvar, scale
-
-
-def _by_digit(rows: Tensor) -> Tensor:
-    """`(T * 10, ...)` rows, wording by wording, as `(10, T, ...)`."""
-    return rows.view(-1, len(WORDS), *rows.shape[1:]).transpose(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""The two short trainings behind the demo's base: the autoencoder, then the denoiser."""
+"""The short trainings behind the demo's bases: the autoencoder, then the denoiser."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastpo.demo.digits import SIZE
+from fastpo.demo.digits import SIZE, WORDS
 
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class BaseRecipe:
-    """How long and how the base is trained; the defaults take three minutes on two cores."""
+    """How long and how a base is trained; the defaults take three minutes on two cores.
+
+    `unet_steps`, `unet_batch` and `unet_lr` are the denoiser's, of whatever kind it is.
+    """
 
     vae_steps: int = 500
     vae_batch: int = 24
@@ -77,18 +80,25 @@ def train_unet(
     recipe: BaseRecipe,
     advance: Advance,
 ) -> None:
-    """Fits the denoiser to the captioned latents in place and leaves its moving average in it."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.unet_lr)
-    averaged = [p.detach().clone() for p in unet.parameters()]
-    unet.train()
+    """Fits the UNet to the captioned latents in place; see `fit_averaged`."""
+    fit_averaged(unet, lambda: _denoising_loss(unet, schedule, data, recipe), recipe, advance)
+
+
+def fit_averaged(
+    denoiser: nn.Module, loss: Callable[[], Tensor], recipe: BaseRecipe, advance: Advance
+) -> None:
+    """Lowers a denoiser's loss in place and leaves the weights' moving average in it."""
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.unet_lr)
+    averaged = [p.detach().clone() for p in denoiser.parameters()]
+    denoiser.train()
     for rate in rates(recipe.unet_lr, recipe.unet_steps):
-        step(optimizer, unet, _denoising_loss(unet, schedule, data, recipe), rate)
-        torch._foreach_lerp_(averaged, list(unet.parameters()), 1.0 - recipe.ema_decay)
+        step(optimizer, denoiser, loss(), rate)
+        torch._foreach_lerp_(averaged, list(denoiser.parameters()), 1.0 - recipe.ema_decay)
         advance()
     with torch.no_grad():
-        for parameter, average in zip(unet.parameters(), averaged, strict=True):
+        for parameter, average in zip(denoiser.parameters(), averaged, strict=True):
             parameter.copy_(average)
-    unet.eval().requires_grad_(False)
+    denoiser.eval().requires_grad_(False)
 
 
 def _denoising_loss(
@@ -96,11 +106,7 @@ def _denoising_loss(
 ) -> Tensor:
     """Mean squared error of the velocity at random timesteps, captions dropped at random."""
     batch = recipe.unet_batch
-    rows = torch.randint(len(data.labels), (batch,))
-    words = (data.labels[rows], torch.randint(data.states.shape[1], (batch,)))
-    keep = (torch.rand(batch) >= recipe.caption_drop).float()
-    clean = data.mean[rows]
-    clean = clean + torch.exp(0.5 * data.logvar[rows]) * torch.randn_like(clean)
+    clean, words, keep = draw(data, recipe)
     noise = torch.randn_like(clean)
     steps = schedule.config["num_train_timesteps"]
     timesteps = torch.randint(steps, (batch,))
@@ -115,6 +121,35 @@ def _denoising_loss(
     ).sample
     velocity = schedule.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
     return F.mse_loss(answer, velocity)
+
+
+def draw(data: Captioned, recipe: BaseRecipe) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Draws a batch.
+
+    Returns:
+        Latents `(B, C, h, w)`; digits and wordings, an index of `data.states`; and `(B,)` float32,
+        0 where the caption is dropped, else 1.
+    """
+    batch = recipe.unet_batch
+    rows = torch.randint(len(data.labels), (batch,))
+    words = (data.labels[rows], torch.randint(data.states.shape[1], (batch,)))
+    keep = (torch.rand(batch) >= recipe.caption_drop).float()
+    clean = data.mean[rows]
+    return clean + torch.exp(0.5 * data.logvar[rows]) * torch.randn_like(clean), words, keep
+
+
+@torch.no_grad()
+def posteriors(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Returns the scans' scaled means and log-variances, and the scale that gives unit size."""
+    posterior = vae.encode(images.expand(-1, 3, -1, -1)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    scale = 1.0 / posterior.sample().std().item()
+    logvar = posterior.logvar + 2.0 * torch.tensor(scale).log()
+    return posterior.mean * scale, logvar, scale
+
+
+def by_digit(rows: Tensor) -> Tensor:
+    """`(T * 10, ...)` rows, wording by wording, as `(10, T, ...)`."""
+    return rows.view(-1, len(WORDS), *rows.shape[1:]).transpose(0, 1).contiguous()
 
 
 def time_ids(batch: int) -> Tensor:

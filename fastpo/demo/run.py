@@ -1,10 +1,10 @@
-"""`fastpo demo`: from nothing to a page, through the code path that aligns SDXL.
+"""`fastpo demo`: from nothing to a page, through the code path that aligns SDXL or SD3.
 
 It trains and keeps a tiny base, writes preferences in Pick-a-Pic v2's schema, and then does what a
-user of SDXL does: prepare, train, evaluate, report. Four runs are compared: plain DPO on the clean
-labels (the reachable best), plain DPO on labels of which a fifth are flipped, Adaptive-DPO as
-released, and Adaptive-DPO with the ledger as annotator and without a backward pass for the pairs
-that it leaves out, both on the same flipped labels.
+user of such a model does: prepare, train, evaluate, report. Four runs are compared: plain DPO on
+the clean labels (the reachable best), plain DPO on labels of which a fifth are flipped,
+Adaptive-DPO as released, and Adaptive-DPO with the ledger as annotator and without a backward pass
+for the pairs that it leaves out, both on the same flipped labels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.config.sections import EmaAnnotators
 from fastpo.data.prepare import prepare
-from fastpo.demo.base import ABOUT, build_base
+from fastpo.demo.base import ABOUT, FAMILIES, PLAIN, build_base, demo_family
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
@@ -57,13 +57,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 DEMO = Kind(
     "a demo",
     "",
-    lambda folder: any((folder / base / ABOUT).is_file() for base in ("base", "base-short")),
+    lambda folder: any(
+        (folder / f"base{family.suffix}{length}" / ABOUT).is_file()
+        for family in FAMILIES.values()
+        for length in ("", "-short")
+    ),
 )
 SHORT = {"train": {"epochs": None, "max_steps": 4}, "evaluate": {"seeds_per_prompt": 1}}
 
 
 @storage_errors()
-def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, seed: int = 0, short: bool = False, family: str = PLAIN
+) -> dict[str, Any]:
     """Runs the demo and prints where its page is.
 
     Args:
@@ -71,26 +77,30 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
             for the next call; everything of this seed is made anew.
         seed: Seed of the preferences, the flipped labels and the training.
         short: Only try every step (a few seconds each); the numbers then mean nothing.
+        family: What the base is: one of `fastpo.demo.base.FAMILIES`. Each has folders of its own.
 
     Returns:
         What `summary.json` holds.
 
     Raises:
         ForeignPathError: `out` holds other things, and no demo.
+        ConfigError: The demo has no such family.
     """
+    kind = demo_family(family)
     claim(out, DEMO)
     console, started = Console(stderr=True), time.perf_counter()
-    console.rule("1 base: a tiny SDXL that draws handwritten digits")
-    base = build_base(
-        out / ("base-short" if short else "base"), recipe=SHORT_BASE if short else None
-    )
-    work = out / (f"seed-{seed}" + ("-short" if short else ""))
+    console.rule(f"1 base: {kind.title} that draws handwritten digits")
+    suffix = kind.suffix + ("-short" if short else "")
+    base = build_base(out / f"base{suffix}", recipe=SHORT_BASE if short else None, family=family)
+    work = out / f"seed-{seed}{suffix}"
     console.rule("2 preferences: the bolder of two scans, one label in five flipped")
     preferences = write_preferences(
         work / "preferences", n_pairs=N_PAIRS_SHORT if short else N_PAIRS, seed=seed
     )
     paths = {"base": base, "preferences": preferences, "work": work}
-    configs = {name: demo_config(name, paths, seed=seed, short=short) for name in OBJECTIVES}
+    configs = {
+        name: demo_config(name, paths, seed=seed, short=short, family=family) for name in OBJECTIVES
+    }
     prepare(configs["dpo"])
     evaluations = {}
     for number, (name, config) in enumerate(configs.items(), start=3):
@@ -98,7 +108,8 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
         train(config, overwrite=True)
         evaluations[name] = evaluate(config, base_samples=work / "base-samples")
     summary = summarize(evaluations, configs)
-    summary |= {"seed": seed, "short": short, "wall_s": round(time.perf_counter() - started, 1)}
+    summary |= {"family": family, "seed": seed, "short": short}
+    summary |= {"wall_s": round(time.perf_counter() - started, 1)}
     runs = [config.train.output_dir for config in configs.values()]
     page = write_report(
         runs, work / "report", title="FastPO demo: bolder digits", extra=sections(summary)
@@ -111,11 +122,14 @@ def run_demo(out: Path, *, seed: int = 0, short: bool = False) -> dict[str, Any]
     return summary
 
 
-def demo_config(name: str, paths: Mapping[str, Path], *, seed: int, short: bool) -> Config:
+def demo_config(
+    name: str, paths: Mapping[str, Path], *, seed: int, short: bool, family: str = PLAIN
+) -> Config:
     """The configuration of one of the demo's runs: `configs/demo.yaml`, folders, objective."""
     raw = yaml.safe_load(files("fastpo").joinpath("configs/demo.yaml").read_text())
     work = paths["work"]
     layers = [
+        demo_family(family).options,
         {
             "seed": seed,
             "model": {"path": str(paths["base"])},

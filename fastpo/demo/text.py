@@ -1,7 +1,8 @@
-"""Two tiny CLIP text encoders with a tokenizer, made from the captions alone."""
+"""Tiny text encoders with tokenizers, made from the captions alone: two of CLIP, and T5."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 MAX_LENGTH = 16  # tokens, both ends counted; the longest caption has 9
@@ -21,8 +25,13 @@ END_OF_WORD = "</w>"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """Learns merges until each word of the captions is one token; other text falls to bytes."""
+def build_tokenizer(captions: Sequence[str], length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """Learns merges until each word of the captions is one token; other text falls to bytes.
+
+    Args:
+        captions: What is learned from.
+        length: To which texts are padded.
+    """
     import json
 
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -41,13 +50,13 @@ def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     tokens += sorted(set(model["vocab"]) - set(tokens), key=model["vocab"].__getitem__)
     vocab = {token: index for index, token in enumerate([*tokens, BEGIN, END])}
     merges: Any = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
 def build_text_encoders(
-    tokenizer: CLIPTokenizer,
-) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Returns both encoders as drawn from torch's generator; they are used as they are drawn.
+    tokenizer: CLIPTokenizer, kinds: Sequence[Any] = (CLIPTextModel, CLIPTextModelWithProjection)
+) -> list[Any]:
+    """Returns CLIP encoders as drawn from torch's generator; they are used as they are drawn.
 
     CLIP draws its embeddings with a deviation of 0.02, for a long training to spread out; words
     that are never trained must differ from the start, so here the embeddings have unit size.
@@ -63,14 +72,37 @@ def build_text_encoders(
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
     )
-    first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
-    for encoder in (first, second):
+    encoders = [kind(config) for kind in kinds]
+    for encoder in encoders:
         embeddings: Any = encoder.get_input_embeddings()
         torch.nn.init.normal_(embeddings.weight)
         encoder.eval().requires_grad_(False)
-    return first, second
+    return encoders
+
+
+def build_word_tokenizer(captions: Sequence[str]) -> T5Tokenizer:
+    """Makes T5's tokenizer with a token for each word of the captions, and for each letter."""
+    words = {"▁" + word for caption in captions for word in re.findall(r"\w+", caption.lower())}
+    letters = sorted({letter for caption in captions for letter in caption if letter != " "})
+    vocab: Any = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    vocab += [(letter, -8.0) for letter in letters] + [(word, -1.0) for word in sorted(words)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
+
+
+def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Returns T5's encoder as drawn from torch's generator, as wide as both of CLIP's together."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=2 * WIDTH,
+        d_kv=WIDTH // 2,
+        d_ff=4 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -74,16 +74,16 @@ def rows_by_name(found):
 
 
 def test_ours_share_a_model_with_the_recipe_of_their_objective(bench):
-    lora, full = (bench.groups(method, bench.PROVIDERS) for method in ("lora", "full"))
+    lora, full = (bench.groups(method, bench.providers_of("sdxl")) for method in ("lora", "full"))
     assert [group[0] for group in lora] == ["bare policy"] * 3
     assert [group[-1] for group in lora] == [
         "recipe MaPO",
         "recipe Diffusion-DPO",
         "recipe Adaptive-DPO",
     ]
-    assert sorted(sum((g[1:] for g in lora), ())) == sorted(bench.PROVIDERS[1:])
+    assert sorted(sum((g[1:] for g in lora), ())) == sorted(bench.providers_of("sdxl")[1:])
     assert full[3] == ("bare policy", ONE_BY_ONE)
-    assert set(sum(full, ())) == set(bench.PROVIDERS) - {ONE_PASS}
+    assert set(sum(full, ())) == set(bench.providers_of("sdxl")) - {ONE_PASS}
     assert bench.groups("lora", ["bare policy"]) == [("bare policy",)]
 
 

@@ -8,13 +8,16 @@ import pytest
 from PIL import Image
 
 from fastpo.config import DataConfig
+from fastpo.data.prepare import prepare
 from fastpo.data.sources import open_source
-from fastpo.demo.base import SHORT, build_base
+from fastpo.demo.base import FAMILIES, SHORT, build_base
+from fastpo.demo.base_training import BaseRecipe
 from fastpo.demo.digits import WORDS, digit_of, ink, load_scans, prompts, to_image
 from fastpo.demo.preferences import SCHEMA, write_preferences
-from fastpo.demo.run import OBJECTIVES, run_demo
+from fastpo.demo.run import OBJECTIVES, demo_config, run_demo
 from fastpo.demo.scorer import NOTHING, DigitScorer, non_digits, thickened
-from fastpo.errors import DataError
+from fastpo.errors import ConfigError, DataError
+from fastpo.train import train
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +117,50 @@ def test_the_base_is_a_stock_pipeline_and_is_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_base_of_flow_matching_is_prepared_and_trained_like_any_sd3(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    recipe = BaseRecipe(vae_steps=1, vae_batch=4, unet_steps=1, unet_batch=4)
+    base = build_base(tmp_path / "base", recipe=recipe, progress=False, family="sd3")
+    data = write_preferences(tmp_path / "pairs", n_pairs=8, seed=0)
+    paths = {"base": base, "preferences": data, "work": tmp_path}
+    config = demo_config("adaptive_dpo_ledger", paths, seed=0, short=True, family="sd3")
+    prepare(config, progress=False)
+    folder = train(config, progress=False)
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    loaded = type(pipeline.transformer).from_pretrained(folder / "final" / "transformer")
+    pipeline.transformer = loaded
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"max_sequence_length": config.prepare.text_length, "height": 32, "width": 32}
+    image = pipeline("a handwritten seven", num_inference_steps=2, **options).images[0]
+    assert image.size == (32, 32)
+
+
+def test_every_caption_of_the_demo_is_read_whole(tmp_path):
+    from fastpo.demo.flow_base import CLIP_LENGTH, TEXT_LENGTH
+    from fastpo.demo.text import build_tokenizer, build_word_tokenizer
+
+    captions = [*prompts(), *prompts(held_out=True)]
+    words, tokens = build_word_tokenizer(captions), build_tokenizer(captions)
+    ids = words(captions)["input_ids"]
+    assert max(map(len, ids)) == TEXT_LENGTH
+    assert len({tuple(row) for row in ids}) == len(captions)
+    assert words.unk_token_id not in {token for row in ids for token in row}
+    assert max(map(len, tokens(captions)["input_ids"])) == CLIP_LENGTH
+
+
+def test_a_family_that_the_demo_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--family: the demo has sdxl and sd3, got 'qwen'"):
+        run_demo(tmp_path / "out", family="qwen")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-def test_the_short_demo_writes_its_page_and_its_summary(tmp_path):
-    summary = run_demo(tmp_path, short=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_short_demo_writes_its_page_and_its_summary(tmp_path, family):
+    summary = run_demo(tmp_path, short=True, family=family)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert {"base", "objectives", "minority_auroc", "flip_rate", "wall_s"} <= summary.keys()
     assert summary["objectives"].keys() == summary["data_wait"].keys() == OBJECTIVES.keys()
@@ -128,7 +172,8 @@ def test_the_short_demo_writes_its_page_and_its_summary(tmp_path):
     assert all(0.0 <= share < 1.0 for share in summary["data_wait"].values())
     for values in summary["objectives"].values():
         assert {"reward_mean", "win_rate", "win_rate_interval", "legibility"} <= values.keys()
-    page = (tmp_path / "seed-0-short" / "report" / "report.html").read_text()
+    work = tmp_path / f"seed-0{FAMILIES[family].suffix}-short"
+    page = (work / "report" / "report.html").read_text()
     assert "data:image/png;base64," in page
-    again = run_demo(tmp_path, short=True)
+    again = run_demo(tmp_path, short=True, family=family)
     assert again["objectives"] == summary["objectives"]

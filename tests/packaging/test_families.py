@@ -13,6 +13,7 @@ KNOWING = ("models/", "plan/")
 MAKERS = (
     "demo/base.py",
     "demo/base_training.py",
+    "demo/flow_base.py",
     "study/emoji/base.py",
     "testing/datasets.py",
     "testing/flow.py",
