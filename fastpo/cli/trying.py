@@ -22,13 +22,17 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of pairs, labels, training.")] = 0,
     short: Annotated[bool, typer.Option(help="A few steps of everything, to try it.")] = False,
     family: Annotated[
-        str, typer.Option(help="The tiny model: sdxl, or sd3 (flow matching, a transformer).")
-    ] = "sdxl",
+        str | None,
+        typer.Option(
+            help="The tiny model: sdxl (default), or sd3, a transformer of flow matching."
+        ),
+    ] = None,
 ) -> None:
     """Align a tiny model on real handwritten digits, from nothing to a page, on a CPU."""
+    from fastpo.demo.base import PLAIN
     from fastpo.demo.run import run_demo
 
-    run_demo(out, seed=seed, short=short, family=family)
+    run_demo(out, seed=seed, short=short, family=PLAIN if family is None else family)
 
 
 @app.command()
