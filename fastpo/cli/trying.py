@@ -21,10 +21,11 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of pairs, labels, training.")] = 0,
     short: Annotated[bool, typer.Option(help="A few steps of everything, to try it.")] = False,
-    family: Annotated[
+    kind: Annotated[
         str | None,
         typer.Option(
-            help="The tiny model: sdxl (default), or sd3, a transformer of flow matching."
+            "--family",
+            help="The tiny model: sdxl (default), or sd3, a transformer of flow matching.",
         ),
     ] = None,
 ) -> None:
@@ -32,7 +33,7 @@ def demo(
     from fastpo.demo.base import PLAIN
     from fastpo.demo.run import run_demo
 
-    run_demo(out, seed=seed, short=short, family=PLAIN if family is None else family)
+    run_demo(out, seed=seed, short=short, family=PLAIN if kind is None else kind)
 
 
 @app.command()
