@@ -190,7 +190,7 @@ def measure_training(
             )
         )
     try:
-        with counter, tracker, RepeatedOperators(counter):
+        with counter, tracker, RepeatedOperators(counter, tracker):
             with CudaForward(dtype):
                 prediction = run(unet)
             forward = Pass(counter.get_total_flops(), tracker.peak, tracker.live)
@@ -275,7 +275,8 @@ def _watched(
 ) -> Iterator[tuple[FlopCounterMode, StorageTracker]]:
     tracker = StorageTracker(module.parameters(), _tensors(inputs))
     try:
-        with flop_counter() as counter, tracker, RepeatedOperators(counter), CudaForward(dtype):
+        counter = flop_counter()
+        with counter, tracker, RepeatedOperators(counter, tracker), CudaForward(dtype):
             yield counter, tracker
     finally:
         tracker.close()

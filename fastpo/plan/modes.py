@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -122,35 +123,48 @@ class RepeatedOperators(TorchDispatchMode):
     """Looks up what an operator has made of arguments of the same kinds, instead of deriving it.
 
     A model calls a few hundred different operators some ten thousand times, and on the meta device
-    each call runs Python that derives shapes and strides. What comes again is allocated as it was,
-    and counted by the modes around this one; views, operators that write into their arguments and
-    what is not on the meta device are called as ever.
+    each call runs Python that derives shapes and strides, and the modes around this one. What comes
+    again is allocated as it was, and they are told of it; so they are of views, which cost nothing.
+    Operators that write into their arguments and what is not on the meta device are called as ever.
 
     Args:
         counter: Is told the FLOPs of what is looked up.
+        tracker: Is told the tensors that are made.
     """
 
-    def __init__(self, counter: FlopCounterMode) -> None:
+    def __init__(self, counter: FlopCounterMode, tracker: StorageTracker | None = None) -> None:
         super().__init__()
         self._counter = counter
+        self._tracker = tracker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Allocates what the operator returns, or calls it and notes that."""
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload) and func.is_view:
+            with no_dispatch():
+                out = func(*args, **kwargs)
+            return self._told(out)
         key = _call_key(func, args, kwargs)
         if key is None:
             return func(*args, **kwargs)
         if key in _RETURNED:
             flops, single, parts = _RETURNED[key]
-            self._counter.flop_counts["Global"][func._overloadpacket] += flops
-            made = tuple(_allocate(part) for part in parts)
-            return made[0] if single else made
+            if flops:
+                self._counter.flop_counts["Global"][func._overloadpacket] += flops
+            with no_dispatch():
+                made = tuple(_allocate(part) for part in parts)
+            return self._told(made[0] if single else made)
         before = self._counter.get_total_flops()
         out = func(*args, **kwargs)
         single = not isinstance(out, tuple | list)
         parts = _fresh((out,) if single else tuple(out), (*args, *kwargs.values()))
         if parts is not None:
             _RETURNED[key] = self._counter.get_total_flops() - before, single, parts
+        return out
+
+    def _told(self, out: Any) -> Any:
+        if self._tracker is not None:
+            self._tracker.take_in(out)
         return out
 
 
@@ -243,10 +257,14 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the operator and counts the storages it made."""
         out = func(*args, **(kwargs or {}))
+        self.take_in(out)
+        return out
+
+    def take_in(self, out: Any) -> None:
+        """Counts the storages of what an operator has returned, as far as they are new."""
         for value in out if isinstance(out, tuple | list) else (out,):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
-        return out
 
     def close(self) -> None:
         """Takes the hooks off the parameters."""
