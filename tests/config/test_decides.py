@@ -56,9 +56,9 @@ def test_the_keys_that_may_differ_on_resume_are_those_of_earlier_versions(train,
     raw = copy.deepcopy(RAW)
     raw["train"] |= {**train, "optim": {"schedule": schedule}}
     config = parse_config(raw)
-    free = set()
+    free, written = set(), yaml.safe_load(dump_config(config))
     for key in flatten(config.model_dump(mode="json")):
-        saved = yaml.safe_load(dump_config(config))
+        saved = copy.deepcopy(written)
         *parents, leaf = key.split(".")
         section = saved
         for parent in parents:

@@ -27,6 +27,7 @@ from fastpo.system import work
 from fastpo.system.locks import FolderLocks
 from fastpo.system.process import Rank
 from fastpo.testing import write_folder
+from tests.faults.two_ranks import two_ranks
 from tests.forked import FORK
 
 PAIRS = 23
@@ -329,10 +330,9 @@ def test_a_wrong_launch_is_named(rank):
         Rank.of_launch({"RANK": rank, "WORLD_SIZE": "2"})
 
 
-@pytest.mark.slow
-def test_torchrun_prepares_together(config_for, tmp_path, whole, fastpo):
+def test_two_processes_of_a_launcher_prepare_together(config_for, tmp_path, whole):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config_for()))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fastpo")
-    fastpo("prepare", path, launcher=launcher)
+    with two_ranks(tmp_path / "out", lambda _: ["prepare", path]) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
     assert content(tmp_path / "cache") == content(whole)

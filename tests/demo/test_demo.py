@@ -157,6 +157,7 @@ def test_a_family_that_the_demo_does_not_have_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_short_demo_writes_its_page_and_its_summary(tmp_path, family):

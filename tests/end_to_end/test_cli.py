@@ -181,7 +181,13 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(words, id=name, marks=[pytest.mark.long] if name == "fastpo" else [])
+        for name, words in LAUNCHERS.items()
+    ],
+)
 def test_every_launcher_trains_and_saves_the_resolved_configuration(experiment, fastpo, launcher):
     path = experiment()
     fastpo(path, "--set", "train.optim.lr=2e-4", launcher=launcher)

@@ -22,8 +22,15 @@ def free_port():
         return listener.getsockname()[1]
 
 
+SET_LITTLE = ("torchrun", "none")
+"""Launchers whose few variables the tests of two forked processes set as well."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate", "torchrun", "none"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["deepspeed", "accelerate", *(pytest.param(n, marks=pytest.mark.long) for n in SET_LITTLE)],
+)
 def test_every_launcher_starts_a_sharded_run(base, launcher, tmp_path, read_metrics):
     port = str(free_port())
     command = {

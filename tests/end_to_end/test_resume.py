@@ -4,17 +4,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastpo.cli import main
 from fastpo.config import load_config
 from fastpo.errors import CheckpointError
 from fastpo.train import Observer, train
+from tests.forked import FORK
 
 ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0}
 
@@ -37,17 +37,16 @@ def test_killed_and_resumed_equals_uninterrupted(experiment, read_metrics, optio
     whole = run(name="whole", **options)
     path = experiment(name="killed", **options)
     folder = load_config(path).train.output_dir
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastpo", "train", path], stderr=subprocess.DEVNULL
-    )
+    process = FORK.Process(target=main, args=(["train", str(path)],))
+    process.start()
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     assert len(read_metrics(folder)) < 14
     train(load_config(path), resume=True, progress=False)
     assert read_metrics(folder) == whole

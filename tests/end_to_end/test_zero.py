@@ -4,6 +4,7 @@ All runs of two processes happen in one launch (`many_runs.py`); the tests compa
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastpo.train import train
 from fastpo.train.consolidate import consolidate
 from fastpo.train.zero import NAMES, read_json
 from tests.end_to_end.many_runs import interrupt
+from tests.forked import FORK
 
 pytest.importorskip("deepspeed")
 STEPS, MIDDLE = 4, 2  # of the base configuration: all, and those before its checkpoint
@@ -34,16 +36,20 @@ METHODS = {
     "full": ["train.method=full"],
 }
 MATRIX = {f"{m} {o}": [*METHODS[m], *OBJECTIVES[o]] for m in METHODS for o in OBJECTIVES}
-# Every stage meets both methods, and every objective meets a stage. The ledger's runs, whose
-# checkpoints hold the most, are resumed as well.
+# Every stage meets both methods, and every objective meets a stage. Of each stage, the ledger's
+# run is resumed, whose checkpoints hold the most; whole weights before adapters.
 SHARDED = {
     "zero1": ("lora ledger", "full dpo"),
     "zero2": ("lora mapo", "full ledger"),
-    "zero3": ("full mapo", "lora ledger", "full ledger"),
+    "zero3": ("lora ledger", "full ledger"),
 }
 RUNS = [("plain", what) for what in MATRIX if any(what in some for some in SHARDED.values())]
 RUNS += [(mode, what) for mode, several in SHARDED.items() for what in several]
-RESUMED = [(mode, what) for mode, what in RUNS if "ledger" in what]
+RESUMED = [
+    (mode, what)
+    for mode, what in RUNS
+    if what == "full ledger" or (what == "lora ledger" and mode in ("plain", "zero1"))
+]
 AVERAGES = [
     ADAPTIVE,
     "train.annotators={kind: ema, decays: [0.9, 0.5]}",
@@ -56,12 +62,14 @@ EXTRAS = {
         *METHODS["lora"],
         "train.accumulation_steps=2",
         "train.gradient_checkpointing=true",
+        "train.max_steps=2",
         "train.lora.dropout=0.2",
     ],
     "full micro": [
         "train.method=full",
         "train.accumulation_steps=2",
         "train.gradient_checkpointing=true",
+        "train.max_steps=2",
     ],
     "lora bf16": [*METHODS["lora"], "train.precision=bf16", "train.max_steps=1"],
     "full bf16": [*METHODS["full"], "train.precision=bf16", "train.max_steps=1"],
@@ -124,9 +132,6 @@ def runs(base, alone, modes, train_on_two):
                 add(mode, what, EXTRAS[what], after=folders[mode, what])
     for what, changes in ONCE.items():
         add("plain", what, changes)
-    for mode in ("zero2_offload", "zero3_offload"):
-        add(mode, "full dpo", MATRIX["full dpo"])
-        add(mode, "full dpo", MATRIX["full dpo"], after=folders["zero1", "full dpo"])
     add("zero2", "alone", MATRIX["full ledger"], after=alone)
     outcomes = train_on_two(base.parent, jobs)
     assert set(outcomes.values()) == {"ok"}, outcomes
@@ -261,36 +266,62 @@ def test_in_bf16_stages_differ_by_no_more_than_bf16_does(runs, mode, method):
     assert (sharded - exact).norm() <= 2 * rounding
 
 
+@pytest.fixture(scope="module")
+def offloaded(base, runs, modes, train_on_two, tmp_path_factory):
+    """Runs with the optimizer in host memory; DeepSpeed's own is compiled for a minute or two."""
+    folders, jobs = {}, []
+    for mode in OFFLOADED:
+        for name, after in (("whole", None), ("resumed", runs["zero1", "full dpo"])):
+            folders[mode, name] = tmp_path_factory.mktemp("offloaded") / "run"
+            changes = [f"train.output_dir={folders[mode, name]}", f"train.deepspeed={modes[mode]}"]
+            job = {"name": f"{mode} {name}", "config": str(base)}
+            job["set"] = [*MATRIX["full dpo"], *changes]
+            jobs.append(job if after is None else {**job, "after": [str(after), MIDDLE]})
+    outcomes = train_on_two(tmp_path_factory.mktemp("offloaded"), jobs)
+    assert set(outcomes.values()) == {"ok"}, outcomes
+    return folders
+
+
+OFFLOADED = ("zero2_offload", "zero3_offload")
+
+
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["zero2_offload", "zero3_offload"])
-def test_offloaded_runs_equal_plain_ones_and_go_on_from_any_stage(runs, mode):
-    plain = runs["plain", "full dpo"]
-    assert_same_steps(metrics(plain), metrics(runs[mode, "full dpo"]))
-    assert_same_steps(metrics(plain), metrics(runs[mode, "full dpo, resumed"]))
+@pytest.mark.parametrize("mode", OFFLOADED)
+def test_offloaded_runs_equal_plain_ones_and_go_on_from_any_stage(runs, offloaded, mode):
+    plain = metrics(runs["plain", "full dpo"])
+    assert_same_steps(plain, metrics(offloaded[mode, "whole"]))
+    assert_same_steps(plain, metrics(offloaded[mode, "resumed"]))
 
-
-IN_TURN = """
-import os, sys
-from pathlib import Path
-from fastpo.config import load_config
-from fastpo.train import train
 
 def launchers():
-    return {k: v for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "MASTER_"))
-            or k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    """What a launcher, or accelerate, leaves in the environment."""
+    known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith(("ACCELERATE_", "MASTER_")) or k in known
+    }
 
-before = launchers()
-for number, mode in enumerate(sys.argv[3:]):
-    changes = ["train.max_steps=2", f"train.output_dir={sys.argv[2]}/{number}"]
-    changes += [] if mode == "plain" else [f"train.deepspeed={mode}"]
-    train(load_config(Path(sys.argv[1]), changes), progress=False)
-    assert launchers() == before, mode
-"""
+
+def train_in_turn(base, folder, modes):
+    """In a process of its own: one run in each mode."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    before = launchers()
+    for number, mode in enumerate(modes):
+        changes = ["train.max_steps=2", f"train.output_dir={folder}/{number}"]
+        changes += [] if mode == "plain" else [f"train.deepspeed={mode}"]
+        train(load_config(base, changes), progress=False)
+        assert launchers() == before, mode
 
 
 @pytest.mark.slow
-def test_one_process_trains_in_one_mode_after_the_other(base, fastpo, tmp_path):
-    fastpo(base, tmp_path, "plain", "zero2", "zero3", "plain", launcher=("-c", IN_TURN))
+def test_one_process_trains_in_one_mode_after_the_other(base, tmp_path):
+    modes = ("plain", "zero2", "zero3", "plain")
+    process = FORK.Process(target=train_in_turn, args=(base, tmp_path, modes))
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0
     first, *others = (metrics(tmp_path / str(number)) for number in range(4))
     for other in others:
         assert_same_steps(first, other)

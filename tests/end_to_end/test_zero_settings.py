@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from fastpo.cli import main
 from fastpo.config import OptimConfig, load_config
 from fastpo.errors import CheckpointError, ConfigError
 from fastpo.train import train
@@ -104,11 +105,9 @@ def test_consolidate_names_what_is_missing(experiment, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_moving_average_is_consolidated_as_training_exports_it(
-    experiment, fastpo, tmp_path, exported
-):
+def test_the_moving_average_is_consolidated_as_training_exports_it(experiment, tmp_path, exported):
     folder = train(load_config(experiment(ema_decay=0.5)), progress=False)
-    fastpo("consolidate", folder, tmp_path / "out", "--average")
+    main(["consolidate", str(folder), str(tmp_path / "out"), "--average"])
     a, b = exported(folder, "ema"), exported(tmp_path, "out")
     assert all(torch.equal(a[name], b[name]) for name in a)
 

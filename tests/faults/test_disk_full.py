@@ -190,6 +190,7 @@ def test_a_refused_step_is_told_in_one_line(finished, tmp_path, name):
     assert refuse_everywhere(act, check, every=EVERY[name]) >= 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_refused_step_of_training_is_told_in_one_line(finished, tmp_path):
     act = commands(finished, tmp_path)["train"]

@@ -264,7 +264,7 @@ def job_script():
 
 def test_the_slurm_jobs_requeues_come_to_the_end(experiment, tmp_path, equal):
     """Plays the scheduler: warns the job's script, and starts it again when it has asked for it."""
-    options = {"max_steps": 60, "checkpoint_every": 50, "ema_decay": 0.9}
+    options = {"max_steps": 40, "checkpoint_every": 30, "ema_decay": 0.9}
     whole = train(load_config(experiment(name="whole", **options)), progress=False)
     path = experiment(**options)
     metrics, asked = tmp_path / "run" / "metrics.jsonl", tmp_path / "asked"

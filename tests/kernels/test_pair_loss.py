@@ -17,7 +17,7 @@ SIZES = [1, 7, 1000, 65537]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_objective_within_budget(name, dtype, device, small_tiles):
-    check(CASES[name], pair_inputs(5, (4, 7, 11), dtype, device, n_annotators=2))
+    check(CASES[name], pair_inputs(3, (3, 7, 11), dtype, device, n_annotators=2))
 
 
 @pytest.fixture

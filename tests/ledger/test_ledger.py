@@ -2,18 +2,15 @@
 
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastpo.ledger import ABSURD, BINS, CERTAIN, DOUBT, LEVEL, PRIOR, WINDOW, PairLedger
-
-ROOT = Path(__file__).parents[2]
+from tests.faults.two_ranks import two_ranks
 
 
 def sigmoid(x):
@@ -215,43 +212,30 @@ def test_record_and_merge_are_one_update():
     assert torch.equal(one.total, two.total)
 
 
-MERGING = """
-import sys
-import torch
-import torch.distributed as dist
-from fastpo.ledger import PairLedger
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-index, margin, timestep = torch.load(sys.argv[1])
-ledger = PairLedger(60)
-for step in range(3):
-    rows = torch.arange(20 * step, 20 * step + 20)
-    share = rows[:13] if rank == 0 else rows[13:]
-    if step == 2:  # one process without a pair
-        share = rows if rank == 0 else rows[:0]
-    for row in share:
-        ledger.record(index[row, None], margin[row, None], timestep[row, None])
-    ledger.merge()
-torch.save(ledger.state_dict(), f"{sys.argv[1]}.{rank}")
-dist.barrier()
-dist.destroy_process_group()
-"""
+def record_a_share(words):
+    """One of two processes, which merges what both have recorded after every step."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    index, margin, timestep = torch.load(words[0])
+    ledger = PairLedger(60)
+    for step in range(3):
+        rows = torch.arange(20 * step, 20 * step + 20)
+        share = rows[:13] if rank == 0 else rows[13:]
+        if step == 2:  # one process without a pair
+            share = rows if rank == 0 else rows[:0]
+        for row in share:
+            ledger.record(index[row, None], margin[row, None], timestep[row, None])
+        ledger.merge()
+    torch.save(ledger.state_dict(), f"{words[0]}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def test_two_processes_with_batches_of_one_pair_equal_one_with_all(tmp_path):
     index, margin, timestep, _ = stream(60, 1)
     torch.save((index, margin, timestep), tmp_path / "rows")
-    (tmp_path / "merging.py").write_text(MERGING)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    subprocess.run(
-        [sys.executable, *launcher, tmp_path / "merging.py", tmp_path / "rows"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        timeout=120,
-        capture_output=True,
-        check=False,
-    )
+    with two_ranks(tmp_path, lambda _: [tmp_path / "rows"], act=record_a_share) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
     whole = fed(index, margin, timestep, step=20, pairs=60).state_dict()
     for rank in range(2):
         state = torch.load(tmp_path / f"rows.{rank}")
@@ -337,7 +321,7 @@ def test_ten_million_pairs_take_eight_bytes_each_and_cost_a_step_nothing_more():
 
 
 def readme_example():
-    text = (ROOT / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return next(b for b in blocks if "PairLedger(" in b)
 

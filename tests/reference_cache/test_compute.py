@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -25,6 +23,8 @@ from fastpo.noise import setup_noise
 from fastpo.reference_cache import open_for_run, prepare_reference, reference_identity
 from fastpo.reference_cache.store import MANIFEST, reference_root
 from fastpo.train import train
+from tests.faults.two_ranks import two_ranks
+from tests.forked import FORK
 
 PAIRS = 11  # of the tiny data; with micro-batches of two an epoch has six
 
@@ -343,28 +343,29 @@ def test_processes_without_auto_are_refused(settle, shared, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_goes_on_in_two_processes(alone, settle, fastpo):
+def test_a_killed_preparation_goes_on_in_two_processes(alone, settle, tmp_path):
     config = settle(alone)
     path = config.train.output_dir.parent / "run.yaml"
-    arguments = ["prepare", path, "--set", f"prepare.cache_dir={config.prepare.cache_dir}"]
+    settings = ["--set", f"prepare.cache_dir={config.prepare.cache_dir}"]
+    arguments = ["prepare", str(path), *settings]
     root = reference_root(config.prepare.cache_dir)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastpo", *arguments, "--reference", "60"], stderr=subprocess.DEVNULL
-    )
+    process = FORK.Process(target=main, args=([*arguments, "--reference", "60"],))
+    process.start()
     deadline = time.monotonic() + 240
     while len(list(root.glob("*/part-*.safetensors"))) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     killed = {p.name for p in root.glob("*/part-*.safetensors")}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = fastpo(*arguments, "--reference", "6", launcher=(*launcher, "-m", "fastpo"))
-    assert "11 pairs in" in done.stdout
+    with two_ranks(tmp_path, lambda _: [*arguments, "--reference", "6"]) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
+        told = ranks.text(0)
+    assert "11 pairs in" in told
     errors = opened(settle(alone, max_steps=6 * 6))
     assert 2 <= len(killed)
-    assert f"errors on them in {errors.folder}" in done.stdout
+    assert f"errors on them in {errors.folder}" in told
     assert not list(root.glob("*/part-*"))
     cache = PairCache.open(config)
     others = shutil.copytree(alone, alone.parent / "others")

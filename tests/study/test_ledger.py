@@ -5,6 +5,7 @@ import csv
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_part_runs_and_a_finished_run_is_not_repeated(tmp_path, script):
     file = tmp_path / "ledger.csv"

@@ -1,10 +1,5 @@
 """Statistics over micro-batches, processes and steps: what is summed, and what must not matter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,10 +7,11 @@ from fastpo.config import parse_config
 from fastpo.errors import ConfigError
 from fastpo.loss import adaptive_dpo, kto
 from fastpo.train.batch_statistics import FADING, RunningStatistics, make_statistics
+from fastpo.train.distributed import joined
 from fastpo.train.objective import build_loss
 from fastpo.types import PairPredictions
+from tests.faults.two_ranks import two_ranks
 
-ROOT = Path(__file__).parents[2]
 OBJECTIVES = {
     "kto": {"name": "kto", "beta": 50.0},
     "adaptive_dpo": {"name": "adaptive_dpo", "beta": 50.0, "margin_scale": 50.0},
@@ -100,8 +96,8 @@ def test_running_does_not_depend_on_how_a_step_was_cut(name):
         out, gradient = part(whole, data, [0, 1, 2, 3], 4)
         pieces = [part(cut, data, [i], 4) for i in range(4)]
         torch.testing.assert_close(out.loss, torch.stack([p.loss for p, _ in pieces]).mean())
-        joined = torch.cat([torch.cat([g[side, None] for _, g in pieces]) for side in (0, 1)])
-        torch.testing.assert_close(gradient, joined / 4)
+        both = torch.cat([torch.cat([g[side, None] for _, g in pieces]) for side in (0, 1)])
+        torch.testing.assert_close(gradient, both / 4)
         if out.minority is not None:
             torch.testing.assert_close(out.minority, torch.cat([p.minority for p, _ in pieces]))
             if step == 0:
@@ -122,44 +118,27 @@ def test_running_approaches_the_batchs_own_statistics():
     torch.testing.assert_close(one, kto(policy, reference, target, beta=50.0).loss)
 
 
-RANKS = """
-import sys
-import torch
-from fastpo.train.distributed import joined
-from fastpo.train.objective import build_loss
-from fastpo.train.batch_statistics import make_statistics
-sys.path.insert(0, sys.argv[1])
-from test_batch_statistics import OBJECTIVES, part, predictions, train_config
-
-results = {}
-with joined(train_config({"name": "kto"})) as processes:
-    for name, objective in OBJECTIVES.items():
-        config = train_config(objective)
-        reduce = make_statistics(config, processes.sum)
-        annotators = 2 if name.startswith("adaptive") else 0
-        data = predictions(2, annotators=annotators)
-        out, gradient = part(build_loss(config, reduce), data, [processes.rank], 2)
-        results[name] = (out.loss.detach(), out.minority, gradient)
-    torch.save(results, f"{sys.argv[2]}/{processes.rank}.pt")
-    processes.wait()
-"""
+def compute_own_pair(words):
+    """One of two processes: its loss, metric and gradient by objective, in a file."""
+    results = {}
+    with joined(train_config({"name": "kto"})) as processes:
+        for name, objective in OBJECTIVES.items():
+            config = train_config(objective)
+            reduce = make_statistics(config, processes.sum)
+            annotators = 2 if name.startswith("adaptive") else 0
+            data = predictions(2, annotators=annotators)
+            out, gradient = part(build_loss(config, reduce), data, [processes.rank], 2)
+            results[name] = (out.loss.detach(), out.minority, gradient)
+        torch.save(results, f"{words[0]}/{processes.rank}.pt")
+        processes.wait()
 
 
 def test_two_processes_of_one_pair_equal_one_of_two(tmp_path):
     """Loss, metric and gradient to rounding, for every objective with batch statistics."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = subprocess.run(
-        [sys.executable, *launcher, tmp_path / "ranks.py", Path(__file__).parent, tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        cwd=ROOT,
-        timeout=180,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = {"ACCELERATE_USE_CPU": "true"}
+    with two_ranks(tmp_path, lambda _: [tmp_path], act=compute_own_pair, env=env) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
     files = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    assert all(f.is_file() for f in files), done.stderr[-2000:]
     ranks = [torch.load(f) for f in files]
     for name, objective in OBJECTIVES.items():
         config = train_config(objective)
@@ -170,8 +149,8 @@ def test_two_processes_of_one_pair_equal_one_of_two(tmp_path):
         torch.testing.assert_close(torch.stack(losses).mean(), out.loss.detach())
         if out.minority is not None:
             torch.testing.assert_close(torch.cat(minorities), out.minority)
-        joined = torch.cat([torch.cat([g[side, None] for g in gradients]) for side in (0, 1)])
-        torch.testing.assert_close(joined / 2, gradient)
+        both = torch.cat([torch.cat([g[side, None] for g in gradients]) for side in (0, 1)])
+        torch.testing.assert_close(both / 2, gradient)
         _, apart = part(build_loss(config), data, [0], 2)
         assert not torch.allclose(apart, gradients[0])  # one pair's own statistics are others
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastpo.config import OptimConfig
@@ -13,6 +14,7 @@ from fastpo.errors import ConfigError
 from fastpo.train.bf16_optimizer import RoundedOptimizer, round_stochastically
 from fastpo.train.distributed import Processes
 from fastpo.train.optimizer import optimizer_bytes, setup_optimizer
+from tests.faults.two_ranks import two_ranks
 
 NAMES = ["adamw", "adamw_8bit", "adafactor"]
 NAN, INF = float("nan"), float("inf")
@@ -190,36 +192,28 @@ def test_the_states_are_as_large_as_stated(name, dtype):
     assert total == optimizer_bytes(parameters, config)
 
 
-RANK = """
-import torch
-import torch.distributed as dist
-from fastpo.config import OptimConfig
-from fastpo.train.optimizer import setup_optimizer
-
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.Linear(128, 64).to(torch.bfloat16)
-ddp = torch.nn.parallel.DistributedDataParallel(model)
-optimizer = setup_optimizer(model.parameters(), OptimConfig(name="adamw_8bit", lr=1e-3), seed=1)
-torch.manual_seed(dist.get_rank())  # every process has its own data, and its own random state
-for _ in range(3):
-    ddp(torch.randn(8, 128).bfloat16()).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-weights = [torch.empty_like(model.weight) for _ in range(2)]
-dist.all_gather(weights, model.weight.detach())
-torch.manual_seed(0)
-start = torch.nn.Linear(128, 64).to(torch.bfloat16).weight
-assert torch.equal(*weights), "the processes' weights differ"
-assert not torch.equal(weights[0], start), "nothing was learned"
-"""
+def train_on_own_data(words):
+    """One of two processes; what it asserts is its exit code."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Linear(128, 64).to(torch.bfloat16)
+    start = model.weight.detach().clone()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = setup_optimizer(model.parameters(), OptimConfig(name="adamw_8bit", lr=1e-3), seed=1)
+    torch.manual_seed(dist.get_rank())  # each has its own data, and its own random state
+    for _ in range(3):
+        ddp(torch.randn(8, 128).bfloat16()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [torch.empty_like(start) for _ in range(2)]
+    dist.all_gather(found, model.weight.detach())
+    assert torch.equal(*found), "the processes' weights differ"
+    assert not torch.equal(found[0], start), "nothing was learned"
 
 
-def test_processes_with_data_of_their_own_keep_equal_weights(tmp_path, fastpo):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    fastpo(script, launcher=launcher, env={"OMP_NUM_THREADS": "1"})  # each process asserts
+def test_processes_with_data_of_their_own_keep_equal_weights(tmp_path):
+    with two_ranks(tmp_path, lambda _: [], act=train_on_own_data) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.text(0) + ranks.text(1)
 
 
 def test_8bit_without_bitsandbytes_is_refused_with_how_to_get_it(monkeypatch):

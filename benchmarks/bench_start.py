@@ -1,0 +1,227 @@
+"""What starting costs: processor time of whole commands, of this checkout and of another one.
+
+    python benchmarks/bench_start.py --before CHECKOUT [--rounds 5] [--out FILE.csv]
+
+CHECKOUT is a folder with another commit of this project (`git worktree add --detach FOLDER
+COMMIT`); both run with this Python and its packages, turn by turn, one thread each. User and system
+time of the process are counted, not the clock's, so that other work on the machine matters little.
+Training is counted from its launch to the first line of `metrics.jsonl`, on the demo's model and a
+small part of its data, which each checkout prepares for itself beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastpo.bench.measure import ROOT, environment
+from fastpo.bench.script import results_path
+from fastpo.bench.table import write_records
+from fastpo.demo.base import SHORT, build_base
+from fastpo.demo.preferences import write_preferences
+from fastpo.system.files import write_text
+
+COLUMNS = ("case", "of", "cpu_s_p20", "cpu_s_p50", "cpu_s_p80", "runs", "ratio", "ratio_to")
+TORCH, LOSS, HELP = "import torch", "import fastpo.loss", "fastpo --help"
+PLAN, TRAIN = "fastpo plan, SDXL with LoRA", "fastpo train, to the first step"
+PATIENCE = 600.0  # seconds
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A checkout, and how it is called: the result's column `of`."""
+
+    root: Path
+    name: str
+
+    def environment(self) -> dict[str, str]:
+        """So that its own code is imported, on one thread."""
+        folders = (self.root, self.root / "kernels")
+        hidden = ("PYTHONPATH", "FASTPO_DEBUG")
+        kept = {name: value for name, value in os.environ.items() if name not in hidden}
+        return kept | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+
+    def start(self, words: Sequence[str], cwd: Path) -> subprocess.Popen[bytes]:
+        """Starts Python with these words."""
+        return subprocess.Popen(
+            [sys.executable, *words],
+            cwd=cwd,
+            env=self.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def whole(checkout: Checkout, words: Sequence[str], cwd: Path) -> float:
+    """Seconds of the processor that a process takes in all.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    process = checkout.start(words, cwd)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{checkout.root}: {' '.join(words)} ended with {process.returncode}")
+    return used.ru_utime + used.ru_stime
+
+
+def until_written(checkout: Checkout, words: Sequence[str], cwd: Path, file: Path) -> float:
+    """Seconds of the processor that a process takes until it has written a line of a file.
+
+    Raises:
+        RuntimeError: It ended before.
+    """
+    process = checkout.start(words, cwd)
+    end = time.monotonic() + PATIENCE
+    try:
+        while not (file.is_file() and file.stat().st_size):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{checkout.root}: {' '.join(words)} wrote no {file.name}")
+            time.sleep(0.002)
+        return _used(process.pid)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def _used(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
+
+
+def training(checkout: Checkout, work: Path, base: Path, preferences: Path) -> list[str]:
+    """The words of a run of the demo's configuration in a folder of its own."""
+    folder = work / checkout.name
+    changes = {
+        "model.path": base,
+        "data.path": preferences,
+        "prepare.cache_dir": folder / "cache",
+        "train.output_dir": folder / "run",
+        "train.objective": "{name: dpo, beta: 1000.0}",
+        "train.epochs": "null",
+        "train.max_steps": 50,
+    }
+    settings = [part for k, v in changes.items() for part in ("--set", f"{k}={v}")]
+    config = str(checkout.root / "fastpo" / "configs" / "demo.yaml")
+    whole(checkout, ["-m", "fastpo", "prepare", config, *settings], work)
+    return ["-m", "fastpo", "train", config, *settings]
+
+
+def measure(
+    checkouts: Sequence[Checkout], cases: Sequence[str], rounds: int, work: Path
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every case and checkout, turn by turn; the first turn only warms up."""
+    runs: dict[str, list[str]] = {}
+    if TRAIN in cases:
+        base = build_base(work / "base", recipe=SHORT)
+        preferences = write_preferences(work / "preferences", n_pairs=60, seed=0)
+        runs = {c.name: training(c, work, base, preferences) for c in checkouts}
+    found: dict[tuple[str, str], list[float]] = {}
+    for turn in range(rounds + 1):
+        for case in cases:
+            for checkout in checkouts:
+                if case == TRAIN:
+                    folder = work / checkout.name / "run"
+                    shutil.rmtree(folder, ignore_errors=True)
+                    words = runs[checkout.name]
+                    seconds = until_written(checkout, words, work, folder / "metrics.jsonl")
+                else:
+                    seconds = whole(checkout, _words(case, checkout), work)
+                if turn:
+                    found.setdefault((case, checkout.name), []).append(seconds)
+        print(f"{turn}/{rounds}", flush=True)
+    return found
+
+
+def _words(case: str, checkout: Checkout) -> list[str]:
+    if case in (TORCH, LOSS):
+        return ["-c", case]
+    if case == HELP:
+        return ["-m", "fastpo", "--help"]
+    return ["-m", "fastpo", "plan", str(checkout.root / "fastpo/configs/sdxl-lora-24gb.yaml")]
+
+
+def rows(found: dict[tuple[str, str], list[float]], about: dict[str, object]) -> list[dict]:
+    """A row of every case and checkout; a ratio is the median of the turns' ratios."""
+    made = []
+    for (case, of), seconds in found.items():
+        low, *_, high = statistics.quantiles(seconds, n=5)
+        numbers = (low, statistics.median(seconds), high)
+        against = (TORCH, of) if case == LOSS else (case, "before")
+        ratio: object = ""
+        if against in found and (case, of) != against:
+            pairs = zip(seconds, found[against], strict=True)
+            ratio = round(statistics.median(a / b for a, b in pairs), 3)
+        to = "" if ratio == "" else (TORCH if case == LOSS else "before")
+        cells = (case, of, *(round(n, 3) for n in numbers), len(seconds), ratio, to)
+        made.append(dict(zip(COLUMNS, cells, strict=True)) | about)
+    return made
+
+
+def table(made: Sequence[dict]) -> str:
+    """The rows in Markdown."""
+    first = made[0]
+    lines = [
+        "# What starting costs",
+        "",
+        "Seconds of processor time (user and system) of one process, median (20th to 80th "
+        f"percentile) of {first['runs']} turns; before: commit {first['before']}. "
+        f"{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}. "
+        "On another machine, or beside other work, the ratios count and the seconds do not.",
+        "",
+        "| command | before | now | now / before | now / `import torch` |",
+        "|---|---|---|---|---|",
+    ]
+    by = {(row["case"], row["of"]): row for row in made}
+    for case in dict.fromkeys(row["case"] for row in made):
+        cells = []
+        for of in ("before", "now"):
+            row = by.get((case, of))
+            text = "" if row is None else row["cpu_s_p50"]
+            cells.append(
+                "" if row is None else f"{text} ({row['cpu_s_p20']} to {row['cpu_s_p80']})"
+            )
+        now = by[case, "now"]
+        ratios = [now["ratio"] if now["ratio_to"] == to else "" for to in ("before", TORCH)]
+        lines.append(f"| `{case}` | {' | '.join(map(str, (*cells, *ratios)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", type=Path, required=True, help="another checkout")
+    parser.add_argument("--rounds", type=int, default=5)
+    every = (TORCH, LOSS, HELP, PLAN, TRAIN)
+    parser.add_argument("--cases", nargs="+", choices=every, default=list(every))
+    parser.add_argument("--out", type=Path, help="CSV file; default: results/cpu/start.csv")
+    args = parser.parse_args()
+    if not (args.before / "fastpo").is_dir():
+        parser.error(f"--before {args.before}: no checkout, for it holds no folder fastpo")
+    checkouts = [Checkout(args.before.resolve(), "before"), Checkout(ROOT, "now")]
+    command = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as work:
+        found = measure(checkouts, args.cases, args.rounds, Path(work))
+    made = rows(found, {"before": commit, **environment()})
+    path = args.out or results_path("start")
+    write_records(made, list(made[0]), path)
+    write_text(path.with_suffix(".md"), table(made))
+    print(table(made))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
