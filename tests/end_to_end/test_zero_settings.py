@@ -107,7 +107,8 @@ def test_consolidate_names_what_is_missing(experiment, tmp_path):
 
 def test_the_moving_average_is_consolidated_as_training_exports_it(experiment, tmp_path, exported):
     folder = train(load_config(experiment(ema_decay=0.5)), progress=False)
-    main(["consolidate", str(folder), str(tmp_path / "out"), "--average"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["consolidate", str(folder), str(tmp_path / "out"), "--average"])
     a, b = exported(folder, "ema"), exported(tmp_path, "out")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
