@@ -122,7 +122,7 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
     reads = [source, *input_paths(config), *(() if rules.marks is None else (rules.marks,))]
     with protecting(reads), owned_folder(out, RELABELED) as folder:
         jury = _jury(rules) if rules.by else None
-        pairs = _pairs(config)
+        pairs = given_pairs(config)
         if evidence is not None:
             decided = _by_evidence(pairs, evidence, rules)
         else:
@@ -130,7 +130,9 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
             decided = _by_jury(pairs, jury)
             if rules.weigh:  # only when all pairs are rated are the weights known
                 total = len(open_source(config.data.with_all_bad()))
-                decided = zip(_pairs(config), _rated(decided, jury, total, progress), strict=True)
+                decided = zip(
+                    given_pairs(config), _rated(decided, jury, total, progress), strict=True
+                )
         counts = _write(folder, decided, len(open_source(config.data.with_all_bad())), progress)
         summary: dict[str, Any] = {
             "data": config.data.title,
@@ -152,7 +154,7 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
     return summary
 
 
-def _pairs(config: Config) -> Iterator[PreferencePair]:
+def given_pairs(config: Config) -> Iterator[PreferencePair]:
     """The pairs with the labels that a run of the configuration is given."""
     rate, seed = config.data.flip_rate, config.data.flip_seed
     for pair in open_source(config.data.with_all_bad()):

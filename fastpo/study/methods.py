@@ -16,6 +16,7 @@ from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.run import LEDGER, RELEASED, passes_of_run
 from fastpo.review.relabel import Rules, relabel
+from fastpo.study import rivals
 from fastpo.train import train
 
 BETA = 100.0  # the demo's slope
@@ -76,6 +77,18 @@ def drop_and_restart(config: Config) -> Trained:
     trained = train_once(second)
     kept = _pairs(trained.run) / _pairs(judged.run)
     return Trained(trained.run, judged.run, judged.passes + kept * trained.passes)
+
+
+def semi_dpo(config: Config) -> Trained:
+    """See `fastpo.study.rivals.semi_dpo`."""
+    run, passes = rivals.semi_dpo(config)
+    return Trained(run, run, passes)
+
+
+def em_mixture(config: Config) -> Trained:
+    """See `fastpo.study.rivals.em_mixture`."""
+    run = rivals.em_mixture(config)
+    return Trained(run, run, passes_of_run(config))
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -181,6 +194,15 @@ METHODS: dict[str, Method] = {
             "rounds_turn": 0.5,
             "rounds_settled": 0.0,
         },
+    ),
+    "semi_dpo": Method(
+        "Semi-DPO re-created: labels by interval of the timesteps, from a model trained on a fifth "
+        "of the pairs, which it is told are right",
+        train=semi_dpo,
+    ),
+    "em_mixture": Method(
+        "DPO on soft labels, from a mixture of right and wrong ones that is learned as it trains",
+        train=em_mixture,
     ),
 }
 """By name. At a share of 0 `conservative` is plain DPO, and shares its run."""
