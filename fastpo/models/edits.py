@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpo.models.encoders import Encoders, checked
 from fastpo.models.schedule import vae_number
+from fastpo.system.pictures import UnusableImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,9 +23,21 @@ if TYPE_CHECKING:
 SOURCE_LATENTS = "source_latents"
 """The condition that holds the source images' latents, `(B, C, h, w)`, as the model sees them."""
 
+MOST_ASPECT = 50
+"""Sides of a source image are at most 1 to this."""
+
 
 class EditEncoders(Encoders):
     """Encoders of a family that edits."""
+
+    def check_source(self, image: Image) -> None:
+        """Refuses a source image that the pipeline does not take.
+
+        Raises:
+            UnusableImageError: Its sides are too unlike: resized, one would become 0.
+        """
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise UnusableImageError(f"its sides are more than 1 to {MOST_ASPECT}: {image.size}")
 
     @abstractmethod
     def source_pixels(self, image: Image) -> Tensor:

@@ -3,17 +3,20 @@
 Latents `(4 C, h/2, w/2)` are the VAE's in patches of 2 by 2, normalized by the running statistics
 of the VAE's batch normalization. The transformer is told `sigma` and answers `noise - image`.
 Conditions: `prompt_embeds` `(B, 512, D)`, three layers' states side by side; padding is part of
-them, without a mask, as in the pipelines. `dev` is also told a guidance scale.
+them, without a mask, as in the pipelines. `dev` is also told a guidance scale. Of edits there are
+`source_latents` `(B, 4 C, h', w')`, whose tokens follow those of the noisy image, at time 10 of
+their ids; the texts do not see the source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import (
     Flux2Pipeline,
     compute_empirical_mu,
@@ -24,20 +27,42 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from fastpo.errors import ModelError
+from fastpo.models.edits import EditEncoders, of_both_sides
 from fastpo.models.encoders import count_longer, vae_factor
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.language import LanguageEncoders, LanguageFamily, chats
+from fastpo.system.pictures import UnusableImageError
 from fastpo.types import NoisedPair
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SAMPLING_STEPS = 50
 """The pipelines' default, on which the shift of their noise depends."""
 _PATCH = 2
+MOST_SOURCE = 1024 * 1024
+"""Pixels of a source image in the pipelines."""
 
 
-class Flux2Encoders(LanguageEncoders):
+class Flux2Encoders(LanguageEncoders, EditEncoders):
     """The VAE of FLUX.2 and a language model."""
 
     pipeline_class: ClassVar[Any]
+
+    def check_source(self, image: Image) -> None:
+        """As `EditEncoders.check_source`: sides of 64 px and more, at most 1 to 8."""
+        try:
+            Flux2ImageProcessor.check_image_input(image)
+        except ValueError as error:
+            raise UnusableImageError(str(error)) from None
+
+    def source_pixels(self, image: Image) -> Tensor:
+        """As `EditEncoders.source_pixels`: at its own size up to a megapixel, cut to patches."""
+        processor, multiple = Flux2ImageProcessor(vae_scale_factor=self.vae_factor), self.vae_factor
+        if image.width * image.height > MOST_SOURCE:
+            image = processor._resize_to_target_area(image, MOST_SOURCE)
+        width, height = (side // multiple * multiple for side in image.size)
+        return processor.preprocess(image, height=height, width=width, resize_mode="crop")[0]
 
     @property
     def vae_factor(self) -> int:
@@ -86,9 +111,10 @@ class DevEncoders(Flux2Encoders):
 
 
 class Flux2Klein(LanguageFamily):
-    """FLUX.2-klein-base, 4B and 9B."""
+    """FLUX.2-klein-base, 4B and 9B; pairs may be edits of a source image."""
 
     name = "flux2-klein"
+    edits = "may"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     denoiser_class = Flux2Transformer2DModel
     pipeline_class = Flux2KleinPipeline
@@ -130,17 +156,23 @@ class Flux2Klein(LanguageFamily):
         sigma = noised.timesteps.repeat(2)
         embeds = conditions["prompt_embeds"].to(latents.dtype).repeat(2, 1, 1)
         # One image's ids serve all: they have one size.
-        image_ids = Flux2Pipeline._prepare_latent_ids(latents[:1]).to(latents.device)
+        image_ids = Flux2Pipeline._prepare_latent_ids(latents[:1])
+        tokens = Flux2Pipeline._pack_latents(latents)
+        own, source = tokens.shape[1], of_both_sides(conditions, latents)
+        if source is not None:
+            more = Flux2Pipeline._prepare_image_ids([source[:1]])
+            image_ids = torch.cat([image_ids, more], dim=1)
+            tokens = torch.cat([tokens, Flux2Pipeline._pack_latents(source)], dim=1)
         text_ids = Flux2Pipeline._prepare_text_ids(embeds[:1]).to(latents.device)
         answer = denoiser(
-            hidden_states=Flux2Pipeline._pack_latents(latents),
+            hidden_states=tokens,
             timestep=sigma,
             guidance=None if self.guidance is None else torch.full_like(sigma, noised.guidance),
             encoder_hidden_states=embeds,
             txt_ids=text_ids,
-            img_ids=image_ids,
+            img_ids=image_ids.to(latents.device),
             return_dict=False,
-        )[0]
+        )[0][:, :own]
         return answer.transpose(1, 2).unflatten(2, latents.shape[2:])
 
 

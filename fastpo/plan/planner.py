@@ -96,9 +96,9 @@ def make_plan(
     hardware = Hardware(find_gpu(gpu), utilization, world_size)
     sharding = read_sharding(config.train, world_size)
     architecture = resolve_architecture(config)
-    shapes = make_shapes(config, architecture)
-    measured = measure(architecture, config, shapes, status)
     size = find_size(config, pairs)
+    shapes = make_shapes(config, architecture, edits=size.images is not None)
+    measured = measure(architecture, config, shapes, status)
     visits = count_visits(config, size, world_size)
     elements = latent_elements(architecture, shapes)
     own = own_recipe(config.train, elements, whole=sharding.stage < 3)
@@ -142,8 +142,14 @@ def _check(utilization: float, world_size: int, pairs: int | None) -> None:
         raise ConfigError(f"--pairs must be at least 1, got {pairs}")
 
 
-def make_shapes(config: Config, architecture: Architecture) -> Shapes:
-    """The square bucket's sizes; the other buckets have about as many pixels."""
+def make_shapes(config: Config, architecture: Architecture, *, edits: bool = False) -> Shapes:
+    """The square bucket's sizes; the other buckets have about as many pixels.
+
+    Args:
+        config: The experiment.
+        architecture: The model's.
+        edits: Whether the pairs are known to begin from source images, which some models need not.
+    """
     factor = architecture.vae_factor
     make_geometry(
         config.prepare.resolution,
@@ -155,7 +161,8 @@ def make_shapes(config: Config, architecture: Architecture) -> Shapes:
     if architecture.flow is not None:
         tokens = text_length(architecture.flow, config)
         source = None
-        if architecture.flow.edits == "must":
+        flow = architecture.flow
+        if flow.edits == "must" or (edits and flow.takes_sources):
             source = (SOURCE_SIDE // factor, SOURCE_SIDE // factor)
         return Shapes(config.train.micro_batch_size, side, side, factor, tokens, source=source)
     chunks = config.prepare.prompt_chunks

@@ -39,7 +39,7 @@ _LENGTHS = {
 _SEEN = {"qwen-image-edit": 37 * 37, "qwen-image-edit-plus": 14 * 14}
 """Tokens of 28 x 28 pixels of a square source image, as the language model sees it."""
 SOURCE_SIDE = 1024
-"""Pixels: the pipelines that must edit resize a square source to this side."""
+"""Pixels: the pipelines resize a square source to this side, FLUX.2's at most."""
 
 
 @dataclass(frozen=True)

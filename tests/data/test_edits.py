@@ -3,9 +3,11 @@
 import io
 import json
 import tarfile
+from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from fastpo.config import DataConfig, parse_config
@@ -13,9 +15,15 @@ from fastpo.data.cache import PairCache
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.prepare import prepare
 from fastpo.data.sources import open_source
-from fastpo.errors import CacheError, DataError
+from fastpo.errors import CacheError, ConfigError, DataError
+from fastpo.evaluate.sampling import ImageSampler, plan_samples
 from fastpo.models.encoders import Encoders
+from fastpo.models.flux2 import Flux2Encoders
 from fastpo.models.folder import ModelFolder
+from fastpo.noise import dropped_conditions
+from fastpo.review.decide import Decision
+from fastpo.review.relabel import Shards
+from fastpo.system.pictures import UnusableImageError
 from fastpo.testing import image_bytes, write_folder
 from fastpo.testing.edits import small_sources
 from fastpo.testing.flow import tiny_flux_kontext_folder
@@ -192,6 +200,69 @@ def test_another_source_under_the_same_name_is_found_out(tmp_path, model):
     (tmp_path / "data" / "source0.png").write_bytes(image_bytes(5, (60, 60)))
     with pytest.raises(CacheError, match="other images or prompts"):
         prepare(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [((63, 90), "at least 64px"), ((640, 70), "Aspect ratio too extreme")]
+)
+def test_a_source_that_flux2s_pipeline_refuses_is_unusable(size, text):
+    image = Image.new("RGB", size)
+    with pytest.raises(ValueError, match=text):
+        Flux2ImageProcessor.check_image_input(image)
+    with pytest.raises(UnusableImageError, match=text):
+        Flux2Encoders.check_source(None, image)
+
+
+def test_a_relabeled_copy_keeps_the_sources(tmp_path):
+    write_folder(tmp_path / "data", 2, sources=SOURCES[:1])
+    (tmp_path / "out").mkdir()
+    shards = Shards(tmp_path / "out")
+    with shards.closing():
+        for pair in open_source(DataConfig(source="folder", path=str(tmp_path / "data"))):
+            assert shards.add(pair, Decision()) is None
+    copied = open_source(DataConfig(source="folder", path=str(tmp_path / "out")))
+    expected = (tmp_path / "data" / "source0.png").read_bytes()
+    assert [pair.source_image() for pair in copied] == [expected] * 2
+    assert copied.source_images().numbers.tolist() == [0, 0]
+
+
+def test_prompts_of_edits_come_with_their_sources(tmp_path, model, tiny_pipelines):
+    write_folder(tmp_path / "data", 3, prompts=1, sources=SOURCES[:2])
+    listing = str(tmp_path / "data" / "pairs.jsonl")
+
+    def sampler(path, **evaluate):
+        raw = config_of(path, tmp_path / "data", tmp_path / "cache").model_dump(mode="json")
+        raw["prepare"]["text_length"] = None
+        config = parse_config({**raw, "evaluate": {"seeds_per_prompt": 1, **evaluate}})
+        return ImageSampler(config, progress=False), plan_samples(config)
+
+    edits, samples = sampler(model, prompts_file=listing)
+    places = [str(tmp_path / "data" / f"source{k}.png") for k in range(2)]
+    assert [(s.prompt, s.source) for s in samples] == [("prompt 0", place) for place in places]
+    before = edits.fingerprint(samples)
+    assert edits.fingerprint(samples[:1]) != before
+    (tmp_path / "data" / "source0.png").write_bytes(image_bytes(9, (60, 60)))
+    assert edits.fingerprint(samples) != before, "another image under the same name"
+    with pytest.raises(DataError, match="flux-kontext edits source images, and none are given"):
+        edits.check(sampler(model, prompts=["a cat"])[1])
+    with pytest.raises(DataError, match="source images are given, and sd15 edits no images"):
+        sampler(tiny_pipelines["sd15"], prompts=["a"])[0].check(samples)
+    with pytest.raises(ConfigError, match="'a cat' has no source image, others have"):
+        sampler(model, prompts=["a cat"], prompts_file=listing)
+
+
+def test_dropped_captions_need_a_text_without_its_image(made, model):
+    config, _ = made
+    train = config.train.model_copy(update={"empty_prompt_rate": 0.1})
+    dropping = config.model_copy(update={"train": train})
+    empty = {"prompt_embeds": torch.ones(1, 2, 3)}
+    folder = ModelFolder(model)
+    assert dropped_conditions(dropping, folder, empty).keys() == empty.keys()
+    with (
+        patch.object(type(folder.family), "text_sees_source", True),
+        pytest.raises(ConfigError, match="empty_prompt_rate: prompts of flux-kontext are encoded"),
+    ):
+        dropped_conditions(dropping, folder, empty)
 
 
 def write_csv(folder, rows):

@@ -41,6 +41,9 @@ SOURCES = (90, 50), (180, 101)
 """Width and height of the source images of both prompts: of another aspect than the images, and
 alike, since the pairs of a batch have sources of one size."""
 
+CUT_SOURCES = (96, 65), (99, 67)
+"""FLUX.2 cuts what is beyond whole tokens."""
+
 
 def same(latents, pipeline, size):
     return latents
@@ -138,6 +141,8 @@ CASES = (
     ),
     Case("flux2-klein", tiny_flux2_klein_folder, **FLUX2),
     Case("flux2-dev", tiny_flux2_dev_folder, **FLUX2),
+    Case("flux2-klein-edit", tiny_flux2_klein_folder, **FLUX2, sources=CUT_SOURCES),
+    Case("flux2-dev-edit", tiny_flux2_dev_folder, **FLUX2, sources=CUT_SOURCES),
 )
 
 

@@ -87,7 +87,7 @@ class GivenError(Exception):
     pass
 
 
-@pytest.mark.parametrize("size", [(90, 50), (50, 90), (64, 64), (200, 40), (64, 48)])
+@pytest.mark.parametrize("size", [(90, 70), (70, 90), (64, 64), (320, 65), (130, 68)])
 def test_a_source_gets_the_size_and_pixels_that_the_pipeline_gives_it(stock, size, monkeypatch):
     if not stock.sources:
         pytest.skip("edits no images")

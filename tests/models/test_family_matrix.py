@@ -45,7 +45,10 @@ WHOLE = [
 ]
 
 
-TWINS = ("sd3.5-large", "flux2-dev", "qwen-image-edit-2509", "qwen-image-edit-2511")
+TWINS = (
+    *("sd3.5-large", "flux2-dev", "flux2-dev-edit"),
+    *("qwen-image-edit-2509", "qwen-image-edit-2511"),
+)
 """Cases that differ from another one in `predict` alone, which is tested for itself."""
 
 

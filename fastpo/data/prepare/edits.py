@@ -42,8 +42,6 @@ from fastpo.models.family import ModelFamily
 from fastpo.precision import DTYPES
 from fastpo.system.read_ahead import read_ahead
 
-MOST_ASPECT = 50
-"""Sides of a source image are at most 1 to this; resized to a pipeline's area, none becomes 0."""
 STAND_IN = (64, 64)
 """Size of a gray image in place of one that cannot be read, whose pairs are in quarantine."""
 
@@ -73,18 +71,17 @@ def tables_of(family: ModelFamily, source: PairSource) -> Tables:
     return Tables(texts, images, image.tolist())
 
 
-def source_image(data: bytes | OSError) -> Image.Image:
+def source_image(data: bytes | OSError, encoders: EditEncoders) -> Image.Image:
     """Decodes the image that a pair begins from.
 
     Raises:
-        UnusableImageError: It cannot be read.
+        UnusableImageError: It cannot be read, or is none that the model's pipeline takes.
     """
     if isinstance(data, OSError):
         raise UnusableImageError(f"source: unreadable: {data}")
     try:
         image = decode(data)
-        if max(image.size) > MOST_ASPECT * min(image.size):
-            raise UnusableImageError(f"its sides are more than 1 to {MOST_ASPECT}: {image.size}")
+        encoders.check_source(image)
         return image
     except UnusableImageError as error:
         raise UnusableImageError(f"source: {error}") from None
@@ -162,7 +159,7 @@ def _pixels(
     """Returns an image's digest and its pixels, or why there are none."""
     data = _read(images, number)
     try:
-        return image_digest(data), encoders.source_pixels(source_image(data))
+        return image_digest(data), encoders.source_pixels(source_image(data, encoders))
     except UnusableImageError as error:
         return image_digest(data), error
 
@@ -188,7 +185,7 @@ def write_edit_texts(
     unusable = {}
     for place, (prompt, number) in enumerate(zip(prompts, seen, strict=True)):
         try:
-            image = source_image(_read(tables.images, number))
+            image = source_image(_read(tables.images, number), encoders)
         except UnusableImageError as error:
             image = Image.new("RGB", STAND_IN, "gray")
             name = tables.images.names[number]

@@ -213,8 +213,8 @@ class _Work:
     def _make_shard(self, part: CachePart, advance: Advance) -> None:
         start, stop = part.span.start, part.span.stop
         self.encoders.place_texts("cpu")
-        edits = self.tables.images is not None
-        builder = ShardBuilder(self.config, self.encoders, start, edits=edits)
+        edits = None if self.tables.images is None else self._edit_encoders
+        builder = ShardBuilder(self.config, self.encoders, start, edits=edits is not None)
         loaded = read_ahead(
             partial(_load, geometry=self.identity.geometry, earlier=self.earlier, edits=edits),
             self.source.pairs(start, stop),
@@ -327,7 +327,11 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
 
 
 def _load(
-    pair: PreferencePair, geometry: Geometry, earlier: EarlierCache | None, *, edits: bool
+    pair: PreferencePair,
+    geometry: Geometry,
+    earlier: EarlierCache | None,
+    *,
+    edits: EditEncoders | None,
 ) -> tuple[PreferencePair, PairDigests, PairImages | EncodedPair | UnusableImageError]:
     """Reads and decodes a pair's images, or says why they are unusable; with its digests.
 
@@ -336,14 +340,15 @@ def _load(
     Raises:
         DataError: A fault of the machine did not pass.
     """
-    winner, loser, *source = read_images(pair, edits=edits)
+    winner, loser, *source = read_images(pair, edits=edits is not None)
     digests = pair_digests(pair, winner, loser, *source)
     give = partial(_give, winner), partial(_give, loser)
     try:
         if pair.fault is not None:
             raise UnusableImageError(pair.fault)
         for image in source:  # its latents stand in a part of their own, which reads it again
-            source_image(image)
+            assert edits is not None, "there are source images"
+            source_image(image, edits)
         known = earlier.pair(digests) if earlier and winner != loser else None
         if known is not None:
             return pair, digests, known
