@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,18 +19,15 @@ from fastpo.errors import DataError, ForeignPathError
 from fastpo.study.config import load_study
 from fastpo.study.emoji import packages
 from fastpo.study.emoji.grid import grid
-from fastpo.study.emoji.judge import StyleJudge
 from fastpo.study.emoji.pictures import (
     STYLES,
     Variation,
     color,
-    from_tensor,
     read_pictures,
-    to_tensor,
     vary,
     write_pictures,
 )
-from fastpo.study.emoji.scorer import EmojiScorer
+from fastpo.study.emoji.scorer import EmojiScorer, accuracy, nearer
 from fastpo.study.emoji.text import HELD_OUT, NAMES, name_of, prompts_of
 from fastpo.study.emoji.world import Emoji
 from fastpo.study.trials import plan
@@ -42,7 +40,7 @@ def picture(style, number):
     paint = rng.integers(40, 215, (4, 4, 3)).repeat(16, axis=0).repeat(16, axis=1)
     y, x = np.mgrid[:64, :64]
     if style == "google":
-        paint = np.clip(paint + y[..., None] - 32, 0, 255)
+        paint = np.clip(paint + 3 * (y[..., None] - 32), 0, 255)
     alpha = (np.hypot(y - 32, x - 32) < 30)[..., None] * 255
     return Image.fromarray(np.concatenate([paint, alpha], axis=2).astype(np.uint8), "RGBA")
 
@@ -69,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(folder, tmp_path_factory):
-    """The world's short base, with pictures and judge beside it."""
+    """The world's short base, with pictures beside it."""
     root = tmp_path_factory.mktemp("bases")
     return Emoji(packages=folder).build_base(root, short=True)
 
@@ -207,46 +205,62 @@ def test_a_share_of_the_pairs_prefers_the_other_style(built, tmp_path):
     assert 4 < sum(pair == ["twitter", "google"] for pair in half[0]) < 20
 
 
-class Always:
-    """A judge that is sure of style B."""
-
-    def style_b(self, pixels):
-        return np.ones(len(pixels))
-
-
 def test_the_scorer_counts_color_and_style_of_what_it_recognizes(built):
     pictures = read_pictures(built.parent / "pictures")
-    scorer = EmojiScorer(pictures, Always(), 0.25)
+    scorer = EmojiScorer(pictures, 0.25)
     shown = [Image.fromarray(pictures.styles[s][k]) for s in STYLES for k in (0, 1, 2)]
     right = [f"an emoji of a {NAMES[k]}" for k in (0, 1, 2, 0, 1, 2)]
     amount = color(np.stack([pictures.styles[s][k] for s in STYLES for k in (0, 1, 2)]))
     scores = scorer.score(shown, right)
     assert (scores["legible"] == 1).all() and scores["color_reward"] == pytest.approx(amount)
-    assert scores["emoji_reward"] == pytest.approx(0.75 * amount + 0.25)
+    assert scores["style"] == pytest.approx([0, 0, 0, 1, 1, 1], abs=1e-5)
+    assert scores["emoji_reward"] == pytest.approx(0.75 * amount + 0.25 * scores["style"])
     blank = scorer.score([Image.new("RGB", (32, 32), "white")], [right[0]])
     noise = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     noisy = scorer.score([Image.fromarray(n) for n in noise], [right[0]] * 50)
     assert blank["color"] == 0.0 and noisy["legible"].mean() < 0.1
-    assert noisy["style_reward"] == pytest.approx(noisy["legible"])
+    assert noisy["style_reward"] == pytest.approx(noisy["style"] * noisy["legible"])
     with pytest.raises(ValueError, match="one prompt per image, got 6 images, 1 prompts"):
         scorer.score(shown, right[:1])
+    assert all(values.shape == (0,) for values in scorer.score([], []).values())
 
 
-def test_every_name_is_recognized_in_both_styles(built):
-    pictures = read_pictures(built.parent / "pictures")
-    scorer = EmojiScorer(pictures, Always(), 0.0)
-    how = Variation(*(torch.full((len(NAMES),), v) for v in (0.7, 0.85, 0.03, -0.03)))
-    for style in STYLES:
-        places = scorer.places(from_tensor(vary(to_tensor(pictures.styles[style]), how)))
-        assert (np.diag(places) < 3).mean() > 0.95
+def test_the_style_is_the_share_of_the_way_from_one_picture_to_the_other():
+    assert nearer(np.array([[0.9, 0.7], [0.7, 0.9], [0.8, 0.8]])) == pytest.approx(
+        [0.25, 0.75, 0.5]
+    )
 
 
-def test_the_base_is_found_again_and_the_judge_says_how_often_it_is_right(built, folder):
+def test_a_name_is_recognized_among_three_by_the_best_of_both_styles(built, monkeypatch):
+    scorer = EmojiScorer(read_pictures(built.parent / "pictures"), 0.0)
+    prompts = [f"an emoji of a {NAMES[0]}"] * 2
+    likeness = np.zeros((2, 2, len(NAMES)))
+    likeness[:, :, 0] = (0.2, 0.5)
+    likeness[:, 0, 1:3] = 0.6
+    likeness[1, 1, 3] = 0.6
+    monkeypatch.setattr(scorer, "likeness", lambda pixels: likeness)
+    scores = scorer.score([Image.new("RGB", (32, 32))] * 2, prompts)
+    assert scores["legible"].tolist() == [1.0, 0.0]
+
+
+def test_styles_are_told_apart_and_names_recognized(built):
+    class Copy:
+        """An autoencoder that loses nothing."""
+
+        def encode(self, images):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=images))
+
+        def decode(self, latents):
+            return SimpleNamespace(sample=latents)
+
+    found = accuracy(built.parent / "pictures", Copy(), draws=1)
+    assert found["pictures"] == found["decoded"] > 0.8 and found["legible"] > 0.9
+
+
+def test_the_base_is_found_again(built):
     about = (built / "emoji_base.json").stat().st_mtime_ns
     assert Emoji(mismatch=1.0).build_base(built.parent.parent, short=True) == built
     assert (built / "emoji_base.json").stat().st_mtime_ns == about
-    accuracy = StyleJudge.load(built.parent / "judge").accuracy
-    assert accuracy.keys() == {"pictures", "decoded"} and 0.0 <= accuracy["pictures"] <= 1.0
 
 
 def test_it_is_a_world_and_the_packages_folder_decides_nothing(folder):

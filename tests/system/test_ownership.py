@@ -110,7 +110,6 @@ ALLOWED = {
     ("study/digits.py", "_relabel"): ({"whole_file", "write_table"}, OWN_NAME),
     ("study/emoji/base.py", "build_emoji_base"): ({"write_text", "save_pretrained"}, TEMPORARY),
     ("study/emoji/grid.py", "main"): ({"write_bytes"}, CHOSEN),
-    ("study/emoji/judge.py", "fit_judge"): ({"write_text", "save_file"}, TEMPORARY),
     ("study/emoji/pictures.py", "png"): ({"save"}, MEMORY),
     ("study/emoji/pictures.py", "write_pictures"): ({"whole_file", "write_table"}, OWN_NAME),
     ("study/emoji/preferences.py", "write_preferences"): ({"whole_file", "write_table"}, OWN_NAME),

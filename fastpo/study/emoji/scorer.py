@@ -1,28 +1,38 @@
 """The color world's exact scorer: which emoji is it, how colorful, and in which style.
 
-Color alone would be won by a red sheet, and style B by any flat blot. So both count only if the
-image is recognized: among all drawn names, the prompted one's pictures must be among those of the
-few names that the image is most like.
+Color alone would be won by a red sheet. So color and style count only if the image is recognized:
+among all drawn names, the prompted one must be among the few that the image is most like. The style
+is how near the image is to the prompted name's picture in style B, and how far from that in style
+A.
+
+    python -m fastpo.study.emoji.scorer BASE
+
+tells how often that is right on the held-out names, varied as no picture is that it compares with,
+before and after the autoencoder of a study's `base/emoji-32/base`.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastpo.study.emoji.judge import StyleJudge
 from fastpo.study.emoji.pictures import (
     STYLES,
     Pictures,
     Pixels,
     Variation,
     color,
+    draw_variation,
     from_tensor,
+    read_pictures,
     to_pixels,
     to_tensor,
     vary,
@@ -43,16 +53,18 @@ class EmojiScorer:
     recognized); `color_reward` and `style_reward`, either of a recognized image, else 0; `color`
     and `style`, whatever it shows.
 
+    The style is `a / (a + b)`, where `a` and `b` are one minus the cosine between the image and the
+    most alike variant of the name's picture in style A and in style B: 0 is A's picture, 1 is B's.
+
     Args:
         pictures: All drawn names.
-        judge: Tells the styles apart.
         mismatch: The share of preferences for style B.
     """
 
     name = "emoji"
 
-    def __init__(self, pictures: Pictures, judge: StyleJudge, mismatch: float) -> None:
-        self._names, self._judge, self._mismatch = pictures.names, judge, mismatch
+    def __init__(self, pictures: Pictures, mismatch: float) -> None:
+        self._names, self._mismatch = pictures.names, mismatch
         self._size = pictures.styles[STYLES[0]].shape[1]
         self._known = _templates(pictures)
 
@@ -77,18 +89,25 @@ class EmojiScorer:
         if not len(images):
             return dict.fromkeys(METRICS, np.zeros(0))
         pixels = to_pixels(images, self._size)
-        place = self.places(pixels)[np.arange(len(wanted)), wanted]
-        legible = (place < FEW).astype(np.float64)
-        amount, style = color(pixels), self._judge.style_b(pixels)
+        likeness = self.likeness(pixels)
+        own = likeness[np.arange(len(wanted)), :, wanted]  # (N, 2)
+        better = likeness.max(axis=1) > own.max(axis=1, keepdims=True)
+        legible = (better.sum(axis=1) < FEW).astype(np.float64)
+        amount, style = color(pixels), nearer(own)
         reward = (1.0 - self._mismatch) * amount + self._mismatch * style
         values = (reward * legible, legible, amount * legible, style * legible, amount, style)
         return dict(zip(METRICS, values, strict=True))
 
-    def places(self, pixels: Pixels) -> NDArray[np.int64]:
-        """Returns `(N, names)`: each name's place, from 0, by likeness to each image."""
-        likeness = features(pixels) @ self._known.T
-        best = likeness.reshape(len(pixels), len(self._names), -1).max(axis=2)
-        return (-best).argsort(axis=1).argsort(axis=1)
+    def likeness(self, pixels: Pixels) -> NDArray[np.float64]:
+        """Returns `(N, 2, names)` the cosine to each name's most alike variant in both styles."""
+        cosines = features(pixels) @ self._known.T
+        return cosines.reshape(len(pixels), len(STYLES), len(self._names), -1).max(axis=3)
+
+
+def nearer(own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From `(N, 2)` cosines to A and B: `(N,)` the style, 0 at A's picture and 1 at B's."""
+    a, b = (1.0 - own + 1e-9).T
+    return a / (a + b)
 
 
 METRICS = ("emoji_reward", "legible", "color_reward", "style_reward", "color", "style")
@@ -104,10 +123,58 @@ def features(pixels: Pixels) -> NDArray[np.float64]:
 
 
 def _templates(pictures: Pictures) -> NDArray[np.float64]:
-    """Features of each name in both styles, some sizes and strengths of color, name by name."""
+    """Features in some sizes and strengths of color: style by style, name by name, all variants."""
     one = torch.ones(len(pictures))
-    variants = []
-    for style, scale, strength in product(STYLES, KNOWN_SCALES, KNOWN_STRENGTHS):
-        how = Variation(strength * one, scale * one, 0.0 * one, 0.0 * one)
-        variants.append(features(from_tensor(vary(to_tensor(pictures.styles[style]), how))))
-    return np.stack(variants, axis=1).reshape(len(pictures) * len(variants), -1)
+    styles = []
+    for style in STYLES:
+        variants = []
+        for scale, strength in product(KNOWN_SCALES, KNOWN_STRENGTHS):
+            how = Variation(strength * one, scale * one, 0.0 * one, 0.0 * one)
+            variants.append(features(from_tensor(vary(to_tensor(pictures.styles[style]), how))))
+        styles.append(np.stack(variants, axis=1))
+    return np.stack(styles).reshape(-1, variants[0].shape[1])
+
+
+@torch.no_grad()
+def accuracy(pictures: Path, vae: AutoencoderKL, *, draws: int = 8) -> dict[str, float]:
+    """Measures how often the style of a held-out name's variant is told.
+
+    Args:
+        pictures: Folder that `write_pictures` wrote.
+        vae: The base's autoencoder.
+        draws: Variants of each picture.
+
+    Returns:
+        The share that is right of the variants as they are, `pictures`, and of what the autoencoder
+        makes of them, `decoded`; and the share of the latter that is `legible`.
+    """
+    scorer = EmojiScorer(read_pictures(pictures), 1.0)
+    held_out = read_pictures(pictures, held_out=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = draws * held_out.names
+    found: dict[str, list[float]] = {"pictures": [], "decoded": [], "legible": []}
+    for label, style in enumerate(STYLES):
+        images = to_tensor(held_out.styles[style]).repeat(draws, 1, 1, 1)
+        images = vary(images, draw_variation(len(images), generator))
+        latents = vae.encode(images).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
+        decoded = vae.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
+        for key, shown in (("pictures", images), ("decoded", decoded)):
+            listed = [Image.fromarray(p) for p in from_tensor(shown)]
+            scores = scorer.score(listed, prompts)
+            found[key] += list((scores["style"] > 0.5) == bool(label))
+        found["legible"] += list(scores["legible"])
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def main() -> None:
+    """Prints the accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path, help="the base's folder, with `pictures` beside it")
+    base = parser.parse_args().base
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    for key, share in accuracy(base.parent / "pictures", vae).items():
+        print(f"{key} {share:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,6 @@ Below a study's folder of bases it keeps
 
     emoji-32/pictures/  both styles of all names
     emoji-32/base/      the base model
-    emoji-32/judge/     what tells the styles apart
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from pydantic import Field
 
 from fastpo.config import Section, decides, flatten, with_keys
 from fastpo.config.fields import PositiveInt, Share
 from fastpo.study.emoji.base import SHORT, build_emoji_base
-from fastpo.study.emoji.judge import ABOUT, JudgeRecipe, StyleJudge, fit_judge
 from fastpo.study.emoji.packages import fetched, packages_in
 from fastpo.study.emoji.pictures import FILE, read_pictures, write_pictures
 from fastpo.study.emoji.preferences import write_preferences
@@ -37,7 +34,6 @@ PASSES: dict[str, Any] = {
     "train.max_steps": 4,
     "evaluate.seeds_per_prompt": 1,
 }
-SHORT_JUDGE = JudgeRecipe(steps=2, batch=8)
 
 
 class Emoji(Section):
@@ -73,18 +69,9 @@ class Emoji(Section):
         with FolderLocks(own) as locks, locks.manifest():  # worlds that differ share it
             if not (own / "pictures" / FILE).is_file():
                 self._write_pictures(own / "pictures")
-            base = build_emoji_base(
+            return build_emoji_base(
                 own / "base", own / "pictures", recipe=SHORT if short else None, progress=False
             )
-            if not (own / "judge" / ABOUT).is_file():
-                fit_judge(
-                    own / "judge",
-                    read_pictures(own / "pictures", drawn=None),
-                    read_pictures(own / "pictures", held_out=True),
-                    AutoencoderKL.from_pretrained(base / "vae"),
-                    recipe=SHORT_JUDGE if short else None,
-                )
-        return base
 
     def write_preferences(
         self, folder: Path, *, base: Path, seed: int, short: bool
@@ -115,8 +102,7 @@ class Emoji(Section):
 
     def scorers(self, base: Path) -> Sequence[EmojiScorer]:
         """See `World`."""
-        judge = StyleJudge.load(base.parent / "judge")
-        return [EmojiScorer(read_pictures(base.parent / "pictures"), judge, self.mismatch)]
+        return [EmojiScorer(read_pictures(base.parent / "pictures"), self.mismatch)]
 
     def _write_pictures(self, folder: Path) -> None:
         if self.packages is not None:
