@@ -116,6 +116,7 @@ ALLOWED = {
     ("study/jobs.py", "make_data"): ({"write_json"}, OWN_NAME),
     ("study/page.py", "_figure"): ({"write_bytes"}, CHOSEN),
     ("study/page.py", "write_page"): ({"write_text"}, CHOSEN),
+    ("study/rivals.py", "on_step"): ({"open", "whole_file", "savez"}, RUN),
     ("study/rows.py", "keep_row"): ({"write_json"}, OWN_NAME),
     ("study/ledger.py", "keep"): ({"savez"}, CHOSEN),
     ("study/replay.py", "main"): ({"write_text"}, CHOSEN),
