@@ -138,14 +138,14 @@ def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
     images = torch.from_numpy(scans.images.copy()).float()[:, None] / 127.5 - 1.0
     captions = [*prompts(), *prompts(held_out=True)]
     tokenizer = build_tokenizer(captions)
-    encoders = build_text_encoders(tokenizer)
+    first, second = build_text_encoders(tokenizer)
     vae, unet = build_vae(), build_unet()
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("autoencoder", total=recipe.vae_steps)
         train_vae(vae, images, recipe, lambda: bar.advance(task))
         mean, logvar, scale = posteriors(vae, images)
         vae.register_to_config(scaling_factor=scale)
-        states, pooled = encode(tokenizer, *encoders, captions)
+        states, pooled = encode(tokenizer, first, second, captions)
         data = Captioned(
             mean=mean,
             logvar=logvar,
@@ -158,8 +158,8 @@ def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
     sampler = DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing")
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
+        text_encoder=first,
+        text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,

@@ -141,12 +141,9 @@ def build_transformer() -> SD3Transformer2DModel:
 @torch.no_grad()
 def _encode(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Returns `(N, L, D)` states and `(N, P)` pooled states, as the pipeline samples with."""
-    states, _, pooled, _ = pipeline.encode_prompt(
-        captions,
-        None,  # pyright: ignore[reportArgumentType]
-        None,  # pyright: ignore[reportArgumentType]
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_LENGTH,
+    encode: Any = pipeline.encode_prompt  # which annotates other prompts as required
+    states, _, pooled, _ = encode(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
     )
     return states, pooled
 
