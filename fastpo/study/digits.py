@@ -26,6 +26,7 @@ from fastpo.study.world import Places
 from fastpo.system.files import whole_file
 from fastpo.types import pair_key
 
+Labels = Literal["ink", "bradley_terry", "subtle", "two_tastes"]
 UIDS = ("image_0_uid", "image_1_uid")
 SUBTLE = 0.02  # of ink: pairs that differ by less are subtle
 CARELESS = 0.01  # of ink: the scale on which errors of a Bradley-Terry annotator fall off
@@ -41,9 +42,7 @@ class Digits(Section):
         "minority_reward": "lower_reward",
     }
 
-    labels: Annotated[
-        Literal["ink", "bradley_terry", "subtle", "two_tastes"], decides("cache", "run")
-    ] = "ink"
+    labels: Annotated[Labels, decides("cache", "run")] = "ink"
     """Who gives the labels. `ink`: the bolder image is always preferred. `bradley_terry`: errors
     are the likelier, the less the images differ, 1 / (1 + exp(|difference in ink| / 0.01)).
     `subtle`: as `ink`, of pairs that differ by less than 0.02 alone. `two_tastes`: a minority

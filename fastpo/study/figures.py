@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ def _bin_lines(part: Part, rows: Sequence[Row]) -> dict[int, tuple[np.ndarray, n
     return lines
 
 
-def _look(number: int) -> dict[str, str]:
+def _look(number: int) -> dict[str, Any]:
     return {
         "color": COLORS[number % len(COLORS)],
         "marker": MARKS[number // len(COLORS) % len(MARKS)],

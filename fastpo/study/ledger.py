@@ -35,7 +35,7 @@ from fastpo.demo.preferences import write_preferences
 from fastpo.demo.run import LEDGER, RELEASED, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.models.folder import ModelFolder
-from fastpo.study.digits import Digits
+from fastpo.study.digits import Digits, Labels
 from fastpo.study.measure import area, minority_columns
 from fastpo.train import Observer, train
 from fastpo.train.data import setup_data
@@ -108,7 +108,7 @@ class Place:
         return config
 
 
-CASES: dict[str, tuple[str, float]] = {  # labels of the world, flipped on top
+CASES: dict[str, tuple[Labels, float]] = {  # labels of the world, flipped on top
     "Bradley-Terry": ("bradley_terry", 0.0),
     "two tastes, 70/30": ("two_tastes", 0.0),
     "subtle, 20 % flipped": ("subtle", 0.2),

@@ -61,12 +61,13 @@ def kept(rows: Sequence[Row], part: Sequence[Row]) -> Mean | None:
 
     Args:
         rows: Of one method.
-        part: All rows of its part; without plain DPO at a share of 0 there is nothing to compare.
+        part: All rows of its part; without plain DPO on labels of which none is wrong, or a
+            minority's, there is nothing to compare with.
     """
     clean = {
         row["seed"]: float(row["gain"])
         for row in chosen(part, method="dpo", case="")
-        if float(row["flip_rate"]) == 0.0
+        if float(row["flip_rate"]) == 0.0 and float(row["wrong"]) == 0.0
     }
     shares = [
         float(row["gain"]) / clean[row["seed"]] for row in rows if clean.get(row["seed"], 0.0) > 0.0

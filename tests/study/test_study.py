@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastpo.cli import main
 from fastpo.errors import ConfigError, DataError, ForeignPathError
 from fastpo.study import run
 from fastpo.study.command import check_choice, study_command
@@ -197,6 +198,23 @@ def test_a_user_error_in_a_process_comes_back_as_its_text():
     assert told(job)("x.parquet") == "x.parquet is damaged" and told(print)("") is None
 
 
+def test_a_folder_is_the_same_however_its_path_is_written(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(run, "build_bases", lambda trials, work: folders.append(work) or "stop")
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("work"), tmp_path / "work"):
+        with pytest.raises(run.StudyError, match="stop; the same command tries again"):
+            run_study(study(), Options(path, short=True, processes=1))
+    assert folders == [tmp_path / "work"] * 2
+
+
+def test_the_command_tells_a_wrong_choice_in_a_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "digits", "--work", str(tmp_path / "work"), "--method", "ppo"])
+    assert ended.value.code == 2 and not (tmp_path / "work").exists()
+    assert "--method: the study has dpo, robust" in capsys.readouterr().err
+
+
 def test_what_the_study_lacks_cannot_be_chosen():
     check_choice(study(), Choice(("flips",), ("dpo",), (0,), (0.25,)))
     with pytest.raises(ConfigError, match=r"--flips: the study has 0\.0, 0\.25, got 0\.2"):
@@ -244,7 +262,7 @@ def row(method, flip_rate, seed, gain):
     columns = dict.fromkeys(("part", "case", "wrong", "reward", "win_base", "win_dpo"), "")
     columns |= dict.fromkeys(("legible", "auroc", "passes", "base_reward", "base_legible"), "")
     own = {"method": method, "flip_rate": flip_rate, "seed": seed, "gain": str(gain)}
-    return {**columns, "part": "flips", **own}
+    return {**columns, "part": "flips", "wrong": flip_rate, **own}
 
 
 def test_the_share_of_the_gain_that_is_kept_is_taken_seed_by_seed():
@@ -252,6 +270,8 @@ def test_the_share_of_the_gain_that_is_kept_is_taken_seed_by_seed():
     found = [row("robust", "0.25", "0", 0.05), row("robust", "0.25", "1", 0.15)]
     assert kept(found, [*clean, *found]).value == pytest.approx((0.5 + 0.75) / 2)
     assert kept(found, found) is None
+    tastes = [{**r, "wrong": "0.3"} for r in clean]
+    assert kept(found, [*tastes, *found]) is None, "a minority's labels are not clean"
     part = study().parts[0]
     text = part_table(part, [row("dpo", "0.0", "0", 0.1) | {"reward": "0.3"}])
     assert "0.3000" in text and "AUROC" not in text, "columns without a number are left out"
