@@ -79,10 +79,13 @@ class Table:
         """Whether a run's numbers are known."""
         return trial.digest in self._found or trial.digest in self._earlier
 
-    def seconds(self) -> list[float]:
-        """The CPU seconds of each run that is known."""
-        rows = [*self._found.values(), *self._earlier.values()]
-        return [float(row["cpu_s"]) for row in rows if row.get("cpu_s")]
+    def seconds(self) -> dict[str, list[float]]:
+        """The CPU seconds of the runs that are known, by method."""
+        spent: dict[str, list[float]] = {}
+        for row in self.rows():
+            if row["cpu_s"]:
+                spent.setdefault(row["method"], []).append(float(row["cpu_s"]))
+        return spent
 
     def rows(self) -> list[Row]:
         """The rows of all runs that are known, in the study's order, all with the same columns."""

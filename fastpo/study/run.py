@@ -153,10 +153,12 @@ class Making:
 
     def outlook(self, lacking: Sequence[Trial]) -> str:
         """How much there is to do, and how long it takes by the runs that are known."""
-        known, seconds = len(self.table.rows()), self.table.seconds()
+        known, spent = len(self.table.rows()), self.table.seconds()
         text = f"{counted(known, 'run')} known, {len(lacking)} to make"
-        if lacking and seconds:
-            hours = statistics.mean(seconds) * len(lacking) / self.processes / 3600.0
+        if lacking and spent:
+            others = [seconds for each in spent.values() for seconds in each]
+            seconds = sum(statistics.mean(spent.get(t.method_name, others)) for t in lacking)
+            hours = seconds / self.processes / 3600.0
             text += f": about {hours:.1f} hours on {counted(self.processes, 'idle core')}"
         return text
 

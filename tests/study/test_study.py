@@ -73,13 +73,13 @@ def no_runs(monkeypatch):
 def test_every_run_of_a_shipped_study_has_a_configuration_of_its_own(name):
     trials = plan(load_study(Path(name)), short=False)
     assert len({tuple(t.labels.values()) for t in trials}) == len(trials)
-    digests = {t.digest for t in trials}
-    shared = [t for t in trials if t.method_name == "conservative" and t.flip_rate == 0.0]
-    as_released = [t for t in trials if t.case == "as released"]
-    assert len(digests) == len(trials) - len(shared) - len(as_released)
-    assert trials[0].method_name == "dpo" and [t.seed for t in trials] == sorted(
-        t.seed for t in trials
-    )
+    assert [t.seed for t in trials] == sorted(t.seed for t in trials)
+    if name == "digits":
+        shared = [t for t in trials if t.method_name == "conservative" and t.flip_rate == 0.0]
+        as_released = [t for t in trials if t.case == "as released"]
+        above = [t for t in trials if t.part.name == "rivals" and t.method_name in PAPERS]
+        runs = {t.digest for t in trials}
+        assert len(runs) == len(trials) - len(shared) - len(as_released) - len(above)
 
 
 def test_the_full_study_has_what_papers_compare():
