@@ -106,7 +106,7 @@ class Table:
         same = partner is not None and len(partner["scores"]) == len(found["scores"])
         if partner is not None and same and trial.method_name != "dpo":
             row["win_dpo"] = win_rate(found["scores"], partner["scores"])
-        elif trial.digest in self._earlier:
+        elif trial.method_name != "dpo" and trial.digest in self._earlier:
             row["win_dpo"] = self._earlier[trial.digest]["win_dpo"]
         text = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
         return {**text, **trial.labels}
