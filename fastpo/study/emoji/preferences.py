@@ -100,6 +100,8 @@ def _mismatched(pictures: Pictures, name: int, generator: torch.Generator) -> Sh
 def _more_colorful(pictures: Pictures, name: int, generator: torch.Generator) -> Shown:
     """Two variants in style A, the more colorful one first."""
     style = STYLES[0]
+    both: list[Pixels] = []
+    amounts = np.zeros(2)
     for _ in range(MOST_DRAWS):
         both = [
             _varied(pictures, style, name, draw_variation(1, generator)) for _ in ("one", "other")
