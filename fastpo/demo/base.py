@@ -169,8 +169,8 @@ def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
     )
 
 
-def build_vae() -> AutoencoderKL:
-    """Returns the autoencoder: 3x32x32 to 4x8x8, a quarter of a million weights."""
+def build_vae(size: int = SIZE) -> AutoencoderKL:
+    """Returns the autoencoder: 3xSxS to 4x(S/4)x(S/4), a quarter of a million weights."""
     shape: dict[str, Any] = {  # diffusers annotates these as tuples of one
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -183,7 +183,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=SIZE,
+        sample_size=size,
         mid_block_add_attention=False,
         force_upcast=False,  # pyright: ignore[reportArgumentType]
     )

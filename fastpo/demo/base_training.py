@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from torch import Tensor, nn
 from fastpo.demo.digits import SIZE, WORDS
 
 Advance = Callable[[], None]
+
+
+class DenoiserRecipe(Protocol):
+    """How long and how a denoiser is trained."""
+
+    @property
+    def unet_steps(self) -> int: ...
+
+    @property
+    def unet_lr(self) -> float: ...
+
+    @property
+    def ema_decay(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +99,7 @@ def train_unet(
 
 
 def fit_averaged(
-    denoiser: nn.Module, loss: Callable[[], Tensor], recipe: BaseRecipe, advance: Advance
+    denoiser: nn.Module, loss: Callable[[], Tensor], recipe: DenoiserRecipe, advance: Advance
 ) -> None:
     """Lowers a denoiser's loss in place and leaves the weights' moving average in it."""
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.unet_lr)

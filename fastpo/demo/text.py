@@ -54,7 +54,9 @@ def build_tokenizer(captions: Sequence[str], length: int = MAX_LENGTH) -> CLIPTo
 
 
 def build_text_encoders(
-    tokenizer: CLIPTokenizer, kinds: Sequence[Any] = (CLIPTextModel, CLIPTextModelWithProjection)
+    tokenizer: CLIPTokenizer,
+    kinds: Sequence[Any] = (CLIPTextModel, CLIPTextModelWithProjection),
+    width: int = WIDTH,
 ) -> list[Any]:
     """Returns CLIP encoders as drawn from torch's generator; they are used as they are drawn.
 
@@ -67,9 +69,9 @@ def build_text_encoders(
     config = CLIPTextConfig(
         **special,
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,

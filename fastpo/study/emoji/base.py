@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,11 @@ from diffusers import (
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from fastpo.demo.base import SCHEDULE
-from fastpo.demo.base_training import rates, step
-from fastpo.demo.text import build_tokenizer
+from fastpo.demo.base import SCHEDULE, build_vae
+from fastpo.demo.base_training import fit_averaged, rates, step
+from fastpo.demo.text import build_text_encoders, build_tokenizer
 from fastpo.study.emoji.pictures import (
     FILE,
     STYLES,
@@ -40,7 +40,7 @@ from fastpo.study.emoji.pictures import (
     to_tensor,
     vary,
 )
-from fastpo.study.emoji.text import WIDTH, build_text_encoder, encode, prompts_of
+from fastpo.study.emoji.text import WIDTH, encode, prompts_of
 from fastpo.system.ownership import Kind, check_replaceable, owned_folder
 
 SAMPLING = {"clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}
@@ -139,7 +139,7 @@ def _train(
 ) -> StableDiffusionPipeline:
     captions = prompts_of(drawn.names)
     tokenizer = build_tokenizer(captions)
-    encoder = build_text_encoder(tokenizer)
+    [encoder] = build_text_encoders(tokenizer, (CLIPTextModel,), WIDTH)
     size = drawn.styles[STYLES[0]].shape[1]
     vae, unet = build_vae(size), build_unet(size)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
@@ -156,7 +156,13 @@ def _train(
             nothing=states[-1],
         )
         task = bar.add_task("denoiser", total=recipe.unet_steps)
-        _train_unet(unet, DDPMScheduler(**SCHEDULE), data, recipe, lambda: bar.advance(task))
+        schedule = DDPMScheduler(**SCHEDULE)
+        fit_averaged(
+            unet,
+            lambda: _denoising_loss(unet, schedule, data, recipe),
+            recipe,
+            lambda: bar.advance(task),
+        )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
@@ -166,26 +172,6 @@ def _train(
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
-    )
-
-
-def build_vae(size: int) -> AutoencoderKL:
-    """Returns the autoencoder: 3xSxS to 4x(S/4)x(S/4), a quarter of a million weights."""
-    shape: dict[str, Any] = {  # diffusers annotates these as tuples of one
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (16, 32, 32),
-    }
-    return AutoencoderKL(
-        **shape,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=size,
-        mid_block_add_attention=False,
-        force_upcast=False,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -232,27 +218,6 @@ def _posteriors(vae: AutoencoderKL, images: Tensor, variants: int) -> tuple[Tens
     mean, logvar = torch.stack(means, dim=1), torch.stack(logvars, dim=1)
     scale = 1.0 / (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).std().item()
     return mean * scale, logvar + 2.0 * torch.tensor(scale).log(), scale
-
-
-def _train_unet(
-    unet: UNet2DConditionModel,
-    schedule: DDPMScheduler,
-    data: Latents,
-    recipe: EmojiRecipe,
-    advance: Advance,
-) -> None:
-    """Fits the denoiser to the captioned latents in place and leaves its moving average in it."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.unet_lr)
-    averaged = [p.detach().clone() for p in unet.parameters()]
-    unet.train()
-    for rate in rates(recipe.unet_lr, recipe.unet_steps):
-        step(optimizer, unet, _denoising_loss(unet, schedule, data, recipe), rate)
-        torch._foreach_lerp_(averaged, list(unet.parameters()), 1.0 - recipe.ema_decay)
-        advance()
-    with torch.no_grad():
-        for parameter, average in zip(unet.parameters(), averaged, strict=True):
-            parameter.copy_(average)
-    unet.eval().requires_grad_(False)
 
 
 def _denoising_loss(

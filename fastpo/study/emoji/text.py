@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastpo.demo.text import MAX_LENGTH
 from fastpo.errors import DataError
@@ -51,32 +50,6 @@ def name_of(prompt: str, names: Sequence[str]) -> int:
     if not fitting:
         raise DataError(f"the prompt ends with none of the {len(names)} emoji names: {prompt!r}")
     return max(fitting, key=lambda k: len(names[k]))
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Returns a CLIP text encoder as drawn from torch's generator; it is used as it is drawn.
-
-    The embeddings have unit size, so that words differ though nothing trains them.
-    """
-    special: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = CLIPTextConfig(
-        **special,
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_LENGTH,
-    )
-    encoder = CLIPTextModel(config)
-    embeddings: Any = encoder.get_input_embeddings()
-    torch.nn.init.normal_(embeddings.weight)
-    return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
