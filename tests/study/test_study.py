@@ -12,7 +12,7 @@ from fastpo.errors import ConfigError, DataError, ForeignPathError
 from fastpo.study import run
 from fastpo.study.command import check_choice, study_command
 from fastpo.study.config import STUDIES, StudyConfig, load_study
-from fastpo.study.jobs import make_run, told
+from fastpo.study.jobs import told
 from fastpo.study.methods import METHODS
 from fastpo.study.page import write_page
 from fastpo.study.pool import workers
@@ -21,6 +21,7 @@ from fastpo.study.run import Options, run_study
 from fastpo.study.summary import kept, mean_of
 from fastpo.study.tables import part_table
 from fastpo.study.trials import Choice, plan
+from tests.study import light_jobs
 
 PAPERS = {
     *("sft", "dpo", "conservative", "robust", "ipo", "mapo", "poly_dpo"),
@@ -282,19 +283,9 @@ def test_rows_are_read_as_they_were_written(made, tmp_path):
     assert read_rows(work / "study.csv") == rows and read_rows(tmp_path / "none.csv") == []
 
 
-@pytest.mark.slow
-def test_processes_have_one_thread_each_and_tell_what_failed(tmp_path):
-    trials = plan(load_study(Path("quick")), short=True)[:2]
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
+def test_processes_have_one_thread_each_and_tell_what_failed():
     with workers(2) as work:
-        failures = dict(work(make_run, [(trial, blocked) for trial in trials]))
-        threads = dict(work(threads_of_a_process, [()] * 2))
-    assert failures.keys() == {0, 1} and all("file" in str(text) for text in failures.values())
+        failures = dict(work(light_jobs.refuse, [("one",), ("two",)]))
+        threads = dict(work(light_jobs.threads_of_a_process, [()] * 2))
+    assert failures == {0: "one: refused", 1: "two: refused"}
     assert set(threads.values()) == {"1"}
-
-
-def threads_of_a_process():
-    import torch
-
-    return str(torch.get_num_threads())
