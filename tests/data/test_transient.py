@@ -11,7 +11,8 @@ from fastpo.data.cache import PairCache
 from fastpo.data.cache.tensors import TensorFiles
 from fastpo.data.prepare import encode, prepare
 from fastpo.data.prepare import latents as module
-from fastpo.data.sources import files
+from fastpo.data.prepare.verify_source import read_image
+from fastpo.data.sources import files, open_source
 from fastpo.errors import ConfigError, DataError
 from fastpo.models.encoders import Encoders
 from fastpo.system import retry
@@ -70,8 +71,8 @@ def test_faults_that_pass_leave_no_trace(config, monkeypatch, waits):
     for error in (*PASSING, MemoryError):
         with monkeypatch.context() as patch:
             failing(patch, "loser1.png", error, times=2)
-            pair = next(iter(module.open_source(config.data).pairs(1, 2)))
-            assert module.read_image(pair.loser), error
+            pair = next(iter(open_source(config.data).pairs(1, 2)))
+            assert read_image(pair.loser), error
     assert waits == list(retry.WAITS[:2]) * (len(PASSING) + 1)
     failing(monkeypatch, "loser1.png", errno.EIO, times=2)
     cache = prepare(config, progress=False)
