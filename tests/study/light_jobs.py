@@ -1,0 +1,11 @@
+"""Jobs for processes of a study that import nothing but torch."""
+
+import torch
+
+
+def threads_of_a_process():
+    return str(torch.get_num_threads())
+
+
+def refuse(name):
+    return f"{name}: refused"
