@@ -27,15 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastpo.demo import flow_base
-from fastpo.demo.base_training import (
-    BaseRecipe,
-    Captioned,
-    by_digit,
-    posteriors,
-    train_unet,
-    train_vae,
-)
-from fastpo.demo.digits import SIZE, load_scans, prompts
+from fastpo.demo.base_training import BaseRecipe, captioned_scans, captions, train_unet
+from fastpo.demo.digits import SIZE
 from fastpo.demo.text import WIDTH, build_text_encoders, build_tokenizer, encode
 from fastpo.errors import ConfigError
 from fastpo.system.ownership import Kind, check_replaceable, owned_folder
@@ -134,25 +127,11 @@ def build_base(
 
 
 def _train(recipe: BaseRecipe, progress: bool) -> StableDiffusionXLPipeline:
-    scans = load_scans()
-    images = torch.from_numpy(scans.images.copy()).float()[:, None] / 127.5 - 1.0
-    captions = [*prompts(), *prompts(held_out=True)]
-    tokenizer = build_tokenizer(captions)
+    tokenizer = build_tokenizer(captions())
     first, second = build_text_encoders(tokenizer)
     vae, unet = build_vae(), build_unet()
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("autoencoder", total=recipe.vae_steps)
-        train_vae(vae, images, recipe, lambda: bar.advance(task))
-        mean, logvar, scale = posteriors(vae, images)
-        vae.register_to_config(scaling_factor=scale)
-        states, pooled = encode(tokenizer, first, second, captions)
-        data = Captioned(
-            mean=mean,
-            logvar=logvar,
-            labels=torch.from_numpy(scans.labels),
-            states=by_digit(states),
-            pooled=by_digit(pooled),
-        )
+        data = captioned_scans(vae, encode(tokenizer, first, second, captions()), recipe, bar)
         task = bar.add_task("denoiser", total=recipe.unet_steps)
         train_unet(unet, DDPMScheduler(**SCHEDULE), data, recipe, lambda: bar.advance(task))
     sampler = DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing")

@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from rich.progress import Progress
 from torch import Tensor, nn
 
-from fastpo.demo.digits import SIZE, WORDS
+from fastpo.demo.digits import SIZE, WORDS, load_scans, prompts
 
 Advance = Callable[[], None]
 
@@ -64,6 +65,35 @@ class Captioned:
     labels: Tensor
     states: Tensor
     pooled: Tensor
+
+
+def captions() -> list[str]:
+    """Returns all that the base can be asked for, wording by wording."""
+    return [*prompts(), *prompts(held_out=True)]
+
+
+def captioned_scans(
+    vae: AutoencoderKL, texts: tuple[Tensor, Tensor], recipe: BaseRecipe, bar: Progress
+) -> Captioned:
+    """Fits the autoencoder to the scans in place, and encodes them.
+
+    Args:
+        vae: The autoencoder; its scaling factor is set so that latents have unit size.
+        texts: States `(T * 10, L, D)` and pooled states `(T * 10, P)` of `captions`.
+        recipe: How it is trained.
+        bar: Gets a task.
+
+    Returns:
+        What the denoiser learns from.
+    """
+    scans = load_scans()
+    images = torch.from_numpy(scans.images.copy()).float()[:, None] / 127.5 - 1.0
+    task = bar.add_task("autoencoder", total=recipe.vae_steps)
+    train_vae(vae, images, recipe, lambda: bar.advance(task))
+    mean, logvar, scale = posteriors(vae, images)
+    vae.register_to_config(scaling_factor=scale)
+    states, pooled = map(by_digit, texts)
+    return Captioned(mean, logvar, torch.from_numpy(scans.labels), states, pooled)
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, recipe: BaseRecipe, advance: Advance) -> None:

@@ -25,13 +25,12 @@ from transformers import CLIPTextModelWithProjection
 from fastpo.demo.base_training import (
     BaseRecipe,
     Captioned,
-    by_digit,
+    captioned_scans,
+    captions,
     draw,
     fit_averaged,
-    posteriors,
-    train_vae,
 )
-from fastpo.demo.digits import SIZE, load_scans, prompts
+from fastpo.demo.digits import SIZE
 from fastpo.demo.text import (
     WIDTH,
     build_t5,
@@ -49,24 +48,10 @@ OPTIONS: dict[str, Any] = {"prepare": {"text_length": TEXT_LENGTH}}
 
 def train_pipeline(recipe: BaseRecipe, progress: bool) -> StableDiffusion3Pipeline:
     """Trains autoencoder and transformer on the scans; about three minutes on two cores."""
-    scans = load_scans()
-    images = torch.from_numpy(scans.images.copy()).float()[:, None] / 127.5 - 1.0
-    captions = [*prompts(), *prompts(held_out=True)]
-    pipeline = _untrained(captions)
-    vae, transformer = pipeline.vae, pipeline.transformer
+    pipeline = _untrained(captions())
+    transformer = pipeline.transformer
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("autoencoder", total=recipe.vae_steps)
-        train_vae(vae, images, recipe, lambda: bar.advance(task))
-        mean, logvar, scale = posteriors(vae, images)
-        vae.register_to_config(scaling_factor=scale)
-        states, pooled = _encode(pipeline, captions)
-        data = Captioned(
-            mean=mean,
-            logvar=logvar,
-            labels=torch.from_numpy(scans.labels),
-            states=by_digit(states),
-            pooled=by_digit(pooled),
-        )
+        data = captioned_scans(pipeline.vae, _encode(pipeline, captions()), recipe, bar)
         empty = _encode(pipeline, [""])
         task = bar.add_task("denoiser", total=recipe.unet_steps)
         fit_averaged(
@@ -78,9 +63,9 @@ def train_pipeline(recipe: BaseRecipe, progress: bool) -> StableDiffusion3Pipeli
     return pipeline
 
 
-def _untrained(captions: list[str]) -> StableDiffusion3Pipeline:
+def _untrained(texts: list[str]) -> StableDiffusion3Pipeline:
     """The pipeline as drawn from torch's generator."""
-    tokenizer, words = build_tokenizer(captions, CLIP_LENGTH), build_word_tokenizer(captions)
+    tokenizer, words = build_tokenizer(texts, CLIP_LENGTH), build_word_tokenizer(texts)
     first, second = build_text_encoders(tokenizer, [CLIPTextModelWithProjection] * 2)
     t5 = build_t5(words)
     return StableDiffusion3Pipeline(
@@ -139,11 +124,11 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 @torch.no_grad()
-def _encode(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+def _encode(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Returns `(N, L, D)` states and `(N, P)` pooled states, as the pipeline samples with."""
     encode: Any = pipeline.encode_prompt  # which annotates other prompts as required
     states, _, pooled, _ = encode(
-        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
     )
     return states, pooled
 

@@ -107,6 +107,17 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config).eval().requires_grad_(False)
 
 
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Returns `(N, MAX_LENGTH)` int64 tokens of the texts, padded or cut, as pipelines do."""
+    return tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=MAX_LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
 @torch.no_grad()
 def encode(
     tokenizer: CLIPTokenizer,
@@ -115,13 +126,7 @@ def encode(
     captions: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Returns `(N, L, 2D)` states and `(N, D)` pooled states, put together as SDXL does."""
-    ids = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=MAX_LENGTH,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+    ids = tokenize(tokenizer, captions)
     one = first(ids, output_hidden_states=True)
     two = second(ids, output_hidden_states=True)
     return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds

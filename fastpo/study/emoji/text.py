@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastpo.demo.text import MAX_LENGTH
+from fastpo.demo.text import tokenize
 from fastpo.errors import DataError
 
 WIDTH = 64
@@ -55,11 +55,4 @@ def name_of(prompt: str, names: Sequence[str]) -> int:
 @torch.no_grad()
 def encode(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
     """Returns `(N, L, D)` states, as SD1.5 reads them."""
-    ids = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=MAX_LENGTH,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return encoder(ids).last_hidden_state
+    return encoder(tokenize(tokenizer, prompts)).last_hidden_state
