@@ -28,12 +28,16 @@ def demo(
             help="The tiny model: sdxl (default), or sd3, a transformer of flow matching.",
         ),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time, one thread each; one on each core.")
+    ] = None,
 ) -> None:
     """Align a tiny model on real handwritten digits, from nothing to a page, on a CPU."""
     from fastpo.demo.base import PLAIN
     from fastpo.demo.run import run_demo
 
-    run_demo(out, seed=seed, short=short, family=PLAIN if kind is None else kind)
+    family = PLAIN if kind is None else kind
+    run_demo(out, seed=seed, short=short, family=family, processes=processes)
 
 
 @app.command()

@@ -1,14 +1,16 @@
 """`fastpo demo`: from nothing to a page, through the code path that aligns SDXL or SD3.
 
 It trains and keeps a tiny base, writes preferences in Pick-a-Pic v2's schema, and then does what a
-user of such a model does: prepare, train, evaluate, report. Four runs are compared: plain DPO on
-the clean labels (the reachable best), plain DPO on labels of which a fifth are flipped,
-Adaptive-DPO as released, and Adaptive-DPO with the ledger as annotator and without a backward pass
-for the pairs that it leaves out, both on the same flipped labels.
+user of such a model does: prepare, train, evaluate, report. Five runs are compared: plain DPO on
+the clean labels (the reachable best), and on labels of which a fifth are flipped plain DPO,
+Adaptive-DPO as released, Adaptive-DPO with the ledger as annotator and without a backward pass for
+the pairs that it leaves out, and two rounds of it, the second begun from the base with the labels
+that the first one doubts turned round. Runs are trained side by side, one on each core.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -26,10 +28,13 @@ from fastpo.demo.base import ABOUT, FAMILIES, PLAIN, build_base, demo_family
 from fastpo.demo.base import SHORT as SHORT_BASE
 from fastpo.demo.digits import prompts
 from fastpo.demo.preferences import write_preferences
-from fastpo.evaluate.compare import Evaluation, evaluate
+from fastpo.errors import FastPOError
+from fastpo.evaluate.compare import Evaluation, evaluate, sample_base
 from fastpo.report import load_metrics, minority_auroc, write_report
 from fastpo.system.files import write_json
 from fastpo.system.ownership import Kind, claim
+from fastpo.system.pool import told, workers
+from fastpo.system.signals import catch_signals
 from fastpo.system.storage import storage_errors
 from fastpo.train import train
 
@@ -48,11 +53,19 @@ LEDGER = {
     "annotators": {"kind": "ledger"},
     "backward": "alive",  # no backward pass for pairs whose gate is closed; the same results
 }
+ROUNDS = {
+    **LEDGER,
+    "backward": "sampled",  # of small gradients a part, too
+    "rounds": 2,
+    "round_epochs": 4,
+    "rounds_turn": 0.5,
+}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo_clean": {"data": {"flip_rate": 0.0}},
     "dpo": {},
     "adaptive_dpo_released": {"train": RELEASED},
     "adaptive_dpo_ledger": {"train": LEDGER},
+    "rounds": {"train": ROUNDS},
 }
 DEMO = Kind(
     "a demo",
@@ -68,7 +81,12 @@ SHORT = {"train": {"epochs": None, "max_steps": 4}, "evaluate": {"seeds_per_prom
 
 @storage_errors()
 def run_demo(
-    out: Path, *, seed: int = 0, short: bool = False, family: str = PLAIN
+    out: Path,
+    *,
+    seed: int = 0,
+    short: bool = False,
+    family: str = PLAIN,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Runs the demo and prints where its page is.
 
@@ -78,6 +96,8 @@ def run_demo(
         seed: Seed of the preferences, the flipped labels and the training.
         short: Only try every step (a few seconds each); the numbers then mean nothing.
         family: What the base is: one of `fastpo.demo.base.FAMILIES`. Each has folders of its own.
+        processes: Runs at a time, each with one thread; default: one on each core, and in short
+            one after another.
 
     Returns:
         What `summary.json` holds.
@@ -85,6 +105,7 @@ def run_demo(
     Raises:
         ForeignPathError: `out` holds other things, and no demo.
         ConfigError: The demo has no such family.
+        FastPOError: A run failed.
     """
     kind = demo_family(family)
     claim(out, DEMO)
@@ -102,12 +123,10 @@ def run_demo(
         name: demo_config(name, paths, seed=seed, short=short, family=family) for name in OBJECTIVES
     }
     prepare(configs["dpo"])
-    evaluations = {}
-    for number, (name, config) in enumerate(configs.items(), start=3):
-        console.rule(f"{number} {name}: train, then sample held-out prompts and seeds")
-        train(config, overwrite=True)
-        evaluations[name] = evaluate(config, base_samples=work / "base-samples")
-    summary = summarize(evaluations, configs)
+    sample_base(configs["dpo"], work / "base-samples")
+    at_once = min(processes or (1 if short else os.cpu_count() or 1), len(configs))
+    console.rule(f"3 {len(configs)} runs, {at_once} at a time: train, then sample held-out prompts")
+    summary = summarize(_evaluations(configs, work / "base-samples", at_once), configs)
     summary |= {"family": family, "seed": seed, "short": short}
     summary |= {"wall_s": round(time.perf_counter() - started, 1)}
     runs = [config.train.output_dir for config in configs.values()]
@@ -120,6 +139,32 @@ def run_demo(
     console.print(f"{summary['wall_s']:.0f} s; numbers in {out / 'summary.json'}")
     print(page)
     return summary
+
+
+def _evaluations(
+    configs: Mapping[str, Config], base_samples: Path, processes: int
+) -> dict[str, Evaluation]:
+    """Makes the runs in processes, and tells of each when it is done.
+
+    Raises:
+        FastPOError: A run failed; those that are being made end too.
+    """
+    names, evaluations = list(configs), {}
+    items = [(config, base_samples) for config in configs.values()]
+    with catch_signals(), workers(processes) as work:
+        for number, failure in work(make_run, items):
+            if failure is not None:
+                raise FastPOError(f"{names[number]}: {failure}")
+            Console(stderr=True).rule(f"{names[number]}: {len(evaluations) + 1} of {len(names)}")
+            evaluations[names[number]] = evaluate(configs[names[number]], base_samples=base_samples)
+    return {name: evaluations[name] for name in names}
+
+
+@told
+def make_run(config: Config, base_samples: Path) -> None:
+    """Trains one run and samples from it; `evaluate` then finds the images in its folder."""
+    train(config, overwrite=True, progress=False)
+    evaluate(config, base_samples=base_samples, progress=False)
 
 
 def demo_config(
@@ -170,8 +215,7 @@ def summarize(
             "legibility": evaluation.metrics[legible].aligned_mean,
             "passes": passes_of_run(configs[name]),
         }
-    ledger = minority_auroc(configs["adaptive_dpo_ledger"].train.output_dir)
-    released = minority_auroc(configs["adaptive_dpo_released"].train.output_dir)
+    found = {name: minority_auroc(config.train.output_dir) for name, config in configs.items()}
     waits = {
         name: float(load_metrics(config.train.output_dir)["data/wait"].mean())
         for name, config in configs.items()
@@ -182,8 +226,9 @@ def summarize(
             "legibility": first[legible].base_mean,
         },
         "objectives": objectives,
-        "minority_auroc": ledger.get("ledger"),
-        "minority_auroc_released": released.get("ema"),
+        "minority_auroc": found["adaptive_dpo_ledger"].get("ledger"),
+        "minority_auroc_released": found["adaptive_dpo_released"].get("ema"),
+        "minority_auroc_rounds": found["rounds"].get("ledger"),
         "flip_rate": configs["dpo"].data.flip_rate,
         "data_wait": waits,
     }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastpo.bench.measure import environment
 from fastpo.config import parse_config, with_keys
 from fastpo.data.prepare import prepare
-from fastpo.errors import FastPOError
 from fastpo.evaluate import evaluate
 from fastpo.evaluate.compare import sample_base
 from fastpo.study.measure import score_row, verdict_row
@@ -19,25 +17,10 @@ from fastpo.study.trials import Trial, described
 from fastpo.study.world import Places
 from fastpo.system.files import make_folder, write_json
 from fastpo.system.json_text import read_json
-from fastpo.system.storage import storage_errors
+from fastpo.system.pool import told
 
 DATA = "data.json"
 MOST_BYTES = 1 << 24  # of the list of pairs that are to be found
-
-
-def told(job: Callable[..., None]) -> Callable[..., str | None]:
-    """Lets a job return a user error's text: its exception may not pass between processes."""
-
-    @wraps(job)
-    def call(*arguments: object) -> str | None:
-        try:
-            with storage_errors():
-                job(*arguments)
-        except FastPOError as error:
-            return str(error)
-        return None
-
-    return call
 
 
 def places_of(trial: Trial, work: Path) -> Places:

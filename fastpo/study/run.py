@@ -22,10 +22,10 @@ from rich.console import Console
 from fastpo.errors import FastPOError
 from fastpo.study.config import StudyConfig
 from fastpo.study.jobs import build_bases, make_data, make_run
-from fastpo.study.pool import Workers, workers
 from fastpo.study.rows import Row, Table, read_rows
 from fastpo.study.trials import Choice, Trial, plan
 from fastpo.system.ownership import Kind, claim
+from fastpo.system.pool import Workers, workers
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 from fastpo.system.writer_lock import sole_writer

@@ -1,6 +1,8 @@
 """The demo's parts: scans, scorer, preferences, base; and all of it together, in short."""
 
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,13 +12,14 @@ from PIL import Image
 from fastpo.config import DataConfig
 from fastpo.data.prepare import prepare
 from fastpo.data.sources import open_source
+from fastpo.demo import run as demo
 from fastpo.demo.base import FAMILIES, SHORT, build_base
 from fastpo.demo.base_training import BaseRecipe
 from fastpo.demo.digits import WORDS, digit_of, ink, load_scans, prompts, to_image
 from fastpo.demo.preferences import SCHEMA, write_preferences
 from fastpo.demo.run import OBJECTIVES, demo_config, run_demo
 from fastpo.demo.scorer import NOTHING, DigitScorer, non_digits, thickened
-from fastpo.errors import ConfigError, DataError
+from fastpo.errors import ConfigError, DataError, FastPOError
 from fastpo.train import train
 
 
@@ -157,6 +160,44 @@ def test_a_family_that_the_demo_does_not_have_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@contextmanager
+def backwards(processes):
+    """Jobs in the wrong order, as processes end in any."""
+    yield lambda job, items: ((k, job(*items[k])) for k in reversed(range(len(items))))
+
+
+def configs():
+    folders = {"base": Path("base"), "preferences": Path("pairs"), "work": Path("work")}
+    return {name: demo_config(name, folders, seed=3, short=False) for name in OBJECTIVES}
+
+
+def test_runs_are_told_of_as_they_end_and_compared_in_their_order(monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "workers", backwards)
+    monkeypatch.setattr(demo, "make_run", lambda config, samples: None)
+    monkeypatch.setattr(demo, "evaluate", lambda config, **_: asked.append(config) or len(asked))
+    runs = configs()
+    found = demo._evaluations(runs, Path("samples"), 2)
+    assert asked == list(runs.values())[::-1]
+    assert list(found.items()) == [(n, 5 - k) for k, n in enumerate(OBJECTIVES)]
+
+
+def test_a_run_that_fails_ends_the_demo_by_its_name(monkeypatch):
+    monkeypatch.setattr(demo, "workers", backwards)
+    monkeypatch.setattr(demo, "make_run", lambda config, samples: "the disk is full")
+    with pytest.raises(FastPOError, match=r"^rounds: the disk is full$"):
+        demo._evaluations(configs(), Path("samples"), 2)
+
+
+def test_the_rounds_of_the_demo_take_the_ledgers_verdicts_to_the_base():
+    runs = configs()
+    rounds, ledger = runs["rounds"], runs["adaptive_dpo_ledger"]
+    assert (rounds.train.rounds, rounds.train.rounds_turn) == (2, 0.5)
+    assert rounds.train.objective == ledger.train.objective
+    assert rounds.train.epochs == ledger.train.epochs > rounds.train.round_epochs
+    assert rounds.data == ledger.data and rounds.data.flip_rate == 0.2
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,6 +211,7 @@ def test_the_short_demo_writes_its_page_and_its_summary(tmp_path, family):
     assert passes["dpo_clean"] == passes["dpo"]
     assert passes["adaptive_dpo_released"] == pytest.approx(6 * visits)
     assert 2 * visits <= passes["adaptive_dpo_ledger"] <= 4 * visits
+    assert passes["rounds"] > 2 * passes["adaptive_dpo_ledger"], "two rounds"
     assert all(0.0 <= share < 1.0 for share in summary["data_wait"].values())
     for values in summary["objectives"].values():
         assert {"reward_mean", "win_rate", "win_rate_interval", "legibility"} <= values.keys()

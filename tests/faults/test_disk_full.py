@@ -332,7 +332,7 @@ def test_the_demo_says_what_it_could_not_write(tmp_path, monkeypatch):
     """Its marker, preferences and summary; what its commands write is tried above."""
     import fastpo.demo.run as demo
 
-    for name in ("prepare", "train", "evaluate", "sections"):
+    for name in ("prepare", "sample_base", "train", "evaluate", "sections"):
         monkeypatch.setattr(demo, name, lambda *_, **__: {})
     monkeypatch.setattr(demo, "N_PAIRS_SHORT", 2)
     monkeypatch.setattr(demo, "build_base", lambda out, **_: out)

@@ -12,15 +12,14 @@ from fastpo.errors import ConfigError, DataError, ForeignPathError
 from fastpo.study import run
 from fastpo.study.command import check_choice, study_command
 from fastpo.study.config import STUDIES, StudyConfig, load_study
-from fastpo.study.jobs import told
 from fastpo.study.methods import METHODS
 from fastpo.study.page import write_page
-from fastpo.study.pool import workers
 from fastpo.study.rows import Table, read_rows, row_path
 from fastpo.study.run import Options, run_study
 from fastpo.study.summary import kept, mean_of
 from fastpo.study.tables import part_table
 from fastpo.study.trials import Choice, plan
+from fastpo.system.pool import told, workers
 from tests.study import light_jobs
 
 PAPERS = {

@@ -1,4 +1,4 @@
-"""Processes that make a study's runs, each with one thread."""
+"""Processes that do jobs, such as runs of a study, each with one thread."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Protocol
 
-import torch
+from fastpo.errors import FastPOError
+from fastpo.system.storage import storage_errors
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Job = Callable[..., str | None]
@@ -25,6 +27,21 @@ class Workers(Protocol):
         ...
 
 
+def told(job: Callable[..., None]) -> Job:
+    """Lets a job return a user error's text: its exception may not pass between processes."""
+
+    @wraps(job)
+    def call(*arguments: object) -> str | None:
+        try:
+            with storage_errors():
+                job(*arguments)
+        except FastPOError as error:
+            return str(error)
+        return None
+
+    return call
+
+
 @contextmanager
 def workers(processes: int) -> Iterator[Workers]:
     """Gives what does jobs in processes; with one process, in this one.
@@ -32,6 +49,8 @@ def workers(processes: int) -> Iterator[Workers]:
     If the block ends by an exception, or by a signal, the processes are asked to end: a run that
     is being trained saves its state first.
     """
+    import torch
+
     if processes == 1:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
