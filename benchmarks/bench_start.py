@@ -12,17 +12,16 @@ small part of its data, which each checkout prepares for itself beforehand.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from checkouts import Checkout, known_checkout, used_seconds, whole
 
 from fastpo.bench.measure import ROOT, environment
 from fastpo.bench.script import results_path
@@ -35,45 +34,7 @@ COLUMNS = ("case", "of", "cpu_s_p20", "cpu_s_p50", "cpu_s_p80", "runs", "ratio",
 TORCH, LOSS, HELP = "import torch", "import fastpo.loss", "fastpo --help"
 PLAN, TRAIN = "fastpo plan, SDXL with LoRA", "fastpo train, to the first step"
 PATIENCE = 600.0  # seconds
-
-
-@dataclass(frozen=True)
-class Checkout:
-    """A checkout, and how it is called: the result's column `of`."""
-
-    root: Path
-    name: str
-
-    def environment(self) -> dict[str, str]:
-        """So that its own code is imported, on one thread."""
-        folders = (self.root, self.root / "kernels")
-        hidden = ("PYTHONPATH", "FASTPO_DEBUG")
-        kept = {name: value for name, value in os.environ.items() if name not in hidden}
-        return kept | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
-
-    def start(self, words: Sequence[str], cwd: Path) -> subprocess.Popen[bytes]:
-        """Starts Python with these words."""
-        return subprocess.Popen(
-            [sys.executable, *words],
-            cwd=cwd,
-            env=self.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-
-def whole(checkout: Checkout, words: Sequence[str], cwd: Path) -> float:
-    """Seconds of the processor that a process takes in all.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    process = checkout.start(words, cwd)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{checkout.root}: {' '.join(words)} ended with {process.returncode}")
-    return used.ru_utime + used.ru_stime
+MOMENTARY, TIMES = (TORCH, LOSS, HELP), 4  # what takes a moment is noisy: so often in a turn
 
 
 def until_written(checkout: Checkout, words: Sequence[str], cwd: Path, file: Path) -> float:
@@ -89,15 +50,10 @@ def until_written(checkout: Checkout, words: Sequence[str], cwd: Path, file: Pat
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"{checkout.root}: {' '.join(words)} wrote no {file.name}")
             time.sleep(0.002)
-        return _used(process.pid)
+        return used_seconds(process.pid)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-def _used(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 def training(checkout: Checkout, work: Path, base: Path, preferences: Path) -> list[str]:
@@ -128,8 +84,10 @@ def measure(
         preferences = write_preferences(work / "preferences", n_pairs=60, seed=0)
         runs = {c.name: training(c, work, base, preferences) for c in checkouts}
     found: dict[tuple[str, str], list[float]] = {}
+    quick = [case for case in cases if case in MOMENTARY]
+    order = quick * TIMES + [case for case in cases if case not in MOMENTARY]
     for turn in range(rounds + 1):
-        for case in cases:
+        for case in order:
             for checkout in checkouts:
                 if case == TRAIN:
                     folder = work / checkout.name / "run"
@@ -176,12 +134,13 @@ def table(made: Sequence[dict]) -> str:
         "# What starting costs",
         "",
         "Seconds of processor time (user and system) of one process, median (20th to 80th "
-        f"percentile) of {first['runs']} turns; before: commit {first['before']}. "
+        f"percentile) of as many runs by turns as the last column says; before: commit "
+        f"{first['before']}. "
         f"{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}. "
         "On another machine, or beside other work, the ratios count and the seconds do not.",
         "",
-        "| command | before | now | now / before | now / `import torch` |",
-        "|---|---|---|---|---|",
+        "| command | before | now | now / before | now / `import torch` | runs |",
+        "|---|---|---|---|---|---|",
     ]
     by = {(row["case"], row["of"]): row for row in made}
     for case in dict.fromkeys(row["case"] for row in made):
@@ -194,7 +153,7 @@ def table(made: Sequence[dict]) -> str:
             )
         now = by[case, "now"]
         ratios = [now["ratio"] if now["ratio_to"] == to else "" for to in ("before", TORCH)]
-        lines.append(f"| `{case}` | {' | '.join(map(str, (*cells, *ratios)))} |")
+        lines.append(f"| `{case}` | {' | '.join(map(str, (*cells, *ratios, now['runs'])))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -208,14 +167,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=every, default=list(every))
     parser.add_argument("--out", type=Path, help="CSV file; default: results/cpu/start.csv")
     args = parser.parse_args()
-    if not (args.before / "fastpo").is_dir():
-        parser.error(f"--before {args.before}: no checkout, for it holds no folder fastpo")
-    checkouts = [Checkout(args.before.resolve(), "before"), Checkout(ROOT, "now")]
-    command = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        before = known_checkout(args.before)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as work:
-        found = measure(checkouts, args.cases, args.rounds, Path(work))
-    made = rows(found, {"before": commit, **environment()})
+        found = measure([before, Checkout(ROOT, "now")], args.cases, args.rounds, Path(work))
+    made = rows(found, {"before": before.commit(), **environment()})
     path = args.out or results_path("start")
     write_records(made, list(made[0]), path)
     write_text(path.with_suffix(".md"), table(made))
