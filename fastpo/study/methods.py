@@ -16,7 +16,7 @@ from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.run import LEDGER, RELEASED, passes_of_run
 from fastpo.review.relabel import Rules, relabel
-from fastpo.study import rivals
+from fastpo.study import co_teaching, rivals
 from fastpo.train import train
 
 BETA = 100.0  # the demo's slope
@@ -88,6 +88,18 @@ def semi_dpo(config: Config) -> Trained:
 def em_mixture(config: Config) -> Trained:
     """See `fastpo.study.rivals.em_mixture`."""
     run = rivals.em_mixture(config)
+    return Trained(run, run, passes_of_run(config))
+
+
+def two_that_teach(config: Config) -> Trained:
+    """See `fastpo.study.co_teaching`; both models' passes count."""
+    run = co_teaching.co_teaching(config)
+    return Trained(run, run, 2.0 * passes_of_run(config))
+
+
+def told_which(config: Config) -> Trained:
+    """See `fastpo.study.rivals.told`."""
+    run = rivals.told(config)
     return Trained(run, run, passes_of_run(config))
 
 
@@ -203,6 +215,16 @@ METHODS: dict[str, Method] = {
     "em_mixture": Method(
         "DPO on soft labels, from a mixture of right and wrong ones that is learned as it trains",
         train=em_mixture,
+    ),
+    "co_teaching": Method(
+        "Co-teaching re-created: each of two models picks the pairs with small losses that the "
+        "other one learns from; it is told the true share of wrong labels",
+        train=two_that_teach,
+    ),
+    "told_which": Method(
+        "DPO that is told which labels are wrong and leaves their pairs out: no method can know "
+        "that",
+        train=told_which,
     ),
 }
 """By name. At a share of 0 `conservative` is plain DPO, and shares its run."""

@@ -29,11 +29,13 @@ from fastpo.bench.script import results_path
 from fastpo.bench.table import with_section
 from fastpo.demo.base import SCHEDULE
 from fastpo.ledger import BINS, CERTAIN, DOUBT, PRIOR, WINDOW, PairLedger
+from fastpo.study.draws import draws_table
 from fastpo.study.ledger import METHODS, Results
 from fastpo.study.measure import area
 from fastpo.system.files import write_text
 
 OURS = "leveled and worth (ours)"
+KEPT = ("methods", "cost", "cases", "draws")  # rows of runs, not of replays
 CONSTANTS = {
     "BINS": (5, 20),
     "WINDOW": (32.0, 1e12),
@@ -345,7 +347,7 @@ def main() -> None:
     options = parser.parse_args()
     work, results = options.work, Results(options.csv)
     if work is not None:
-        results.rows = [r for r in results.rows if r["part"] in ("methods", "cost", "cases")]
+        results.rows = [r for r in results.rows if r["part"] in KEPT]
         runs = list(replayed(work))
         scales(runs, results)
         outliers_and_constants(runs, results)
@@ -369,7 +371,14 @@ def main() -> None:
     constants = (
         f"The ledger's own: {', '.join(f'{n} = {getattr(fastpo.ledger, n):g}' for n in CONSTANTS)}."
     )
+    drawn = (
+        "Several timesteps and noises a visit that vote together, of plain DPO; in brackets the "
+        "passes through the denoiser for each pair until then, with a live reference and with a "
+        "cached one, whose own passes are not counted."
+    )
     tables = [methods_table(results), scales_table(results), cases_table(results)]
+    if table := draws_table(results):
+        tables += [drawn, table]
     more = [over, means_table(results, "outliers"), constants, means_table(results, "constants")]
     text = f"# The ledger\n\n{about} {wide}\n\n" + "\n\n".join([*tables, *more]) + "\n"
     write_text(results.path.with_suffix(".md"), text)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -32,15 +31,13 @@ from fastpo.loss import PairLoss, pair_errors
 from fastpo.models.denoisers import without_dropout
 from fastpo.review.decide import Decision
 from fastpo.review.relabel import RELABELED, Shards, given_pairs
+from fastpo.study.own_steps import train_with
 from fastpo.system.files import whole_file
 from fastpo.system.ownership import owned_folder
-from fastpo.system.signals import catch_signals
 from fastpo.train import train
-from fastpo.train.distributed import joined
-from fastpo.train.loop import begin, finish, run_steps, setup
+from fastpo.train.experiment import Experiment
 from fastpo.train.metrics import StepTable
 from fastpo.train.observers import Observer
-from fastpo.train.run_folder import RunFolder
 from fastpo.train.step_parts import JudgedBatch
 from fastpo.train.trainer import Trainer
 
@@ -114,23 +111,38 @@ def _turned(judged: JudgedBatch, weight: Tensor) -> JudgedBatch:
 
 def train_on(config: Config, labels: Callable[[PairCache], Labels]) -> Path:
     """Trains on soft labels, unless the run's folder holds a finished run; returns the folder."""
-    path = config.train.output_dir
-    if (path / "final").is_dir() and (path / "minority.csv").is_file():
-        return path
-    with catch_signals() as signals, joined(config.train) as processes:
-        folder = RunFolder(path, main=processes.main)
-        with folder.taken(config, processes, resume=False, overwrite=True):
-            run = setup(config, processes, folder)
-            trainer = SoftLabelTrainer(**vars(run.trainer), labels=labels(run.data.cache))
-            run = replace(run, trainer=trainer)
-            folder.set_aside()
-            folder.sweep()
-            begin(run, 0, progress=False)
-            with closing(run.rotation):
-                with signals.deferred():
-                    run_steps(run, 0, signals, (), progress=False)
-                finish(run)
-    return path
+
+    def soft(run: Experiment) -> SoftLabelTrainer:
+        return SoftLabelTrainer(**vars(run.trainer), labels=labels(run.data.cache))
+
+    return train_with(config, soft)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Pairs whose label is wrong are left out.
+
+    Attributes:
+        wrong: `(N,)` bool.
+    """
+
+    wrong: Tensor
+
+    def shares(self, index: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Labels`."""
+        right = (~self.wrong[index]).float()
+        return right, torch.zeros_like(right)
+
+    def see(self, table: StepTable) -> None:
+        """Learns nothing."""
+
+
+def told(config: Config) -> Path:
+    """Trains by DPO on the pairs that `data.flip_rate` left right, told which these are.
+
+    The others are in the batches and count nothing: as pairs whose gate is closed.
+    """
+    return train_on(config, lambda cache: Known(cache.flipped))
 
 
 class Mixture:

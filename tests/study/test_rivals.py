@@ -12,7 +12,15 @@ from fastpo.data.cache import PairCache
 from fastpo.data.prepare import prepare
 from fastpo.ledger import BINS
 from fastpo.study import rivals
-from fastpo.study.rivals import Mixture, is_agreed, pseudo_labels, semi_dpo, train_on
+from fastpo.study.rivals import (
+    Known,
+    Mixture,
+    is_agreed,
+    pseudo_labels,
+    semi_dpo,
+    told,
+    train_on,
+)
 from fastpo.train import train
 from fastpo.train.metrics import COLUMNS, StepTable
 
@@ -84,6 +92,16 @@ def test_labels_that_are_certainly_wrong_train_as_flipped_ones_do(experiment):
         # Adam divides by the gradient's size, so one near zero moves by its rounding.
         assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
     assert train_on(soft, None) == run, "a finished run is not made again"
+
+
+def test_pairs_that_are_known_to_be_wrong_are_left_out(experiment):
+    known = Known(torch.tensor([False, True, False]))
+    right, wrong = known.shares(torch.tensor([1, 2]), torch.tensor([5, 6]))
+    assert right.tolist() == [0.0, 1.0] and wrong.tolist() == [0.0, 0.0]
+    everything = {**DPO, "optim": {"lr": 1e-3, "weight_decay": 0.0}}
+    run = told(load_config(experiment(data={"flip_rate": 0.999999}, **everything)))
+    found = load_file(run / "final" / "pytorch_lora_weights.safetensors")
+    assert all(not tensor.any() for name, tensor in found.items() if ".lora_B." in name)
 
 
 def test_semi_dpo_in_small(experiment, monkeypatch):
