@@ -121,7 +121,7 @@ def rows(found: dict[tuple[str, str], list[float]], about: dict[str, object]) ->
     """A row of every case and checkout; a ratio is the median of the turns' ratios."""
     made = []
     for (case, of), seconds in found.items():
-        low, *_, high = statistics.quantiles(seconds, n=5)
+        low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
         numbers = (low, statistics.median(seconds), high)
         ratios = [
             ratio(seconds, found.get((case, "before"))) if of == "now" else "",
