@@ -86,7 +86,7 @@ def rows(runs: int) -> list[dict[str, object]]:
                     for provider, loss in losses.items()
                 }
             for provider, us in measure(steps, runs).items():
-                low, *_, high = statistics.quantiles(us, n=5)
+                low, *_, high = statistics.quantiles(us, n=5, method="inclusive")
                 numbers = (low, statistics.median(us), high)
                 row = (name, direction, provider, *(round(n, 1) for n in numbers), len(us))
                 found.append(dict(zip(COLUMNS, row, strict=True)) | about)

@@ -276,7 +276,7 @@ def _pairs_per_second(case: Case, timing: dict[str, Any]) -> float:
 def _ratios(above: dict[str, Any], below: dict[str, Any]) -> tuple[float, float, float]:
     """Lowest quintile, median and highest of the ratio of two providers' seconds, by round."""
     ratios = [a / b for a, b in zip(above["seconds"], below["seconds"], strict=True)]
-    low, *_, high = statistics.quantiles(ratios, n=5)
+    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
     return round(low, 3), round(statistics.median(ratios), 3), round(high, 3)
 
 

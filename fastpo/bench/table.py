@@ -71,7 +71,7 @@ def timed_rows(
     rows = []
     for name, timing in timings.items():
         others = [ms for other, ms in medians.items() if family(other) != family(name)]
-        quintiles = statistics.quantiles((s.ms for s in timing.samples), n=5)
+        quintiles = statistics.quantiles((s.ms for s in timing.samples), n=5, method="inclusive")
         speed = n_bytes / medians[name] / 1e6
         values = {
             "provider": name,
