@@ -33,7 +33,8 @@ class PreferencePair:
         flipped: Whether the label was exchanged on purpose (synthetic minority label).
         fault: Why the listing alone makes the pair unusable; None where it does not.
         weight: Multiplies the pair's loss; None where the data set says nothing, which counts as 1.
-        source_image: Of an edit, returns the bytes of the image that the prompt says how to change.
+        source_images: Of an edit, each returns the bytes of an image that the prompt says how to
+            change, in the order in which the model is told them.
     """
 
     pair_id: str
@@ -43,7 +44,7 @@ class PreferencePair:
     flipped: bool = False
     fault: str | None = None
     weight: float | None = None
-    source_image: Callable[[], bytes] | None = None
+    source_images: tuple[Callable[[], bytes], ...] = ()
 
 
 def pair_key(pair_id: str) -> int:

@@ -29,6 +29,7 @@ OWN = "prompts"
 """Name of the set that `evaluate.prompts` and `evaluate.prompts_file` make."""
 
 Row = tuple[str, str]
+Edit = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class PromptSet:
         name: The set's name in tables and paths.
         prompts: Distinct prompts, in the files' order.
         groups: Category, style or tag of each; empty where the set has none.
-        sources: Path of the source image that each prompt edits; empty where it edits none. A
-            prompt may then come with several.
+        sources: Paths of the source images that each prompt edits; empty where it edits none. A
+            prompt may then come several times, with others.
     """
 
     name: str
     prompts: tuple[str, ...]
     groups: tuple[str, ...]
-    sources: tuple[str, ...] = ()
+    sources: tuple[tuple[str, ...], ...] = ()
 
     @property
-    def rows(self) -> list[tuple[str, str | None]]:
-        """Each prompt with its source image, or None."""
-        return list(zip(self.prompts, self.sources or [None] * len(self.prompts), strict=True))
+    def rows(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each prompt with its source images."""
+        return list(zip(self.prompts, self.sources or [()] * len(self.prompts), strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,14 @@ def configured_sets(config: Config) -> list[PromptSet]:
         ConfigError: As `read_prompt_set`; two sets share a name; or there is no prompt at all.
     """
     options = config.evaluate
-    own = [(prompt, "") for prompt in options.prompts]
+    own: list[Edit] = [(prompt, ()) for prompt in options.prompts]
     if options.prompts_file is not None:
-        read = _edits if options.prompts_file.suffix == ".jsonl" else _lines
+        file = options.prompts_file
         try:
-            own += read(options.prompts_file)
+            if file.suffix == ".jsonl":
+                own += _edits(file)
+            else:
+                own += ((prompt, ()) for prompt, _ in _lines(file))
         except (OSError, ValueError) as error:
             raise ConfigError(f"evaluate.prompts_file: cannot read it: {error}") from None
     sets = [_own_set(own)] if own else []
@@ -132,7 +136,7 @@ def configured_sets(config: Config) -> list[PromptSet]:
     return sets
 
 
-def _own_set(rows: Sequence[Row]) -> PromptSet:
+def _own_set(rows: Sequence[Edit]) -> PromptSet:
     """The set of prompts that are given one by one, with their source images."""
     distinct = list(dict.fromkeys(rows))
     sources = tuple(source for _, source in distinct)
@@ -228,8 +232,8 @@ def _lines(file: Path) -> Iterator[Row]:
             yield line.strip(), ""
 
 
-def _edits(file: Path) -> Iterator[Row]:
-    """Yields prompt and source image of JSON lines; a data set's `pairs.jsonl` is one such file.
+def _edits(file: Path) -> Iterator[Edit]:
+    """Yields prompt and source images of JSON lines; a data set's `pairs.jsonl` is one such file.
 
     Raises:
         ValueError: A line has no prompt, or names a source that is not there.
@@ -241,12 +245,17 @@ def _edits(file: Path) -> Iterator[Row]:
         row = parse_json(line)
         prompt = row.get("prompt") if isinstance(row, dict) else None
         source = row.get("source", "") if isinstance(row, dict) else ""
-        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(source, str):
-            raise ValueError(f"line {number} is no object with prompt and source, which are text")
-        place = file.parent / source
-        if source and not place.is_file():
-            raise ValueError(f"line {number}: source image not found: {place}")
-        yield prompt.strip(), str(place.absolute()) if source else ""
+        names = source if isinstance(source, list) else [source] if source != "" else []
+        named = all(name and isinstance(name, str) for name in names)
+        if not isinstance(prompt, str) or not prompt.strip() or not named:
+            raise ValueError(
+                f"line {number} is no object with prompt and source: text, and text or a list of it"
+            )
+        places = [file.parent / name for name in names]
+        for place in places:
+            if not place.is_file():
+                raise ValueError(f"line {number}: source image not found: {place}")
+        yield prompt.strip(), tuple(str(place.absolute()) for place in places)
 
 
 SETS = {

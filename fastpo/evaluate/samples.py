@@ -1,4 +1,4 @@
-"""Which images are sampled: a prompt, a seed and, of edits, the image that is edited."""
+"""Which images are sampled: a prompt, a seed and, of edits, the images that are edited."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Sample:
         prompt_index: Position of its prompt among the prompts.
         prompt: The prompt.
         seed: Seed of its generator; no two samples share one.
-        source: Path of the image that is edited; None where none is.
+        sources: Paths of the images that are edited; empty where none is.
     """
 
     prompt_index: int
     prompt: str
     seed: int
-    source: str | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -54,26 +54,26 @@ def plan_samples(config: Config) -> list[Sample]:
     return list_samples(config, list(dict.fromkeys(rows)))
 
 
-def list_samples(config: Config, rows: Sequence[tuple[str, str | None]]) -> list[Sample]:
+def list_samples(config: Config, rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[Sample]:
     """Lists `seeds_per_prompt` images of each of some distinct prompts; see `plan_samples`.
 
     Args:
         config: The experiment.
-        rows: Prompts with their source image, or None; see `PromptSet.rows`.
+        rows: Prompts with their source images; see `PromptSet.rows`.
     """
     each, first = config.evaluate.seeds_per_prompt, config.evaluate.first_seed
     return [
-        Sample(p, prompt, first + p * each + k, source)
-        for p, (prompt, source) in enumerate(rows)
+        Sample(p, prompt, first + p * each + k, sources)
+        for p, (prompt, sources) in enumerate(rows)
         for k in range(each)
     ]
 
 
 def described(sample: Sample) -> dict[str, Any]:
-    """What stands for a sample in a fingerprint: of a source image its content, not its name."""
+    """What stands for a sample in a fingerprint: of source images name and content, no folder."""
     row = asdict(sample)
-    source = row.pop("source")
-    return row if source is None else row | {"source": digest_files([Path(source)])}
+    sources = row.pop("sources")
+    return row | {"source": digest_files([*map(Path, sources)])} if sources else row
 
 
 def opened(path: str) -> Image.Image:

@@ -77,11 +77,12 @@ class ImageSampler:
 
         Raises:
             ConfigError: As `settings`.
-            DataError: The family edits and a sample has no source image, or the other way round.
+            DataError: The family edits and a sample has no source image, or the other way round; or
+                a sample has more of them than the family takes.
         """
         _ = self.settings
         for sample in samples:
-            self.family.check_edits(sample.source is not None, "evaluate.prompts")
+            self.family.check_edits(len(sample.sources), "evaluate.prompts")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -235,13 +236,13 @@ class ImageSampler:
     @torch.inference_mode()
     def images(self, pipeline: Any, batch: Sequence[Sample]) -> list[Image.Image]:
         """Makes images with a pipeline that is on its device."""
-        if len(batch) > 1 and any(sample.source for sample in batch):
-            # Their pipelines take one source at a time.
+        if len(batch) > 1 and any(sample.sources for sample in batch):
+            # Their pipelines take the sources of one prompt at a time.
             return [image for sample in batch for image in self.images(pipeline, [sample])]
         settings = self.settings
         prompts = [sample.prompt for sample in batch]
         return pipeline(
-            **self._source(batch[0]),
+            **self._sources(batch[0]),
             **self.family.prompt_arguments(pipeline, prompts, self.config.prepare),
             height=settings["height"],
             width=settings["width"],
@@ -250,11 +251,11 @@ class ImageSampler:
             generator=[torch.Generator("cpu").manual_seed(sample.seed) for sample in batch],
         ).images
 
-    def _source(self, sample: Sample) -> dict[str, Any]:
-        if sample.source is None:
+    def _sources(self, sample: Sample) -> dict[str, Any]:
+        if not sample.sources:
             return {}
-        image = opened(sample.source)
-        return self.family.edit_arguments(image, self.settings["height"], self.settings["width"])
+        images = [*map(opened, sample.sources)]
+        return self.family.edit_arguments(images, self.settings["height"], self.settings["width"])
 
     @cached_property
     def pipeline(self) -> Any:

@@ -1,13 +1,15 @@
-"""What families share that edit images: a source image beside the prompt that says what to change.
+"""What families share that edit images: source images beside the prompt that says what to change.
 
-The transformer sees the source's tokens behind those of the noisy image, and of its answer the
-first part counts. Which size a source gets is the pipeline's rule, whatever size the result has.
+The transformer sees the sources' tokens, in their order, behind those of the noisy image, and of
+its answer the first part counts. Which size a source gets is the pipeline's rule, whatever size the
+result and the other sources have.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SOURCE_LATENTS = "source_latents"
-"""The condition that holds the source images' latents, `(B, C, h, w)`, as the model sees them."""
+"""The condition that holds the source images' latents, `(B, C, h, w)`, as the model sees them; that
+of second source images is `source_latents_2`, and so on."""
 
 MOST_ASPECT = 50
 """Sides of a source image are at most 1 to this."""
@@ -55,33 +58,38 @@ class EditEncoders(Encoders):
         shift = vae_number(self.vae.config, "shift_factor", 0.0)
         return (mean - shift) * vae_number(self.vae.config, "scaling_factor", 1.0)
 
-    def edit_conditions(self, prompt: str, image: Image) -> dict[str, Tensor]:
-        """Encodes a prompt together with its source image, where the family's texts see that.
+    def edit_conditions(self, prompt: str, images: Sequence[Image]) -> dict[str, Tensor]:
+        """Encodes a prompt together with its source images, where the family's texts see them.
 
         Returns:
-            The conditions, each `(1, ...)` with the same sizes for every call.
+            The conditions, each `(1, ...)` with the same sizes for every call of as many images.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode_edit(self, prompt: str, image: Image) -> dict[str, Tensor]:
+    def encode_edit(self, prompt: str, images: Sequence[Image]) -> dict[str, Tensor]:
         """As `edit_conditions`.
 
         Raises:
             ModelError: An encoder answered with NaN or infinity.
         """
-        return checked(self.edit_conditions(prompt, image))
+        return checked(self.edit_conditions(prompt, images))
 
 
-def of_both_sides(conditions: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
-    """Returns the source latents of winners and losers in the noisy latents' dtype, or None.
+def source_condition(place: int) -> str:
+    """Returns the name of the condition with the latents of the sources at a place, from 0."""
+    return SOURCE_LATENTS if place == 0 else f"{SOURCE_LATENTS}_{place + 1}"
+
+
+def of_both_sides(conditions: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
+    """Returns the source latents of winners and losers in the noisy latents' dtype.
 
     Args:
         conditions: As `ModelFamily.predict` gets them.
         like: The noisy latents `(2B, C, h, w)`.
 
     Returns:
-        `(2B, C, h', w')`.
+        For each place `(2B, C, h', w')`; nothing where the pairs begin from no image.
     """
-    source = conditions.get(SOURCE_LATENTS)
-    return None if source is None else source.to(like.dtype).repeat(2, 1, 1, 1)
+    names = takewhile(conditions.__contains__, map(source_condition, count()))
+    return [conditions[name].to(like.dtype).repeat(2, 1, 1, 1) for name in names]

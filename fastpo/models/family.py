@@ -61,7 +61,8 @@ class ModelFamily(ABC):
         peft_names: Whether exports name adapters as peft does (`lora_A`), like diffusers' trainers
             of transformers, which other programs read; else as its trainers of UNets.
         edits: Whether pairs begin from a source image, which the prompt says how to change.
-        text_sees_source: Whether prompts are encoded together with their source image.
+        most_sources: How many source images the pipeline takes at most, of families that edit.
+        text_sees_source: Whether prompts are encoded together with their source images.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class ModelFamily(ABC):
     guidance: ClassVar[float | None] = None
     peft_names: ClassVar[bool] = False
     edits: ClassVar[Literal["never", "may", "must"]] = "never"
+    most_sources: ClassVar[int] = 1
     text_sees_source: ClassVar[bool] = False
 
     @abstractmethod
@@ -99,16 +101,16 @@ class ModelFamily(ABC):
         """Whether pairs may begin from a source image."""
         return self.edits != "never"
 
-    def check_edits(self, given: bool, where: str) -> None:
+    def check_edits(self, given: int, where: str) -> None:
         """Refuses source images that the model could not be told, or that it lacks.
 
         Args:
-            given: Whether there are source images.
+            given: How many source images a pair has, at most.
             where: The data, as errors name it.
 
         Raises:
-            DataError: There are some, and the family edits no images; or it does nothing else, and
-                there are none.
+            DataError: There are some, and the family edits no images, or fewer; or it does nothing
+                else, and there are none.
         """
         if given and self.edits == "never":
             raise DataError(
@@ -119,6 +121,12 @@ class ModelFamily(ABC):
             raise DataError(
                 f"{where}: {self.name} edits source images, and none are given; name them in a "
                 'column "source"'
+            )
+        if given > self.most_sources:
+            raise DataError(
+                f"{where}: {given} source images are given to a pair, and {self.name} takes "
+                f"{self.most_sources} at most; name fewer of them, or take another model (FLUX.2 "
+                "and Qwen-Image-Edit-2509 and later take several)"
             )
 
     def latent_notes(self, folder: ModelFolder) -> dict[str, str]:
@@ -281,15 +289,15 @@ class ModelFamily(ABC):
         """Returns the arguments with which the pipeline samples prompts as they were encoded."""
         return {"prompt": list(prompts)}
 
-    def edit_arguments(self, image: Any, height: int, width: int) -> dict[str, Any]:
-        """Returns the arguments with which the pipeline edits a source image.
+    def edit_arguments(self, images: Sequence[Any], height: int, width: int) -> dict[str, Any]:
+        """Returns the arguments with which the pipeline edits source images.
 
         Args:
-            image: The source, a PIL image.
+            images: The sources, PIL images.
             height: Of the result in pixels.
             width: Of the result.
         """
-        return {"image": image}
+        return {"image": images[0] if len(images) == 1 else list(images)}
 
     def guidance_arguments(self, scale: float, images: int) -> dict[str, Any]:
         """Returns the arguments with which the pipeline samples at `evaluate.guidance_scale`.

@@ -164,8 +164,8 @@ class Flux(FlowFamily):
         device, dtype = latents.device, latents.dtype
         text = conditions["prompt_embeds"].to(dtype).repeat(2, 1, 1)
         tokens, ids = tokens_of(latents)
-        own, source = tokens.shape[1], of_both_sides(conditions, latents)
-        if source is not None:
+        own = tokens.shape[1]
+        for source in of_both_sides(conditions, latents):
             tokens, ids = _appended(tokens, ids, source)
         answer = denoiser(
             hidden_states=tokens,

@@ -5,7 +5,7 @@ of the VAE's batch normalization. The transformer is told `sigma` and answers `n
 Conditions: `prompt_embeds` `(B, 512, D)`, three layers' states side by side; padding is part of
 them, without a mask, as in the pipelines. `dev` is also told a guidance scale. Of edits there are
 `source_latents` `(B, 4 C, h', w')`, whose tokens follow those of the noisy image, at time 10 of
-their ids; the texts do not see the source.
+their ids, and those of further sources at times 20, 30 and so on; the texts do not see them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SAMPLING_STEPS = 50
 _PATCH = 2
 MOST_SOURCE = 1024 * 1024
 """Pixels of a source image in the pipelines."""
+MOST_SOURCES = 10
+"""Images that the model's publisher offers to edit together; the pipelines take any number."""
 
 
 class Flux2Encoders(LanguageEncoders, EditEncoders):
@@ -115,6 +117,7 @@ class Flux2Klein(LanguageFamily):
 
     name = "flux2-klein"
     edits = "may"
+    most_sources = MOST_SOURCES
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
     denoiser_class = Flux2Transformer2DModel
     pipeline_class = Flux2KleinPipeline
@@ -158,11 +161,11 @@ class Flux2Klein(LanguageFamily):
         # One image's ids serve all: they have one size.
         image_ids = Flux2Pipeline._prepare_latent_ids(latents[:1])
         tokens = Flux2Pipeline._pack_latents(latents)
-        own, source = tokens.shape[1], of_both_sides(conditions, latents)
-        if source is not None:
-            more = Flux2Pipeline._prepare_image_ids([source[:1]])
+        own, sources = tokens.shape[1], of_both_sides(conditions, latents)
+        if sources:
+            more = Flux2Pipeline._prepare_image_ids([source[:1] for source in sources])
             image_ids = torch.cat([image_ids, more], dim=1)
-            tokens = torch.cat([tokens, Flux2Pipeline._pack_latents(source)], dim=1)
+            tokens = torch.cat([tokens, *map(Flux2Pipeline._pack_latents, sources)], dim=1)
         text_ids = Flux2Pipeline._prepare_text_ids(embeds[:1]).to(latents.device)
         answer = denoiser(
             hidden_states=tokens,

@@ -8,6 +8,7 @@ the size of the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusers.image_processor import VaeImageProcessor
@@ -50,6 +51,6 @@ class FluxKontext(Flux):
     encoders_class = FluxKontextEncoders
     edits = "must"
 
-    def edit_arguments(self, image: Any, height: int, width: int) -> dict[str, Any]:
+    def edit_arguments(self, images: Sequence[Any], height: int, width: int) -> dict[str, Any]:
         """As `ModelFamily.edit_arguments`; the pipeline would make the result a megapixel."""
-        return {"image": image, "max_area": height * width}
+        return {**super().edit_arguments(images, height, width), "max_area": height * width}

@@ -4,7 +4,8 @@ Beside Qwen-Image's conditions it is told `source_latents` `(B, C, h, w)`, whose
 of the noisy image, and its texts are encoded together with the source: `prompt_embeds` holds the
 states of the image's tokens and of the prompt behind the template's first 64. The source has about
 a megapixel for the VAE, whatever the size of the result. Qwen2.5-VL sees the same picture in
-Qwen-Image-Edit, and one of 384 x 384 pixels' area in Edit-Plus (2509 and later).
+Qwen-Image-Edit, and one of 384 x 384 pixels' area in Edit-Plus (2509 and later), which takes
+several sources.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from fastpo.types import NoisedPair
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_SOURCES = 10
+"""Of Edit-Plus, made for one to three; the pipeline takes any number, numbered in the text."""
+
 
 @dataclass(frozen=True)
 class QwenImageEditEncoders(QwenImageEncoders, EditEncoders):
@@ -42,7 +46,7 @@ class QwenImageEditEncoders(QwenImageEncoders, EditEncoders):
 
     processor: Any = None
     image_tokens: ClassVar[int] = 1536
-    """Room for the source's tokens, one for 28 x 28 pixels: at most 1,369 at the usual aspects."""
+    """Room for a source's tokens, one for 28 x 28 pixels: at most 1,369 at the usual aspects."""
 
     def pipeline_of(self, kind: Any) -> Any:
         """As `LanguageEncoders.pipeline_of`, with the processor."""
@@ -53,15 +57,16 @@ class QwenImageEditEncoders(QwenImageEncoders, EditEncoders):
         processor, (height, width) = self._resizer(), self._source_size(image)
         return processor.preprocess(processor.resize(image, height, width), height, width)[0]
 
-    def edit_conditions(self, prompt: str, image: Image) -> dict[str, Tensor]:
+    def edit_conditions(self, prompt: str, images: Sequence[Image]) -> dict[str, Tensor]:
         """As `EditEncoders.edit_conditions`, padded to one length.
 
         What is longer is cut, while the pipeline, which pads nothing, would take it whole.
         """
+        (image,) = images
         embeds, _ = self.pipeline_of(QwenImageEditPipeline).encode_prompt(
             [prompt], image=self._seen(image), device=self.device
         )
-        return self._padded(embeds)
+        return self._padded(embeds, 1)
 
     def count_cut(self, prompts: Sequence[str]) -> int:
         """As `Encoders.count_cut`."""
@@ -80,8 +85,8 @@ class QwenImageEditEncoders(QwenImageEncoders, EditEncoders):
         """The picture that Qwen2.5-VL gets."""
         return self._resizer().resize(image, *self._source_size(image))
 
-    def _padded(self, embeds: Tensor) -> dict[str, Tensor]:
-        length = self.length + self.image_tokens
+    def _padded(self, embeds: Tensor, images: int) -> dict[str, Tensor]:
+        length = self.length + images * self.image_tokens
         embeds, mask = padded([embeds[0, :length]], length)
         return {"prompt_embeds": embeds, "prompt_mask": mask}
 
@@ -91,12 +96,12 @@ class QwenImageEditPlusEncoders(QwenImageEditEncoders):
 
     image_tokens: ClassVar[int] = 256
 
-    def edit_conditions(self, prompt: str, image: Image) -> dict[str, Tensor]:
-        """As `EditEncoders.edit_conditions`, padded to one length."""
+    def edit_conditions(self, prompt: str, images: Sequence[Image]) -> dict[str, Tensor]:
+        """As `EditEncoders.edit_conditions`, padded to one length for as many images."""
         embeds, _ = self.pipeline_of(QwenImageEditPlusPipeline).encode_prompt(
-            [prompt], image=[self._seen(image)], device=self.device
+            [prompt], image=[self._seen(image) for image in images], device=self.device
         )
-        return self._padded(embeds)
+        return self._padded(embeds, len(images))
 
     def _source_size(self, image: Image) -> tuple[int, int]:
         return self._sized(image, pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE)
@@ -141,17 +146,18 @@ class QwenImageEdit(QwenImage):
         self, denoiser: nn.Module, noised: NoisedPair, conditions: Mapping[str, Tensor]
     ) -> Tensor:
         """As `ModelFamily.predict`; texts are cut to the longest of the batch."""
-        latents, source = noised.noisy_latents, of_both_sides(conditions, noised.noisy_latents)
-        assert source is not None, "the family edits"
+        latents, sources = noised.noisy_latents, of_both_sides(conditions, noised.noisy_latents)
+        assert sources, "the family edits"
         rows, channels, height, width = latents.shape
         own = lengths(conditions["prompt_mask"])
         length = max(own)
         mask = None if min(own) == length else conditions["prompt_mask"][:, :length].repeat(2, 1)
         pack = self.pipeline_class._pack_latents
         tokens = pack(latents, rows, channels, height, width)
-        shapes = [(1, height // 2, width // 2), (1, source.shape[2] // 2, source.shape[3] // 2)]
+        sides = [(height, width), *(source.shape[2:] for source in sources)]
+        shapes = [(1, h // 2, w // 2) for h, w in sides]
         answer = denoiser(
-            hidden_states=torch.cat([tokens, pack(source, *source.shape)], dim=1),
+            hidden_states=torch.cat([tokens, *(pack(s, *s.shape) for s in sources)], dim=1),
             timestep=noised.timesteps.repeat(2),
             encoder_hidden_states=conditions["prompt_embeds"][:, :length]
             .to(latents.dtype)
@@ -164,12 +170,13 @@ class QwenImageEdit(QwenImage):
 
 
 class QwenImageEditPlus(QwenImageEdit):
-    """Qwen-Image-Edit-2509 and later, 20B; of a pair's source images there is one."""
+    """Qwen-Image-Edit-2509 and later, 20B."""
 
     name = "qwen-image-edit-plus"
     pipeline_class = QwenImageEditPlusPipeline
     pipeline_prefix = r"QwenImageEditPlusPipeline\b"
     encoders_class = QwenImageEditPlusEncoders
+    most_sources = MOST_SOURCES
 
 
 def load_processor(folder: ModelFolder) -> Any:

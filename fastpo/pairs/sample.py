@@ -126,8 +126,8 @@ def _row(
         "id": f"{cell.prompts.name}-{winner[1].prompt_index}-{winner[1].seed}-{loser[1].seed}",
         "prompt": winner[1].prompt,
     }
-    if winner[1].source is not None:
-        row["source"] = winner[1].source
+    if sources := winner[1].sources:
+        row["source"] = sources[0] if len(sources) == 1 else list(sources)
     for side, (_, sample) in (("winner", winner), ("loser", loser)):
         row[side] = (cell.folder / sample.file).relative_to(out).as_posix()
     for side, (i, sample) in (("winner", winner), ("loser", loser)):

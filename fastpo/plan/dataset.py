@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastpo.config import Config, SourceConfig
+from fastpo.data.cache.arrow import open_arrow
+from fastpo.data.cache.index import INDEX_FILE
 from fastpo.data.cache.manifest import load_manifest
+from fastpo.data.cache.parts import MORE_SOURCES
 from fastpo.data.mixing import visits_per_epoch
 from fastpo.data.sources import open_local
 from fastpo.plan.architecture import Architecture
@@ -34,7 +37,8 @@ class DataSize:
         source: Where the numbers come from.
         repeats: How often an epoch visits a pair, on average.
         images: Distinct images that edits begin from, if known; at most `pairs`.
-        edits: Distinct prompts with such an image, if known; at most `pairs`.
+        edits: Distinct prompts with such images, if known; at most `pairs`.
+        sources: The most images that an edit begins from, as far as known; 0: there are no edits.
     """
 
     pairs: int | None
@@ -43,6 +47,7 @@ class DataSize:
     repeats: float = 1.0
     images: int | None = None
     edits: int | None = None
+    sources: int = 0
 
 
 def find_size(config: Config, pairs: int | None) -> DataSize:
@@ -62,7 +67,7 @@ def find_size(config: Config, pairs: int | None) -> DataSize:
         return size
     prompts = pairs if size.prompts is None else min(size.prompts, pairs)
     images, edits = (None if n is None else min(n, pairs) for n in (size.images, size.edits))
-    return DataSize(pairs, prompts, "--pairs", size.repeats, images, edits)
+    return DataSize(pairs, prompts, "--pairs", size.repeats, images, edits, size.sources)
 
 
 def _prepared_size(config: Config) -> DataSize | None:
@@ -78,8 +83,12 @@ def _prepared_size(config: Config) -> DataSize | None:
         repeats = _repeats(config, each)
     images = min(manifest.images[-1].stop, pairs) if manifest.images else None
     # Where texts see images, the texts that were encoded are the edits.
-    edits = None if images is None else min(prompts, pairs)
-    return DataSize(pairs, min(prompts, pairs), where, repeats, images, edits)
+    edits, sources = None, 0
+    if images is not None:
+        schema = open_arrow(config.prepare.cache_dir / INDEX_FILE).schema
+        more = schema.field(MORE_SOURCES).type.list_size if MORE_SOURCES in schema.names else 0
+        edits, sources = min(prompts, pairs), 1 + more
+    return DataSize(pairs, min(prompts, pairs), where, repeats, images, edits, sources)
 
 
 def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
@@ -94,7 +103,8 @@ def _joined(config: Config, sizes: Sequence[DataSize]) -> DataSize:
     where = ", ".join(size.source for size in sizes)
     counts = ([one.images for one in sizes], [one.edits for one in sizes])
     images, edits = (None if None in n else sum(filter(None, n)) for n in counts)
-    return DataSize(sum(known), sum(prompts), where, _repeats(config, known), images, edits)
+    most = max(one.sources for one in sizes)
+    return DataSize(sum(known), sum(prompts), where, _repeats(config, known), images, edits, most)
 
 
 def _repeats(config: Config, pairs: Sequence[int]) -> float:
@@ -117,7 +127,9 @@ def count_source(one: SourceConfig) -> DataSize:
             return DataSize(len(source), prompts, one.path)
         both = np.stack([table.numbers, found.numbers])
         edits = np.unique(both, axis=1).shape[1]
-        return DataSize(len(source), prompts, one.path, images=len(found.names), edits=edits)
+        images = len(found.names)
+        size = DataSize(len(source), prompts, one.path, images=images, edits=edits)
+        return replace(size, sources=found.most)
     pairs, prompts, where = one.limit, one.limit, "data.limit"
     if one.split == "train" and one.path in PUBLISHED:
         published, prompts = PUBLISHED[one.path]

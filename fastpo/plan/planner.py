@@ -97,7 +97,7 @@ def make_plan(
     sharding = read_sharding(config.train, world_size)
     architecture = resolve_architecture(config)
     size = find_size(config, pairs)
-    shapes = make_shapes(config, architecture, edits=size.images is not None)
+    shapes = make_shapes(config, architecture, sources=size.sources)
     measured = measure(architecture, config, shapes, status)
     visits = count_visits(config, size, world_size)
     elements = latent_elements(architecture, shapes)
@@ -142,13 +142,13 @@ def _check(utilization: float, world_size: int, pairs: int | None) -> None:
         raise ConfigError(f"--pairs must be at least 1, got {pairs}")
 
 
-def make_shapes(config: Config, architecture: Architecture, *, edits: bool = False) -> Shapes:
+def make_shapes(config: Config, architecture: Architecture, *, sources: int = 0) -> Shapes:
     """The square bucket's sizes; the other buckets have about as many pixels.
 
     Args:
         config: The experiment.
         architecture: The model's.
-        edits: Whether the pairs are known to begin from source images, which some models need not.
+        sources: How many source images the pairs are known to begin from; some models need none.
     """
     factor = architecture.vae_factor
     make_geometry(
@@ -159,12 +159,13 @@ def make_shapes(config: Config, architecture: Architecture, *, edits: bool = Fal
     )
     side = config.prepare.resolution // factor
     if architecture.flow is not None:
-        tokens = text_length(architecture.flow, config)
-        source = None
-        flow = architecture.flow
-        if flow.edits == "must" or (edits and flow.takes_sources):
+        flow, source = architecture.flow, None
+        most = max(sources, 1)
+        if flow.edits == "must" or (sources and flow.takes_sources):
             source = (SOURCE_SIDE // factor, SOURCE_SIDE // factor)
-        return Shapes(config.train.micro_batch_size, side, side, factor, tokens, source=source)
+        tokens = text_length(flow, config, most)
+        pairs = config.train.micro_batch_size
+        return Shapes(pairs, side, side, factor, tokens, source=source, sources=most)
     chunks = config.prepare.prompt_chunks
     tokens = chunks * architecture.texts[0].get("max_position_embeddings", 77)
     return Shapes(config.train.micro_batch_size, side, side, factor, tokens, chunks)

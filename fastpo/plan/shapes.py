@@ -16,7 +16,8 @@ class Shapes:
         vae_factor: Image pixels per latent pixel and side.
         tokens: Tokens of a prompt, in all of its chunks.
         chunks: How many chunks the text encoders take it in.
-        source: Latent pixels, height and width, of the image that an edit begins from.
+        source: Latent pixels, height and width, of an image that an edit begins from.
+        sources: How many of them an edit begins from.
     """
 
     pairs: int
@@ -26,3 +27,4 @@ class Shapes:
     tokens: int
     chunks: int = 1
     source: tuple[int, int] | None = None
+    sources: int = 1

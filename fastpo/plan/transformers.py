@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastpo.config import Config
 from fastpo.errors import ModelError
 from fastpo.models import flux, sana, sd3
-from fastpo.models.edits import SOURCE_LATENTS
+from fastpo.models.edits import source_condition
 from fastpo.models.export import empty_denoiser
 from fastpo.models.flow import FlowFamily
 from fastpo.models.folder import ModelFolder
@@ -62,9 +62,9 @@ class Text:
         )
 
 
-def text_length(family: FlowFamily, config: Config) -> int:
-    """Returns the tokens of a prompt, and of an image with it, for the long text encoder."""
-    seen = _SEEN.get(family.name, 0)
+def text_length(family: FlowFamily, config: Config, images: int = 1) -> int:
+    """Returns the tokens of a prompt, and of images with it, for the long text encoder."""
+    seen = images * _SEEN.get(family.name, 0)
     if config.prepare.text_length is not None:
         return config.prepare.text_length + seen
     if isinstance(family, LanguageFamily):
@@ -161,9 +161,9 @@ def transformer_call(
         for name, size in text.sizes.items()
     }
 
-    if shapes.source is not None:
-        sides = shapes.source
-        conditions[SOURCE_LATENTS] = torch.empty(shapes.pairs, latent_channels, *sides, device=META)
+    for place in range(0 if shapes.source is None else shapes.sources):
+        size = shapes.pairs, latent_channels, *(shapes.source or ())
+        conditions[source_condition(place)] = torch.empty(size, device=META)
 
     def call(denoiser: nn.Module) -> Tensor:
         return family.predict(denoiser, noised, conditions)

@@ -256,8 +256,8 @@ class Shards:
     def add(self, pair: PreferencePair, decision: Decision) -> str | None:
         """Writes a pair; returns why it has none where an image cannot be read."""
         readers = {"jpg_0": pair.winner, "jpg_1": pair.loser}
-        if pair.source_image is not None:
-            readers["source"] = pair.source_image
+        for number, read in enumerate(pair.source_images, 1):
+            readers["source" if number == 1 else f"source_{number}"] = read
         try:
             images = {name: retrying(read) for name, read in readers.items()}
         except OSError as error:

@@ -152,6 +152,7 @@ def write_folder(
     sizes: Sequence[tuple[int, int]] = ((48, 48),),
     prompts: int = 3,
     sources: Sequence[tuple[int, int]] = (),
+    together: int = 1,
 ) -> Path:
     """Writes a plain folder with `pairs.jsonl`; returns `path`.
 
@@ -161,6 +162,7 @@ def write_folder(
         sizes: Width and height, taken in turn.
         prompts: Number of distinct prompts, taken in turn.
         sources: Width and height of source images, taken in turn; default: the pairs are no edits.
+        together: How many source images a pair takes.
     """
     path.mkdir(parents=True, exist_ok=True)
     for k, size in enumerate(sources):
@@ -173,7 +175,9 @@ def write_folder(
             image = image_bytes(2 * i + offset, sizes[i % len(sizes)])
             (path / entry[side]).write_bytes(image)
         if sources:
-            entry["source"] = f"source{i % len(sources)}.png"
+            first = i * together
+            turn = [f"source{k % len(sources)}.png" for k in range(first, first + together)]
+            entry["source"] = turn if together > 1 else turn[0]
         lines.append(json.dumps(entry) + "\n")
     (path / "pairs.jsonl").write_text("".join(lines))
     return path

@@ -222,7 +222,7 @@ def test_a_relabeled_copy_keeps_the_sources(tmp_path):
             assert shards.add(pair, Decision()) is None
     copied = open_source(DataConfig(source="folder", path=str(tmp_path / "out")))
     expected = (tmp_path / "data" / "source0.png").read_bytes()
-    assert [pair.source_image() for pair in copied] == [expected] * 2
+    assert [[read() for read in pair.source_images] for pair in copied] == [[expected]] * 2
     assert copied.source_images().numbers.tolist() == [0, 0]
 
 
@@ -238,7 +238,7 @@ def test_prompts_of_edits_come_with_their_sources(tmp_path, model, tiny_pipeline
 
     edits, samples = sampler(model, prompts_file=listing)
     places = [str(tmp_path / "data" / f"source{k}.png") for k in range(2)]
-    assert [(s.prompt, s.source) for s in samples] == [("prompt 0", place) for place in places]
+    assert [(s.prompt, s.sources) for s in samples] == [("prompt 0", (p,)) for p in places]
     before = edits.fingerprint(samples)
     assert edits.fingerprint(samples[:1]) != before
     (tmp_path / "data" / "source0.png").write_bytes(image_bytes(9, (60, 60)))
@@ -296,7 +296,7 @@ def test_other_listings_name_sources_too(tmp_path, write):
     images = source.source_images()
     assert images.numbers.tolist() == [0, 1]
     assert [images.read(k) for k in range(2)] == sources
-    assert [pair.source_image() for pair in source] == sources
+    assert [[read() for read in pair.source_images] for pair in source] == [[s] for s in sources]
 
 
 def test_several_data_sets_keep_their_own_sources(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastpo.config.sections import PrepareConfig
-from fastpo.models.edits import SOURCE_LATENTS
+from fastpo.models.edits import source_condition
 from fastpo.models.folder import ModelFolder
 from fastpo.testing import image_bytes, tiny_sd15_folder, tiny_sdxl_folder
 from fastpo.testing.flow import (
@@ -43,13 +43,19 @@ alike, since the pairs of a batch have sources of one size."""
 
 CUT_SOURCES = (96, 65), (99, 67)
 """FLUX.2 cuts what is beyond whole tokens."""
+SECOND_SOURCES = (64, 80), (66, 83)
+
+
+def two(first, second):
+    """Two sources of different sizes for each of two prompts."""
+    return {"sources": (first[0], second[0], first[1], second[1]), "together": 2}
 
 
 def same(latents, pipeline, size):
     return latents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A family under test.
 
@@ -66,8 +72,10 @@ class Case:
         options: More arguments of the pipeline's call.
         pair_conditions: `pair_conditions(height, width)`: those of each pair.
         size: Height and width of the images in pixels.
-        sources: Width and height of each prompt's source image, of families that edit; both get
-            one size where they share a batch.
+        sources: Width and height of the prompts' source images, of families that edit; those of
+            both prompts get one size where they share a batch.
+        together: How many of them a prompt has.
+        seen: Whether the text encoder sees them.
     """
 
     name: str
@@ -81,6 +89,8 @@ class Case:
     pair_conditions: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
     size: tuple[int, int] = SIZE
     sources: tuple[tuple[int, int], ...] = ()
+    together: int = 1
+    seen: bool = False
 
 
 def sizes(height, width):
@@ -109,7 +119,7 @@ def flux2_latents(tokens, pipeline, size):
     return tokens.mT.unflatten(2, [side // (2 * pipeline.vae_scale_factor) for side in size])
 
 
-QWEN_EDIT = {"pack": tokens_of, "unpack": qwen_latents, "sources": SOURCES}
+QWEN_EDIT = {"pack": tokens_of, "unpack": qwen_latents, "sources": SOURCES, "seen": True}
 FLUX2 = {"pack": flux2_tokens, "unpack": flux2_latents, "enter": same}
 
 CASES = (
@@ -143,7 +153,19 @@ CASES = (
     Case("flux2-dev", tiny_flux2_dev_folder, **FLUX2),
     Case("flux2-klein-edit", tiny_flux2_klein_folder, **FLUX2, sources=CUT_SOURCES),
     Case("flux2-dev-edit", tiny_flux2_dev_folder, **FLUX2, sources=CUT_SOURCES),
+    Case(
+        "flux2-klein-two-sources",
+        tiny_flux2_klein_folder,
+        **FLUX2,
+        **two(CUT_SOURCES, SECOND_SOURCES),
+    ),
+    Case(
+        "qwen-image-edit-2511-two-sources",
+        lambda path: tiny_qwen_image_edit_folder(path, plus=True, zero_cond_t=True),
+        **QWEN_EDIT | two(SOURCES, SECOND_SOURCES),
+    ),
 )
+EDITING = tuple(case for case in CASES if case.sources)
 
 
 @dataclass
@@ -190,14 +212,16 @@ class Stock:
         self.encoders = self.family.load_encoders(self.model, self.config, device)
         self.denoiser = self.family.load_denoiser(self.model)
         self.schedule = self.family.schedule(self.model, case.size[0])
-        self.sources = [source_image(k, size) for k, size in enumerate(case.sources)]
+        images = [source_image(k, size) for k, size in enumerate(case.sources)]
+        each = case.together
+        self.sources = [images[k : k + each] for k in range(0, len(images), each)]
 
     def conditions(self, prompts=PROMPTS):
         """What `predict` is given for the prompts."""
         pairs = self.case.pair_conditions(*self.case.size)
-        if self.sources:
-            pixels = [self.encoders.source_pixels(image) for image in self.sources]
-            pairs[SOURCE_LATENTS] = self.encoders.encode_sources(torch.stack(pixels))
+        for place, images in enumerate(zip(*self.sources, strict=True)):
+            pixels = torch.stack([self.encoders.source_pixels(image) for image in images])
+            pairs[source_condition(place)] = self.encoders.encode_sources(pixels)
         return {**self.text(prompts), **pairs}
 
     def text(self, prompts):
@@ -205,8 +229,8 @@ class Stock:
         if not self.family.text_sees_source:
             return self.encoders.encode_prompts(prompts)
         each = [
-            self.encoders.encode_edit(prompt, image)
-            for prompt, image in zip(prompts, self.sources, strict=False)
+            self.encoders.encode_edit(prompt, images)
+            for prompt, images in zip(prompts, self.sources, strict=False)
         ]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+from fastpo.models.edits import source_condition
 from fastpo.testing.edits import small_sources
-from tests.models.family_cases import CASES, PROMPTS, Stock, source_image
+from tests.models.family_cases import CASES, EDITING, PROMPTS, Stock, source_image
+
+
+def only(cases):
+    """Runs a test with some of the cases, each beside the other tests of its pipeline."""
+    return pytest.mark.parametrize("stock", cases, indirect=True, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -72,26 +78,43 @@ def test_prompts_matter_each_for_its_own_pair(stock, answers):
     assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
 
 
+@only(EDITING)
 def test_sources_matter_each_for_its_own_pair(stock, answers):
-    if not stock.sources:
-        pytest.skip("edits no images")
     noised, expected = answers
-    conditions = stock.conditions()
-    conditions["source_latents"] = conditions["source_latents"].flip(0)
+    for place in range(stock.case.together):
+        conditions = stock.conditions()
+        name = source_condition(place)
+        conditions[name] = conditions[name].flip(0)
+        with torch.no_grad():
+            swapped = stock.family.predict(stock.denoiser, noised, conditions)
+        assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+
+
+@only([case for case in CASES if case.together > 1])
+def test_sources_keep_their_order(stock, answers):
+    noised, expected = answers
+    turned = stock.conditions()
+    names = [source_condition(place) for place in range(2)]
+    assert turned[names[0]].shape != turned[names[1]].shape
+    turned |= {names[0]: turned[names[1]], names[1]: turned[names[0]]}
     with torch.no_grad():
-        swapped = stock.family.predict(stock.denoiser, noised, conditions)
-    assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+        found = stock.family.predict(stock.denoiser, noised, turned)
+    assert (found - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+    if stock.case.seen:
+        first, second = (
+            stock.encoders.encode_edit(PROMPTS[0], images)["prompt_embeds"]
+            for images in (stock.sources[0], stock.sources[0][::-1])
+        )
+        assert not torch.equal(first, second)
 
 
 class GivenError(Exception):
     pass
 
 
+@only([case for case in EDITING if case.together == 1])
 @pytest.mark.parametrize("size", [(90, 70), (70, 90), (64, 64), (320, 65), (130, 68)])
 def test_a_source_gets_the_size_and_pixels_that_the_pipeline_gives_it(stock, size, monkeypatch):
-    if not stock.sources:
-        pytest.skip("edits no images")
-
     def given(image):
         raise GivenError(image)
 
@@ -101,16 +124,15 @@ def test_a_source_gets_the_size_and_pixels_that_the_pipeline_gives_it(stock, siz
         stock.pipeline(
             prompt="a cat",
             num_inference_steps=1,
-            **stock.family.edit_arguments(image, *stock.case.size),
+            **stock.family.edit_arguments([image], *stock.case.size),
         )
     pixels = caught.value.args[0]
     assert torch.equal(stock.encoders.source_pixels(image), pixels.squeeze(2)[0])
     assert pixels.shape[-2:] != stock.case.size
 
 
+@only([case for case in CASES if not case.seen])
 def test_a_prompt_beside_a_longer_one_is_encoded_as_alone(stock):
-    if stock.family.text_sees_source:
-        pytest.skip("encodes one prompt at a time")
     both = stock.encoders.encode_prompts(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         for name, alone in stock.encoders.encode_prompts([prompt]).items():

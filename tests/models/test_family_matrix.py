@@ -48,6 +48,7 @@ WHOLE = [
 TWINS = (
     *("sd3.5-large", "flux2-dev", "flux2-dev-edit"),
     *("qwen-image-edit-2509", "qwen-image-edit-2511"),
+    *("flux2-klein-two-sources", "qwen-image-edit-2511-two-sources"),
 )
 """Cases that differ from another one in `predict` alone, which is tested for itself."""
 

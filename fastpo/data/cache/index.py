@@ -3,8 +3,9 @@
 Columns of `index.arrow`, one row per usable pair in the order of the source: `pair_id`, `pair_key`,
 `position` in the source, number of the `prompt`, `bucket` (number of the latent shape), `shard`,
 `slot` (row in the shard's tensor of this shape), `add_time_ids`; `pair_weight`, where the data set
-has weights; and of edits the number of the `source_image` that they begin from. Any Arrow reader
-opens it. Nothing is copied to memory when it is opened; processes of one machine share its pages.
+has weights; and of edits the number of the `source_image` that they begin from, with, where pairs
+have several, those of `more_sources`, -1 where a pair has fewer. Any Arrow reader opens it. Nothing
+is copied to memory when it is opened; processes of one machine share its pages.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fastpo.data.cache.arrow import Texts, write_arrow
+from fastpo.data.cache.arrow import Texts, rows_of, write_arrow
 from fastpo.data.cache.checks import ROWS
 from fastpo.data.cache.comparisons import find_comparisons, image_digests
 from fastpo.data.cache.manifest import Manifest, Quarantined, file_record
 from fastpo.data.cache.parts import (
     INDEX,
+    MORE_SOURCES,
     PROMPTS,
     RECORD,
     SOURCE_IMAGE,
@@ -134,12 +136,12 @@ def _merge_index(
             shard[kept],
             position[kept],
         )
-    shapes = table["height"].to_numpy().astype(np.int64) << 16 | table["width"].to_numpy()
-    if images is not None:  # pairs of a batch have source images of one shape, too
-        begins = table[SOURCE_IMAGE].to_numpy()
-        shapes = shapes << 32 | shapes_of(images, begins)
-    distinct, bucket = np.unique(shapes, return_inverse=True)
-    distinct = distinct if images is None else distinct >> 32
+    shapes = [table["height"].to_numpy().astype(np.int64) << 16 | table["width"].to_numpy()]
+    more = _more_sources(table)
+    if images is not None:  # pairs of a batch have source images of the same shapes, too
+        for begins in (table[SOURCE_IMAGE].to_numpy(), *more.T):
+            shapes.append(shapes_of(images, begins))
+    distinct, bucket = _numbered_rows(shapes)
     names = table["pair_id"].cast(pa.large_string()).combine_chunks()
     names, keys, repeated = _number_names(names, position, quarantined)
     columns = {
@@ -159,9 +161,32 @@ def _merge_index(
     if images is not None:
         types[SOURCE_IMAGE] = SOURCE_IMAGE_TYPE
         columns[SOURCE_IMAGE] = table[SOURCE_IMAGE].combine_chunks()
+    if more.shape[1]:
+        types[MORE_SOURCES] = pa.list_(pa.int32(), more.shape[1])
+        columns[MORE_SOURCES] = pa.FixedSizeListArray.from_arrays(more.ravel(), more.shape[1])
     arrays = [pa.array(columns[name], type=kind) for name, kind in types.items()]
-    pairs = [(int(shape >> 16), int(shape & 0xFFFF)) for shape in distinct]
+    pairs = [(int(shape >> 16), int(shape & 0xFFFF)) for shape in distinct[0]]
     return pa.record_batch(arrays, names=list(types)), pairs, repeated
+
+
+def _more_sources(table: pa.Table) -> np.ndarray:
+    """Returns `(pairs, K)` int32, the source images behind each pair's first; -1 for none."""
+    if MORE_SOURCES not in table.column_names:
+        return np.empty((len(table), 0), dtype=np.int32)
+    lists = [numbers or [] for numbers in table[MORE_SOURCES].to_pylist()]
+    most = max(map(len, lists))
+    padded = [numbers + [-1] * (most - len(numbers)) for numbers in lists]
+    return np.array(padded, dtype=np.int32).reshape(len(lists), most)
+
+
+def _numbered_rows(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the distinct rows in their order, `(columns, distinct)`, and each row's number."""
+    if len(columns) == 1:
+        distinct, numbers = np.unique(columns[0], return_inverse=True)
+        return distinct[None], numbers
+    rows = np.stack(columns, axis=1)
+    distinct, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return distinct.T, numbers.reshape(-1)
 
 
 def _count(
@@ -183,8 +208,10 @@ def _count(
     named_again, duplicates = repeated
     position, prompt = (index.column(name).to_numpy() for name in ("position", "prompt"))
     if SOURCE_IMAGE in index.schema.names:
-        begins = index.column(SOURCE_IMAGE).to_numpy().astype(np.int64)
-        prompt = prompt * (begins.max(initial=0) + 1) + begins
+        begins = [prompt, index.column(SOURCE_IMAGE).to_numpy().astype(np.int64)]
+        if MORE_SOURCES in index.schema.names:
+            begins += [*rows_of(index, MORE_SOURCES).T.numpy().astype(np.int64)]
+        _, prompt = _numbered_rows(begins)
     source = manifest.source_of(position)
     nowhere = np.zeros(len(position), dtype=bool)
     pairs = {"shared": nowhere, "contradictions": nowhere}

@@ -28,6 +28,7 @@ from fastpo.data.cache.manifest import (
 )
 from fastpo.data.cache.parts import (
     LATENTS,
+    MORE_SOURCES,
     SOURCE_IMAGE,
     TEXT,
     WEIGHT,
@@ -39,7 +40,7 @@ from fastpo.data.cache.summary import told_counts
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.data.cache.texts import TextRows
 from fastpo.errors import CacheError, ConfigError, one_line
-from fastpo.models.edits import SOURCE_LATENTS
+from fastpo.models.edits import source_condition
 from fastpo.models.folder import ModelFolder
 from fastpo.system.words import counted
 from fastpo.types import PairBatch
@@ -67,6 +68,7 @@ class PairCache:
         prompts: The distinct prompts; number 0 is the empty one.
         prompt_index: `(N,)` int64, number of each pair's prompt.
         source_images: Of edits, `(N,)` int32, the number of the image that each begins from.
+        more_sources: Where pairs have several, `(N, K)` int32, the next ones' numbers, -1 for none.
         source_names: Of several data sets the names, in their order; empty for a single one.
         source_index: `(N,)` int64, the number of each pair's data set; all 0 for a single one.
     """
@@ -125,9 +127,12 @@ class PairCache:
             if int(numbers.min()) < 0 or int(numbers.max()) >= count:
                 raise CacheError(f"{folder}: the index does not match the manifest; prepare again")
         self.source_images: Tensor | None = None
+        self.more_sources: Tensor | None = None
         if manifest.images:
             self.source_images = column(index, SOURCE_IMAGE)
             self._source_latents = SourceLatents(folder, manifest, self._files)
+        if MORE_SOURCES in index.schema.names:
+            self.more_sources = rows_of(index, MORE_SOURCES)
         self._pair_conditions = {name: rows_of(index, name) for name in pair_conditions}
         rate, seed = self._flips = (config.data.flip_rate, config.data.flip_seed)
         flips = (is_flipped(name, rate=rate, seed=seed) for name in self.pair_ids if rate > 0)
@@ -216,8 +221,8 @@ class PairCache:
         mean, logvar = self._latents(index, self.latent_shapes[buckets.pop()], flipped)
         of_prompts = self._text(self.prompt_index[index].tolist())
         of_pairs = {name: rows[index] for name, rows in self._pair_conditions.items()}
-        if self.source_images is not None:
-            of_pairs[SOURCE_LATENTS] = self._source_latents.read(self.source_images[index].tolist())
+        for place, numbers in enumerate(self._sources_of(index)):
+            of_pairs[source_condition(place)] = self._source_latents.read(numbers)
         return PairBatch(
             index=index,
             pair_key=self.pair_keys[index],
@@ -228,6 +233,29 @@ class PairCache:
             conditions=of_prompts | of_pairs,
             pair_weight=None if self.pair_weight is None else self.pair_weight[index],
         )
+
+    def sources_of(self, row: int) -> tuple[int, ...]:
+        """Returns the numbers of the images that a pair begins from, in its order."""
+        return tuple(numbers[0] for numbers in self._sources_of(torch.tensor([row])))
+
+    def _sources_of(self, index: Tensor) -> list[list[int]]:
+        """Returns by place in a pair the numbers of the source images of pairs of one bucket."""
+        if self.source_images is None:
+            return []
+        columns = [self.source_images[index].tolist()]
+        if self.more_sources is not None:
+            columns += self.more_sources[index].T.tolist()
+        return [numbers for numbers in columns if numbers[0] >= 0]
+
+    def source_latents(self, number: int) -> Tensor | None:
+        """Returns a source image's latents as stored, `(C, h, w)`; None where it has none.
+
+        Raises:
+            CacheError: A file is damaged.
+        """
+        if not self._source_latents.stored(number):
+            return None
+        return self._source_latents.read([number])[0]
 
     def _held_out(self, share: float, by: str) -> Tensor:
         """Which pairs are held out; errors where that leaves nothing to train or to measure on."""

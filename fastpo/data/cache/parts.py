@@ -56,6 +56,8 @@ WEIGHT = "pair_weight"
 WEIGHT_TYPE = pa.float32()  # null counts as 1; a shard of which no pair has one lacks the column
 SOURCE_IMAGE = "source_image"
 SOURCE_IMAGE_TYPE = pa.int32()  # number of the image that an edit begins from; only of edits
+MORE_SOURCES = "more_sources"
+MORE_SOURCES_TYPE = pa.list_(pa.int32())  # the next ones; lacking where no pair has any
 PROMPT_SCHEMA = pa.schema([("prompt", pa.string())])
 LATENTS, INDEX = "latents.safetensors", "index.parquet"
 TEXT, PROMPTS = "text.safetensors", "prompts.parquet"
@@ -82,7 +84,7 @@ class PartRecord(Record):
         quarantined: Position in the source of each pair left out, and why; of texts and source
             images the numbers of those whose image could not be read.
         contents: Of a shard, the digests of its pairs in the source one after the other; see
-            `fastpo.data.prepare.verify_source`.
+            `fastpo.data.prepare.verify_source`. Of source images those of the images.
         images: The same of each pair's winner and loser; empty in caches of before it was kept.
         cut: Of a text, how many prompts are longer than what was encoded of them.
     """
@@ -100,7 +102,7 @@ class Digests:
     """What a shard was made from, as text of hexadecimal digits, `DIGITS` for each thing.
 
     Attributes:
-        contents: Of each pair its name, prompt and images.
+        contents: Of each pair its name, prompt and images; or of each source image its bytes.
         images: Of each pair its winner, and its loser.
     """
 
@@ -243,7 +245,11 @@ def index_schema(rows: Sequence[dict[str, Any]], *, edits: bool = False) -> pa.S
     schema = INDEX_SCHEMA
     if any(row[WEIGHT] is not None for row in rows):
         schema = schema.append(pa.field(WEIGHT, WEIGHT_TYPE))
-    return schema.append(pa.field(SOURCE_IMAGE, SOURCE_IMAGE_TYPE)) if edits else schema
+    if edits:
+        schema = schema.append(pa.field(SOURCE_IMAGE, SOURCE_IMAGE_TYPE))
+    if any(row[MORE_SOURCES] for row in rows):
+        schema = schema.append(pa.field(MORE_SOURCES, MORE_SOURCES_TYPE))
+    return schema
 
 
 def finished_parts(folder: Path, manifest: Manifest) -> int:

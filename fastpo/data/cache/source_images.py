@@ -44,15 +44,16 @@ def merge_images(folder: Path, parts: Sequence[CachePart]) -> pa.RecordBatch:
 
 
 def shapes_of(images: pa.RecordBatch, numbers: np.ndarray) -> np.ndarray:
-    """Returns height << 16 | width of the latents of images, by their numbers, int64.
+    """Returns height << 16 | width of the latents of images, int64, by their numbers; 0 of none.
 
     Raises:
         CacheError: An image has no latents.
     """
     height, width = (images.column(name).to_numpy()[numbers] for name in ("height", "width"))
-    if not height.all():
+    some = numbers >= 0
+    if not height[some].all():
         raise CacheError(f"a usable pair begins from an image without latents; {REMAKE}")
-    return height.astype(np.int64) << 16 | width
+    return np.where(some, height.astype(np.int64) << 16 | width, 0)
 
 
 class SourceLatents:
@@ -72,6 +73,10 @@ class SourceLatents:
         self._height, self._width, self._slot = (
             column(images, name) for name in ("height", "width", "slot")
         )
+
+    def stored(self, number: int) -> bool:
+        """Tells whether an image has latents; one that could not be read has none."""
+        return bool(self._height[number])
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Returns `(B, C, h, w)` of images of one shape, as stored.

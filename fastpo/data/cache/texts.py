@@ -3,7 +3,8 @@
 A text part's file holds a condition of N prompts as one tensor `(N, ...)`, or, where much of it is
 zeros behind the prompts' own tokens, each prompt's tokens as a tensor of their own, `(1, L, D)`,
 named `condition:length:slot`: `prompt_embeds:512:7` is the eighth prompt of the part, padded to 512
-when it is read. A prompt is read by itself, whichever way.
+when it is read. A prompt is read by itself, whichever way. Parts may have texts of other lengths;
+of those that are read together the longest counts.
 """
 
 from __future__ import annotations
@@ -75,17 +76,14 @@ class TextRows:
         return self._lengths[file]
 
     def _condition(self, name: str, places: Sequence[tuple[str, int]]) -> Tensor:
-        found: Tensor | None = None
-        for row, (file, slot) in enumerate(places):
+        stored, longest = [], 0
+        for file, slot in places:
             length = self._conditions(file).get(name)
             key, slot = (name, slot) if length is None else (f"{name}:{length}:{slot}", 0)
             rows = self._files.rows(file, key)
-            if found is None:
-                shape = rows.shape if length is None else (length, *rows.shape[1:])
-                found = torch.zeros((len(places), *shape), dtype=rows.dtype)
-            into = found[row : row + 1]
-            if length is not None:
-                into = into[:, : rows.shape[0]]
-            self._files.read(file, key, slot, bytes_of(into))
-        assert found is not None, "there is a prompt"
+            longest = max(longest, length or rows.shape[0])
+            stored.append((file, key, slot, rows.shape[0]))
+        found = torch.zeros((len(places), longest, *rows.shape[1:]), dtype=rows.dtype)
+        for row, (file, key, slot, length) in enumerate(stored):
+            self._files.read(file, key, slot, bytes_of(found[row : row + 1, :length]))
         return found

@@ -18,6 +18,7 @@ from fastpo.data.cache.manifest import Quarantined
 from fastpo.data.cache.parts import (
     INDEX,
     LATENTS,
+    MORE_SOURCES,
     PROMPT_SCHEMA,
     PROMPTS,
     SOURCE_IMAGE,
@@ -56,11 +57,11 @@ class Shared:
 
     Attributes:
         text: Of its text.
-        source_image: Of the image that it begins from; None where it is no edit.
+        sources: Of the images that it begins from, in its order; none where it is no edit.
     """
 
     text: int
-    source_image: int | None = None
+    sources: tuple[int, ...] = ()
 
 
 class ShardBuilder:
@@ -103,7 +104,7 @@ class ShardBuilder:
 
         Args:
             pair: The pair.
-            shared: Its text and source image.
+            shared: Its text and source images.
             digests: What it is made from.
             images: Both images, or what an earlier cache holds of them, or why there are none.
         """
@@ -127,7 +128,8 @@ class ShardBuilder:
                 "pair_id": pair.pair_id,
                 "position": position,
                 "prompt": shared.text,
-                SOURCE_IMAGE: shared.source_image,
+                SOURCE_IMAGE: shared.sources[0] if shared.sources else None,
+                MORE_SOURCES: list(shared.sources[1:]),
                 "height": height,
                 "width": width,
                 "slot": self._slots[shape],

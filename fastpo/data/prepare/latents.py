@@ -193,13 +193,15 @@ class _Work:
         elif part.kind == "image":
             self.encoders.place_texts("cpu")
             assert self.tables.images is not None, "the plan has source images"
-            write_source_images(self.config, self._edit_encoders, part, self.tables.images)
+            write_source_images(
+                self.config, self._edit_encoders, part, self.tables.images, self.earlier
+            )
         else:
             self._make_shard(part, advance)
 
     def _make_text(self, part: CachePart) -> None:
         if self.tables.seen is not None:
-            write_edit_texts(self.config, self._edit_encoders, part, self.tables)
+            write_edit_texts(self.config, self._edit_encoders, part, self.tables, self.earlier)
             return
         prompts = self.tables.texts.prompts[part.span.start : part.span.stop]
         write_prompts(self.config, self.encoders, part, prompts, self.earlier)

@@ -29,12 +29,12 @@ class Tables:
     Attributes:
         texts: What is encoded as text, and which pair has which.
         images: The source images, or None.
-        seen: Of texts that are read together with an image, `(texts,)` its number; else None.
+        seen: Of texts that are read together with images, of each text their numbers; else None.
     """
 
     texts: PromptTable
     images: SourceImages | None = None
-    seen: Sequence[int] | None = None
+    seen: Sequence[tuple[int, ...]] | None = None
 
 
 def partition(

@@ -1,13 +1,15 @@
 """Rows of an earlier cache, copied instead of encoded again: for data that grew or changed.
 
-A pair is known by the bytes of its two images, in either order, and a prompt by its text; names,
-lines and labels may have changed. The earlier cache is read only.
+A pair is known by the bytes of its two images, in either order, a prompt by its text, and of edits
+a source image by its bytes and a prompt that is read with source images by its text and theirs;
+names, lines and labels may have changed. The earlier cache is read only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,16 +38,26 @@ class EncodedPair:
 class EarlierCache:
     """Finds pairs and prompts in a finished cache; any number of threads may ask."""
 
-    def __init__(self, cache: PairCache, pairs: dict[str, int], *, by_image: bool) -> None:
+    def __init__(
+        self,
+        cache: PairCache,
+        pairs: dict[str, int],
+        sources: Sequence[str] = (),
+        *,
+        by_image: bool,
+    ) -> None:
         """Use `EarlierCache.open`.
 
         Args:
             cache: The cache.
             pairs: Position in it by digests: of winner and loser, or of the whole content.
-            by_image: Which of them.
+            sources: Digests of the images that edits begin from, by their numbers.
+            by_image: Which digests pairs are known by.
         """
         self._cache, self._pairs, self._by_image = cache, pairs, by_image
         self._prompts = {prompt: number for number, prompt in enumerate(cache.prompts)}
+        self._digests = sources
+        self._sources = {digest: number for number, digest in enumerate(sources)}
 
     @classmethod
     def open(cls, config: Config, identity: dict[str, str]) -> EarlierCache | None:
@@ -82,7 +94,10 @@ class EarlierCache:
         digests, by_image = _digests(cache, manifest)
         positions = cache.positions.tolist()
         pairs = {digests[position]: row for row, position in enumerate(positions)}
-        return cls(cache, pairs, by_image=by_image)
+        sources = "".join(
+            part.record(folder).contents for part in parts_of(manifest) if part.kind == "image"
+        )
+        return cls(cache, pairs, _cut(sources, DIGITS), by_image=by_image)
 
     def pair(self, digests: PairDigests) -> EncodedPair | None:
         """Returns what is known of a pair, or None.
@@ -110,6 +125,40 @@ class EarlierCache:
         """
         known = {prompt: self._prompts[prompt] for prompt in prompts if prompt in self._prompts}
         return {prompt: self._cache.prompt_conditions(number) for prompt, number in known.items()}
+
+    @cached_property
+    def _edits(self) -> dict[tuple[str, ...], int]:
+        """Numbers of texts by prompt and digests of the images that they are read with."""
+        found = {}
+        for row, text in enumerate(self._cache.prompt_index.tolist()):
+            digests = (self._digests[number] for number in self._cache.sources_of(row))
+            found[self._cache.prompts[text], *digests] = text
+        return found
+
+    def source(self, digest: str) -> Tensor | None:
+        """Returns the latents of a source image as stored, `(C, h, w)`, or None.
+
+        Args:
+            digest: Of its bytes.
+
+        Raises:
+            CacheError: Its row is damaged.
+        """
+        number = self._sources.get(digest)
+        return None if number is None else self._cache.source_latents(number)
+
+    def edit(self, prompt: str, digests: Iterable[str]) -> dict[str, Tensor] | None:
+        """Returns the conditions of a prompt that is read with source images, or None.
+
+        Args:
+            prompt: The prompt.
+            digests: Of the images' bytes, in their order.
+
+        Raises:
+            CacheError: A row is damaged.
+        """
+        number = self._edits.get((prompt, *digests))
+        return None if number is None else self._cache.prompt_conditions(number)
 
 
 def _digests(cache: PairCache, manifest: Manifest) -> tuple[list[str], bool]:

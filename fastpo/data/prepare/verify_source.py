@@ -48,7 +48,7 @@ def pair_digests(pair: PreferencePair, *images: bytes | OSError) -> PairDigests:
 
     Args:
         pair: The pair.
-        images: Winner, loser and, of an edit, the image that it begins from.
+        images: Winner, loser and, of an edit, the images that it begins from.
     """
     sides = [readable(image) for image in images]
     content = _digest()
@@ -168,13 +168,11 @@ def _content_of(pair: PreferencePair, *, edits: bool) -> tuple[str, str]:
 
 
 def read_images(pair: PreferencePair, *, edits: bool) -> list[bytes | OSError]:
-    """Reads winner, loser and, of an edit, the image that it begins from; see `read_image`.
+    """Reads winner, loser and, of an edit, the images that it begins from; see `read_image`.
 
     Raises:
         DataError: A fault of the machine did not pass.
     """
-    readers = [pair.winner, pair.loser]
-    if edits and pair.source_image is not None:
-        readers.append(pair.source_image)
+    readers = [pair.winner, pair.loser, *(pair.source_images if edits else ())]
     with naming(pair, "reading its images"):
         return [read_image(reader) for reader in readers]

@@ -68,13 +68,21 @@ class SourceImages:
 
     Attributes:
         names: In the order of their first appearance.
-        numbers: `(N,)` int32, the number of each pair's image.
+        sets: The distinct lists of images that pairs begin from, in the order of their first
+            appearance: of each the numbers of its images, in the pair's order.
+        numbers: `(N,)` int32, the number of each pair's list.
         read: Returns the bytes of the image of a number; errors as `DataFolder.read`.
     """
 
     names: list[str]
+    sets: list[tuple[int, ...]]
     numbers: np.ndarray
     read: Callable[[int], bytes]
+
+    @property
+    def most(self) -> int:
+        """The most images that a pair begins from."""
+        return max(map(len, self.sets))
 
 
 class PairSource(ABC):
@@ -143,7 +151,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def edits(self) -> bool:
-        """Tells whether the first pair's `source` is an image that is there.
+        """Tells whether the first pair's `source` names images that are there.
 
         A column of that name may hold anything where the model begins from no image.
         """
@@ -211,15 +219,17 @@ class ScannedSource(PairSource):
     def source_images(self) -> SourceImages | None:
         """See the base class."""
         known: dict[str, int] = {}
+        sets: dict[tuple[int, ...], int] = {}
         numbers, without = np.zeros(len(self), dtype=np.int32), []
-        for number, name in enumerate(self._source_names()):
-            if name is None:
+        for number, names in enumerate(self._source_names()):
+            if not names:
                 without.append(number)
                 continue
-            fault = self._source_fault(name)
+            fault = next(filter(None, map(self._source_fault, names)), None)
             if fault is not None and not self._source_faults_told:
                 self.bad.add(f"pair {number} (from 0)", fault, is_pair=True)
-            numbers[number] = known.setdefault(name, len(known))
+            images = tuple(known.setdefault(name, len(known)) for name in names)
+            numbers[number] = sets.setdefault(images, len(sets))
         self._source_faults_told = True
         if not known:
             return None
@@ -229,16 +239,18 @@ class ScannedSource(PairSource):
                 f"first is pair {without[0]} (from 0); give all of them one, or none"
             )
         self.bad.check(self.report.rows)
-        names = list(known)
-        return SourceImages(names, numbers, lambda number: self._read_source(names[number]))
+        listed = list(known)
+        return SourceImages(
+            listed, list(sets), numbers, lambda number: self._read_source(listed[number])
+        )
 
     def edits(self) -> bool:
         """See the base class."""
-        name = next(iter(self._source_names()), None)
-        return name is not None and self._source_fault(name) is None
+        names = next(iter(self._source_names()), ())
+        return bool(names) and not any(map(self._source_fault, names))
 
-    def _source_names(self) -> Iterable[str | None]:
-        """Yields the source image of every pair; by default there are none."""
+    def _source_names(self) -> Iterable[tuple[str, ...]]:
+        """Yields the names of the source images of every pair; by default there are none."""
         return ()
 
     def _source_fault(self, name: str) -> str | None:

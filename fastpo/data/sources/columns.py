@@ -15,6 +15,8 @@ from fastpo.errors import DataError
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
 WEIGHT = "pair_weight"
+SOURCE = "source"
+"""Of edits, the image that the caption says how to change, or a list of images."""
 SCHEMA = "caption string, jpg_0 and jpg_1 binary, label_0 and label_1 number in {0, 0.5, 1}"
 TIE, UNLABELED, BAD = -1, -2, -3
 """What stands in the place of the winner's number where there is none."""
@@ -132,6 +134,18 @@ def _shown(value: pa.Scalar) -> str:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a plain type is of text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def holds_sources(schema: pa.Schema) -> bool:
+    """Tells whether there is a column of source images, one or a list in each row.
+
+    A column of that name that holds anything else is no business of ours.
+    """
+    if SOURCE not in schema.names:
+        return False
+    kind = schema.field(SOURCE).type
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return _is_image(kind.value_type if any(fits(kind) for fits in tests) else kind)
 
 
 def _is_image(kind: pa.DataType) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastpo.data.sources.base import (
     shown,
 )
 from fastpo.data.sources.files import DataFolder, is_file
-from fastpo.data.sources.rows import name_of, pair_weight
+from fastpo.data.sources.rows import name_of, named, pair_weight
 from fastpo.errors import DataError
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
@@ -33,7 +33,7 @@ SCHEMA = (
     '"pair_weight": number from 0 (optional)}'
 )
 SOURCE = "source"
-"""Of an edit, the image that the prompt says how to change."""
+"""Of an edit, the image, or the list of images, that the prompt says how to change."""
 OTHERS = ("pairs.csv", "pairs.parquet", "metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Listings that are read where there is no `pairs.jsonl`, by `ListingSource`."""
 MOST_LINE = 1 << 20
@@ -95,15 +95,14 @@ class FolderSource(ScannedSource):
                 name = name_of(*sides, entry["prompt"])
             weight = pair_weight(entry.get("pair_weight"))
             assert not isinstance(weight, str), "bad lines were passed over"
-            source = next(source_names([entry], SOURCE))
-            read = None if source is None else partial(self._images.read, source)
+            sources = tuple(partial(self._images.read, one) for one in named(entry.get(SOURCE)))
             yield PreferencePair(
-                str(name), entry["prompt"], winner, loser, source_image=read, weight=weight
+                str(name), entry["prompt"], winner, loser, source_images=sources, weight=weight
             )
 
-    def _source_names(self) -> Iterator[str | None]:
-        entries = (entry for _, _, entry in islice(listed(self._file, bad=passed_over), len(self)))
-        return source_names(entries, SOURCE)
+    def _source_names(self) -> Iterator[tuple[str, ...]]:
+        entries = islice(listed(self._file, bad=passed_over), len(self))
+        return (named(entry.get(SOURCE)) for _, _, entry in entries)
 
     def _source_fault(self, name: str) -> str | None:
         return self._images.fault(name)
@@ -128,9 +127,8 @@ class FolderSource(ScannedSource):
             for _, _, entry in listed(listing, bad=passed_over):
                 for side in ("winner", "loser"):
                     yield os.path.join(listing.parent, entry[side])
-                for name in source_names([entry], SOURCE):
-                    if name is not None:
-                        yield os.path.join(listing.parent, name)
+                for name in named(entry.get(SOURCE)):
+                    yield os.path.join(listing.parent, name)
 
 
 def listed(
@@ -155,13 +153,6 @@ def listed(
             bad(number, entry)
         else:
             raise DataError(f"{path}: line {number}: {entry}")
-
-
-def source_names(rows: Iterable[Mapping[str, Any]], key: str) -> Iterator[str | None]:
-    """Yields the source image that each row names; what is no text names none."""
-    for row in rows:
-        name = row.get(key)
-        yield name if name and plain_text(name) else None
 
 
 def json_lines(path: Path, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:

@@ -66,8 +66,10 @@ class ListingSource(ScannedSource):
                 break
         values = {
             name: pa.array([getattr(row, name) for row in kept], pa.large_string())
-            for name in ("name", "prompt", "winner", "loser", "source")
+            for name in ("name", "prompt", "winner", "loser")
         }
+        texts = pa.list_(pa.large_string())
+        values["sources"] = pa.array([list(row.sources) for row in kept], texts)
         values["weight"] = pa.array([row.weight for row in kept], pa.float64())
         self._kept = pa.table(values)
 
@@ -96,14 +98,13 @@ class ListingSource(ScannedSource):
         for place in range(start, stop, 1024):
             for row in self._kept.slice(place, min(1024, stop - place)).to_pylist():
                 winner, loser = (partial(self._images.read, row[s]) for s in ("winner", "loser"))
-                source = row["source"]
-                read = None if source is None else partial(self._images.read, source)
-                about = {"source_image": read, "weight": row["weight"]}
+                sources = tuple(partial(self._images.read, name) for name in row["sources"])
+                about = {"source_images": sources, "weight": row["weight"]}
                 yield PreferencePair(row["name"], row["prompt"], winner, loser, **about)
 
-    def _source_names(self) -> Iterator[str | None]:
+    def _source_names(self) -> Iterator[tuple[str, ...]]:
         for start in range(0, len(self), 8192):
-            yield from self._kept["source"].slice(start, 8192).to_pylist()
+            yield from map(tuple, self._kept["sources"].slice(start, 8192).to_pylist())
 
     def _source_fault(self, name: str) -> str | None:
         return self._images.fault(name)
@@ -133,7 +134,7 @@ class ListingSource(ScannedSource):
                 columns = columns or find_columns(str(listing), row)
                 found = read_row(row, columns)
                 if isinstance(found, Row):
-                    for name in filter(None, (found.winner, found.loser, found.source)):
+                    for name in (found.winner, found.loser, *found.sources):
                         yield os.path.join(listing.parent, name)
 
 

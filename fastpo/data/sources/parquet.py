@@ -23,10 +23,12 @@ from fastpo.data.sources.columns import (
     BAD,
     IMAGES,
     LABELS,
+    SOURCE,
     TIE,
     UNLABELED,
     WEIGHT,
     check_schema,
+    holds_sources,
     may_have_nulls,
     null_rows,
     plain,
@@ -34,7 +36,7 @@ from fastpo.data.sources.columns import (
 )
 from fastpo.data.sources.files import DataFolder
 from fastpo.data.sources.rows import pair_weight
-from fastpo.errors import DataError
+from fastpo.errors import DataError, one_line
 from fastpo.models.folder import is_hub_id
 from fastpo.system.retry import is_transient, retrying
 from fastpo.types import PreferencePair
@@ -53,29 +55,42 @@ class RowGroups:
     Thread-safe. `reads` counts the row groups read so far.
     """
 
-    def __init__(self, keep: int = 3, *, allow_outside: bool = False) -> None:
+    def __init__(
+        self, keep: int = 3, *, allow_outside: bool = False, columns: Sequence[str] = IMAGES
+    ) -> None:
         """Keeps at most `keep` row groups in memory.
 
         Args:
             keep: How many.
             allow_outside: `data.allow_outside`, of images that a row names instead of holding them.
+            columns: The columns of images.
         """
         self.reads = 0
-        self._keep, self._allow_outside = keep, allow_outside
+        self._keep, self._allow_outside, self._columns = keep, allow_outside, columns
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
-    def image(self, path: Path, group: int, row: int, column: str) -> bytes:
+    def image(
+        self, path: Path, group: int, row: int, column: str, place: int | None = None
+    ) -> bytes:
         """Returns the encoded image in `column` of the group's row; empty if it is null.
 
         A column of the `datasets` Image feature holds bytes, or names a file that lies beside the
         parquet file.
 
+        Args:
+            path: The parquet file.
+            group: Its row group.
+            row: The row in it.
+            column: The column.
+            place: Which image of a row's list; None: the row has one image.
+
         Raises:
             OSError: The named file cannot be read.
             DataError: It lies outside of the folder.
         """
-        value = self._table(path, group)[column][row].as_py()
+        cell: Any = self._table(path, group)[column][row]
+        value = (cell if place is None else cell.values[place]).as_py()
         if isinstance(value, dict):
             name = value.get("path")
             value = value.get("bytes")
@@ -84,12 +99,19 @@ class RowGroups:
                 return folder.read(name)
         return value or b""
 
+    def images(self, path: Path, group: int, row: int, column: str) -> list[int | None]:
+        """Returns the places of the images in `column` of the row, as `image` takes them."""
+        cell: Any = self._table(path, group)[column][row]
+        if not cell.is_valid:
+            return []
+        return [*range(len(cell.values))] if isinstance(cell, pa.ListScalar) else [None]
+
     def _table(self, path: Path, group: int) -> pa.Table:
         with self._lock:
             table = self._groups.get((path, group))
             if table is None:
                 with _open(path) as file:
-                    table = _read_group(path, file, group, IMAGES, images=True)
+                    table = _read_group(path, file, group, self._columns, images=True)
                 self.reads += 1
                 self._groups[path, group] = table
                 if len(self._groups) > self._keep:
@@ -111,12 +133,18 @@ class ParquetSource(ScannedSource):
     """
 
     def _scan(self) -> None:
-        self.images = RowGroups(allow_outside=self.config.allow_outside)
+        outside = self.config.allow_outside
+        self.images = RowGroups(allow_outside=outside)
+        self._begins = RowGroups(allow_outside=outside, columns=[SOURCE])
+        self._known: dict[str, Callable[[], bytes]] = {}
+        self._faults: dict[str, str] = {}
+        self._edits = True
         self._groups: list[tuple[Path, int]] = []
         self._winners: list[np.ndarray] = []  # int8 per row of each group
         for path in _files(self.config):
             with _open(path) as file:
                 check_schema(path, file.schema_arrow)
+                self._edits = self._edits and holds_sources(file.schema_arrow)
                 self._scan_file(path, file)
             if self._full():
                 break
@@ -189,7 +217,44 @@ class ParquetSource(ScannedSource):
             name = content_hash(prompt, images[0](), images[1]())
         weight = pair_weight(values.get(WEIGHT))
         assert not isinstance(weight, str), "such a row is bad"
-        return PreferencePair(name, prompt, images[winner], images[1 - winner], weight=weight)
+        sources = self._sources(path, group, row) if self._edits else ()
+        sides = images[winner], images[1 - winner]
+        return PreferencePair(name, prompt, *sides, source_images=sources, weight=weight)
+
+    def _sources(self, path: Path, group: int, row: int) -> tuple[Callable[[], bytes], ...]:
+        """Returns what reads each source image of a row."""
+        where = path, group, row, SOURCE
+        return tuple(
+            partial(self._begins.image, *where, place) for place in self._begins.images(*where)
+        )
+
+    def _source_names(self) -> Iterator[tuple[str, ...]]:
+        """Yields the names of each row's source images, which are read for it."""
+        for k, winner in enumerate(self._winners if self._edits else ()):
+            for row in np.flatnonzero(winner >= 0).tolist():
+                sources = self._sources(*self._groups[k], row)
+                yield tuple(self._named(read) for read in sources)
+
+    def _named(self, read: Callable[[], bytes]) -> str:
+        """Returns the name of a source image: the hash of its bytes, which equal ones share."""
+        fault = "it has no bytes"
+        try:
+            data = retrying(read)
+        except (OSError, DataError) as error:
+            if is_transient(error):
+                raise
+            data, fault = b"", one_line(error)
+        name = content_hash(data) if data else f"unreadable: {fault}"
+        if not data:
+            self._faults[name] = f"source image {name}"
+        self._known.setdefault(name, read)
+        return name
+
+    def _source_fault(self, name: str) -> str | None:
+        return self._faults.get(name)
+
+    def _read_source(self, name: str) -> bytes:
+        return self._known[name]()
 
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:

@@ -45,7 +45,7 @@ class Row:
         winner: Names the preferred image.
         loser: Names the other.
         weight: The pair's weight, if one is given.
-        source: Of an edit, names the image that the prompt says how to change.
+        sources: Of an edit, names the images that the prompt says how to change.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Row:
     winner: str
     loser: str
     weight: float | None = None
-    source: str | None = None
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,14 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row | NoPair
     weight = pair_weight(row.get(WEIGHT))  # of JSON lines the first may lack it
     if isinstance(weight, str):
         return NoPair(BAD, weight)
-    source = values.get("source")
-    named = str(source) if source and plain_text(source) else None
-    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight, named)
+    sources = named(values.get("source"))
+    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight, sources)
+
+
+def named(value: Any) -> tuple[str, ...]:
+    """Returns the source images that a value names: text, or a list of it; else there are none."""
+    names = value if isinstance(value, list) else [value]
+    return tuple(names) if all(name and plain_text(name) for name in names) else ()
 
 
 def pair_weight(value: Any) -> float | str | None:

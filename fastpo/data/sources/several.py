@@ -68,13 +68,19 @@ class SeveralSources(PairSource):
         names = [f"{name}/{image}" for name, table in found.items() for image in table.names]
         starts = [0, *np.cumsum([len(table.names) for table in found.values()]).tolist()]
         each = list(found.values())
-        numbers = [table.numbers + start for table, start in zip(each, starts, strict=False)]
+        sets = [
+            tuple(image + start for image in images)
+            for table, start in zip(each, starts, strict=False)
+            for images in table.sets
+        ]
+        firsts = [0, *np.cumsum([len(table.sets) for table in each]).tolist()]
+        numbers = [table.numbers + first for table, first in zip(each, firsts, strict=False)]
 
         def read(number: int) -> bytes:
             part = int(np.searchsorted(starts, number, side="right")) - 1
             return each[part].read(number - starts[part])
 
-        return SourceImages(names, np.concatenate(numbers).astype(np.int32), read)
+        return SourceImages(names, sets, np.concatenate(numbers).astype(np.int32), read)
 
     def edits(self) -> bool:
         """See the base class."""

@@ -10,7 +10,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class TarSource(ScannedSource):
     `key.winner.png` and `key.loser.png`, or `key.jpg_0` and `key.jpg_1` (or `key.0.png` and
     `key.1.png`) with labels; `key.txt` is the prompt, and `key.json` holds it or other columns of
     `fastpo.data.sources.rows`. Images are read from their place in the tar file. `key.source.png`
-    is the image that an edit begins from; equal ones are known by their bytes.
+    is the image that an edit begins from, and `key.source_2.png` the next one; equal ones are
+    known by their bytes.
     """
 
     def _scan(self) -> None:
@@ -58,7 +59,8 @@ class TarSource(ScannedSource):
         names: list[str] = []
         prompts: list[str] = []
         weights: list[float | None] = []
-        places = array("q")  # file, then place and size of winner, loser and source, or zeros
+        places = array("q")  # file, then place and size of winner and loser
+        sources, counts = array("q"), array("q")  # place and size of each; how many before a pair's
         for number, file in enumerate(self._files):
             for key, values, members in _samples(file):
                 row = _row(key, values, members)
@@ -69,8 +71,10 @@ class TarSource(ScannedSource):
                     names.append(row.name)
                     prompts.append(row.prompt)
                     weights.append(row.weight)
-                    source = members.get(row.source or "", (0, 0))
-                    places.extend((number, *members[row.winner], *members[row.loser], *source))
+                    places.extend((number, *members[row.winner], *members[row.loser]))
+                    counts.append(len(sources) // 2)
+                    for name in _sources(row, values):
+                        sources.extend(members.get(name, ()))
                     self.report.rows += 1
                     self.report.pairs += 1
                 if self._full():
@@ -79,7 +83,9 @@ class TarSource(ScannedSource):
                 break
         self._names, self._prompts = (pa.array(x, pa.large_string()) for x in (names, prompts))
         self._weights = pa.array(weights, pa.float64())
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 7)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
+        self._source_places = np.array(sources, dtype=np.int64).reshape(-1, 2)
+        self._source_starts = np.array([*counts, len(self._source_places)])
         self._sources: dict[str, tuple[Path, int, int]] = {}
 
     def _captions(self) -> Iterator[str]:
@@ -92,21 +98,25 @@ class TarSource(ScannedSource):
             path = self._files[file]
             winner = partial(_read, path, *spans[:2])
             loser = partial(_read, path, *spans[2:4])
-            source = partial(_read, path, *spans[4:]) if spans[5] else None
+            sources = tuple(partial(_read, *where) for where in self._sources_of(number))
             name, prompt = self._names[number].as_py(), self._prompts[number].as_py()
             weight = self._weights[number].as_py()
-            about = {"source_image": source, "weight": weight}
+            about = {"source_images": sources, "weight": weight}
             yield PreferencePair(name, prompt, winner, loser, **about)
 
-    def _source_names(self) -> Iterator[str | None]:
-        for file, *_, place, size in self._places.tolist():
-            if not size:
-                yield None
-                continue
-            where = self._files[file], place, size
-            name = content_hash(_read(*where))
-            self._sources.setdefault(name, where)
-            yield name
+    def _sources_of(self, number: int) -> Iterator[tuple[Path, int, int]]:
+        """Where the source images of a pair are."""
+        path = self._files[int(self._places[number, 0])]
+        start, stop = self._source_starts[number : number + 2]
+        return ((path, *span) for span in self._source_places[start:stop].tolist())
+
+    def _source_names(self) -> Iterator[tuple[str, ...]]:
+        for number in range(len(self)):
+            names = []
+            for where in self._sources_of(number):
+                names.append(content_hash(_read(*where)))
+                self._sources.setdefault(names[-1], where)
+            yield tuple(names)
 
     def _read_source(self, name: str) -> bytes:
         return _read(*self._sources[name])
@@ -188,6 +198,16 @@ def _row(key: str, values: dict[str, Any], images: dict[str, tuple[int, int]]) -
             if name not in images:
                 return NoPair(BAD, f"{shown(name)} is no image of this key")
     return row
+
+
+def _sources(row: Row, values: dict[str, Any]) -> Iterator[str]:
+    """Yields the names of the source images of a key: `source`, `source_2` and so on."""
+    yield from row.sources
+    for number in count(2):
+        name = values.get(f"source_{number}")
+        if not row.sources or not isinstance(name, str):
+            return
+        yield name
 
 
 def _read(path: Path, place: int, size: int) -> bytes:
