@@ -208,7 +208,7 @@ def export(
         bool, typer.Option("--average", help="Take the moving average (train.ema_decay).")
     ] = False,
 ) -> None:
-    """Write a LoRA as one file for ComfyUI, Automatic1111, sd-scripts or diffusers."""
+    """Write a LoRA as one file for ComfyUI, Automatic1111, kohya's trainers or diffusers."""
     from fastpo.train.consolidate import export_lora
 
     print(export_lora(source, out, form, average=average))

@@ -1,4 +1,4 @@
-"""A LoRA as one file for other programs: ComfyUI, diffusers, and of UNets kohya's sd-scripts.
+"""A LoRA as one file for other programs: ComfyUI, diffusers, and kohya's trainers.
 
 Names of a layer, here SDXL's first query projection:
 
@@ -11,7 +11,9 @@ Names of a layer, here SDXL's first query projection:
 
 Of a transformer ComfyUI reads diffusers' names and finds the original layer by itself, also where
 that holds queries, keys and values in one: `transformer.transformer_blocks.0.attn.to_q.lora_A
-.weight`, beside it `transformer.transformer_blocks.0.attn.to_q.alpha`.
+.weight`, beside it `transformer.transformer_blocks.0.attn.to_q.alpha`. kohya's trainers keep the
+original layers, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`; see
+`fastpo.models.lora_original`.
 
 A loader multiplies a layer's product by alpha / rank where alpha is a tensor.
 """
@@ -24,7 +26,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from fastpo._version import __version__
 from fastpo.errors import ModelError
 from fastpo.models.export import LORA_FILE, sort_metadata
+from fastpo.models.lora_original import NAMED, Adapter, kohya_tensors, original_adapters
 
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser, ModelFamily
@@ -44,8 +47,10 @@ if TYPE_CHECKING:
 LoraFormat = Literal["kohya", "comfyui", "diffusers"]
 _BASE_VERSIONS = {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}
 """sd-scripts' `ss_base_model_version`, from which programs tell what a file is for."""
-_IN_COMFYUI = ("sd3", "flux", "flux2-dev", "flux2-klein", "qwen-image", "z-image")
+_IN_COMFYUI = (*NAMED, "z-image")
 """Transformers whose diffusers' names ComfyUI maps to its own; others it would leave out."""
+_NOT_IN_COMFYUI = re.compile(r"(double|single)_stream_modulation|time_guidance_embed")
+"""Layers of FLUX.2 that it does not map."""
 _RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -75,16 +80,16 @@ def write_lora(
         form: Whose names, see the module. Equal weights give equal bytes.
 
     Raises:
-        ModelError: The family's layers have no names in the format.
+        ModelError: The family's layers, or one of them, have no names in the format.
     """
     if form == "diffusers":
         with tempfile.TemporaryDirectory() as folder:
             family.save(denoiser, Path(folder), "lora", weights)
             shutil.copyfile(Path(folder, LORA_FILE), file)
     else:
-        for_comfyui = form == "comfyui" and family.name in _IN_COMFYUI
-        if family.name not in _BASE_VERSIONS and not for_comfyui:
-            taken = [*_BASE_VERSIONS, *(_IN_COMFYUI if form == "comfyui" else ())]
+        transformers = _IN_COMFYUI if form == "comfyui" else NAMED
+        if family.name not in (*_BASE_VERSIONS, *transformers):
+            taken = [*_BASE_VERSIONS, *transformers]
             other = "comfyui or diffusers" if family.name in _IN_COMFYUI else "diffusers"
             raise ModelError(
                 f"--format {form} is for LoRA of {', '.join(taken)}, not of {family.name}; use "
@@ -96,12 +101,13 @@ def write_lora(
                 "which diffusers writes under no name that these programs read; use --format "
                 "diffusers"
             )
-        original = form == "kohya" and family.name == "sdxl"
-        named = (
-            transformer_names(family.denoiser, denoiser, weights)
-            if for_comfyui
-            else other_names(denoiser, weights, original=original)
-        )
+        if family.name in _BASE_VERSIONS:
+            original = form == "kohya" and family.name == "sdxl"
+            named = other_names(denoiser, weights, original=original)
+        elif form == "comfyui":
+            named = transformer_names(family.denoiser, denoiser, weights)
+        else:
+            named = _kohya_names(family.name, denoiser, weights)
         save_file(named, file, _about(family, denoiser))
     sort_metadata(file)
 
@@ -115,14 +121,41 @@ def transformer_names(
         prefix: Put before each name, with a dot.
         denoiser: The transformer with its adapters.
         weights: The trained weights by name.
+
+    Raises:
+        ModelError: ComfyUI reads no adapter of a layer.
     """
     layers = dict(denoiser.named_modules())
     named: dict[str, Tensor] = {}
     for name, tensor in get_peft_model_state_dict(denoiser, dict(weights)).items():
         layer = re.split(r"\.lora_[AB]\.", name, maxsplit=1)[0]
+        if _NOT_IN_COMFYUI.match(layer):
+            raise ModelError(
+                f"--format comfyui: ComfyUI reads no adapter of {layer}; use --format diffusers"
+            )
         named[f"{prefix}.{name}"] = tensor.contiguous()
         named[f"{prefix}.{layer}.alpha"] = torch.tensor(_alpha(layer, layers[layer]))
     return named
+
+
+def _kohya_names(
+    family: str, denoiser: Denoiser, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns a transformer's adapters as `original_adapters` names and joins them."""
+    layers: dict[str, Any] = dict(denoiser.named_modules())
+    tensors = get_peft_model_state_dict(denoiser, dict(weights))
+    adapters = {}
+    for name, down in tensors.items():
+        layer, found, _ = name.partition(".lora_A.")
+        if found:
+            up = tensors[name.replace(".lora_A.", ".lora_B.")]
+            adapters[layer] = Adapter(down, up, _alpha(layer, layers[layer]))
+    rows = {name: module.out_features for name, module in layers.items() if _is_linear(module)}
+    return kohya_tensors(original_adapters(family, adapters, rows.__getitem__))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | LoraLayer)
 
 
 def _alpha(layer: str, module: nn.Module) -> float:

@@ -235,12 +235,20 @@ def test_comfyui_gets_a_transformers_names_with_alpha(case, rslora, tmp_path):
         start_from_lora(model.family, fresh, source)
         own = dict(fresh.named_parameters())
         assert all(torch.equal(own[name], tensor) for name, tensor in weights.items())
-    with pytest.raises(ModelError, match=r"--format kohya is for LoRA of sd15, sdxl, not of"):
-        write_lora(model.family, policy, weights, file, "kohya")
 
 
-def test_comfyui_has_no_names_for_sana(tmp_path):
-    case = next(case for case in CASES if case.name == "sana")
+@pytest.mark.parametrize(
+    ("name", "form", "other"),
+    [
+        ("sana", "comfyui", "diffusers"),
+        ("sana", "kohya", "diffusers"),
+        ("z-image", "kohya", "comfyui or diffusers"),
+    ],
+)
+def test_what_has_no_settled_names_is_refused(tmp_path, name, form, other):
+    case = next(case for case in CASES if case.name == name)
     model = ModelFolder(case.make(tmp_path / "model"))
-    with pytest.raises(ModelError, match=r"not of sana; use --format diffusers"):
-        write_lora(model.family, model.family.load_denoiser(model), {}, tmp_path / "x", "comfyui")
+    with pytest.raises(
+        ModelError, match=rf"--format {form} .*, not of {name}; use --format {other}"
+    ):
+        write_lora(model.family, model.family.load_denoiser(model), {}, tmp_path / "x", form)
