@@ -94,8 +94,9 @@ class TrainKeys(Section):
     deepspeed: Annotated[Name | None, decides("nothing")] = None
     """`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` or a DeepSpeed JSON file. None:
     plain data parallelism."""
-    gradient_checkpointing: Annotated[bool, decides("run")] = False
-    """Less memory for activations, for a second forward pass of each block."""
+    gradient_checkpointing: Annotated[bool | Literal["offload"], decides("run")] = False
+    """Less memory for activations, for a second forward pass of each block. `offload`: what is kept
+    of each block for it, its inputs, waits in host memory."""
     attention: Annotated[Literal["sdpa", "flash", "xformers"], decides("reference", "run")] = "sdpa"
     """`sdpa`: torch chooses the kernel; `flash`: torch's flash kernel or an error; `xformers`."""
     channels_last: Annotated[bool, decides("run")] = False

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastpo.config import LoraConfig, TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models.attention import check_attention
+from fastpo.models.checkpointing import enable_checkpointing
 from fastpo.models.family import ModelFamily
 from fastpo.models.quantized import quantize_base
 from fastpo.precision import DTYPES
@@ -135,7 +136,7 @@ def setup_denoisers(
         if config.weights == "bf16":
             _round_matrices(denoiser)
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        enable_checkpointing(denoiser, offload=config.gradient_checkpointing == "offload")
     for model in (denoiser,) if frozen is None else (denoiser, frozen):
         _make_fast(family, model, config)
     denoiser.train()

@@ -26,7 +26,8 @@ def scaled(measured: Measured, factor: float) -> Measured:
 
     def grown(one: Pass, constant: int = 0) -> Pass:
         constant = min(constant, one.peak)
-        return replace(one, peak=constant + round((one.peak - constant) * factor))
+        peak = constant + round((one.peak - constant) * factor)
+        return replace(one, peak=peak, host=round(one.host * factor))
 
     return replace(
         measured,

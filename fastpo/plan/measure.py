@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo.config import Precision, TrainConfig
+from fastpo.models.checkpointing import checkpoint_into
 from fastpo.models.denoisers import Denoisers, setup_denoisers
 from fastpo.models.registry import load_family
 from fastpo.plan import transformers
@@ -47,11 +48,13 @@ class Pass:
         flops: Floating-point operations, a multiply-add as two.
         peak: Most bytes that the pass holds at once, beside weights and finished gradients.
         kept: Bytes held when the forward pass has ended, its output included.
+        host: Bytes that wait in host memory then: checkpoints that are offloaded.
     """
 
     flops: int
     peak: int
     kept: int = 0
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def measure_training(
     shapes: Shapes,
     precision: Precision,
     *,
-    checkpointing: bool,
+    checkpointing: bool | Literal["offload"],
     call: Call | None = None,
 ) -> tuple[Pass, Pass, int]:
     """Forward and backward of a policy on a micro-batch; `call`: default, a UNet's.
@@ -180,26 +183,41 @@ def measure_training(
     dtype = autocast_dtype(precision)
     inputs, run = call or unet_call(unet, shapes)
     counter, tracker = flop_counter(), StorageTracker(unet.parameters(), inputs)
-    repeats = _Repeats(counter)
+    repeats, away = _Repeats(counter), _Away()
     if checkpointing:
-        unet.enable_gradient_checkpointing(
-            partial(
-                checkpoint,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), repeats.counting(dtype)),
-            )
+        again = partial(checkpoint, use_reentrant=False)
+        if checkpointing == "offload":
+            again = partial(checkpoint_into, away)
+        counted = partial(
+            again, context_fn=lambda: (contextlib.nullcontext(), repeats.counting(dtype))
         )
+        unet.enable_gradient_checkpointing(counted)
     try:
         with counter, tracker, RepeatedOperators(counter, tracker):
             with CudaForward(dtype):
                 prediction = run(unet)
             forward = Pass(counter.get_total_flops(), tracker.peak, tracker.live)
             prediction.backward(torch.empty_like(prediction))
-            whole = Pass(counter.get_total_flops(), tracker.peak)
+            whole = Pass(counter.get_total_flops(), tracker.peak, host=away.bytes)
     finally:
         tracker.close()
         unet.zero_grad(set_to_none=True)
     return forward, whole, repeats.flops
+
+
+class _Away:
+    """A place off the device for tensors without content, which counts their bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor.shape, tensor.dtype
+
+    def unpack(self, packed: tuple[torch.Size, torch.dtype]) -> Tensor:
+        size, dtype = packed
+        return torch.empty(size, dtype=dtype, device=META)
 
 
 class _Repeats:

@@ -73,7 +73,9 @@ def step_memory(recipe: Recipe, m: Measured, sharding: Sharding) -> Memory:
         "VAE's encoding": encoding if recipe.encodes else 0,
     }
     answers = 1 + recipe.reference + recipe.averages
-    parts = held(m.trained, sharding) | {
+    kept = held(m.trained, sharding)
+    kept["host"] = kept.get("host", 0) + m.training.host
+    parts = kept | {
         "reference": m.reference_bytes if recipe.reference else 0,
         "annotators": recipe.averages * annotator_bytes,
         "averages": average if recipe.exports_average else 0,

@@ -176,7 +176,8 @@ class Assumptions(_Record):
         visits: Pairs drawn in the run, if known.
         resolution: In pixels.
         precision: The denoiser's passes run in it.
-        checkpointing: Whether activations are computed again.
+        checkpointing: Whether activations are computed again; `offload`: with the checkpoints in
+            host memory.
         trainable: Weights in training.
         parameters: Weights of the policy, adapters included.
     """
@@ -194,7 +195,7 @@ class Assumptions(_Record):
     visits: int | None
     resolution: int
     precision: str
-    checkpointing: bool
+    checkpointing: bool | Literal["offload"]
     trainable: int
     parameters: int
 

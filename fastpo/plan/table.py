@@ -41,6 +41,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{a.resolution}, {a.precision}, {a.micro_batch_size} pair(s) a process and pass, "
         f"{a.accumulation_steps} pass(es) a step"
         + (", gradient checkpointing" if a.checkpointing else "")
+        + (" in host memory" if a.checkpointing == "offload" else "")
     )
     console.print(f"[dim]{escape(plan.architecture)}[/]", highlight=False)
     console.print(

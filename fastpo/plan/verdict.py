@@ -87,6 +87,8 @@ def _advice(assumed: Assumptions) -> str:
     ways = []
     if not assumed.checkpointing:
         ways.append("train.gradient_checkpointing: true")
+    elif assumed.checkpointing is True:
+        ways.append("train.gradient_checkpointing: offload")
     if assumed.micro_batch_size > 1:
         ways.append("a smaller train.micro_batch_size")
     if assumed.trainable == assumed.parameters:
@@ -116,13 +118,18 @@ def make_notes(
             "Checkpointing repeats less than the whole forward pass: torch stops a block's "
             "recomputation at the last tensor that its backward needs."
         )
+    if config.train.gradient_checkpointing == "offload":
+        notes.append(
+            "Offloaded checkpoints are copied to host memory and back once in a pass; the copies "
+            "are not in the hours."
+        )
     if config.train.weights == "bf16" and config.train.accumulation_steps > 1:
         notes.append(
             f"bf16 weights: their gradients are summed over {config.train.accumulation_steps} "
             "micro-batches in bf16, with an rms error of 1.3 % after 128 and 2.7 % after 512."
         )
     if config.train.backward != "all":
-        notes.append(_sparse(config.train.gradient_checkpointing))
+        notes.append(_sparse(bool(config.train.gradient_checkpointing)))
     if config.train.reads_reference_errors and cache.prepare_hours is not None:
         notes.append(
             "The reference cache costs one forward pass for each visit, once; it is in the hours "

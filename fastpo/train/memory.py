@@ -63,6 +63,8 @@ def savings(config: TrainConfig) -> list[str]:
         )
     if not config.gradient_checkpointing:
         found.append("train.gradient_checkpointing: true")
+    elif config.gradient_checkpointing is True and torch.cuda.is_available():
+        found.append("train.gradient_checkpointing: offload")
     if config.runs_reference and config.method == "full":
         found.append("train.reference: cached (after `fastpo prepare CONFIG --reference auto`)")
     if config.precision == "fp32":

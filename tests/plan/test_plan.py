@@ -113,6 +113,24 @@ def test_checkpointing_holds_less_and_batches_hold_in_proportion(tiny):
     assert more.costs[0].flops == plain.costs[0].flops
 
 
+def test_offloaded_checkpoints_are_in_host_memory(tiny):
+    """In bf16 autocast: what leaves the device is what the host gets, of twice the batch twice."""
+    kept, away, more = (
+        tiny(precision="bf16", gradient_checkpointing=way, micro_batch_size=pairs)
+        for way, pairs in ((True, 1), ("offload", 1), ("offload", 2))
+    )
+    here, there = kept.costs[0].memory, away.costs[0].memory
+    assert here.host == 0 < there.host
+    assert here.activations - there.host <= there.activations < here.activations
+    assert more.costs[0].memory.host == 2 * there.host
+    assert here.model_copy(update={"activations": 0}) == there.model_copy(
+        update={"activations": 0, "host": 0}
+    )
+    assert away.costs[0].flops == kept.costs[0].flops
+    assert any("Offloaded checkpoints" in note for note in away.notes)
+    assert not any("Offloaded checkpoints" in note for note in kept.notes)
+
+
 def test_full_training_holds_sixteen_bytes_a_weight(tiny):
     memory = tiny(precision="bf16").costs[0].memory
     count = tiny(precision="bf16").assumptions.trainable
