@@ -76,7 +76,10 @@ DEMO = Kind(
         for length in ("", "-short")
     ),
 )
-SHORT = {"train": {"epochs": None, "max_steps": 4}, "evaluate": {"seeds_per_prompt": 1}}
+SHORT = {
+    "train": {"epochs": None, "max_steps": 4, "round_epochs": None},
+    "evaluate": {"seeds_per_prompt": 1},
+}
 
 
 @storage_errors()

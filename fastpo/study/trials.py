@@ -128,6 +128,7 @@ class Trial:
         raw = self.method.apply(_plain(self.world, places, self.seed, self.short), self.flip_rate)
         keys = self.keys
         if self.short:  # the world says how few steps
+            raw = with_keys(raw, {"train.round_epochs": None})
             keys = {k: v for k, v in keys.items() if k not in ("train.epochs", "train.max_steps")}
         return parse_config(with_keys(raw, keys, where=str(self)), where=str(self))
 

@@ -19,6 +19,7 @@ from fastpo.study.run import Options, run_study
 from fastpo.study.summary import kept, mean_of
 from fastpo.study.tables import part_table
 from fastpo.study.trials import Choice, plan
+from fastpo.study.world import Places
 from fastpo.system.pool import told, workers
 from tests.study import light_jobs
 
@@ -88,6 +89,13 @@ def test_the_full_study_has_what_papers_compare():
     first = full.parts[0]
     assert set(first.flips) == {0.0, 0.1, 0.2, 0.3, 0.4} and PAPERS <= set(first.methods)
     assert first.seeds is None and full.seeds == (0, 1, 2)
+
+
+def test_rounds_are_tried_in_short_too():
+    trials = plan(load_study(Path("rounds")), short=True)
+    config = next(t for t in trials if t.method_name == "rounds").config(Places(*map(Path, "abcd")))
+    train = config.train
+    assert (train.rounds, train.round_epochs, train.max_steps) == (3, None, 4)
 
 
 def test_a_method_gets_the_true_share_and_keeps_the_slope():
