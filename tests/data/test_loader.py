@@ -67,7 +67,7 @@ def test_batches_read_ahead_do_not_count_as_taken():
     reader = Reader()
     ahead = loader(reader, workers=2)
     next(batches := iter(ahead))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while reader.calls < 2 * AHEAD + 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.05)

@@ -79,7 +79,8 @@ def test_a_second_call_in_the_process_is_refused(tmp_path):
             pass
 
 
-def test_a_killed_writers_place_is_taken_at_once(tmp_path, other):
+def test_a_killed_writers_place_is_taken_at_once(tmp_path, other, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE", 60.0)
     other(kill=True)
     assert (tmp_path / "run" / LOCK_FILE).read_text()
     began = time.monotonic()
@@ -97,8 +98,9 @@ def test_another_hosts_writer_is_watched_before_its_place_is_taken(tmp_path, cap
     assert "being written by process 123 on host elsewhere since noon" in capsys.readouterr().out
 
 
-def test_another_hosts_writer_that_lives_is_not_disturbed(tmp_path):
+def test_another_hosts_writer_that_lives_is_not_disturbed(tmp_path, monkeypatch):
     """As where the file system keeps locks for each host alone."""
+    monkeypatch.setattr(module, "SILENCE", 60.0)  # it looks once a second: one beat is enough
     leave(tmp_path, host="elsewhere", pid=123)
 
     def beat():
@@ -118,7 +120,9 @@ def test_another_hosts_writer_that_lives_is_not_disturbed(tmp_path):
 def test_a_holder_beats(tmp_path):
     with sole_writer(tmp_path):
         before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
-        time.sleep(10 * module.BEAT)
+        end = time.monotonic() + 60
+        while (tmp_path / LOCK_FILE).stat().st_mtime_ns == before and time.monotonic() < end:
+            time.sleep(module.BEAT)
         assert (tmp_path / LOCK_FILE).stat().st_mtime_ns > before
     assert not (tmp_path / LOCK_FILE).read_text()
 
@@ -154,15 +158,16 @@ def test_without_the_systems_lock_a_holder_is_looked_up(
         pass
 
 
-def test_without_the_systems_lock_one_of_two_wins(tmp_path, without_locks):
-    barrier, won = FORK.Barrier(2), FORK.Queue()
+def test_without_the_systems_lock_one_of_two_wins(tmp_path, without_locks, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 1.0)  # longer than a busy machine lets one wait
+    barrier, won, told = FORK.Barrier(2), FORK.Queue(), FORK.Event()
 
     def race():
         barrier.wait(60)
         try:
             with sole_writer(tmp_path):
                 won.put(True)
-                time.sleep(1.0)
+                told.wait(60)
         except BusyFolderError:
             won.put(False)
 
@@ -170,6 +175,7 @@ def test_without_the_systems_lock_one_of_two_wins(tmp_path, without_locks):
     for racer in racers:
         racer.start()
     outcomes = sorted(won.get(timeout=300) for _ in racers)
+    told.set()
     for racer in racers:
         racer.join(300)
     assert outcomes == [False, True]
