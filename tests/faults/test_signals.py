@@ -5,7 +5,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastpo.train import Observer, train
 from tests.faults.test_prepare import content
 from tests.faults.test_ranks import acting_at, send
 from tests.faults.two_ranks import two_ranks
+from tests.forked import FORK, print_to
 
 ROOT = Path(__file__).parents[2]
 ENDING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
@@ -262,33 +262,66 @@ def job_script():
     return re.search(r"```bash\n(#!/bin/bash\n.*?)```", text, re.DOTALL)[1]
 
 
-def test_the_slurm_jobs_requeues_come_to_the_end(experiment, tmp_path, equal):
+FASTPO = """#!/bin/bash
+trap 'kill -USR1 "$(<pid)"' USR1
+printf '%s\\n' "$@" > words.new; mv words.new words
+until [ -e code ]; do sleep 0.02 & wait $!; done
+exit "$(<code)"
+"""
+"""Stands for `fastpo`, which `play` forks from the test instead: its signals and exit status."""
+
+
+def forked_command(words, output):
+    print_to(output)
+    main(words)
+
+
+def play(folder, env, *, warn_when):
+    """Starts the job's script in its folder, and what it asks for; warns it once; its status."""
+    job = subprocess.Popen(["bash", "job.sh"], env=env, cwd=folder)
+    words, end = folder / "words", time.monotonic() + 180
+    while not words.exists():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    asked = words.read_text().splitlines()
+    training = FORK.Process(target=forked_command, args=(asked, folder / "output.txt"))
+    training.start()
+    (folder / "pid").write_text(str(training.pid))
+    words.unlink()
+    while warn_when is not None and not warn_when():
+        assert training.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+    if warn_when is not None:
+        job.send_signal(signal.SIGUSR1)
+    training.join(180)
+    (folder / "code.new").write_text(str(training.exitcode))
+    (folder / "code.new").rename(folder / "code")
+    status = job.wait(180)
+    (folder / "code").unlink()
+    return status
+
+
+def test_the_slurm_jobs_requeues_come_to_the_end(experiment, tmp_path, equal, one_thread):
     """Plays the scheduler: warns the job's script, and starts it again when it has asked for it."""
     options = {"max_steps": 40, "checkpoint_every": 30, "ema_decay": 0.9}
     whole = train(load_config(experiment(name="whole", **options)), progress=False)
     path = experiment(**options)
     metrics, asked = tmp_path / "run" / "metrics.jsonl", tmp_path / "asked"
-    commands = {
-        "fastpo": f'exec {sys.executable} -m fastpo "$@"',
-        "scontrol": f'echo "$@" >> {asked}',
-    }
-    for name, line in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+    commands = {"fastpo": FASTPO, "scontrol": f'#!/bin/bash\necho "$@" >> {asked}\n'}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
     (tmp_path / "job.sh").write_text(job_script())
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-    env |= {"CONFIG": str(path), "TRITON_INTERPRET": "1"}
-    codes = []
-    while len(codes) < 3 and (not codes or asked.read_text().count("\n") == len(codes)):
-        job = subprocess.Popen(["bash", tmp_path / "job.sh"], env=env, cwd=ROOT)
-        end = time.monotonic() + 180
-        while not codes and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            assert job.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
-        if not codes:
-            job.send_signal(signal.SIGUSR1)
-        codes.append(job.wait(180))
-    assert codes == [75, 0]
+    env |= {"CONFIG": str(path)}
+
+    def has_begun():
+        return metrics.exists() and metrics.read_text().count("\n") >= 3
+
+    assert play(tmp_path, env, warn_when=has_begun) == 75
+    assert asked.read_text() == "requeue 42\n"
+    assert not (tmp_path / "run" / "final").exists()
+    assert play(tmp_path, env, warn_when=None) == 0
     assert asked.read_text() == "requeue 42\n"
     equal(tmp_path / "run", whole)
 
