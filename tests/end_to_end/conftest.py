@@ -66,11 +66,11 @@ def exported():
 
 
 @pytest.fixture(scope="module")
-def base(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def base(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A configuration file of four steps, with a checkpoint after two."""
     raw = {
         "seed": 7,
-        "model": {"path": str(tiny_pipelines["sdxl"])},
+        "model": {"path": str(light_pipelines["sdxl"])},
         "data": {"source": "folder", "path": str(tiny_data)},
         "prepare": {
             "cache_dir": str(tiny_caches / "sdxl"),

@@ -184,7 +184,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(words, id=name, marks=[pytest.mark.long] if name == "fastpo" else [])
+        pytest.param(words, id=name, marks=[] if name == "python -m" else [pytest.mark.long])
         for name, words in LAUNCHERS.items()
     ],
 )

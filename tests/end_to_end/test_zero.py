@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from fastpo.config import load_config
 from fastpo.train import train
 from fastpo.train.consolidate import consolidate
-from fastpo.train.zero import NAMES, read_json
 from tests.end_to_end.many_runs import interrupt
 from tests.forked import FORK
 
@@ -84,20 +83,6 @@ ONCE = {f"{m} fp32": [*METHODS[m], "train.max_steps=1"] for m in METHODS}
 
 
 @pytest.fixture(scope="module")
-def modes(base):
-    """The packaged settings by mode, stage 3 looking less far ahead.
-
-    Once a run it looks for every module through all that comes within the reuse distance: a tiny
-    model whole, in a third of the run's time.
-    """
-    settings = read_json("zero3")
-    settings["zero_optimization"]["stage3_max_reuse_distance"] = 10_000
-    near = base.parent / "zero3.json"
-    near.write_text(json.dumps(settings))
-    return {name: name for name in NAMES} | {"zero3": str(near)}
-
-
-@pytest.fixture(scope="module")
 def alone(base):
     """A run of one process, whose two micro-batches a step are those of two processes."""
     folder = base.parent / "alone"
@@ -107,7 +92,7 @@ def alone(base):
 
 
 @pytest.fixture(scope="module")
-def runs(base, alone, modes, train_on_two):
+def runs(base, alone, train_on_two):
     """All runs of two processes: `runs[mode, what]` is a folder, `what` one of the tables above."""
     folders, jobs = {}, []
     shared = load_config(base).train
@@ -117,7 +102,7 @@ def runs(base, alone, modes, train_on_two):
         key = mode, what if after is None else f"{what}, resumed"
         folders[key] = base.parent / "-".join(key).replace(" ", "_").replace(",", "")
         settings = [*changes, f"train.output_dir={folders[key]}"]
-        settings += [] if mode == "plain" else [f"train.deepspeed={modes[mode]}"]
+        settings += [] if mode == "plain" else [f"train.deepspeed={mode}"]
         job = {"name": " ".join(key), "config": str(base), "set": settings}
         jobs.append(job if after is None else {**job, "after": [str(after), MIDDLE]})
 
@@ -267,13 +252,13 @@ def test_in_bf16_stages_differ_by_no_more_than_bf16_does(runs, mode, method):
 
 
 @pytest.fixture(scope="module")
-def offloaded(base, runs, modes, train_on_two, tmp_path_factory):
+def offloaded(base, runs, train_on_two, tmp_path_factory):
     """Runs with the optimizer in host memory; DeepSpeed's own is compiled for a minute or two."""
     folders, jobs = {}, []
     for mode in OFFLOADED:
         for name, after in (("whole", None), ("resumed", runs["zero1", "full dpo"])):
             folders[mode, name] = tmp_path_factory.mktemp("offloaded") / "run"
-            changes = [f"train.output_dir={folders[mode, name]}", f"train.deepspeed={modes[mode]}"]
+            changes = [f"train.output_dir={folders[mode, name]}", f"train.deepspeed={mode}"]
             job = {"name": f"{mode} {name}", "config": str(base)}
             job["set"] = [*MATRIX["full dpo"], *changes]
             jobs.append(job if after is None else {**job, "after": [str(after), MIDDLE]})

@@ -142,8 +142,8 @@ def finished(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
-    raw = raw_config("sdxl", tiny_pipelines["sdxl"], tiny_data, tiny_caches)
+def base(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
+    raw = raw_config("sdxl", light_pipelines["sdxl"], tiny_data, tiny_caches)
     path = tmp_path_factory.mktemp("base") / "base.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

@@ -26,9 +26,9 @@ class Waits(Observer):
 
 
 @pytest.fixture(scope="module")
-def config(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def config(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    raw = raw_config("sdxl", tiny_pipelines["sdxl"], tiny_data, tiny_caches, folder / "run")
+    raw = raw_config("sdxl", light_pipelines["sdxl"], tiny_data, tiny_caches, folder / "run")
     raw["train"] |= {"max_steps": 2}
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(raw))

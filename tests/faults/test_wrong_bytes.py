@@ -197,14 +197,14 @@ def test_a_broken_newer_one_does_not_push_out_the_whole_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def trained(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A configuration and its finished run of four steps with checkpoints after two and four."""
     import yaml
 
     from tests.conftest import raw_config
 
     folder = tmp_path_factory.mktemp("trained")
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches, folder / "run")
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches, folder / "run")
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(raw))
     train(load_config(path), progress=False)

@@ -43,10 +43,10 @@ class SetRate(Observer):
 
 
 @pytest.fixture(scope="module")
-def half(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def half(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """`half(folder, *overrides)`: the configuration of a copy of a run that was ended at step 2."""
     base = tmp_path_factory.mktemp("half")
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches, base / "run")
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches, base / "run")
     path = base / "run.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(KeyboardInterrupt):
@@ -116,9 +116,9 @@ def test_what_may_not_be_changed_is_refused_by_name(half, tmp_path):
         train(config, resume=True, changes=["train.optim.lr=1"], progress=False)
 
 
-def test_models_and_data_are_known_by_their_content(half, tiny_data, tiny_pipelines, tmp_path):
+def test_models_and_data_are_known_by_their_content(half, tiny_data, light_pipelines, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data")
-    shutil.copytree(tiny_pipelines["sd15"], tmp_path / "model")
+    shutil.copytree(light_pipelines["sd15"], tmp_path / "model")
     moved = [f"data.path={tmp_path / 'data'}", f"model.path={tmp_path / 'model'}"]
     config = half(tmp_path / "run", *moved)
     train(config, resume=True, progress=False)

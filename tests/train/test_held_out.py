@@ -25,10 +25,10 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def settings(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """`settings("run", "train.max_steps=6", ...)`: a small run that holds pairs out."""
     base = tmp_path_factory.mktemp("held-out")
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches)
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches)
     raw["data"]["held_out"] = 0.3
     path = base / "run.yaml"
     path.write_text(yaml.safe_dump(raw))

@@ -21,10 +21,10 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def settings(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """`settings("run", "lion", ...)`: a small run with an optimizer."""
     base = tmp_path_factory.mktemp("optimizers")
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches)
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches)
     path = base / "run.yaml"
     path.write_text(yaml.safe_dump(raw))
 

@@ -16,10 +16,10 @@ from tests.train.test_changes import StopAfter
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def finished(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A run of four steps whose rate was changed at step 2, and whose length at step 3."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches, folder)
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches, folder)
     raw["train"] |= {"max_steps": 9, "checkpoint_every": 1, "ema_decay": 0.5}
     raw["train"]["optim"] = {"lr": 1e-3, "schedule": "linear"}
     path = folder.parent / "run.yaml"

@@ -58,10 +58,10 @@ def rows(folder, name="votes.csv"):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def whole(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A run of two rounds with its checkpoints."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    raw = raw_config("sdxl", tiny_pipelines["sdxl"], tiny_data, tiny_caches, folder)
+    raw = raw_config("sdxl", light_pipelines["sdxl"], tiny_data, tiny_caches, folder)
     raw["train"] |= {**ROUNDS, "checkpoint_every": 3, "keep_checkpoints": 99}
     return train(parse_config(raw), progress=False)
 

@@ -24,12 +24,12 @@ def everything(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def finished(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A finished run's folder, made once; copy it."""
     from tests.conftest import raw_config
 
     folder = tmp_path_factory.mktemp("finished")
-    raw = raw_config("sdxl", tiny_pipelines["sdxl"], tiny_data, tiny_caches, folder / "run")
+    raw = raw_config("sdxl", light_pipelines["sdxl"], tiny_data, tiny_caches, folder / "run")
     raw["train"] |= {"max_steps": 2, "checkpoint_every": 1}
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(raw))

@@ -22,10 +22,10 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def settings(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """`settings("run", "train.max_steps=6", ...)`: a small run with sample images."""
     base = tmp_path_factory.mktemp("samples")
-    raw = raw_config("sdxl", tiny_pipelines["sdxl"], tiny_data, tiny_caches)
+    raw = raw_config("sdxl", light_pipelines["sdxl"], tiny_data, tiny_caches)
     raw["train"] |= {"max_steps": 3, "lora": {"dropout": 0.2}, "optim": {"lr": 1e-1}}
     path = base / "run.yaml"
     path.write_text(yaml.safe_dump(raw))

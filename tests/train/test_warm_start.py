@@ -28,10 +28,10 @@ ADAPTERS = ("train.lora.rank=4", "train.lora.alpha=6", "train.optim.lr=1e-1", "t
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def settings(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """`settings("run", "train.max_steps=6", ...)`: a small run."""
     base = tmp_path_factory.mktemp("warm")
-    raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches)
+    raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches)
     path = base / "run.yaml"
     path.write_text(yaml.safe_dump(raw))
 
