@@ -51,6 +51,7 @@ class FakeGpu:
         self.arguments: list[list[Any]] = []
         self.library: ctypes.CDLL | None = None
         self._known: set[int] = set()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._install()
 
     @property
@@ -91,12 +92,13 @@ class FakeGpu:
 
     def _nvidia(self) -> tuple[type, Any]:
         """Triton's launcher for NVIDIA, built against a libcuda that does nothing."""
-        folder = Path(tempfile.mkdtemp(prefix="fastpo-fake-gpu-"))
-        library = folder / "libcuda.so.1"
+        # Triton links a launcher against it whenever it compiles one: it lasts as long as this.
+        self._folder = tempfile.TemporaryDirectory(prefix="fastpo-fake-gpu-")
+        library = Path(self._folder.name) / "libcuda.so.1"
         name = "-Wl,-soname,libcuda.so.1"  # by which the launcher finds the loaded one
         subprocess.run(["gcc", "-shared", "-fPIC", name, "-o", library, SOURCE], check=True)
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+        os.environ["TRITON_LIBCUDA_PATH"] = self._folder.name
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
         gpu = self

@@ -12,6 +12,7 @@ import random
 import shutil
 import tempfile
 import warnings
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def drawn_case(kind: str, rng: random.Random) -> str:
 
 @functools.cache
 def root() -> Path:
-    """A folder of this process, where valid input is made once."""
+    """A folder of this process, where valid input is made once; gone when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="fastpo-fuzz-"))
+    remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+    Finalize(None, remove, exitpriority=0)  # unlike `atexit`, at the end of a worker's process too
     torch.set_num_threads(1)
     return folder
 
