@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.interpreter import replace_language_once
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,6 +23,13 @@ def pytest_collection_modifyitems(items):
         return "callspec" in vars(item) and item.callspec.params.get("impl") == "cpu"
 
     items[:] = [item for item in items if not repeated(item) or of_the_cpu(item)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Where kernels are interpreted, in little more than half of the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        replace_language_once()
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_equals_the_reference(prediction, posterior, dtype, device):
         torch.testing.assert_close(a, e, **TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000, 65537])
+@pytest.mark.parametrize("size", [1, 7, 1000, 4097, pytest.param(65537, marks=pytest.mark.long)])
 def test_noise_is_the_pairs_own(size, device):
     arguments, _ = inputs(device, (size,))
     out = call(arguments)
