@@ -93,7 +93,7 @@ class Watch:
         except OSError:  # it has just ended
             return
         for key, path in self.files.items():
-            if key not in self.used and path.is_file():
+            if key not in self.used and path.exists():
                 self.used[key] = now
         for line in status.splitlines():
             if line.startswith("VmHWM:"):

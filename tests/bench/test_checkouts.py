@@ -95,8 +95,8 @@ def test_a_run_is_compared_with_the_other_checkouts_of_its_seed(run):
 
 
 def test_files_are_seen_when_they_appear(run, tmp_path):
-    there = tmp_path / "there"
-    there.write_text("")
+    there = tmp_path / "there"  # a checkpoint is a folder
+    there.mkdir()
     watch = run.Watch({4: there, 5: tmp_path / "missing"}, {})
     watch(os.getpid())
     assert watch.used.keys() == {4} and watch.peak > 10
