@@ -67,6 +67,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "adaptive_dpo_ledger": {"train": LEDGER},
     "rounds": {"train": ROUNDS},
 }
+BEGUN = ("adaptive_dpo_released", "dpo_clean", "dpo", "rounds", "adaptive_dpo_ledger")
+"""The order in which runs begin: two processes end at about the same time then."""
 DEMO = Kind(
     "a demo",
     "",
@@ -152,15 +154,16 @@ def _evaluations(
     Raises:
         FastPOError: A run failed; those that are being made end too.
     """
-    names, evaluations = list(configs), {}
-    items = [(config, base_samples) for config in configs.values()]
+    evaluations: dict[str, Evaluation] = {}
+    items = [(configs[name], base_samples) for name in BEGUN]
     with catch_signals(), workers(processes) as work:
         for number, failure in work(make_run, items):
+            name = BEGUN[number]
             if failure is not None:
-                raise FastPOError(f"{names[number]}: {failure}")
-            Console(stderr=True).rule(f"{names[number]}: {len(evaluations) + 1} of {len(names)}")
-            evaluations[names[number]] = evaluate(configs[names[number]], base_samples=base_samples)
-    return {name: evaluations[name] for name in names}
+                raise FastPOError(f"{name}: {failure}")
+            Console(stderr=True).rule(f"{name}: {len(evaluations) + 1} of {len(configs)}")
+            evaluations[name] = evaluate(configs[name], base_samples=base_samples)
+    return {name: evaluations[name] for name in configs}
 
 
 @told

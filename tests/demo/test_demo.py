@@ -178,14 +178,15 @@ def test_runs_are_told_of_as_they_end_and_compared_in_their_order(monkeypatch):
     monkeypatch.setattr(demo, "evaluate", lambda config, **_: asked.append(config) or len(asked))
     runs = configs()
     found = demo._evaluations(runs, Path("samples"), 2)
-    assert asked == list(runs.values())[::-1]
-    assert list(found.items()) == [(n, 5 - k) for k, n in enumerate(OBJECTIVES)]
+    assert asked == [runs[name] for name in reversed(demo.BEGUN)]
+    assert list(found) == list(OBJECTIVES)
+    assert found == {name: 5 - k for k, name in enumerate(demo.BEGUN)}
 
 
 def test_a_run_that_fails_ends_the_demo_by_its_name(monkeypatch):
     monkeypatch.setattr(demo, "workers", backwards)
     monkeypatch.setattr(demo, "make_run", lambda config, samples: "the disk is full")
-    with pytest.raises(FastPOError, match=r"^rounds: the disk is full$"):
+    with pytest.raises(FastPOError, match=r"^adaptive_dpo_ledger: the disk is full$"):
         demo._evaluations(configs(), Path("samples"), 2)
 
 
