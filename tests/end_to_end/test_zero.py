@@ -60,7 +60,7 @@ EXTRAS = {
     "lora micro": [
         *METHODS["lora"],
         "train.accumulation_steps=2",
-        "train.gradient_checkpointing=true",
+        "train.gradient_checkpointing=offload",
         "train.max_steps=2",
         "train.lora.dropout=0.2",
     ],
