@@ -169,7 +169,7 @@ def write_folder(
         (path / f"source{k}.png").write_bytes(image_bytes(1000 + k, size))
     lines = []
     for i in range(pairs):
-        entry = {"id": f"p{i}", "prompt": f"prompt {i % prompts}"}
+        entry: dict[str, Any] = {"id": f"p{i}", "prompt": f"prompt {i % prompts}"}
         for offset, side in enumerate(("winner", "loser")):
             entry[side] = f"{side}{i}.png"
             image = image_bytes(2 * i + offset, sizes[i % len(sizes)])
