@@ -18,8 +18,9 @@ from aot_small import compiled_as, filled, full_shape, noise_inputs, small
 from torch import Tensor
 
 from fastpo_kernels.testing import PairInputs, assert_within_budget, rounding_scales
+from tests.kernels.on_machine import orders
 
-SCHEDULES = 3
+SCHEDULES = orders(2, 3)
 FULL = bool(os.environ.get("PTX_MACHINE_FULL"))
 
 

@@ -9,8 +9,9 @@ import torch
 
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
+from tests.kernels.on_machine import orders
 
-SCHEDULES = 2
+SCHEDULES = orders(1, 2)
 CALLS = [("dpo", 1030), ("adaptive_dpo-annotators", 1030), ("sdpo", 2048), ("kto", 2048)]
 PROBES = 32  # of the errors' rounding: one by one they are some thousands
 

@@ -9,8 +9,9 @@ import torch
 from fastpo_kernels.pair_noise import noised_pair
 from fastpo_kernels.testing import pair_inputs
 from tests.kernels.objectives import CASES, check
+from tests.kernels.on_machine import orders
 
-SCHEDULES = 100
+SCHEDULES = orders(25, 100)
 NAMES = ["dpo", "sdpo"]
 
 

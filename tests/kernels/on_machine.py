@@ -5,7 +5,7 @@
 Every launch is executed in several orders, which must leave the same bits, and every counter that
 atomics changed must be back where it was. PTX_MACHINE_TARGET names the GPU, PTX_MACHINE_SEED the
 device and the orders, PTX_MACHINE_SCHEDULES their number, unless a file of tests has a number
-`SCHEDULES` of its own.
+`SCHEDULES` of its own, which may be another where one order was asked for, the shortest run.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class _Machine(Machine):
 SCHEDULES = int(os.environ.get("PTX_MACHINE_SCHEDULES", "3"))
 MACHINE = _Machine(int(os.environ.get("PTX_MACHINE_SEED", "0")), schedules=SCHEDULES)
 HOOK = LaunchHook(GPU.library, MACHINE)
+
+
+def orders(shortly: int, otherwise: int) -> int:
+    """A file's own number of orders: `shortly` where one order was asked for."""
+    return shortly if SCHEDULES == 1 else otherwise
 
 
 class _Nothing(Machine):

@@ -11,7 +11,10 @@ from fastpo_kernels.pair_loss.spec import LossSpec, PairTensors
 from fastpo_kernels.testing import DTYPES, PairInputs, assert_within_budget, pair_inputs
 from tests.kernels.objectives import CASES, check, run
 
-SIZES = [1, 7, 1000, 65537]
+SIZES = [(size, dtype) for size in (1, 7, 1000) for dtype in DTYPES]
+# Many tiles, for which the interpreter takes seconds: of one type; the others in the long run.
+SIZES += [(65537, torch.bfloat16)]
+SIZES += [pytest.param(65537, dtype, marks=pytest.mark.long) for dtype in DTYPES[::2]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,8 +50,7 @@ def test_objective_within_budget_on_rough_hardware(name, n_pairs, rough_hardware
     check(CASES[name], pair_inputs(n_pairs, (40,), torch.float32, n_annotators=2))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dtype"), SIZES, ids=str)
 def test_size_within_budget(size, dtype, device):
     check(CASES["dpo"], pair_inputs(2, (size,), dtype, device))
 
