@@ -26,14 +26,14 @@ def call(*arguments):
 
 
 @pytest.fixture(scope="module")
-def small(tiny_pipelines, tmp_path_factory):
+def small(light_pipelines, tmp_path_factory):
     """The overrides that put tiny models and eight pairs into the README's configuration."""
     folder = tmp_path_factory.mktemp("readme")
     rows = [pickapic_row(number, label_0=float(number % 2)) for number in range(8)]
     write_pickapic(folder / "data" / "train-00000.parquet", rows)
     clip = tiny_clip_folder(folder / "clip")
     changes = {
-        "model.path": tiny_pipelines["sdxl"],
+        "model.path": light_pipelines["sdxl"],
         "model.variant": "null",
         "data.path": folder / "data",
         "prepare.resolution": 32,

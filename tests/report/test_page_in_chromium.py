@@ -44,14 +44,14 @@ addEventListener("message", e => {{ document.getElementById("said").textContent 
 
 
 @pytest.fixture(scope="module")
-def page(tiny_data, tiny_pipelines, tiny_caches, tmp_path_factory):
+def page(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
     """A run with scores of an earlier step, one of MaPO without any, and one as it should be."""
     base = tmp_path_factory.mktemp("runs")
     clip = tiny_clip_folder(base / "clip")
 
     def config(name, **changes):
         folder = base / name
-        raw = raw_config("sd15", tiny_pipelines["sd15"], tiny_data, tiny_caches, folder)
+        raw = raw_config("sd15", light_pipelines["sd15"], tiny_data, tiny_caches, folder)
         raw["evaluate"] |= {"seeds_per_prompt": 2, "scorers": [f"clip:{clip}"]}
         raw["train"] |= changes
         return parse_config(raw)
