@@ -29,6 +29,7 @@ class Place(Protocol):
 
     def unpack(self, packed: Any) -> Tensor:
         """Gives it back, where it was."""
+        ...
 
 
 class HostMemory:
