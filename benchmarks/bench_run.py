@@ -39,6 +39,7 @@ from fastpo.demo.run import LEDGER, N_PAIRS, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.report import load_metrics
 from fastpo.system.files import write_json, write_text
+from fastpo.train.consolidate import exported
 
 EPOCHS, LONGER = 6, 10  # of the demo, and at most of ours
 STEPS = 33  # an epoch of the demo's pairs, in batches of 32
@@ -189,7 +190,8 @@ def gain(bench: Bench, kind: Kind, weights: Path) -> float:
     """Reward over the base's of the same held-out prompts and seeds, as the demo measures it."""
     shared = bench.folder / "base-samples"
     config = bench.config(kind)
-    found = evaluate(config, aligned=weights, base_samples=shared, progress=False)
+    with exported(config.train.output_dir, weights) as (folder, step):
+        found = evaluate(config, aligned=folder, base_samples=shared, step=step, progress=False)
     return found.metrics[REWARD].gain
 
 
