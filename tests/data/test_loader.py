@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,22 +188,29 @@ def test_an_error_while_reading_reaches_the_caller(workers):
         seen(loader(Broken(), workers=workers))
 
 
-def test_waiting_is_measured_and_reading_ahead_hides_it():
-    def share(workers):
-        class Slow(Reader):
-            def read(self, indices, visit):
-                time.sleep(0.01)
-                return super().read(indices, visit)
+def test_waiting_is_measured_and_reading_ahead_hides_it(monkeypatch):
+    """By a clock of its own, on which a read takes 0.01 s where it is waited for."""
+    now = [0.0]
 
+    class Slow(Reader):
+        def read(self, indices, visit):
+            if threading.current_thread() is threading.main_thread():
+                now[0] += 0.01
+            return super().read(indices, visit)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("fastpo.data.loader.time", clock)
+
+    def share(workers):
         batches = TimedIterator(loader(Slow(), workers=workers))
         next(batches)
         batches.taken()
-        began = time.perf_counter()
+        began = now[0]
         for _ in range(6):
             next(batches)
-            time.sleep(0.04)
-        return batches.taken() / (time.perf_counter() - began)
+            now[0] += 0.04
+        return batches.taken() / (now[0] - began)
 
-    assert 0.15 < share(0) < 0.6
-    assert share(2) < 0.1
+    assert share(0) == pytest.approx(0.2)
+    assert share(2) == 0.0
     assert TimedIterator([]).taken() == 0.0
