@@ -75,15 +75,15 @@ PLAIN = [p for p in CONFIGS if load_config(p).train.deepspeed is None]
 
 @pytest.mark.parametrize("path", PLAIN, ids=[p.stem for p in PLAIN])
 def test_a_shipped_configuration_trains_its_tiny_twin(
-    path, tiny_pipelines, pickapic, tmp_path, read_metrics
+    path, light_pipelines, pickapic, tmp_path, read_metrics
 ):
-    config, _ = twin(path, tiny_pipelines, pickapic, tmp_path)
+    config, _ = twin(path, light_pipelines, pickapic, tmp_path)
     check(train(config, progress=False), read_metrics)
 
 
 @pytest.mark.slow
 def test_shipped_deepspeed_configurations_train_on_two_processes(
-    tiny_pipelines, pickapic, tmp_path, read_metrics, train_on_two
+    light_pipelines, pickapic, tmp_path, read_metrics, train_on_two
 ):
     pytest.importorskip("deepspeed")
     sharded = [p for p in CONFIGS if p not in PLAIN]
@@ -91,7 +91,7 @@ def test_shipped_deepspeed_configurations_train_on_two_processes(
     jobs = []
     for path in sharded:
         folder = tmp_path / path.stem
-        overrides = twin(path, tiny_pipelines, pickapic, folder)[1]
+        overrides = twin(path, light_pipelines, pickapic, folder)[1]
         jobs.append({"name": path.stem, "config": str(path), "set": overrides})
     assert set(train_on_two(tmp_path, jobs).values()) == {"ok"}
     for path in sharded:
