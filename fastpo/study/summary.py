@@ -60,13 +60,13 @@ def kept(rows: Sequence[Row], part: Sequence[Row]) -> Mean | None:
     """The share of plain DPO's gain on clean labels that is kept, seed by seed.
 
     Args:
-        rows: Of one method and case.
+        rows: Of one method.
         part: All rows of its part; without plain DPO on labels of which none is wrong, or a
             minority's, there is nothing to compare with.
     """
     clean = {
         row["seed"]: float(row["gain"])
-        for row in chosen(part, method="dpo", case=rows[0]["case"] if rows else "")
+        for row in chosen(part, method="dpo", case="")
         if float(row["flip_rate"]) == 0.0 and float(row["wrong"]) == 0.0
     }
     shares = [
