@@ -1,358 +1,313 @@
-"""Pairs that begin from several source images, tables that hold them, and caches that give them."""
+"""Several data sets in one preparation and one run: whose a pair is, and how often it comes."""
 
-import io
 import json
-import tarfile
+import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+import yaml
 
-from fastpo.config import DataConfig, parse_config
-from fastpo.data.cache.tensors import TensorFiles
-from fastpo.data.cache.texts import TextRows, without_padding
+from fastpo.config import decided_values, dump_config, input_paths, parse_config, with_keys
+from fastpo.data.cache import PairCache
+from fastpo.data.cache.manifest import load_manifest
+from fastpo.data.loader import make_loader
+from fastpo.data.mixing import MixedSampler, make_sampler, visits_per_epoch
 from fastpo.data.prepare import prepare
-from fastpo.data.sources import open_source
-from fastpo.errors import DataError
-from fastpo.evaluate.sampling import ImageSampler, plan_samples
-from fastpo.models.edits import EditEncoders
+from fastpo.data.sampler import PairSampler
+from fastpo.errors import CacheError, ConfigError, TooManyBadRowsError
 from fastpo.models.encoders import Encoders
-from fastpo.models.folder import ModelFolder
-from fastpo.plan.dataset import find_size
-from fastpo.review.decide import Decision
-from fastpo.review.relabel import Shards
-from fastpo.testing import image_bytes, write_folder
-from fastpo.testing.edits import small_sources
-from fastpo.testing.flow import tiny_flux_kontext_folder
-from fastpo.testing.language_pipelines import tiny_flux2_klein_folder, tiny_qwen_image_edit_folder
-
-SIZES = (96, 64), (64, 80), (96, 64), (64, 80)
-SEES = "qwen"
+from fastpo.plan.dataset import count_visits, find_size
+from fastpo.reference_cache import prepare_reference
+from fastpo.testing import pickapic_row, write_folder, write_pickapic
+from fastpo.train import Observer, train
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """FLUX.2, whose texts see no source, and Qwen-Image-Edit-Plus, whose texts do."""
-    folder = tmp_path_factory.mktemp("models")
-    with small_sources():
-        yield {
-            "flux2": tiny_flux2_klein_folder(folder / "flux2"),
-            SEES: tiny_qwen_image_edit_folder(folder / SEES, plus=True),
-        }
-
-
-def config_of(model, path, cache, *, limit=None, **prepared):
-    return parse_config(
-        {
-            "model": {"path": str(model)},
-            "data": {"source": "folder", "path": str(path), "limit": limit},
-            "prepare": {
-                "cache_dir": str(cache),
-                "resolution": 64,
-                "store_precision": "fp32",
-                "text_length": 16,
-                **prepared,
-            },
-            "train": {"output_dir": "unused", "objective": {"name": "dpo"}, "max_steps": 1},
-        }
-    )
-
-
-def change_rows(data, change):
+def lines(data, change):
     listing = data / "pairs.jsonl"
-    rows = [json.loads(line) for line in listing.read_text().splitlines()]
-    for number, row in enumerate(rows):
-        change(number, row)
-    listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def write_mixed(data):
-    """Four pairs of one or two of four sources."""
-    write_folder(data, 4, prompts=2, sizes=((64, 64),), sources=SIZES, together=2)
-    named = [["source0.png"], ["source0.png", "source1.png"], ["source2.png", "source3.png"], None]
-    named[3] = ["source1.png", "source0.png"]
-    change_rows(data, lambda number, row: row.update(source=named[number]))
-    return data
+    entries = [json.loads(line) for line in listing.read_text().splitlines()]
+    listing.write_text("".join(json.dumps(entry) + "\n" for entry in change(entries)))
 
 
 @pytest.fixture(scope="module")
-def mixed(models, tmp_path_factory):
-    """The mixed pairs, prepared first in part, a pair a shard: the first pair has one source."""
-    folder = tmp_path_factory.mktemp("mixed")
-    data = write_mixed(folder / "data")
-    caches = {}
-    for name, model in models.items():
-        for limit in (1, None):
-            config = config_of(model, data, folder / name, limit=limit, shard_size=1)
-            caches[name] = config, prepare(config, progress=False)
-    return caches
-
-
-@pytest.mark.parametrize("name", ["flux2", SEES])
-def test_a_pair_comes_with_its_sources_in_their_order(mixed, models, name):
-    config, cache = mixed[name]
-    encoders = Encoders.load(config, model=ModelFolder(models[name]))
-    opened = [Image.open(f"{config.data.path}/source{k}.png").convert("RGB") for k in range(4)]
-    expected = [encoders.encode_sources(encoders.source_pixels(i).unsqueeze(0)) for i in opened]
-    assert [cache.sources_of(row) for row in range(4)] == [(0,), (0, 1), (2, 3), (1, 0)]
-    for row in range(4):
-        conditions = cache.read([row], 0).conditions
-        names = ["source_latents", "source_latents_2"][: len(cache.sources_of(row))]
-        assert names == [name for name in conditions if name.startswith("source")]
-        for condition, number in zip(names, cache.sources_of(row), strict=True):
-            torch.testing.assert_close(
-                conditions[condition], expected[number], atol=1e-5, rtol=1e-5
-            )
-
-
-def test_pairs_of_a_batch_have_as_many_sources_of_the_same_sizes(mixed):
-    _, cache = mixed["flux2"]
-    bucket = cache.bucket.tolist()
-    assert bucket[1] == bucket[2]
-    assert len(set(bucket)) == 3, "one source; two; the same two the other way round"
-    assert cache.read([1, 2], 0).conditions["source_latents_2"].shape[0] == 2
-
-
-def test_texts_see_all_sources_in_their_order(mixed, models):
-    config, cache = mixed[SEES]
-    encoders = Encoders.load(config, model=ModelFolder(models[SEES]))
-    opened = [Image.open(f"{config.data.path}/source{k}.png").convert("RGB") for k in range(4)]
-    lengths = []
-    for row in range(4):
-        images = [opened[number] for number in cache.sources_of(row)]
-        expected = encoders.encode_edit(f"prompt {row % 2}", images)
-        found = cache.read([row], 0).conditions
-        lengths.append(int(found["prompt_mask"].sum()))
-        own = found["prompt_embeds"][:, : lengths[-1]]
-        torch.testing.assert_close(
-            own, expected["prompt_embeds"][:, : lengths[-1]], atol=1e-5, rtol=1e-5
-        )
-        assert int(expected["prompt_mask"].sum()) == lengths[-1]
-    assert lengths[0] < min(lengths[1:])
-
-
-def test_the_plan_counts_every_source(mixed):
-    for config, _ in mixed.values():
-        size = find_size(config, None)
-        assert (size.pairs, size.images, size.sources) == (4, 4, 2)
-
-
-def test_a_model_of_one_source_refuses_two_before_it_is_loaded(tmp_path, monkeypatch):
-    model = tiny_flux_kontext_folder(tmp_path / "model")
-    write_folder(tmp_path / "data", 2, sizes=((64, 64),), sources=SIZES, together=2)
-    monkeypatch.setattr(Encoders, "load", None)
-    text = "2 source images are given to a pair, and flux-kontext takes 1 at most"
-    with pytest.raises(DataError, match=text):
-        prepare(config_of(model, tmp_path / "data", tmp_path / "cache"), progress=False)
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """Source images and texts that are encoded."""
-    seen = {"sources": 0, "texts": []}
-    sources, text = EditEncoders.encode_sources, EditEncoders.encode_edit
-
-    def count_sources(self, pixels):
-        seen["sources"] += len(pixels)
-        return sources(self, pixels)
-
-    def count_texts(self, prompt, images):
-        seen["texts"].append(prompt)
-        return text(self, prompt, images)
-
-    monkeypatch.setattr(EditEncoders, "encode_sources", count_sources)
-    monkeypatch.setattr(EditEncoders, "encode_edit", count_texts)
-    return seen
-
-
-def test_sources_and_their_texts_are_copied_from_an_earlier_cache(mixed, tmp_path, encoded):
-    """Another name of a source, another order of the pairs, one new text, one new source."""
-    config, earlier = mixed[SEES]
-    data = write_mixed(tmp_path / "data")
-    (data / "source2.png").rename(data / "renamed.png")
-    (data / "new.png").write_bytes(image_bytes(77, SIZES[0]))
-    rows = change_rows(data, lambda number, row: None)
-    rows[2]["source"] = ["renamed.png", "source3.png"]
-    rows[0]["source"] = ["new.png"]
-    rows[3]["prompt"] = "another"
-    lines = [rows[k] for k in (2, 1, 0, 3)]
-    (data / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    fresh = config_of(config.model.path, data, tmp_path / "fresh")
-    expected = prepare(fresh, progress=False)
-    encoded |= {"sources": 0, "texts": []}
-    reusing = config_of(
-        config.model.path, data, tmp_path / "cache", reuse=str(config.prepare.cache_dir)
-    )
-    cache = prepare(reusing, progress=False)
-    assert encoded == {"sources": 1, "texts": ["prompt 0", "another"]}
-    for row in range(4):
-        found, made = cache.read([row], 0).conditions, expected.read([row], 0).conditions
-        assert found.keys() == made.keys()
-        for name, values in found.items():
-            torch.testing.assert_close(values, made[name], atol=1e-5, rtol=1e-5)
-    kept = cache.read([0], 0).conditions["source_latents_2"]
-    assert torch.equal(kept, earlier.read([2], 0).conditions["source_latents_2"])
-
-
-def test_texts_of_parts_with_other_lengths_are_read_together(tmp_path):
-    """Parts whose texts see one image, or two, are padded otherwise."""
-    written = {}
-    for name, own, length in (("one", 3, 8), ("two", 9, 12), ("full", 8, 8)):
-        states = torch.zeros(1, length, 2)
-        states[:, :own] = torch.randn(1, own, 2)
-        mask = torch.arange(length)[None] < own
-        written[name] = states[0, :own]
-        tensors = without_padding({"embeds": states, "mask": mask})
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    rows = TextRows(TensorFiles(tmp_path))
-    found = rows.read([(f"{name}.safetensors", 0) for name in written])
-    assert found["embeds"].shape == (3, 12, 2)
-    assert found["mask"].sum(dim=1).tolist() == [3, 9, 8]
-    for row, own in enumerate(written.values()):
-        assert torch.equal(found["embeds"][row, : len(own)], own)
-        assert not found["embeds"][row, len(own) :].any()
-        assert found["mask"][row, : len(own)].all()
-    alone = rows.read([("one.safetensors", 0)])
-    assert alone["embeds"].shape == (1, 8, 2)
-
-
-def image_cell(number):
-    return image_bytes(2000 + number, (64, 48))
-
-
-STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-CELLS = {
-    "bytes": (pa.binary(), [image_cell(0), image_cell(1), image_cell(0)]),
-    "structs": (STRUCT, [{"bytes": image_cell(k), "path": "x.png"} for k in (0, 1, 0)]),
-    "lists": (
-        pa.list_(STRUCT),
-        [
-            [{"bytes": image_cell(0), "path": None}, {"bytes": image_cell(1), "path": None}],
-            [{"bytes": None, "path": "named.png"}],
-            [{"bytes": image_cell(1), "path": None}, {"bytes": image_cell(0), "path": None}],
+def made(tiny_pipelines, tmp_path_factory):
+    """`mine` (folder), `more` (a folder with a pair of `mine`) and `picks` (Parquet), prepared."""
+    base = tmp_path_factory.mktemp("several")
+    write_folder(base / "mine", 5)
+    write_folder(base / "more", 4, sizes=[(64, 32)])
+    for side in ("winner", "loser"):
+        shutil.copy(base / "mine" / f"{side}1.png", base / "more" / f"{side}1.png")
+    (base / "more" / "winner2.png").unlink()
+    rows = [pickapic_row(i, 0.5 if i == 1 else 1.0) for i in range(4)]
+    write_pickapic(base / "picks" / "train-0.parquet", rows)
+    raw = {
+        "seed": 3,
+        "model": {"path": str(tiny_pipelines["sd15"])},
+        "data": [
+            {"source": "folder", "path": str(base / "mine"), "repeats": 2},
+            {"source": "folder", "path": str(base / "more")},
+            {"source": "pickapic", "path": str(base / "picks"), "limit": 2, "name": "pap"},
         ],
-    ),
-}
-
-
-def write_table(folder, kind, cells):
-    """A table in Pick-a-Pic's schema, two row groups."""
-    folder.mkdir(exist_ok=True)
-    (folder / "named.png").write_bytes(image_cell(2))
-    rows = len(cells)
-    columns = {
-        "caption": pa.array([f"prompt {k}" for k in range(rows)]),
-        "jpg_0": pa.array([image_bytes(2 * k) for k in range(rows)]),
-        "jpg_1": pa.array([image_bytes(2 * k + 1) for k in range(rows)]),
-        "label_0": pa.array([1.0] * rows),
-        "label_1": pa.array([0.0] * rows),
-        "source": pa.array(cells, kind),
+        "prepare": {"cache_dir": str(base / "cache"), "resolution": 32, "shard_size": 3},
+        "train": {
+            "output_dir": str(base / "run"),
+            "objective": {"name": "dpo", "beta": 500.0},
+            "max_steps": 4,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "checkpoint_every": 2,
+            "trackers": [],
+        },
     }
-    pq.write_table(pa.table(columns), folder / "train-0.parquet", row_group_size=2)
-    return DataConfig(source="pickapic", path=str(folder), max_bad=1.0)
+    prepare(parse_config(raw), progress=False)
+    return raw
 
 
-@pytest.mark.parametrize("form", [*CELLS])
-def test_tables_hold_source_images_as_bytes(tmp_path, form):
-    source = open_source(write_table(tmp_path, *CELLS[form]))
-    assert source.edits()
-    images = source.source_images()
-    numbers = [[0, 1], [2], [1, 0]] if form == "lists" else [[0], [1], [0]]
-    assert [[*images.sets[k]] for k in images.numbers.tolist()] == numbers
-    assert images.most == max(map(len, numbers))
-    assert [images.read(k) for k in range(len(images.names))] == [
-        image_cell(k) for k in range(len(images.names))
+def changed(raw, **values):
+    return parse_config(with_keys(raw, {key.replace("__", "."): v for key, v in values.items()}))
+
+
+def test_the_cache_knows_whose_each_pair_is_and_counts_each_alone(made):
+    cache = PairCache.open(parse_config(made), verify=True)
+    assert cache.source_names == ["mine", "more", "pap"]
+    assert cache.source_index.tolist() == [0] * 5 + [1] * 3 + [2] * 2
+    assert list(cache.pair_ids[:7]) == [
+        *(f"mine/p{i}" for i in range(5)),
+        "more/p0",
+        "more/p1",
     ]
-    found = [[read() for read in pair.source_images] for pair in source]
-    assert found == [[image_cell(k) for k in each] for each in numbers]
-
-
-def test_a_table_without_a_source_in_a_row_or_of_none_at_all(tmp_path):
-    lacking = write_table(tmp_path / "a", pa.binary(), [image_cell(0), None, image_cell(1)])
-    with pytest.raises(DataError, match=r"1 of 3 pairs have no source image, the first is pair 1"):
-        open_source(lacking).source_images()
-    away = [{"bytes": image_cell(0), "path": None}, {"bytes": None, "path": "gone.png"}]
-    source = open_source(write_table(tmp_path / "b", STRUCT, away))
-    source.source_images()
-    assert [row.reason for row in source.bad.kept] == [
-        f"source image unreadable: [Errno 2] No such file or directory: "
-        f"'{tmp_path / 'b' / 'gone.png'}'"
-    ]
-    texts = open_source(write_table(tmp_path / "c", pa.string(), ["a site", "a site"]))
-    assert not texts.edits()
-    assert texts.source_images() is None
-    assert [pair.source_images for pair in texts] == [(), ()]
-
-
-def write_parquet(folder, rows):
-    columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
-    pq.write_table(pa.table(columns), folder / "pairs.parquet")
-
-
-def write_jsonl(folder, rows):
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_tar(folder, rows):
-    with tarfile.open(folder / "train-0.tar", "w") as tar:
-        for i, row in enumerate(rows):
-            names = {"winner": row["winner"], "loser": row["loser"], "source": row["source"][0]}
-            names["source_2"] = row["source"][1]
-            content = {f"{name}.png": (folder / file).read_bytes() for name, file in names.items()}
-            for name, data in {"txt": b"a prompt", **content}.items():
-                member = tarfile.TarInfo(f"{i}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-@pytest.mark.parametrize("write", [write_parquet, write_jsonl, write_tar])
-def test_other_listings_name_several_sources(tmp_path, write):
-    write_folder(tmp_path, 3, sources=SIZES, together=2)
-    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    (tmp_path / "pairs.jsonl").unlink()
-    write(tmp_path, rows)
-    source = open_source(DataConfig(source="folder", path=str(tmp_path)))
-    expected = [[(tmp_path / name).read_bytes() for name in row["source"]] for row in rows]
-    assert [[read() for read in pair.source_images] for pair in source] == expected
-    images = source.source_images()
-    assert images.sets == [(0, 1), (2, 3)]
-    assert images.numbers.tolist() == [0, 1, 0]
-    assert [images.read(k) for k in (0, 1)] == expected[0]
-
-
-def test_several_data_sets_and_relabeled_copies_keep_several_sources(tmp_path):
-    for name in "ab":
-        write_folder(tmp_path / name, 2, sources=SIZES, together=2)
-    each = [{"source": "folder", "path": str(tmp_path / name)} for name in "ab"]
-    images = open_source(DataConfig(sources=each)).source_images()
-    assert images.sets == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert images.numbers.tolist() == [0, 1, 2, 3]
-    assert images.read(5) == (tmp_path / "b" / "source1.png").read_bytes()
-    (tmp_path / "out").mkdir()
-    shards, pairs = Shards(tmp_path / "out"), open_source(DataConfig(**each[0]))
-    with shards.closing():
-        assert [shards.add(pair, Decision()) for pair in pairs] == [None, None]
-    copied = open_source(DataConfig(source="folder", path=str(tmp_path / "out")))
-    found, expected = (
-        [[read() for read in pair.source_images] for pair in one] for one in (copied, pairs)
+    assert cache.pair_ids[8].startswith("pap/1000:")
+    first, *each = cache.summary().splitlines()
+    assert first.startswith(
+        "10 of 12 pairs; left out: 1 tie, 1 bad row or image; kept: 1 that an earlier data set has "
+        f"too; listed in {cache.folder / 'quarantine.jsonl'}, first reason (more/p2): winner"
     )
-    assert found == expected
+    assert each == [
+        "mine: 5 pairs",
+        "more: 3 of 4 pairs; left out: 1 bad row or image; kept: 1 that an earlier data set has "
+        "too",
+        "pap: 2 of 3 pairs; left out: 1 tie",
+    ]
+    [left_out] = map(json.loads, (cache.folder / "quarantine.jsonl").read_text().splitlines())
+    assert (left_out["source"], left_out["pair_id"]) == ("more", "more/p2")
 
 
-def test_prompts_of_edits_come_with_several_sources(mixed, tmp_path):
-    config, _ = mixed["flux2"]
-    raw = config.model_dump(mode="json")
-    listing = f"{config.data.path}/pairs.jsonl"
-    raw["evaluate"] = {"prompts_file": listing, "seeds_per_prompt": 1, "num_inference_steps": 1}
+def test_a_pair_has_the_latents_of_its_data_set_alone(made, tmp_path):
+    """The other data sets and the place in their row do not matter."""
+    whole = PairCache.open(parse_config(made))
+    one = made["data"][1]
+    alone = prepare(
+        changed(
+            made | {"data": {k: one[k] for k in ("source", "path")}}, prepare__cache_dir=tmp_path
+        ),
+        progress=False,
+    )
+    for i in range(3):
+        got, expected = whole.read([5 + i], 0), alone.read([i], 0)
+        torch.testing.assert_close(got.latent_mean, expected.latent_mean, atol=1e-3, rtol=1e-3)
+        assert whole.prompts[whole.prompt_index[5 + i]] == alone.prompts[alone.prompt_index[i]]
+
+
+def test_what_is_encoded_is_reused_when_a_data_set_comes_along(made, tmp_path, monkeypatch):
+    seen = []
+    encode = Encoders.encode_images
+    monkeypatch.setattr(
+        Encoders, "encode_images", lambda self, x: (seen.append(len(x)), encode(self, x))[1]
+    )
+    write_folder(tmp_path / "new", 7)
+    lines(tmp_path / "new", lambda entries: entries[5:])
+    sources = [{"source": "folder", "path": str(tmp_path / "new")}, *made["data"]]
+    raw = made | {"data": {"sources": sources}}
+    config = changed(
+        raw, prepare__cache_dir=tmp_path / "cache", prepare__reuse=made["prepare"]["cache_dir"]
+    )
+    cache = prepare(config, progress=False)
+    assert sum(seen) == 4 and len(cache) == 12
+    with pytest.raises(CacheError, match=r"data\.sources\.0\.name: .*with prepare\.reuse="):
+        prepare(changed(raw), progress=False)
+
+
+def test_bad_rows_count_for_their_own_data_set(made, tmp_path):
+    for name, count in (("good", 200), ("bad", 4)):
+        write_folder(tmp_path / name, 4)
+        lines(tmp_path / name, lambda entries, n=count: entries * (n // 4))
+    (tmp_path / "bad" / "winner2.png").unlink()
+    data = [{"source": "folder", "path": str(tmp_path / name)} for name in ("good", "bad")]
+    data[1]["max_bad"] = "10%"
+    with pytest.raises(TooManyBadRowsError, match=r"bad/pairs\.jsonl: 1 of 4 rows are bad, .*0\.1"):
+        prepare(changed(made | {"data": data}, prepare__cache_dir=tmp_path / "c"), progress=False)
+
+
+def draws(sampler, epochs):
+    per_epoch = sampler.micro_batches_per_epoch
+    found = [sampler.draw(n) for n in range(epochs * per_epoch)]
+    return [pair for visits, pairs in found for pair in zip(pairs, visits, strict=True)]
+
+
+def test_an_epoch_repeats_the_pairs_of_one_data_set(made):
+    config = parse_config(made)
+    sampler = make_sampler(PairCache.open(config), config)
+    assert isinstance(sampler, MixedSampler)
+    one = draws(sampler, 1)
+    assert sorted(one) == sorted(
+        [(i, v) for i in range(5) for v in (0, 1)] + [(i, 0) for i in range(5, 10)]
+    )
+    two = draws(sampler, 2)
+    assert two[: len(one)] == one and len(set(two)) == 30
+    assert {v for i, v in two if i < 5} == {0, 1, 2, 3} and {v for i, v in two if i > 4} == {0, 1}
+
+
+def test_weights_are_shares_of_the_visits(made):
+    """Rates 3/5, 1/3 and 1/2 a pair: `more` is the slowest, 1.8 visits of `mine` to one of it."""
+    data = [{k: v for k, v in one.items() if k != "repeats"} for one in made["data"]]
+    for one, weight in zip(data, (3, 1, 1), strict=True):
+        one["weight"] = weight
+    config = parse_config(made | {"data": data})
+    assert visits_per_epoch(config.data.sources, [5, 3, 2]) == pytest.approx([1.8, 1.0, 1.5])
+    sampler = make_sampler(PairCache.open(config), config)
+    counts = np.bincount([i for i, _ in draws(sampler, 1)], minlength=10)
+    assert [counts[:5].sum(), counts[5:8].sum(), counts[8:].sum()] == [9, 3, 3]
+    assert counts[:5].min() == 1 and counts[:5].max() == 2
+    five = np.bincount([i for i, _ in draws(sampler, 5)], minlength=10)
+    assert five.tolist() == [9] * 5 + [5] * 3 + [7, 8] or five.tolist() == [9] * 5 + [5] * 3 + [
+        8,
+        7,
+    ]
+
+
+@pytest.mark.parametrize("visits", [[1.0, 3.0], [1.75, 1.0]])
+def test_the_stream_is_the_same_however_it_is_reached_and_shared(visits):
+    bucket, source = torch.tensor([0, 1, 0, 0, 1, 0, 1, 0, 0]), torch.tensor([0] * 5 + [1] * 4)
+
+    def sampler():
+        return MixedSampler(bucket, 2, 5, source=source, visits=visits)
+
+    whole = [sampler().draw(n) for n in range(24)]
+    walked = sampler()
+    assert [walked.draw(n) for n in range(24)] == whole
+    assert all(len(set(bucket[pairs].tolist())) == 1 for _, pairs in whole)
+    needed = walked.needed(24)
+    drawn = {(i, v) for batch, pairs in whole for i, v in zip(pairs, batch, strict=True)}
+    assert {(int(i), v) for v, pairs in enumerate(needed) for i in pairs} == drawn
+    assert len(drawn) == sum(len(pairs) for _, pairs in whole), "no pair twice with one noise"
+
+
+def test_ranks_and_a_later_start_read_the_same_batches(made):
+    config = parse_config(made)
+    cache = PairCache.open(config)
+    sampler = make_sampler(cache, config)
+
+    def read(**options):
+        found = make_loader(cache, sampler, total_steps=6, **options)
+        return [(batch.index.tolist(), batch.visit.tolist()) for batch in found]
+
+    whole = read(accumulation_steps=2)
+    shares = [read(rank=rank, world_size=2) for rank in (0, 1)]
+    assert [batch for step in zip(*shares, strict=True) for batch in step] == whole
+    assert read(accumulation_steps=2, start_step=4) == whole[8:]
+
+
+def test_without_repeats_the_order_is_that_of_one_data_set(made):
+    data = [one | {"repeats": 1} for one in made["data"]]
+    config = parse_config(made | {"data": data})
+    cache = PairCache.open(config)
+    assert type(make_sampler(cache, config)) is PairSampler
+    assert [int(n) for n in visits_per_epoch(config.data.sources, [1, 1, 1])] == [1, 1, 1]
+
+
+class Seen(Observer):
+    def __init__(self, last=None):
+        self.rows, self.last = [], last
+
+    def on_start(self, trainer, start):
+        self.trainer = trainer
+
+    def on_step(self, step, table, metrics):
+        self.rows += table.index.tolist()
+        if step == self.last:
+            raise KeyboardInterrupt
+
+
+def test_a_run_counts_every_visit_and_goes_on_with_its_order(made, tmp_path, read_metrics):
+    """A whole epoch of 15 visits in eight steps, with the errors of a prepared reference."""
+    raw = with_keys(made, {"train.max_steps": None, "train.epochs": 1, "train.reference": "cached"})
+    config = changed(raw, train__output_dir=tmp_path / "whole")
+    errors = prepare_reference(config, progress=False)
+    assert errors.visits == 2 and not len(errors.missing(1, np.arange(5)))
+    assert len(errors.missing(1, np.arange(5, 10))) == 5
+    seen = Seen()
+    train(config, progress=False, observers=[seen])
+    assert np.bincount(seen.rows).tolist() == [2] * 5 + [1] * 5
+    votes = seen.trainer.state.ledger.visits.numpy()  # those of the first step have no margin
+    assert (votes <= [2] * 5 + [1] * 5).all() and votes[:5].max() == 2
+    part = changed(raw, train__output_dir=tmp_path / "part")
+    with pytest.raises(KeyboardInterrupt):
+        train(part, progress=False, observers=[Seen(last=3)])
+    train(part, resume=True, progress=False)
+    assert read_metrics(tmp_path / "part") == read_metrics(tmp_path / "whole")
+    minority = (tmp_path / "whole" / "minority.csv").read_text()
+    assert "\nmore/p1," in minority
+
+
+def test_plan_counts_each_kind_and_the_repeats(made, tmp_path):
+    config = changed(made | {"train": made["train"] | {"max_steps": None, "epochs": 3}})
+    unprepared = changed(config.model_dump(mode="json"), prepare__cache_dir=tmp_path)
+    size = find_size(unprepared, None)
+    assert (size.pairs, size.prompts) == (11, 8) and size.repeats == pytest.approx(16 / 11)
+    assert count_visits(unprepared, size, 1) == 48
+    prepared = find_size(config, None)
+    assert prepared.pairs == 10 and count_visits(config, prepared, 1) == 45
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"source": "folder"}, r"missing key data\.path"),
+        ({"sources": []}, r"missing key data\.source; missing key data\.path"),
+        ([{"source": "folder"}], r"missing key data\.sources\.0\.path"),
+        (
+            [{"source": "folder", "path": "a", "pth": 1}],
+            r"data\.sources\.0\.pth; did you mean .*path",
+        ),
+        ({"path": "x", "sources": [{"source": "folder", "path": "a"}]}, r"data\.sources\.0\.path"),
+        (
+            [{"source": "folder", "path": "a", "weight": 1}, {"source": "folder", "path": "b"}],
+            r"b has no weight",
+        ),
+        ([{"source": "folder", "path": "a", "weight": 1, "repeats": 2}], r"repeats and a weight"),
+        ([{"source": "folder", "path": "a", "name": "a/b"}], r"data\.sources\.0\.name: .*pattern"),
+        ([{"source": "folder", "path": p, "name": "n"} for p in "ab"], "two are named n"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_key(made, data, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        parse_config(made | {"data": data})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_resolved_configuration_is_read_back_and_changed_by_number(made):
+    raw = made | {"data": [{"source": "folder", "path": f"{p}/my data"} for p in "ab"]}
     config = parse_config(raw)
-    samples = plan_samples(config)
-    assert [len(sample.sources) for sample in samples] == [1, 2, 2, 2]
-    sampler = ImageSampler(config, progress=False)
-    prints = {sampler.fingerprint([sample]) for sample in (samples[1], samples[3])}
-    assert len(prints) == 2, "the same images in another order"
-    (image,) = sampler.images(sampler.pipeline, samples[1:2])
-    assert image.size == (64, 64)
+    assert [one.name for one in config.data.sources] == ["my-data", "my-data-2"]
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert [str(path) for path in input_paths(config)][1:3] == ["a/my data", "b/my data"]
+    limited = parse_config(with_keys(config.model_dump(mode="json"), {"data.sources.1.limit": 4}))
+    assert [one.limit for one in limited.data.sources] == [None, 4]
+    keys = decided_values(limited, "cache", named=())
+    assert keys["data.sources.1.limit"] == 4 and "data.sources.1.repeats" not in keys
+    assert with_keys({"data": {}}, {"seed": 3}) == {"data": {}, "seed": 3}
+    with pytest.raises(ConfigError, match=r"data\.sources\.2\.limit: the list has 2"):
+        with_keys(config.model_dump(mode="json"), {"data.sources.2.limit": 4})
+
+
+def test_a_single_data_set_is_written_as_before(made):
+    raw = made | {"data": {"source": "folder", "path": "x"}}
+    config = parse_config(raw)
+    assert [*config.model_dump()["data"], "sources"] == [*type(config.data).model_fields]
+    assert "sources" not in json.loads(load_manifest_text(made, config))
+
+
+def load_manifest_text(made, config):
+    manifest = load_manifest(parse_config(made).prepare.cache_dir)
+    manifest.sources = []
+    return manifest.model_dump_json()
