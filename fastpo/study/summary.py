@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 Row = Mapping[str, str]
 CONFIDENCE = 0.95
+ENOUGH = 3  # seeds for an interval
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,26 @@ class Mean:
 
     Attributes:
         value: The mean.
-        half_width: Of its 95 % interval, by Student's t over the seeds; None with one seed.
+        half_width: Of its 95 % interval, by Student's t over the seeds; None with fewer than three,
+            of which the interval would be wider than anything that can be read from them.
         seeds: How many there are.
+        lowest: Of the seeds.
+        highest: Of the seeds.
     """
 
     value: float
     half_width: float | None
     seeds: int
+    lowest: float
+    highest: float
 
     def text(self, style: str) -> str:
-        """The mean, with `±` its interval's half-width if there is one, such as `.3f` or `.0%`."""
-        if self.half_width is None:
-            return f"{self.value:{style}}"
-        return f"{self.value:{style}} ± {self.half_width:{style}}"
+        """The mean in a style such as `.3f` or `.0%`, with its interval or both seeds' values."""
+        if self.half_width is not None:
+            return f"{self.value:{style}} ± {self.half_width:{style}}"
+        if self.seeds == 2:
+            return f"{self.value:{style}} ({self.lowest:{style}} to {self.highest:{style}})"
+        return f"{self.value:{style}}"
 
 
 def mean_of(values: Iterable[float]) -> Mean | None:
@@ -39,11 +47,11 @@ def mean_of(values: Iterable[float]) -> Mean | None:
     found = np.array(list(values), dtype=np.float64)
     if not len(found):
         return None
-    if len(found) == 1:
-        return Mean(float(found[0]), None, 1)
-    quantile = float(student.ppf((1.0 + CONFIDENCE) / 2.0, len(found) - 1))
-    half = quantile * float(found.std(ddof=1)) / math.sqrt(len(found))
-    return Mean(float(found.mean()), half, len(found))
+    half = None
+    if len(found) >= ENOUGH:
+        quantile = float(student.ppf((1.0 + CONFIDENCE) / 2.0, len(found) - 1))
+        half = quantile * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return Mean(float(found.mean()), half, len(found), float(found.min()), float(found.max()))
 
 
 def column(rows: Iterable[Row], name: str) -> Mean | None:

@@ -265,6 +265,8 @@ def test_means_have_the_interval_of_student():
     both = mean_of([1.0, 2.0, 3.0])
     assert both.value == 2.0 and both.half_width == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert both.text(".1f") == "2.0 ± 2.5"
+    two = mean_of([1.0, 4.0])
+    assert two.half_width is None and two.text(".1f") == "2.5 (1.0 to 4.0)"
 
 
 def row(method, flip_rate, seed, gain):
