@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ _TEMPORARY = re.compile(
     re.DOTALL,
 )
 _numbers = itertools.count()
+_umask = os.umask(0o077)
+os.umask(_umask)
 _in_progress: set[str] = set()
 
 
@@ -74,6 +77,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     try:
         with _naming(target, temporary):
             yield temporary
+            _open_to_readers(temporary)
             flush(temporary)
             _rename(temporary, target)
     finally:
@@ -272,8 +276,19 @@ def _is_used(path: Path, match: re.Match[str], sole_writer: bool) -> bool:
 def _flush_tree(folder: Path) -> None:
     for place, _, names in os.walk(folder):
         for name in sorted(names):
+            _open_to_readers(Path(place, name))
             flush(Path(place, name))
         flush(Path(place))
+
+
+def _open_to_readers(path: Path) -> None:
+    """Gives a new file the permissions that the process's umask leaves to files.
+
+    safetensors writes files that nobody but their owner can read, on a shared disk too.
+    """
+    status = path.lstat()
+    if stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600:
+        path.chmod(0o666 & ~_umask)
 
 
 def _rename(old: Path, new: Path) -> None:

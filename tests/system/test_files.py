@@ -106,6 +106,25 @@ def test_a_replacement_that_fails_between_its_renames_puts_the_old_folder_back(
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "new", "target", "target"]
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_is_for_the_umask_to_say(tmp_path, monkeypatch, umask, mode):
+    monkeypatch.setattr(files, "_umask", umask)
+
+    def private(path):  # as safetensors writes
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    with files.whole_file(tmp_path / "file") as file:
+        private(file)
+    with files.whole_folder(tmp_path / "folder") as folder:
+        (folder / "deep").mkdir()
+        private(folder / "deep" / "file")
+    with files.whole_file(tmp_path / "odd") as file:
+        private(file)
+        file.chmod(0o640)
+    found = [tmp_path / name for name in ("file", "folder/deep/file", "odd")]
+    assert [path.stat().st_mode & 0o777 for path in found] == [mode, mode, 0o640]
+
+
 def test_an_existing_folder_stays_where_none_may_be_replaced(tmp_path):
     for text in ("first", "second"):
         try:
