@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastpo._version import __version__
-from fastpo.config import Config, decides_result, flatten, parse_config, with_keys
+from fastpo.config import Config, TrainConfig, decides_result, flatten, parse_config, with_keys
 from fastpo.config.sections import CONSTANT_SCHEDULES
 from fastpo.errors import ConfigError
 
@@ -30,6 +30,7 @@ CHANGEABLE = (
     "train.keep_checkpoints",
 )
 """Keys that say how a run goes on, not what its earlier steps, ledger and averages mean."""
+_CHECKPOINTING = "train.gradient_checkpointing"
 _EMPTY_RATE, _EMPTY = "train.empty_prompt_rate", "train.empty_prompt"
 
 
@@ -152,15 +153,29 @@ def differing_keys(saved: dict, config: Config, *, same: Collection[str] = ()) -
         same: Keys that may differ: what they name was compared by content, or changed on purpose.
     """
     saved = completed(saved)
-    # Under these the rate at a step does not depend on the total, so a run may be prolonged.
-    prolonged = config.train.optim.schedule in CONSTANT_SCHEDULES
-    free = {*same, *(LENGTH if prolonged else ())}
     before, now = flatten(saved), flatten(config.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in free and decides_result(key, "run")
+        if before.get(key) != now.get(key) and key not in same and binds(key, config.train)
     ]
+
+
+def binds(key: str, train: TrainConfig) -> bool:
+    """Whether a checkpoint is resumed with the same value of a key only.
+
+    Args:
+        key: Its full name.
+        train: The run's other settings, on which it depends for some keys.
+    """
+    # Under these the rate at a step does not depend on the total, so a run may be prolonged.
+    if key in LENGTH and train.optim.schedule in CONSTANT_SCHEDULES:
+        return False
+    # A block's second run repeats the first to the bit; but the dearer backward pass decides how
+    # `alive` and `sampled` cut their batches, and compiled code may round otherwise.
+    if key == _CHECKPOINTING and train.backward == "all" and not train.compile:
+        return False
+    return decides_result(key, "run")
 
 
 def completed(saved: dict) -> dict:

@@ -11,6 +11,7 @@ import torch
 
 from fastpo.config import TrainConfig
 from fastpo.errors import MemoryShortageError
+from fastpo.train.changes import binds
 from fastpo.train.checkpoint_folders import list_checkpoints
 
 _CPU = re.compile(r"DefaultCPUAllocator|not enough memory|CUDA out of memory|CUDNN_STATUS_ALLOC")
@@ -45,22 +46,27 @@ def explain_shortage(error: BaseException, config: TrainConfig) -> str:
     asked = _AMOUNT.search(str(error))
     amount = f" ({asked[1]} more were asked for)" if asked else ""
     where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the host"
+    advised = savings(config)
+    own = [text for text in advised if binds(text.partition(":")[0], config)]
+    going_on = [text for text in advised if text not in own]
+    ways = [f"{'; '.join(going_on)}, also with --resume"] if going_on else []
+    ways.append(f"in a run of its own {'; '.join(own)}")
     return (
-        f"out of memory on {where}{amount}; needs less: {'; '.join(savings(config))}; "
+        f"out of memory on {where}{amount}; needs less: {'; '.join(ways)}; "
         f"{_kept(config.output_dir)}"
     )
 
 
 def savings(config: TrainConfig) -> list[str]:
-    """Names what this configuration can change to need less memory; the mildest first."""
+    """Names what this configuration can change to need less memory; the mildest first.
+
+    Each begins with its key: see `fastpo.train.changes.binds` for those that --resume refuses.
+    """
     found = []
     if config.micro_batch_size > 1:
         half = max(1, config.micro_batch_size // 2)
         steps = -(-config.accumulation_steps * config.micro_batch_size // half)
-        found.append(
-            f"train.micro_batch_size: {half} with train.accumulation_steps: {steps} (a run of its "
-            "own, since batches are cut otherwise)"
-        )
+        found.append(f"train.micro_batch_size: {half} with train.accumulation_steps: {steps}")
     if not config.gradient_checkpointing:
         found.append("train.gradient_checkpointing: true")
     elif config.gradient_checkpointing is True and torch.cuda.is_available():
@@ -81,7 +87,7 @@ def savings(config: TrainConfig) -> list[str]:
         found.append("train.deepspeed: zero2_offload or zero3_offload")
     if config.method == "full" and config.weights == "fp32":
         found.append("train.method: lora")
-    return [*found, "a smaller prepare.resolution"]
+    return [*found, "prepare.resolution: a smaller one"]
 
 
 def _suits_deepspeed(config: TrainConfig) -> bool:

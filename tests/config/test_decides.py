@@ -39,6 +39,7 @@ FREE_ON_RESUME = {
     *(f"train.{key}" for key in ("accumulation_steps", "reference")),
     *(f"train.{key}" for key in ("held_out_every", "keep_best", "early_stop")),  # came later
     *(f"train.{key}" for key in ("sample_every", "sample_prompts")),  # came later
+    "train.gradient_checkpointing",  # of `backward: all`, not compiled
     *(f"prepare.{key}" for key in ("cache_dir", "batch_size", "workers", "reuse")),
     *(f"data.{key}" for key in ("verify", "allow_outside", "max_bad")),  # came later
 }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fastpo.config import load_config, parse_config
 from fastpo.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from fastpo.train import Observer, train
-from fastpo.train.changes import Change, resumed_config
+from fastpo.train.changes import Change, differing_keys, resumed_config
 from fastpo.train.checkpoint import _load_schedule
 from fastpo.train.optimizer import setup_schedule
 from tests.conftest import raw_config, read_metrics
@@ -101,6 +101,25 @@ def test_a_changed_rate_holds_from_the_checkpoint_on_and_after_later_resumes(
     other = half(folder, "train.max_steps=6", "train.optim.lr=7e-3")
     with pytest.raises(CheckpointError, match=r"lr: 0\.002 there, 0\.007 here; .*--change"):
         train(other, resume=True, progress=False)
+
+
+def test_a_run_short_of_memory_goes_on_with_checkpointing_to_the_same_result(half, tmp_path):
+    other = "train.gradient_checkpointing=offload"
+    for folder, overrides in (("whole", ()), ("less", (other,))):
+        train(half(tmp_path / folder, *overrides), resume=True, progress=False)
+    file = "checkpoints/step-00000004/trainable.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("whole", "less"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert read_metrics(tmp_path / "less") == read_metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("option", [{"backward": "alive"}, {"backward": "sampled"}, {"compile": 1}])
+def test_checkpointing_stays_where_it_would_change_how_sums_round(option):
+    config = configuration(max_steps=2, gradient_checkpointing=True, **option)
+    saved = config.model_dump(mode="json")
+    saved["train"]["gradient_checkpointing"] = False
+    told = ["train.gradient_checkpointing: False there, True here"]
+    assert differing_keys(saved, config) == told
 
 
 def test_what_may_not_be_changed_is_refused_by_name(half, tmp_path):

@@ -37,8 +37,8 @@ def test_what_is_advised_is_accepted(experiment, options):
 
 def test_half_a_micro_batch_keeps_the_pairs_of_a_step(experiment):
     config = load_config(experiment(micro_batch_size=8, accumulation_steps=2))
-    assert savings(config.train)[0].startswith(
-        "train.micro_batch_size: 4 with train.accumulation_steps: 4 "
+    assert savings(config.train)[0] == (
+        "train.micro_batch_size: 4 with train.accumulation_steps: 4"
     )
 
 
@@ -56,7 +56,10 @@ def test_a_run_out_of_memory_names_its_last_checkpoint(experiment, kind):
         train(config, progress=False, observers=[Hungry()])
     told = str(raised.value)
     assert told.startswith(f"out of memory on the {kind} (")
-    assert "\n" not in told and "train.gradient_checkpointing: true" in told
+    going_on, own = told.split("in a run of its own ")
+    assert "\n" not in told and "train.gradient_checkpointing: true" in going_on
+    assert going_on.endswith(", also with --resume; ")
+    assert "train.optim.name: adamw_8bit" in own and "prepare.resolution: a smaller one" in own
     assert str(config.train.output_dir / "checkpoints" / "step-00000002") in told
     train(config, progress=False, resume=True)
 
