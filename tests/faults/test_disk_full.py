@@ -210,7 +210,7 @@ def test_every_refused_step_of_training_is_told_in_one_line(finished, tmp_path):
     assert refuse_everywhere(act, check) > 20
 
 
-SHORT = [("train", 100), ("train", 20_000), ("consolidate", 20_000), ("report", 100)]
+SHORT = [("train", 100), ("train", 20_000), ("consolidate", 5_000), ("report", 100)]
 
 
 @pytest.mark.parametrize(("name", "size"), SHORT)
