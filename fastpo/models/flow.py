@@ -39,6 +39,11 @@ _FEW_STEPS = re.compile(
     r"(?i)(?<![a-z])(turbo|lightning|schnell|distilled|lcm|hyper|sprint)(?![a-z])"
 )
 """Words in the names of models that were distilled to a few sampling steps."""
+_OTHER_SIGMAS = (
+    *("invert_sigmas", "stochastic_sampling"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+)
+"""Options of schedulers with which none of these models was trained."""
 
 
 class FlowFamily(ModelFamily):
@@ -50,6 +55,8 @@ class FlowFamily(ModelFamily):
         vae_class: The diffusers class of the VAE.
         latent_channels: Of the VAE.
         scheduler_class: The scheduler that the family was trained for.
+        shifts_by_tokens: Whether its noise is shifted by the number of an image's tokens
+            (`use_dynamic_shifting`).
         sdpa_alone: Whether its layers ignore `set_attention_backend`.
     """
 
@@ -61,6 +68,7 @@ class FlowFamily(ModelFamily):
     vae_class: ClassVar[Any] = AutoencoderKL
     latent_channels: ClassVar[int] = 16
     scheduler_class: ClassVar[Any] = FlowMatchEulerDiscreteScheduler
+    shifts_by_tokens: ClassVar[bool] = False
     sdpa_alone: ClassVar[bool] = False
 
     def recognizes(self, folder: Path) -> bool:
@@ -163,7 +171,7 @@ class FlowFamily(ModelFamily):
         """Reads the scheduler's configuration.
 
         Raises:
-            ModelError: It is of another class than the family's, or counts noise the other way.
+            ModelError: It is of another class than the family's, or of another schedule.
         """
         path = folder.component("scheduler") / "scheduler_config.json"
         config = read_json(path)
@@ -173,8 +181,22 @@ class FlowFamily(ModelFamily):
                 f"{path}: {self.name} is trained with flow matching, for which its pipeline has a "
                 f"{expected}; got {ascii(kind)[:80]}"
             )
-        if config.get("invert_sigmas"):
-            raise ModelError(f"{path}: {self.name} is not trained with invert_sigmas")
+        for key in (*_OTHER_SIGMAS, *(() if self.shifts_by_tokens else ("use_dynamic_shifting",))):
+            if config.get(key):
+                raise ModelError(
+                    f"{path}: {self.name} is not trained with {key}; take the scheduler of the "
+                    "model's own repository"
+                )
+        if self.shifts_by_tokens and not config.get("use_dynamic_shifting"):
+            raise ModelError(
+                f"{path}: the noise of {self.name} is shifted by the resolution "
+                "(use_dynamic_shifting); this scheduler's is not"
+            )
+        if (count := config.get("num_train_timesteps", 1000)) != 1000:
+            raise ModelError(
+                f"{path}: {self.name} was trained with num_train_timesteps 1000, got "
+                f"{ascii(count)[:80]}"
+            )
         return config
 
     def denoiser_config(self, folder: ModelFolder) -> dict[str, Any]:

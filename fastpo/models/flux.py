@@ -81,6 +81,7 @@ class Flux(FlowFamily):
     denoiser_class = FluxTransformer2DModel
     pipeline_class = FluxPipeline
     pipeline_prefix = r"Flux(?!\d|KontextPipeline)"
+    shifts_by_tokens = True
     guidance = 1.0
     model_name: ClassVar[str] = "FLUX.1-dev"
 
@@ -102,11 +103,6 @@ class Flux(FlowFamily):
             )
         self.check_width(folder, [("text_encoder", "hidden_size")], "pooled_projection_dim")
         self.check_width(folder, [("text_encoder_2", "d_model")], "joint_attention_dim")
-        if not self.scheduler_config(folder).get("use_dynamic_shifting"):
-            raise ModelError(
-                f"{folder.path / 'scheduler'}: {self.model_name}'s noise is shifted by the "
-                "resolution (use_dynamic_shifting); this scheduler's is not"
-            )
 
     def load_encoders(
         self, folder: ModelFolder, config: PrepareConfig, device: torch.device

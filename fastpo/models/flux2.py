@@ -122,6 +122,7 @@ class Flux2Klein(LanguageFamily):
     denoiser_class = Flux2Transformer2DModel
     pipeline_class = Flux2KleinPipeline
     pipeline_prefix = "Flux2Klein"
+    shifts_by_tokens = True
     vae_class = AutoencoderKLFlux2
     latent_channels = 32
     encoders_class = KleinEncoders

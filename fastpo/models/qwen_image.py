@@ -85,6 +85,7 @@ class QwenImage(LanguageFamily):
     denoiser_class = QwenImageTransformer2DModel
     pipeline_class = QwenImagePipeline
     pipeline_prefix = "QwenImage(?!Edit(Plus)?Pipeline)"
+    shifts_by_tokens = True
     sdpa_alone = True  # texts of unequal length need a mask, which flash kernels do not take
     vae_class = AutoencoderKLQwenImage
     encoders_class = QwenImageEncoders

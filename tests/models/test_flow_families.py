@@ -61,6 +61,21 @@ def family(folder):
             "not trained with invert_sigmas",
         ),
         (
+            "scheduler/scheduler_config.json",
+            {"use_dynamic_shifting": True},
+            "sd3 is not trained with use_dynamic_shifting",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"stochastic_sampling": True},
+            "not trained with stochastic_sampling",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 100},
+            "was trained with num_train_timesteps 1000, got 100",
+        ),
+        (
             "transformer/config.json",
             {"_class_name": "FluxTransformer2DModel"},
             "the transformer of StableDiffusion3Pipeline is a SD3Transformer2DModel, got 'FluxT",
@@ -142,7 +157,13 @@ def test_longer_text_is_cut_and_counted_at_the_length_asked_for(sd3):
             tiny_flux_folder,
             "scheduler/scheduler_config.json",
             {"use_dynamic_shifting": False},
-            "FLUX.1-dev's noise is shifted by the resolution",
+            "the noise of flux is shifted by the resolution",
+        ),
+        (
+            tiny_flux_folder,
+            "scheduler/scheduler_config.json",
+            {"use_karras_sigmas": True},
+            "flux is not trained with use_karras_sigmas",
         ),
         (
             tiny_sana_folder,
