@@ -63,6 +63,7 @@ class ModelFamily(ABC):
         edits: Whether pairs begin from a source image, which the prompt says how to change.
         most_sources: How many source images the pipeline takes at most, of families that edit.
         text_sees_source: Whether prompts are encoded together with their source images.
+        text_room: The key that says how much of a prompt is encoded.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class ModelFamily(ABC):
     edits: ClassVar[Literal["never", "may", "must"]] = "never"
     most_sources: ClassVar[int] = 1
     text_sees_source: ClassVar[bool] = False
+    text_room: ClassVar[str] = "prepare.prompt_chunks"
 
     @abstractmethod
     def recognizes(self, folder: Path) -> bool:

@@ -64,6 +64,7 @@ class FlowFamily(ModelFamily):
     title = "transformer"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     peft_names = True
+    text_room = "prepare.text_length"
     pipeline_prefix: ClassVar[str]
     vae_class: ClassVar[Any] = AutoencoderKL
     latent_channels: ClassVar[int] = 16

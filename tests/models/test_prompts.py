@@ -14,6 +14,7 @@ from fastpo.errors import CacheError, ConfigError
 from fastpo.evaluate.sampling import ImageSampler
 from fastpo.models.folder import ModelFolder
 from fastpo.testing import write_folder
+from fastpo.testing.flow import tiny_flux_folder
 from fastpo.train import train
 from fastpo.train.zero import read_json
 
@@ -63,6 +64,14 @@ def test_prepare_says_how_many_prompts_were_cut(config_for, tmp_path):
     assert told in prepare(config_for(), progress=False).summary(), "found finished"
     whole = config_for(prepare={"prompt_chunks": 2, "cache_dir": str(tmp_path / "whole")})
     assert "cut" not in (prepare(whole, progress=False).summary() or "")
+
+
+def test_families_with_long_texts_say_with_which_key_less_is_cut(config_for, tmp_path):
+    write_folder(tmp_path / "data", 2)
+    model = {"path": str(tiny_flux_folder(tmp_path / "flux"))}
+    config = config_for(model=model, prepare={"text_length": 2})
+    told = "2 prompts are longer than the text encoders read, and cut (see prepare.text_length)"
+    assert told in prepare(config, progress=False).summary()
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,14 +316,15 @@ class PairCache:
             sets followed by a line for each. None where there is nothing to say.
         """
         total = len(self._all_pair_ids)
-        said = told_counts(self.report, pairs=total, quarantined=self.quarantined)
+        told = partial(told_counts, family=self.family)
+        said = told(self.report, pairs=total, quarantined=self.quarantined)
         if said is None:
             return None
         first = f"; listed in {self._first_left_out()}" if self.quarantined else ""
         each = [
             f"{one.name}: "
             + (
-                told_counts(one.report, pairs=one.pairs, quarantined=one.quarantined)
+                told(one.report, pairs=one.pairs, quarantined=one.quarantined)
                 or counted(one.pairs, "pair")
             )
             for one in self._sources

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from fastpo.models.registry import load_family
 from fastpo.system.words import counted
 
 CUT_PROMPTS = "cut prompts"
@@ -17,13 +18,16 @@ _PLURAL = {
 }
 
 
-def told_counts(report: Mapping[str, int], *, pairs: int, quarantined: int) -> str | None:
+def told_counts(
+    report: Mapping[str, int], *, pairs: int, quarantined: int, family: str
+) -> str | None:
     """Says how many pairs are left of a data set, what was left out, and what looks like a mistake.
 
     Args:
         report: See `Manifest.report`, or of one of several data sets.
         pairs: Usable pairs.
         quarantined: How many pairs and bad rows were left out as unusable.
+        family: Name of the model's family, which says with which key prompts are cut later.
 
     Returns:
         Such as `65 of 75 pairs; left out: 4 ties, 2 bad rows or images`; None where there is
@@ -47,9 +51,8 @@ def told_counts(report: Mapping[str, int], *, pairs: int, quarantined: int) -> s
     sentences += [f"kept: {_listed(kept)}"] if any(kept.values()) else []
     if cut := counts[CUT_PROMPTS]:
         many = f"{cut} prompt is" if cut == 1 else f"{cut} prompts are"
-        sentences.append(
-            f"{many} longer than the text encoders read, and cut (see prepare.prompt_chunks)"
-        )
+        key = load_family(family).text_room
+        sentences.append(f"{many} longer than the text encoders read, and cut (see {key})")
     return "; ".join(sentences) if len(sentences) > 1 else None
 
 
