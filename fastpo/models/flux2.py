@@ -140,6 +140,10 @@ class Flux2Klein(LanguageFamily):
                 "(FLUX.2-klein-base-4B or -9B) and use the adapters with both"
             )
 
+    def in_chats(self, tokenizer: Any, prompts: Sequence[str]) -> Sequence[str]:
+        """As `LanguageFamily.in_chats`, without thinking."""
+        return chats(tokenizer, prompts, thinking=False)
+
     def vae_factor(self, folder: ModelFolder) -> int:
         """Image pixels for each patch and side."""
         return _PATCH * super().vae_factor(folder)
@@ -190,3 +194,7 @@ class Flux2Dev(Flux2Klein):
     pipeline_prefix = "Flux2(?!Klein)"
     text_layer = 30
     guidance = 1.0
+
+    def in_chats(self, tokenizer: Any, prompts: Sequence[str]) -> Sequence[str]:
+        """As `LanguageFamily.in_chats`, behind a system message."""
+        return tokenizer.apply_chat_template(format_input(list(prompts)), tokenize=False)

@@ -71,6 +71,12 @@ class LanguageFamily(FlowFamily):
             )
         path = folder.component("text_encoder") / "config.json"
         config = read_json(path)
+        kind, wanted = config.get("model_type"), self.text_class.config_class.model_type
+        if kind is not None and kind != wanted:
+            raise ModelError(
+                f"{path}: the text encoder of {self.name} is a {self.text_class.__name__}, of "
+                f"model_type {wanted!r}; got {ascii(kind)[:80]}"
+            )
         inner: Any = config.get("text_config") or config
         width, layers = inner.get("hidden_size"), inner.get("num_hidden_layers")
         if not isinstance(width, int) or not isinstance(layers, int):
@@ -98,13 +104,13 @@ class LanguageFamily(FlowFamily):
                 f"prepare.text_length: {self.name} reads at most {self.most_text} tokens, got "
                 f"{length}"
             )
+        tokenizer = self._load_tokenizer(folder)
         part = folder.component("text_encoder")
         what = f"{part} could not be loaded"
         dtype = DTYPES[config.text_precision]
         text = load_part(self.text_class, folder, "text_encoder", what=what, dtype=dtype)
         text.to(device).eval().requires_grad_(False)
         vae = self.load_vae(folder, config, device)
-        tokenizer = self._load_tokenizer(folder)
         parts = (tokenizer,), (text,)
         options = self.encoder_options(folder)
         return self.encoders_class(vae, *parts, device, length=length, **options)
@@ -119,7 +125,20 @@ class LanguageFamily(FlowFamily):
 
         part = folder.component("tokenizer")
         with loading(f"{part} could not be loaded"):
-            return AutoTokenizer.from_pretrained(part)
+            tokenizer = AutoTokenizer.from_pretrained(part)
+        with loading(
+            f"{part}: this tokenizer's chat template (chat_template.jinja, or chat_template of "
+            f"tokenizer_config.json), into which {self.name} puts prompts, is missing or broken"
+        ):
+            self.in_chats(tokenizer, ["a prompt"])
+        return tokenizer
+
+    def in_chats(self, tokenizer: Any, prompts: Sequence[str]) -> Sequence[str]:
+        """Returns prompts in the chat that the pipeline puts them into by the tokenizer's template.
+
+        A family that has none returns them as they are.
+        """
+        return prompts
 
     def prompt_arguments(
         self, pipeline: Any, prompts: Sequence[str], config: PrepareConfig

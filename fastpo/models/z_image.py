@@ -9,6 +9,7 @@ transformer, which pads to multiples of 32 with tokens of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
@@ -59,6 +60,10 @@ class ZImage(LanguageFamily):
     encoders_class = ZImageEncoders
     text_class = Qwen3ForCausalLM
     text_width = "cap_feat_dim"
+
+    def in_chats(self, tokenizer: Any, prompts: Sequence[str]) -> Sequence[str]:
+        """As `LanguageFamily.in_chats`, with thinking."""
+        return chats(tokenizer, prompts, thinking=True)
 
     def told(self, sigma: Tensor) -> Tensor:
         """`1 - sigma`, 0 at noise, rounded as in the pipeline: its waves turn a thousand times."""

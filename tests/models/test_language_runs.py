@@ -166,6 +166,13 @@ def changed(folder, file, **values):
             "1 x 32 numbers a token, the transformer reads 16: they are of different models",
         ),
         (
+            tiny_z_image_folder,
+            "text_encoder/config.json",
+            {"model_type": "qwen2_5_vl"},
+            r"text_encoder/config\.json: the text encoder of z-image is a Qwen3ForCausalLM, of "
+            "model_type 'qwen3'; got 'qwen2_5_vl'",
+        ),
+        (
             tiny_qwen_image_folder,
             "model_index.json",
             {"_class_name": "QwenImageLayeredPipeline"},
@@ -246,6 +253,23 @@ def test_weights_of_the_text_encoder_that_are_missing_are_named(folders):
     model, config = ModelFolder(folder), PrepareConfig(cache_dir=folder / "unused")
     with pytest.raises(ModelError, match=r"text_encoder could not be loaded: .* holds no weights"):
         model.family.load_encoders(model, config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_z_image_folder, tiny_flux2_klein_folder, tiny_flux2_dev_folder]
+)
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no user') }}"])
+def test_a_tokenizer_without_a_chat_is_refused_before_weights_are_read(folders, make, template):
+    folder = folders(make)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    model, config = ModelFolder(folder), PrepareConfig(cache_dir=folder / "unused")
+    text = r"tokenizer: this tokenizer's chat template .*, is missing or broken: "
+    with pytest.raises(ModelError, match=text) as caught:
+        model.family.load_encoders(model, config, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_text_longer_than_the_pipeline_takes_is_refused(made):
