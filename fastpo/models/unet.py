@@ -7,6 +7,7 @@ crop top and left, target height and width in pixels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -213,10 +214,16 @@ _OTHER_CONDITIONING = (
     "encoder_hid_dim",
     "encoder_hid_dim_type",
 )
+_PIPELINES = re.compile(r"StableDiffusion|DiffusionPipeline$|LatentConsistencyModel")
+"""How the names of the pipelines begin whose UNets are those of SD1.5 and SDXL."""
 
 
 def _unsupported(folder: Path, config: dict[str, Any]) -> str | None:
     """Says why a UNet is of no kind that FastPO trains."""
+    index = folder / "model_index.json"
+    pipeline = read_json(index).get("_class_name") if index.is_file() else None
+    if isinstance(pipeline, str) and not _PIPELINES.match(pipeline):
+        return f"its model_index.json names {ascii(pipeline)[:80]}"
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         return f"its unet is a {ascii(kind)[:80]}"

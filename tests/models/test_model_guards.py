@@ -118,6 +118,7 @@ def test_damaged_weights_are_refused_in_one_line(own):
         ("vae", "config.json", {"_class_name": "AutoencoderTiny"}, "got 'AutoencoderTiny' of 4"),
         ("vae", "config.json", {"latent_channels": 16}, "got 'AutoencoderKL' of 16"),
         ("unet", "config.json", {"time_cond_proj_dim": 256}, "its time_cond_proj_dim is 256"),
+        ("", "model_index.json", {"_class_name": "KolorsPipeline"}, "index.json names 'KolorsPipe"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "prepare", "train", "evaluate"])
