@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from fastpo._version import __version__
-from fastpo.config import Config, Section, SourceConfig, parse_config, with_keys
+from fastpo.config import Config, Objective, Section, SourceConfig, parse_config, with_keys
 from fastpo.config.fields import discriminator_of, sections_of
 from fastpo.data.sources import recognize
 from fastpo.errors import ForeignPathError
@@ -32,6 +32,8 @@ PROMPTS = [
     "a bowl of ramen on a wooden table, steam rising",
 ]
 BATCH = {"lora": 64, "full": 128}
+FLOW_BETA, SATURATED_SHARE = 1000.0, 0.1
+"""What the shipped configurations of flow-matching models begin with, and hold."""
 FEW_PAIRS, PUBLISHED_STEPS, EPOCHS = 100_000, 2000, 4
 
 
@@ -70,6 +72,8 @@ def write_config(
     Raises:
         ForeignPathError: The file exists and is not as `fastpo init` wrote it.
         ConfigError: An unknown GPU or objective, data of no known kind, or nothing fits.
+        DataError: The data cannot be read, or the model edits source images that it has not, or the
+            other way round.
         ModelError: The model is none that FastPO trains, or not on this machine.
     """
     _check_free(out)
@@ -84,23 +88,39 @@ def write_config(
             "max_steps": PUBLISHED_STEPS,
         },
     }
-    architecture = resolve_architecture(parse_config(raw))
+    asked = parse_config(raw)
+    architecture = resolve_architecture(asked)
     side = architecture.resolution
     raw = with_keys(raw, {"prepare.resolution": side, "train.precision": "bf16"})
     source = SourceConfig(name="data", **raw["data"])
     status("counting pairs")
-    pairs = count_source(source).pairs
+    size = count_source(source)
+    pairs, family = size.pairs, load_family(architecture.family)
+    if pairs is not None:  # else nobody knows yet whether there are source images
+        family.check_edits(size.sources, wanted.data)
+    slope = _slope(asked.train.objective) if architecture.flow is not None else {}
+    raw = with_keys(raw, slope)
     batch = _batch(wanted.method or "lora", pairs)
     chosen = choose(raw, architecture, gpu, method=wanted.method, batch=batch, status=status)
     raw = with_keys(raw, {**chosen.values, **_length(chosen, pairs, batch)})
     raw = with_keys(raw, {"evaluate": {"prompts": PROMPTS, "precision": "bf16"}})
     config = parse_config(raw)
     why = _reasons(chosen, gpu, pairs, batch) | {
-        "model.path": f"{load_family(architecture.family).name.upper()}: {architecture.source}.",
+        "model.path": f"{family.name.upper()}: {architecture.source}.",
         "prepare.resolution": "What the model was made for.",
     }
+    if slope:
+        why["train.auto_slope"] = "Flow models differ in the size of their margins by far."
     write_text(out, _signed(_text(out, raw, why, wanted)))
     return config
+
+
+def _slope(objective: Objective) -> dict[str, Any]:
+    """A slope that follows the margins, where they make a logit, and where it begins."""
+    start = objective.logit_slope()
+    if start is None:
+        return {}
+    return {"train.objective.beta": min(start, FLOW_BETA), "train.auto_slope": SATURATED_SHARE}
 
 
 def _check_free(out: Path) -> None:

@@ -15,6 +15,7 @@ from fastpo.plan.fit import last_true
 from fastpo.plan.gpus import Gpu
 from fastpo.plan.init import Wanted, write_config
 from fastpo.testing import pickapic_row, write_folder, write_pickapic
+from fastpo.testing.flow import tiny_flux_kontext_folder
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +139,37 @@ def test_the_command_writes_for_the_method_that_was_asked_for(written, tmp_path,
         {"name": "adaptive_dpo"},
     )
     assert f"Next: fastpo plan {out} --gpu a10" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture(scope="module")
+def kontext(tmp_path_factory):
+    return tiny_flux_kontext_folder(tmp_path_factory.mktemp("models") / "kontext")
+
+
+@pytest.mark.parametrize(
+    ("objective", "slope", "share"), [("dpo", 1000.0, 0.1), ("linear_dpo", 100.0, 0.1)]
+)
+def test_a_flow_model_gets_a_slope_that_follows_the_margins(
+    kontext, tmp_path, objective, slope, share
+):
+    write_folder(tmp_path / "edits", 2, sources=((48, 48),))
+    wanted = Wanted(str(kontext), str(tmp_path / "edits"), objective=objective)
+    config = write_config(tmp_path / "run.yaml", wanted)
+    assert config.train.objective.logit_slope() == slope
+    assert config.train.auto_slope == share
+    plain = re.sub(r"\n *# ", " ", (tmp_path / "run.yaml").read_text())
+    assert "Flow models differ in the size of their margins by far." in plain
+
+
+def test_data_that_prepare_would_refuse_are_refused_before_a_file_is_written(
+    kontext, written, tmp_path
+):
+    write_folder(tmp_path / "edits", 2, sources=((48, 48),))
+    plain, edits = written[2].data, str(tmp_path / "edits")
+    for model, data, text in (
+        (str(kontext), plain, "pairs: flux-kontext edits source images, and none are given"),
+        (written[2].model, edits, "edits: source images are given, and sd15 edits no images"),
+    ):
+        with pytest.raises(DataError, match=text):
+            write_config(tmp_path / "run.yaml", Wanted(model, data))
+        assert not (tmp_path / "run.yaml").exists()
