@@ -169,7 +169,8 @@ def cache_size(
     """
     element = DTYPES[config.prepare.store_precision].itemsize
     latents = 4 * architecture.latent_channels * shapes.height * shapes.width * element
-    text = architecture.text(shapes.tokens).bytes(element)
+    prompt = architecture.text(shapes.tokens)
+    text = prompt.bytes(element)
     per_pair = 0
     if config.train.reads_reference_errors and size.pairs and visits:
         per_pair = 8 * math.ceil(visits / size.pairs)
@@ -190,6 +191,7 @@ def cache_size(
         reference_bytes_per_pair=per_pair,
         latents=totals[0],
         text=totals[1],
+        text_at_most=bool(prompt.masks),
         reference=totals[2],
         source_bytes_per_image=source,
         sources=totals[3],

@@ -136,10 +136,12 @@ class CacheSize(_Record):
 
     Attributes:
         latent_bytes_per_pair: Mean and log-variance of both images.
-        text_bytes_per_prompt: States and pooled state.
+        text_bytes_per_prompt: States and pooled state; see `text_at_most`.
         reference_bytes_per_pair: Two floats for each visit, where the reference is cached.
         latents: All pairs' bytes.
-        text: All distinct prompts' bytes.
+        text: All distinct prompts' bytes; see `text_at_most`.
+        text_at_most: Whether prompts are stored as long as they are, and their bytes here are those
+            of the longest that are encoded whole; `total` then is an upper bound too.
         reference: All pairs' bytes.
         source_bytes_per_image: Latents of an image that edits begin from; 0 where there are none.
         sources: All distinct source images' bytes, one for each pair where they are not counted.
@@ -152,6 +154,7 @@ class CacheSize(_Record):
     reference_bytes_per_pair: int
     latents: int | None
     text: int | None
+    text_at_most: bool = False
     reference: int | None
     source_bytes_per_image: int = 0
     sources: int | None = None

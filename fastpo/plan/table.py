@@ -109,11 +109,11 @@ def _cache_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("cache on disk", "each", "all"):
         table.add_column(name, justify="left" if name == "cache on disk" else "right")
-    prompts = plan.assumptions.prompts
+    prompts, bound = plan.assumptions.prompts, " at most" if cache.text_at_most else ""
     rows = [
         ("latents (mean, log-variance), per pair", cache.latent_bytes_per_pair, cache.latents),
         (
-            "text, per distinct prompt" + (f" (at most {prompts:,})" if prompts else ""),
+            f"text{bound}, per distinct prompt" + (f" (at most {prompts:,})" if prompts else ""),
             cache.text_bytes_per_prompt,
             cache.text,
         ),
@@ -129,7 +129,7 @@ def _cache_table(plan: Plan) -> Table:
     for label, each, total in rows:
         table.add_row(label, f"{each:,} B", "-" if total is None else f"{gigabytes(total)} GB")
     total = "-" if cache.total is None else f"[bold]{gigabytes(cache.total)} GB[/]"
-    table.add_row(f"all; to prepare: {hours(cache.prepare_hours)} h, once", "", total)
+    table.add_row(f"all{bound}; to prepare: {hours(cache.prepare_hours)} h, once", "", total)
     return table
 
 

@@ -135,6 +135,11 @@ def make_notes(
             "The reference cache costs one forward pass for each visit, once; it is in the hours "
             "of preparing, and saves time where it serves more than one run."
         )
+    if cache.text_at_most:
+        notes.append(
+            "Text on disk: at most. Each prompt is counted as long as it can be, and stored as "
+            "long as it is, without its padding."
+        )
     if assumed.pairs is None:
         notes.append("The number of pairs is not known: --pairs gives cache size and hours.")
     else:

@@ -5,13 +5,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastpo.config import parse_config
 from fastpo.models.denoisers import setup_denoisers
 from fastpo.models.folder import ModelFolder, read_json
 from fastpo.models.quantized import QuantizedLinear
 from fastpo.models.registry import detect
-from fastpo.plan import make_plan, planner
+from fastpo.plan import make_plan, planner, print_plan
 from fastpo.plan.architecture import PACKAGED_FOLDERS, resolve_architecture
 from fastpo.plan.choose import choose
 from fastpo.plan.dataset import cache_size, find_size
@@ -126,6 +127,21 @@ def test_a_text_that_sees_its_image_is_counted_with_it(tmp_path):
         sizes.append(cache.text_bytes_per_prompt)
     token = 2 * 3584 + 1
     assert sizes == [(100 + 1369) * token, (100 + 196) * token]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("z-image", True), ("flux2-klein", False)])
+def test_text_that_is_stored_without_padding_is_told_as_an_upper_bound(
+    tmp_path, capsys, name, bound
+):
+    case = next(case for case in CASES if case.name == name)
+    made = config(case.make(tmp_path / name), resolution=64, text_length=64)
+    plan = make_plan(made, pairs=20000)
+    print_plan(plan, Console(width=80))
+    table = capsys.readouterr().out
+    assert plan.cache.text_at_most == bound
+    assert ("text at most, per distinct prompt (at most 20,000)" in table) == bound
+    assert ("all at most; to prepare:" in table) == bound
+    assert any(note.startswith("Text on disk: at most.") for note in plan.notes) == bound
 
 
 QUICK = ("qwen-image", "flux2-dev", "sana")
