@@ -97,7 +97,7 @@ class TrainKeys(Section):
     gradient_checkpointing: Annotated[bool | Literal["offload"], decides("run")] = False
     """Less memory for activations, for a second forward pass of each block. `offload`: what is kept
     of each block for it, its inputs, waits in host memory. No result changes, so a run may resume
-    with another value, except of `compile` and of `backward: alive` or `sampled`."""
+    with another value; under `compile` and `backward: alive` or `sampled` by --change alone."""
     attention: Annotated[Literal["sdpa", "flash", "xformers"], decides("reference", "run")] = "sdpa"
     """`sdpa`: torch chooses the kernel; `flash`: torch's flash kernel or an error; `xformers`."""
     channels_last: Annotated[bool, decides("run")] = False

@@ -20,6 +20,7 @@ from fastpo.config.sections import CONSTANT_SCHEDULES
 from fastpo.errors import ConfigError
 
 LENGTH = ("train.epochs", "train.max_steps")
+_CHECKPOINTING = "train.gradient_checkpointing"
 CHANGEABLE = (
     "train.optim.lr",
     "train.optim.schedule",
@@ -28,9 +29,9 @@ CHANGEABLE = (
     *LENGTH,
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    _CHECKPOINTING,
 )
 """Keys that say how a run goes on, not what its earlier steps, ledger and averages mean."""
-_CHECKPOINTING = "train.gradient_checkpointing"
 _EMPTY_RATE, _EMPTY = "train.empty_prompt_rate", "train.empty_prompt"
 
 

@@ -113,6 +113,17 @@ def test_a_run_short_of_memory_goes_on_with_checkpointing_to_the_same_result(hal
     assert read_metrics(tmp_path / "less") == read_metrics(tmp_path / "whole")
 
 
+def test_checkpointing_may_be_changed_where_sums_then_round_otherwise():
+    config = configuration(max_steps=2, backward="sampled")
+    saved, key = config.model_dump(mode="json"), "train.gradient_checkpointing"
+    new, made = resumed_config(
+        config, saved, (), [f"{key}=offload"], step=1, tell=lambda line: None
+    )
+    assert new.train.gradient_checkpointing == "offload"
+    assert [change.key for change in made] == [key]
+    assert differing_keys(saved, new, same=[key]) == []
+
+
 @pytest.mark.parametrize("option", [{"backward": "alive"}, {"backward": "sampled"}, {"compile": 1}])
 def test_checkpointing_stays_where_it_would_change_how_sums_round(option):
     config = configuration(max_steps=2, gradient_checkpointing=True, **option)
