@@ -18,6 +18,7 @@ from fastpo.system.files import sweep
 
 LOCK_FILE = ".claims"
 _MANIFEST, _PRESENCE, _FIRST = 0, 1, 2
+_PLAN = 1 << 48  # beyond the locks of all pieces of work
 
 
 class FolderLocks:
@@ -69,6 +70,15 @@ class FolderLocks:
             yield exclusive
         finally:
             self._lock(_PRESENCE, fcntl.LOCK_SH)
+
+    def join(self) -> bool:
+        """Makes known that this process works by the folder's plan; tells whether no other does.
+
+        Call it with the manifest claimed. Where the file system has no locks, others may.
+        """
+        first = self._lock(_PLAN, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock(_PLAN, fcntl.LOCK_SH)
+        return first and self.supported
 
     def sweep(self) -> None:
         """Removes what killed processes of this host left, unless others have opened the folder."""

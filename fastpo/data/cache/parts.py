@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -218,6 +218,11 @@ def parts_of(manifest: Manifest) -> list[CachePart]:
     images = [CachePart("image", k, span) for k, span in enumerate(manifest.images)]
     shards = [CachePart("shard", k, span) for k, span in enumerate(manifest.shards)]
     return texts + images + shards
+
+
+def first_part(folder: Path) -> Path | None:
+    """Returns a part that stands in a cache folder, whatever its manifest says; None: no part."""
+    return next((one for kind in get_args(Kind) for one in folder.glob(f"{kind}-*")), None)
 
 
 def tensor_writer(tensors: dict[str, Tensor]) -> Callable[[Path], Any]:

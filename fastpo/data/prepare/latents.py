@@ -33,7 +33,7 @@ from fastpo.data.cache.manifest import (
     check_identity,
     load_manifest,
 )
-from fastpo.data.cache.parts import CachePart, parts_of
+from fastpo.data.cache.parts import CachePart, first_part, parts_of
 from fastpo.data.images import PairImages, UnusableImageError, load_pair
 from fastpo.data.prepare.edits import (
     numbers_of,
@@ -123,7 +123,7 @@ def prepare(
     model = model or ModelFolder.resolve(config.model)
     memo = manifest.weights if manifest and config.data.verify != "always" else None
     identity = cache_fingerprint(config, model, memo)
-    if manifest is not None:
+    if manifest is not None and (manifest.complete or first_part(folder) is not None):
         check_identity(folder, identity.fields, manifest.identity)
     show = progress and process.rank == 0
     with FolderLocks(folder) as locks:

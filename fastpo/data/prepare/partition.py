@@ -14,7 +14,7 @@ from fastpo.data.cache.manifest import (
     check_identity,
     load_manifest,
 )
-from fastpo.data.cache.parts import PART, parts_of
+from fastpo.data.cache.parts import PART, first_part, parts_of
 from fastpo.data.sources import PairSource
 from fastpo.data.sources.base import PromptTable, SourceImages
 from fastpo.errors import CacheError
@@ -49,7 +49,8 @@ def partition(
     """Returns the folder's plan: the one that stands there, extended if need be, or a new one.
 
     Every process that comes with the same configuration gets the same plan; `stamp` is the data
-    set's `source_stamp`, for a new one.
+    set's `source_stamp`, for a new one. A plan of which nothing was encoded gives way to a new one
+    unless another process works by it.
 
     Raises:
         CacheError: The folder's plan is of something else, or other processes are working on one
@@ -58,13 +59,13 @@ def partition(
     folder = config.prepare.cache_dir
     with locks.manifest():
         manifest = load_manifest(folder)
-        if manifest is None:
-            stray = [one for kind in ("shard", "text", "image") for one in folder.glob(f"{kind}-*")]
-            if stray:
-                raise CacheError(
-                    f"{folder} holds {stray[0].name} but no manifest.json; delete the folder or "
-                    f"point prepare.cache_dir elsewhere"
-                )
+        alone, encoded = locks.join(), first_part(folder)
+        if manifest is None and encoded is not None:
+            raise CacheError(
+                f"{folder} holds {encoded.name} but no manifest.json; delete the folder or "
+                f"point prepare.cache_dir elsewhere"
+            )
+        if manifest is None or (alone and encoded is None and not manifest.complete):
             manifest = Manifest(identity=identity.fields, stamp=stamp)
         check_identity(folder, identity.fields, manifest.identity)
         if manifest.complete and manifest.covers(config.data.limit):

@@ -1,0 +1,86 @@
+"""A refused preparation, given again once what was wrong is right, does what it does at first."""
+
+import shutil
+
+import pytest
+
+from fastpo.data.cache.manifest import load_manifest
+from fastpo.data.prepare import prepare
+from fastpo.errors import CacheError, ConfigError, ModelError
+from fastpo.models.encoders import Encoders
+from fastpo.system.locks import FolderLocks
+from fastpo.testing import write_folder
+from tests.data.test_prepare import content
+from tests.forked import FORK
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def refuse(*_, **__):
+    raise ConfigError("refused")
+
+
+def test_a_refusal_before_anything_is_encoded_locks_no_folder(
+    config_for, tiny_pipelines, tmp_path, monkeypatch
+):
+    write_folder(tmp_path / "data", 2)
+    model = shutil.copytree(tiny_pipelines["sdxl"], tmp_path / "model")
+    config = config_for(model={"path": str(model)})
+    weights = model / "text_encoder" / "model.safetensors"
+    weights.rename(tmp_path / "kept")
+    with pytest.raises(ModelError, match="text_encoder"):
+        prepare(config, progress=False)
+    shutil.move(tmp_path / "kept", weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoders, "load", refuse)
+        for options in ({"prompt_chunks": 2}, {"vae_precision": "bf16"}):
+            with pytest.raises(ConfigError, match="refused"):
+                prepare(config_for(prepare=options), progress=False)
+        write_folder(tmp_path / "data", 3)
+        with pytest.raises(ConfigError, match="refused"):
+            prepare(config, progress=False)
+    write_folder(tmp_path / "data", 2)
+    prepare(config, progress=False)
+    fresh = {"cache_dir": str(tmp_path / "whole")}
+    prepare(config_for(model={"path": str(model)}, prepare=fresh), progress=False)
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_what_is_encoded_is_protected(config_for, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoders, "encode_images", refuse)
+        with pytest.raises(ConfigError, match="refused"):
+            prepare(config_for(), progress=False)
+    assert (tmp_path / "cache" / "text-00000").is_dir()
+    with pytest.raises(CacheError, match=r"prepare\.prompt_chunks"):
+        prepare(config_for(prepare={"prompt_chunks": 2}), progress=False)
+
+
+def work_by_the_plan(folder, pipe):
+    with FolderLocks(folder) as locks:
+        with locks.manifest():
+            pipe.send(locks.join())
+        pipe.recv()
+
+
+def test_a_plan_that_another_process_works_by_is_protected(config_for, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data", 2)
+    monkeypatch.setattr(Encoders, "load", refuse)
+    with pytest.raises(ConfigError, match="refused"):
+        prepare(config_for(), progress=False)
+    plan = load_manifest(tmp_path / "cache")
+    here, there = FORK.Pipe()
+    worker = FORK.Process(target=work_by_the_plan, args=(tmp_path / "cache", there))
+    worker.start()
+    there.close()
+    try:
+        assert here.recv(), "it is the first"
+        with pytest.raises(CacheError, match=r"prepare\.prompt_chunks"):
+            prepare(config_for(prepare={"prompt_chunks": 2}), progress=False)
+        assert load_manifest(tmp_path / "cache") == plan
+        with pytest.raises(ConfigError, match="refused"):
+            prepare(config_for(), progress=False)
+    finally:
+        here.send(None)
+        worker.join()
