@@ -80,6 +80,17 @@ class FolderLocks:
         self._lock(_PLAN, fcntl.LOCK_SH)
         return first and self.supported
 
+    def idle(self) -> bool:
+        """Tells whether no process works by the folder's plan, with which it may be changed.
+
+        Call it with the manifest claimed, before `join`. Where the file system has no locks it is
+        not known.
+        """
+        idle = self._lock(_PLAN, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if idle:
+            self._lock(_PLAN, fcntl.LOCK_UN)
+        return idle and self.supported
+
     def sweep(self) -> None:
         """Removes what killed processes of this host left, unless others have opened the folder."""
         with self.exclusive() as exclusive:

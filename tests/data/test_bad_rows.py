@@ -95,7 +95,8 @@ def test_images_count_for_the_limit_and_what_is_finished_is_kept(config_for, mix
     assert again.pair_ids[:3] == ["p0", "p1", "p2"]
 
 
-def test_parts_of_an_unfinished_cache_are_tried_again(config_for, mixed, monkeypatch):
+@pytest.mark.parametrize("retry", [True, False])
+def test_parts_of_an_unfinished_cache_are_tried_again(config_for, mixed, monkeypatch, retry):
     from fastpo.data.cache.manifest import load_manifest
 
     monkeypatch.setattr("fastpo.data.prepare.latents.BadRows.check", lambda *_: None)
@@ -106,10 +107,8 @@ def test_parts_of_an_unfinished_cache_are_tried_again(config_for, mixed, monkeyp
     strict = config_for(data={"max_bad": 0.1})
     (mixed / "loser2.png").write_bytes(image_bytes(5))
     (mixed / "winner1.png").write_bytes(image_bytes(2))
-    with pytest.raises(TooManyBadRowsError):
-        prepare(strict, progress=False)
     assert not load_manifest(strict.prepare.cache_dir).complete
-    cache = prepare(strict, progress=False, retry_quarantined=True)
+    cache = prepare(strict, progress=False, retry_quarantined=retry)
     assert cache.pair_ids[:3] == ["p0", "p1", "p2"]
 
 

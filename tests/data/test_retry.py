@@ -6,10 +6,13 @@ import pytest
 
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.prepare import prepare
-from fastpo.errors import CacheError, ConfigError, ModelError
+from fastpo.errors import CacheError, ConfigError, DataError, ModelError, TooManyBadRowsError
 from fastpo.models.encoders import Encoders
 from fastpo.system.locks import FolderLocks
-from fastpo.testing import write_folder
+from fastpo.testing import image_bytes, write_folder
+from fastpo.testing.edits import small_sources
+from fastpo.testing.flow import tiny_flux_kontext_folder
+from tests.data.test_edits import SOURCES, config_of
 from tests.data.test_prepare import content
 from tests.forked import FORK
 
@@ -84,3 +87,34 @@ def test_a_plan_that_another_process_works_by_is_protected(config_for, tmp_path,
     finally:
         here.send(None)
         worker.join()
+
+
+@pytest.mark.parametrize("options", [{}, {"retry_quarantined": True}])
+def test_losers_of_another_aspect_are_taken_once_they_are_repaired(config_for, tmp_path, options):
+    data = write_folder(tmp_path / "data", 4)
+    whole = {path.name: path.read_bytes() for path in data.glob("loser*")}
+    for name in whole:
+        (data / name).write_bytes(image_bytes(3, (96, 48)))
+    with pytest.raises(DataError, match="none of 4 pairs is usable"):
+        prepare(config_for(), progress=False)
+    for name, image in whole.items():
+        (data / name).write_bytes(image)
+    prepare(config_for(), progress=False, **options)
+    prepare(config_for(prepare={"cache_dir": str(tmp_path / "whole")}), progress=False)
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{}, {"retry_quarantined": True}])
+def test_a_source_that_was_refused_is_taken_once_it_is_repaired(tmp_path, options):
+    data = write_folder(tmp_path / "data", 4, sizes=((64, 64),), sources=SOURCES[:2])
+    with small_sources():
+        model = tiny_flux_kontext_folder(tmp_path / "model")
+        whole = (data / "source1.png").read_bytes()
+        (data / "source1.png").write_bytes(b"no image")
+        config = config_of(model, data, tmp_path / "cache", data={"max_bad": 0}, shard_size=2)
+        with pytest.raises(TooManyBadRowsError, match="source: Unidentified"):
+            prepare(config, progress=False)
+        (data / "source1.png").write_bytes(whole)
+        prepare(config, progress=False, **options)
+        prepare(config_of(model, data, tmp_path / "whole", shard_size=2), progress=False)
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")

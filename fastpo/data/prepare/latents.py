@@ -44,7 +44,7 @@ from fastpo.data.prepare.edits import (
 )
 from fastpo.data.prepare.encode import ShardBuilder, Shared, write_prompts
 from fastpo.data.prepare.partition import Tables, partition
-from fastpo.data.prepare.remake import find_lost, take_back
+from fastpo.data.prepare.remake import find_lost, take_back, try_again
 from fastpo.data.prepare.reuse import EarlierCache, EncodedPair
 from fastpo.data.prepare.verify_source import (
     PairDigests,
@@ -93,8 +93,9 @@ def prepare(
         config: Everything but `train` and `evaluate` is used.
         progress: Show a progress bar with images/s and time left, in the process of rank 0.
         model: The folder of the configuration's model; by default it is looked for.
-        retry_quarantined: Make those parts again of which pairs were left out; an unfinished cache
-            is finished first.
+        retry_quarantined: Make those parts again of which pairs were left out; of an unfinished
+            cache unless another process is at work on it. Without it this is done where a cache is
+            unfinished and what was left out has changed.
 
     Returns:
         The opened cache.
@@ -112,10 +113,6 @@ def prepare(
     """
     folder, process = config.prepare.cache_dir, Rank.of_launch()
     manifest = load_manifest(folder)
-    if retry_quarantined and manifest is not None and not manifest.complete:
-        tolerant = config.model_copy(update={"data": config.data.with_all_bad()})
-        prepare(tolerant, progress=progress, model=model)
-        manifest = load_manifest(folder)
     try:
         claim(folder, CACHE)
     except OSError as error:
@@ -128,7 +125,7 @@ def prepare(
     show = progress and process.rank == 0
     with FolderLocks(folder) as locks:
         locks.sweep()
-        stamp = _compare(config, locks, show=show)
+        stamp = _compare(config, locks, show=show, retry=retry_quarantined)
         lost = find_lost(folder, manifest, config.data.verify, retry_quarantined=retry_quarantined)
         done = manifest is not None and manifest.complete and manifest.covers(config.data.limit)
         if lost.reasons or not done:
@@ -304,8 +301,11 @@ def _remember(folder: Path, identity: CacheFingerprint, locks: FolderLocks) -> N
             manifest.save(folder)
 
 
-def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
-    """Compares pairs where the data set's files are not as they were; see `contents`.
+def _compare(config: Config, locks: FolderLocks, *, show: bool, retry: bool) -> str | None:
+    """Compares pairs where the data set's files are not as they were; see `check_contents`.
+
+    Of an unfinished cache what was left out and has changed, or with `retry` all of it, is to be
+    made again.
 
     Returns:
         The data set's stamp.
@@ -314,14 +314,24 @@ def _compare(config: Config, locks: FolderLocks, *, show: bool) -> str | None:
         CacheError: As `check_contents`.
     """
     folder, workers = config.prepare.cache_dir, config.prepare.workers
+    tell = Rank.of_launch().rank == 0
     stamps = source_stamps(config.data)
     stamp = None if stamps is None else stamps[0]
     with locks.manifest():
         manifest = load_manifest(folder)
-        if manifest is None or stamps is None or manifest.stamp in stamps:
+        if manifest is None:
+            return stamp
+        open_to_change = not manifest.complete and locks.idle()
+        if retry and open_to_change:
+            try_again(folder, manifest, None, tell=tell)
+        if stamps is None or manifest.stamp in stamps:
             return stamp
         source = open_source(config.data)
-        check_contents(folder, manifest, source, workers=workers, show=show)
+        repaired = check_contents(folder, manifest, source, workers=workers, show=show)
+        if open_to_change:
+            try_again(folder, manifest, repaired, tell=tell)
+        elif not manifest.complete:
+            return stamp  # the next command, with no other at work, compares again
         if len(source) >= manifest.source_pairs:  # all of them were compared
             manifest.stamp = stamp
             manifest.save(folder)

@@ -1,4 +1,7 @@
-"""Parts of a finished cache that must be made again: damaged ones, and those with pairs left out.
+"""Parts that must be made again: of a finished cache damaged ones, and those with pairs left out.
+
+Of an unfinished cache parts with pairs left out are made again by themselves where the data were
+changed since, so that a command that was refused goes on once they are repaired.
 
 Everything else of the cache stays. On the machine that made it a part gets the bytes that it had;
 where another machine rounds differently, the cache's fingerprint changes with it.
@@ -7,6 +10,7 @@ where another machine rounds differently, the cache's fingerprint changes with i
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +59,54 @@ def find_lost(
     parts = [part for part in parts_of(manifest) if part.name in broken]
     reasons = [*found.values()]
     if retry_quarantined:
-        sound = [p for p in parts_of(manifest) if p.name not in broken]
-        for part in sound:
-            if count := len(part.record(folder).quarantined):
-                parts.append(part)
-                what = {"shard": "pair(s)", "text": "prompt(s)", "image": "source image(s)"}
-                told = f"{count} {what[part.kind]} in quarantine, tried again"
-                reasons.append(f"{folder / part.name}: {told}")
+        left_out = with_quarantine(folder, [p for p in parts_of(manifest) if p.name not in broken])
+        parts += left_out
+        reasons += left_out.values()
     return Lost(tuple(reasons), tuple(parts))
+
+
+def with_quarantine(folder: Path, parts: Sequence[CachePart]) -> dict[CachePart, str]:
+    """Returns those of finished parts of which something was left out, with a line that says so.
+
+    Raises:
+        CacheError: A part's record is damaged.
+    """
+    what = {"shard": "pair(s)", "text": "prompt(s)", "image": "source image(s)"}
+    counts = {part: len(part.record(folder).quarantined) for part in parts}
+    return {
+        part: f"{folder / part.name}: {n} {what[part.kind]} in quarantine, tried again"
+        for part, n in counts.items()
+        if n
+    }
+
+
+def try_again(
+    folder: Path,
+    manifest: Manifest,
+    repaired: Sequence[CachePart] | None,
+    *,
+    tell: bool,
+) -> None:
+    """Removes parts of an unfinished cache of which something was left out.
+
+    Call it with the manifest claimed, while no other process works by it.
+
+    Args:
+        folder: The cache's folder.
+        manifest: Its plan.
+        repaired: Of shards these alone, of which a pair that was left out has changed; None: all.
+        tell: Whether to say on standard error what is made again.
+
+    Raises:
+        ForeignPathError: A part holds a file that is not ours.
+        CacheError: A part's record is damaged.
+    """
+    done = [part for part in parts_of(manifest) if part.done(folder)]
+    for part, reason in with_quarantine(folder, done).items():
+        if part.kind != "shard" or repaired is None or part in repaired:
+            if tell:
+                print(f"made again: {reason}", file=sys.stderr)
+            remove_owned(folder / part.name, PART)
 
 
 def take_back(

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from fastpo.data.cache.manifest import Manifest
-from fastpo.data.cache.parts import DIGITS, parts_of
+from fastpo.data.cache.parts import DIGITS, CachePart, parts_of
 from fastpo.data.sources import PairSource
 from fastpo.errors import CacheError, DataError, one_line
 from fastpo.system.progress import progress_bar
@@ -122,7 +122,7 @@ def naming(pair: PreferencePair, what: str) -> Iterator[None]:
 
 def check_contents(
     folder: Path, manifest: Manifest, source: PairSource, *, workers: int, show: bool
-) -> None:
+) -> list[CachePart]:
     """Reads the pairs of the finished shards and holds them against what was encoded.
 
     Passed over are pairs beyond the source's limit, pairs in quarantine, of which the cache holds
@@ -135,10 +135,14 @@ def check_contents(
         workers: Reading threads.
         show: Show a progress bar.
 
+    Returns:
+        The shards of which a pair in quarantine has changed.
+
     Raises:
         CacheError: Pairs differ; the text names the first of them.
     """
     changed: list[str] = []
+    repaired: dict[CachePart, None] = {}
     done = [u for u in parts_of(manifest) if u.kind == "shard" and u.done(folder)]
     with progress_bar("comparing images", len(source), unit="pairs", show=show) as advance:
         for part in done:
@@ -151,7 +155,9 @@ def check_contents(
             pairs = read_ahead(read, source.pairs(start, stop), threads=workers)
             for place, (name, content) in enumerate(pairs):
                 same = content == known[DIGITS * place :][:DIGITS]
-                if not same and start + place not in record.quarantined:
+                if not same and start + place in record.quarantined:
+                    repaired[part] = None
+                elif not same:
                     changed.append(name)
                 advance(1)
     if changed:
@@ -161,6 +167,7 @@ def check_contents(
             f"those the cache {folder} was made from: {names}. Restore them, or point "
             "prepare.cache_dir at a new folder and prepare again"
         )
+    return list(repaired)
 
 
 def _content_of(pair: PreferencePair, *, edits: bool) -> tuple[str, str]:
