@@ -39,6 +39,7 @@ from fastpo.demo.run import LEDGER, N_PAIRS, demo_config
 from fastpo.evaluate import evaluate
 from fastpo.report import load_metrics
 from fastpo.system.files import write_json, write_text
+from fastpo.train.checkpoint_folders import checkpoint_folder
 from fastpo.train.consolidate import exported
 
 EPOCHS, LONGER = 6, 10  # of the demo, and at most of ours
@@ -154,7 +155,7 @@ def run(bench: Bench, kind: Kind, checkout: Checkout) -> list[dict[str, Any]]:
         reference = round(whole(checkout, words, bench.folder), 2)
     watch, words = Watch({}, {}), ["-m", "fastpo", "train", str(file), "--overwrite"]
     if len(kind.looked_at) > 1:
-        watch.files = {epoch: folder / checkpoint(epoch) for epoch in kind.looked_at}
+        watch.files = {epoch: checkpoint_folder(folder, epoch * STEPS) for epoch in kind.looked_at}
         words += ["--set", f"train.checkpoint_every={STEPS}"]
         words += ["--set", f"train.keep_checkpoints={kind.epochs}"]
     seconds = whole(checkout, words, bench.folder, watch)
@@ -162,7 +163,7 @@ def run(bench: Bench, kind: Kind, checkout: Checkout) -> list[dict[str, Any]]:
     rows = []
     for epoch in kind.looked_at:
         last = epoch == kind.epochs
-        weights = folder / ("final" if last else checkpoint(epoch))
+        weights = folder / "final" if last else checkpoint_folder(folder, epoch * STEPS)
         spent = seconds if last else watch.used[epoch]
         done = float(np.interp(epoch, epochs, passes))
         score = gain(bench, kind, weights)
@@ -171,11 +172,6 @@ def run(bench: Bench, kind: Kind, checkout: Checkout) -> list[dict[str, Any]]:
         print(*rows[-1].values(), flush=True)
     write_json(noted, rows)
     return rows
-
-
-def checkpoint(epoch: int) -> Path:
-    """Of a run's folder, the checkpoint at an epoch's end, which appears when it is complete."""
-    return Path("checkpoints") / f"step-{epoch * STEPS:08d}"
 
 
 def cumulative_passes(folder: Path, kind: Kind) -> NDArray[np.float64]:
