@@ -127,6 +127,7 @@ def prepare(
         check_trackers(resolved.train.trackers)  # hours of encoding later is too late
         model = ModelFolder.resolve(resolved.model)
         setup_noise(resolved, model)  # likewise: timesteps that the model does not have
+        model.family.check_attention(resolved.train.attention)
         cache = prepare(resolved, model=model, retry_quarantined=retry_quarantined)
         tell = Rank.of_launch().rank == 0
         if tell:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.config.sections import PrepareConfig
-from fastpo.errors import DataError
+from fastpo.errors import ConfigError, DataError
 from fastpo.models.attention import AttentionName
 from fastpo.models.encoders import Encoders, load_vae_of, vae_factor
 from fastpo.models.export import (
@@ -64,6 +64,7 @@ class ModelFamily(ABC):
         most_sources: How many source images the pipeline takes at most, of families that edit.
         text_sees_source: Whether prompts are encoded together with their source images.
         text_room: The key that says how much of a prompt is encoded.
+        sdpa_alone: Whether the denoiser's layers ignore `set_attention_backend`.
     """
 
     name: ClassVar[str]
@@ -81,6 +82,7 @@ class ModelFamily(ABC):
     most_sources: ClassVar[int] = 1
     text_sees_source: ClassVar[bool] = False
     text_room: ClassVar[str] = "prepare.prompt_chunks"
+    sdpa_alone: ClassVar[bool] = False
 
     @abstractmethod
     def recognizes(self, folder: Path) -> bool:
@@ -249,8 +251,25 @@ class ModelFamily(ABC):
             denoiser=self.title,
         )
 
+    def check_attention(self, name: AttentionName) -> None:
+        """Refuses an attention that the family's layers do not run.
+
+        Raises:
+            ConfigError: They would ignore what is asked for; see `sdpa_alone`.
+        """
+        if self.sdpa_alone and name != "sdpa":
+            raise ConfigError(
+                f"train.attention: {self.name} runs with sdpa alone (torch takes its flash kernel "
+                f"by itself where that fits), got {name}"
+            )
+
     def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
-        """Sets the attention of every layer; `sdpa` is diffusers' own choice."""
+        """Sets the attention of every layer; `sdpa` is diffusers' own choice.
+
+        Raises:
+            ConfigError: As `check_attention`.
+        """
+        self.check_attention(name)
         if name != "sdpa":
             backend = {"flash": "_native_flash", "xformers": "xformers"}[name]
             denoiser.set_attention_backend(backend)

@@ -7,8 +7,8 @@ gives the names of diffusers' classes, its encoders, and `predict`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastpo.config.sections import PrepareConfig
 from fastpo.errors import ConfigError, ModelError
-from fastpo.models.attention import AttentionName
 from fastpo.models.family import ModelFamily
 from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.schedule import NoiseSchedule, flow_schedule, vae_number
@@ -28,7 +27,7 @@ from fastpo.models.weights import load_part
 from fastpo.precision import DTYPES
 
 if TYPE_CHECKING:
-    from fastpo.models.family import Denoiser
+    pass
 
 JOINT_ATTENTION = (
     *("to_k", "to_q", "to_v", "to_out.0"),
@@ -39,6 +38,10 @@ _FEW_STEPS = re.compile(
     r"(?i)(?<![a-z])(turbo|lightning|schnell|distilled|lcm|hyper|sprint)(?![a-z])"
 )
 """Words in the names of models that were distilled to a few sampling steps."""
+_SAYS_NOTHING = re.compile(
+    r"(?i)(diffusers|models?|pipeline|transformer|final|weights|checkpoint|main|bf16|fp16|/)"
+)
+"""Names of folders below the one that is named after the model."""
 _OTHER_SIGMAS = (
     *("invert_sigmas", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
@@ -57,7 +60,6 @@ class FlowFamily(ModelFamily):
         scheduler_class: The scheduler that the family was trained for.
         shifts_by_tokens: Whether its noise is shifted by the number of an image's tokens
             (`use_dynamic_shifting`).
-        sdpa_alone: Whether its layers ignore `set_attention_backend`.
     """
 
     denoiser = "transformer"
@@ -70,7 +72,6 @@ class FlowFamily(ModelFamily):
     latent_channels: ClassVar[int] = 16
     scheduler_class: ClassVar[Any] = FlowMatchEulerDiscreteScheduler
     shifts_by_tokens: ClassVar[bool] = False
-    sdpa_alone: ClassVar[bool] = False
 
     def recognizes(self, folder: Path) -> bool:
         """By the pipeline's name in `model_index.json`; its relatives are refused."""
@@ -111,21 +112,22 @@ class FlowFamily(ModelFamily):
     def refuse_few_steps(self, folder: ModelFolder) -> None:
         """Refuses models whose name says that they were distilled to a few sampling steps.
 
-        Their configurations are those of the models that they were made from, so the name of the
-        repository or folder is all that tells them apart.
+        Their configurations are those of the models that they were made from, so names are all
+        that tells them apart: the repository's, or of a folder its own, the nearest above it where
+        its own says nothing, and what diffusers wrote down when it saved the model
+        (`_name_or_path`).
 
         Raises:
-            ModelError: The name has such a word.
+            ModelError: A name has such a word.
         """
-        parts = [part for part in folder.path.parts if part.startswith("models--")]
-        name = parts[-1] if parts else folder.path.name
-        word = _FEW_STEPS.search(name)
-        if word is not None:
-            raise ModelError(
-                f"{folder.path}: {ascii(name)[:80]} is by its name ({word[0]}) a model distilled "
-                "to a few steps, which flow matching's training would undo; train the model that "
-                "it was made from, or rename the folder if it is none"
-            )
+        for place, name in _names(folder):
+            word = _FEW_STEPS.search(name)
+            if word is not None:
+                raise ModelError(
+                    f"{place}: {ascii(name)[:80]} is by its name ({word[0]}) a model distilled "
+                    "to a few steps, which flow matching's training would undo; train the model "
+                    "that it was made from, or rename it if it is none"
+                )
 
     def check_parts(self, folder: ModelFolder) -> None:
         """Refuses a folder in which a text encoder or tokenizer is missing.
@@ -182,23 +184,31 @@ class FlowFamily(ModelFamily):
                 f"{path}: {self.name} is trained with flow matching, for which its pipeline has a "
                 f"{expected}; got {ascii(kind)[:80]}"
             )
+        self.check_sigmas(path, config)
+        if self.shifts_by_tokens and not config.get("use_dynamic_shifting"):
+            raise ModelError(
+                f"{path}: the noise of {self.name} is shifted by the resolution "
+                "(use_dynamic_shifting); this scheduler's is not"
+            )
+        return config
+
+    def check_sigmas(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Refuses options of a scheduler with which the family was not trained.
+
+        Raises:
+            ModelError: There is one; the text names it.
+        """
         for key in (*_OTHER_SIGMAS, *(() if self.shifts_by_tokens else ("use_dynamic_shifting",))):
             if config.get(key):
                 raise ModelError(
                     f"{path}: {self.name} is not trained with {key}; take the scheduler of the "
                     "model's own repository"
                 )
-        if self.shifts_by_tokens and not config.get("use_dynamic_shifting"):
-            raise ModelError(
-                f"{path}: the noise of {self.name} is shifted by the resolution "
-                "(use_dynamic_shifting); this scheduler's is not"
-            )
         if (count := config.get("num_train_timesteps", 1000)) != 1000:
             raise ModelError(
                 f"{path}: {self.name} was trained with num_train_timesteps 1000, got "
                 f"{ascii(count)[:80]}"
             )
-        return config
 
     def denoiser_config(self, folder: ModelFolder) -> dict[str, Any]:
         """Reads the transformer's configuration."""
@@ -241,19 +251,6 @@ class FlowFamily(ModelFamily):
             latent_shift=vae_number(vae, "shift_factor", 0.0),
         )
 
-    def use_attention(self, denoiser: Denoiser, name: AttentionName) -> None:
-        """As `ModelFamily.use_attention`.
-
-        Raises:
-            ConfigError: The transformer's layers would ignore what is asked for.
-        """
-        if self.sdpa_alone and name != "sdpa":
-            raise ConfigError(
-                f"train.attention: {self.name} runs with sdpa alone (torch takes its flash kernel "
-                f"by itself where that fits), got {name}"
-            )
-        super().use_attention(denoiser, name)
-
     def load_vae(self, folder: ModelFolder, config: PrepareConfig, device: torch.device) -> Any:
         """Loads the VAE in evaluation mode."""
         what = f"{folder.vae}: the VAE could not be loaded"
@@ -276,3 +273,21 @@ class FlowFamily(ModelFamily):
                     f"prepare.{key}: {self.name} has no such way of encoding; leave it at {plain}, "
                     f"got {value}"
                 )
+
+
+def _names(folder: ModelFolder) -> Iterator[tuple[Path, str]]:
+    """Yields by what names a model goes, each with the file or folder that says so."""
+    yield folder.path, _model_of(folder.path.absolute())
+    for path in (
+        folder.path / "model_index.json",
+        folder.component("transformer") / "config.json",
+    ):
+        name = read_json(path).get("_name_or_path") if path.is_file() else None
+        if isinstance(name, str):
+            yield path, _model_of(PurePath(name))
+
+
+def _model_of(path: PurePath) -> str:
+    """Returns what a path, or a hub id, calls the model: the last part that says something."""
+    parts = [part for part in path.parts if part.startswith("models--")] or path.parts
+    return next((part for part in reversed(parts) if not _SAYS_NOTHING.fullmatch(part)), "")

@@ -146,9 +146,10 @@ class Sana(FlowFamily):
                 "DPMSolverMultistepScheduler with use_flow_sigmas and prediction_type: "
                 f"flow_prediction; got prediction_type {ascii(kind)[:80]}"
             )
+        self.check_sigmas(path, config)
         return {
             "_class_name": FlowMatchEulerDiscreteScheduler.__name__,
-            "num_train_timesteps": config.get("num_train_timesteps", 1000),
+            "num_train_timesteps": 1000,
             "shift": config_number(config, "flow_shift", 1.0, "the scheduler"),
         }
 

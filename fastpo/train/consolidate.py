@@ -38,6 +38,9 @@ from fastpo.train.checkpoint_folders import (
 if TYPE_CHECKING:
     from fastpo.models.family import Denoiser
 
+OTHER_FILES = (".bin", ".ckpt", ".pt", ".pth", ".gguf", ".json", ".sft")
+"""Endings of files that a LoRA is not written as; nobody who gives one means a folder."""
+
 
 @storage_errors()
 def consolidate(source: Path, target: Path, *, average: bool = False) -> Path:
@@ -85,7 +88,8 @@ def export_lora(source: Path, target: Path, form: LoraFormat, *, average: bool =
     file = target if target.suffix == ".safetensors" else target / LORA_FILE
     if os.path.lexists(file):
         raise CheckpointError(f"{file} is there: give a new name, nothing is replaced")
-    if os.path.lexists(target) and file != target and not target.is_dir():
+    taken = os.path.lexists(target) and not target.is_dir()
+    if file != target and (taken or target.suffix.lower() in OTHER_FILES):
         raise CheckpointError(f"{target} is no folder: give a name that ends in .safetensors")
     config, weights = _trained(source, average=average)
     if config.train.method != "lora":

@@ -159,6 +159,20 @@ def test_a_missing_source_stops_before_any_model_is_loaded(tmp_path, model, monk
         prepare(config, progress=False)
 
 
+def test_a_source_that_is_no_path_is_told_where_images_are_edited(tmp_path, model, monkeypatch):
+    data = write_folder(tmp_path / "data", 2, sizes=((64, 64),), sources=SOURCES[:1])
+    first, second = (json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines())
+    second["source"] = 5
+    (data / "pairs.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+    monkeypatch.setattr(Encoders, "load", None)
+    told = r"pair 1 \(from 0\): source is 5; expected the image's path, or a list of paths"
+    with pytest.raises(DataError, match=told):
+        prepare(config_of(model, data, tmp_path / "cache"), progress=False)
+    (data / "pairs.jsonl").rename(data / "metadata.jsonl")
+    with pytest.raises(DataError, match=told):
+        prepare(config_of(model, data, tmp_path / "cache"), progress=False)
+
+
 def test_a_model_that_edits_needs_a_source_for_every_pair(tmp_path, model):
     write_folder(tmp_path / "none", 2, sizes=((64, 64),))
     with pytest.raises(DataError, match="flux-kontext edits source images, and none are given"):

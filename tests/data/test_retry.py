@@ -6,6 +6,7 @@ import pytest
 
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.prepare import prepare
+from fastpo.data.prepare.encode import ShardBuilder
 from fastpo.errors import CacheError, ConfigError, DataError, ModelError, TooManyBadRowsError
 from fastpo.models.encoders import Encoders
 from fastpo.system.locks import FolderLocks
@@ -118,3 +119,38 @@ def test_a_source_that_was_refused_is_taken_once_it_is_repaired(tmp_path, option
         prepare(config, progress=False, **options)
         prepare(config_of(model, data, tmp_path / "whole", shard_size=2), progress=False)
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_a_source_replaced_before_any_pair_is_encoded_is_told(tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "data", 4, sizes=((64, 64),), sources=SOURCES[:2])
+    whole = (data / "source1.png").read_bytes()
+    with small_sources():
+        model = tiny_flux_kontext_folder(tmp_path / "model")
+        config = config_of(model, data, tmp_path / "cache")
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardBuilder, "add", refuse)
+            with pytest.raises(ConfigError, match="refused"):
+                prepare(config, progress=False)
+        (data / "source1.png").write_bytes(image_bytes(9, (64, 64)))
+        with pytest.raises(CacheError, match=r"1 source image\(s\) of .* others .*: source1\.png"):
+            prepare(config, progress=False)
+        (data / "source1.png").write_bytes(whole)
+        prepare(config, progress=False)
+        prepare(config_of(model, data, tmp_path / "whole"), progress=False)
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_of_data_that_show_no_change_the_refusal_says_how_to_go_on(
+    config_for, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fastpo.data.prepare.latents.source_stamps", lambda _: None)
+    data = write_folder(tmp_path / "data", 4)
+    whole = {path.name: path.read_bytes() for path in data.glob("loser*")}
+    for name in whole:
+        (data / name).write_bytes(image_bytes(3, (96, 48)))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"none of 4 pairs is usable.*--retry-quarantined"):
+            prepare(config_for(), progress=False)
+        for name, image in whole.items():
+            (data / name).write_bytes(image)
+    prepare(config_for(), progress=False, retry_quarantined=True)

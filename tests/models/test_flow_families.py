@@ -17,6 +17,8 @@ from fastpo.testing import write_folder
 from fastpo.testing.flow import tiny_flux_folder, tiny_sana_folder, tiny_sd3_folder
 from fastpo.types import NoisedPair
 
+DISTILLED = r"(?i)by its name \((turbo|lightning)\) .* few steps"
+
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory):
@@ -96,12 +98,35 @@ def test_what_cannot_be_trained_right_is_refused_by_name(own, file, values, text
         "stable-diffusion-3.5-large-turbo",
         "SD3_Lightning_4step",
         "models--stabilityai--stable-diffusion-3.5-large-turbo/snapshots/0123",
+        "Z-Image-Turbo/diffusers",
+        "Z-Image-Turbo/models/bf16",
     ],
 )
 def test_models_distilled_to_few_steps_are_refused_by_their_name(sd3, tmp_path, name):
     shutil.copytree(sd3, tmp_path / name)
-    with pytest.raises(ModelError, match=r"(?i)by its name \((turbo|lightning)\) .* few steps"):
+    with pytest.raises(ModelError, match=DISTILLED):
         family(tmp_path / name)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stabilityai/stable-diffusion-3.5-large-turbo",
+        "/cache/models--Tongyi-MAI--Z-Image-Turbo/snapshots/0123/transformer",
+    ],
+)
+def test_and_by_the_name_that_diffusers_wrote_down(own, file, name):
+    change(own / file, _name_or_path=name)
+    with pytest.raises(ModelError, match=DISTILLED) as caught:
+        family(own)
+    assert str(caught.value).startswith(f"{own / file}: ")
+
+
+@pytest.mark.parametrize("name", ["turbo/my-model", "turbocharged", "schnellstart/model"])
+def test_other_folders_names_say_nothing(sd3, tmp_path, name):
+    shutil.copytree(sd3, tmp_path / name)
+    assert family(tmp_path / name).name == "sd3"
 
 
 @pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_2"])
@@ -176,6 +201,18 @@ def test_longer_text_is_cut_and_counted_at_the_length_asked_for(sd3):
             "scheduler/scheduler_config.json",
             {"prediction_type": "epsilon"},
             "with use_flow_sigmas and prediction_type: flow_prediction; got .* 'epsilon'",
+        ),
+        (
+            tiny_sana_folder,
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 100},
+            "sana was trained with num_train_timesteps 1000, got 100",
+        ),
+        (
+            tiny_sana_folder,
+            "scheduler/scheduler_config.json",
+            {"use_exponential_sigmas": True},
+            "sana is not trained with use_exponential_sigmas",
         ),
         (
             tiny_sana_folder,

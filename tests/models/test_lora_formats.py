@@ -193,6 +193,9 @@ def test_nothing_is_replaced_and_what_holds_no_lora_is_named(runs, tmp_path, cap
     (tmp_path / "text").write_text("mine")
     with pytest.raises(CheckpointError, match="is no folder"):
         export_lora(runs["sd15"], tmp_path / "text", "kohya")
+    with pytest.raises(CheckpointError, match=r"flux\.bin is no folder: .* ends in .safetensors"):
+        export_lora(runs["sd15"], tmp_path / "flux.bin", "kohya")
+    assert not (tmp_path / "flux.bin").exists()
     assert there.read_bytes() == b"mine"
     full = train(load_config(experiment(method="full", max_steps=1)), progress=False)
     with pytest.raises(SystemExit) as stopped:

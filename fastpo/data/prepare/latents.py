@@ -72,6 +72,8 @@ from fastpo.system.words import counted
 from fastpo.system.work import share_work
 from fastpo.types import PreferencePair
 
+TRY_AGAIN = "`fastpo prepare CONFIG --retry-quarantined`"
+
 
 @storage_errors()
 def prepare(
@@ -274,17 +276,19 @@ def _finish(config: Config, manifest: Manifest, source: PairSource, locks: Folde
         for row in of_part.kept
     ]
     quarantined = merge(folder, current, rows)
+    # Data sets on this disk show that they were changed; others do not.
+    again = "" if current.stamp else f"; once they are repaired, {TRY_AGAIN} takes them"
     if not current.pairs:
         raise DataError(
             f"data.path {config.data.title}: none of {counted(len(quarantined), 'pair')} is "
             f"usable; the first, {quarantined[0].pair_id}: {quarantined[0].reason} (all: "
-            f"{folder / QUARANTINE})"
+            f"{folder / QUARANTINE}){again}"
         )
     for pair in quarantined[: len(quarantined) - len(rows)]:
         if pair.kind == "bad":
             bad[pair.source].add(pair.pair_id, pair.reason)
     for name, of_part in bad.items():
-        of_part.check(source.parts[name].report.rows)
+        of_part.check(source.parts[name].report.rows, again)
     check_files(folder, current.files, verify=False)
     current.complete = True
     current.save(folder)

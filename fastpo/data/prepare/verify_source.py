@@ -160,14 +160,49 @@ def check_contents(
                 elif not same:
                     changed.append(name)
                 advance(1)
+    what = "pair(s) of {} have other images or prompts than those"
+    if not changed:
+        what = "source image(s) of {} are others than those"
+        changed = _changed_sources(folder, manifest, source, workers=workers)
     if changed:
         names = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
         raise CacheError(
-            f"{len(changed)} pair(s) of {source.where} have other images or prompts than "
-            f"those the cache {folder} was made from: {names}. Restore them, or point "
-            "prepare.cache_dir at a new folder and prepare again"
+            f"{len(changed)} {what.format(source.where)} the cache {folder} was made from: "
+            f"{names}. Restore them, or point prepare.cache_dir at a new folder and prepare again"
         )
     return list(repaired)
+
+
+def _changed_sources(
+    folder: Path, manifest: Manifest, source: PairSource, *, workers: int
+) -> list[str]:
+    """Returns the names of images that pairs begin from and that are not those encoded.
+
+    Looked at are those of parts without a shard yet: a finished cache's pairs tell of them.
+    """
+    done = [part for part in parts_of(manifest) if part.done(folder)]
+    encoded = [part for part in done if part.kind == "image"]
+    shards = sum(part.kind == "shard" for part in done)
+    if not encoded or shards == len(manifest.shards):
+        return []
+    images = source.source_images()
+    if images is None:
+        return [part.name for part in encoded]
+    changed = []
+    for part in encoded:
+        record, start = part.record(folder), part.span.start
+        numbers = range(start, min(part.span.stop, len(images.names)))
+        read = [partial(images.read, number) for number in numbers]
+        found = read_ahead(_image_content, read, threads=workers)
+        for number, digest in zip(numbers, found, strict=True):
+            same = digest == record.contents[DIGITS * (number - start) :][:DIGITS]
+            if record.contents and not same and number not in record.quarantined:
+                changed.append(images.names[number])
+    return changed
+
+
+def _image_content(read: Callable[[], bytes]) -> str:
+    return image_digest(read_image(read))
 
 
 def _content_of(pair: PreferencePair, *, edits: bool) -> tuple[str, str]:

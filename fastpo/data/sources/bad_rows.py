@@ -68,25 +68,26 @@ class BadRows:
         others.kept = [row for row in self.kept if not row.is_pair]
         return others
 
-    def check(self, rows: int) -> None:
+    def check(self, rows: int, again: str = "") -> None:
         """Stops where there are too many.
 
         Args:
             rows: Rows of the whole data set, the bad ones included.
+            again: What the error says at its end.
 
         Raises:
             TooManyBadRowsError: More than `most_bad`; the text names the first `MOST_TOLD`.
         """
         if self.count > most_bad(self._share, rows):
-            raise self.error(rows)
+            raise self.error(rows, again)
 
-    def error(self, rows: int) -> TooManyBadRowsError:
+    def error(self, rows: int, again: str = "") -> TooManyBadRowsError:
         """Returns the error of `check`."""
         most = most_bad(self._share, rows)
         rule = "data.max_bad is not set" if self._share is None else f"data.max_bad {self._share:g}"
         return TooManyBadRowsError(
             f"{self._where}: {self.count} of {rows} rows are bad, at most {most} may be ({rule}): "
-            f"{told(self.kept, self.count)}",
+            f"{told(self.kept, self.count)}{again}",
             [(row.place, row.reason) for row in self.kept],
         )
 

@@ -222,6 +222,8 @@ class ScannedSource(PairSource):
         sets: dict[tuple[int, ...], int] = {}
         numbers, without = np.zeros(len(self), dtype=np.int32), []
         for number, names in enumerate(self._source_names()):
+            if isinstance(names, str):
+                raise DataError(f"{self.where}: pair {number} (from 0): {names}")
             if not names:
                 without.append(number)
                 continue
@@ -247,10 +249,14 @@ class ScannedSource(PairSource):
     def edits(self) -> bool:
         """See the base class."""
         names = next(iter(self._source_names()), ())
-        return bool(names) and not any(map(self._source_fault, names))
+        named = bool(names) and not isinstance(names, str)
+        return named and not any(map(self._source_fault, names))
 
-    def _source_names(self) -> Iterable[tuple[str, ...]]:
-        """Yields the names of the source images of every pair; by default there are none."""
+    def _source_names(self) -> Iterable[tuple[str, ...] | str]:
+        """Yields the names of the source images of every pair, or what stands there instead.
+
+        By default there are none.
+        """
         return ()
 
     def _source_fault(self, name: str) -> str | None:

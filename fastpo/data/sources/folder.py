@@ -23,7 +23,7 @@ from fastpo.data.sources.base import (
     shown,
 )
 from fastpo.data.sources.files import DataFolder, is_file
-from fastpo.data.sources.rows import name_of, named, pair_weight
+from fastpo.data.sources.rows import misnamed, name_of, named, pair_weight
 from fastpo.errors import DataError
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
@@ -100,9 +100,10 @@ class FolderSource(ScannedSource):
                 str(name), entry["prompt"], winner, loser, source_images=sources, weight=weight
             )
 
-    def _source_names(self) -> Iterator[tuple[str, ...]]:
+    def _source_names(self) -> Iterator[tuple[str, ...] | str]:
         entries = islice(listed(self._file, bad=passed_over), len(self))
-        return (named(entry.get(SOURCE)) for _, _, entry in entries)
+        values = (entry.get(SOURCE) for _, _, entry in entries)
+        return (misnamed(value) or named(value) for value in values)
 
     def _source_fault(self, name: str) -> str | None:
         return self._images.fault(name)

@@ -66,7 +66,7 @@ class ListingSource(ScannedSource):
                 break
         values = {
             name: pa.array([getattr(row, name) for row in kept], pa.large_string())
-            for name in ("name", "prompt", "winner", "loser")
+            for name in ("name", "prompt", "winner", "loser", "misnamed")
         }
         texts = pa.list_(pa.large_string())
         values["sources"] = pa.array([list(row.sources) for row in kept], texts)
@@ -102,9 +102,10 @@ class ListingSource(ScannedSource):
                 about = {"source_images": sources, "weight": row["weight"]}
                 yield PreferencePair(row["name"], row["prompt"], winner, loser, **about)
 
-    def _source_names(self) -> Iterator[tuple[str, ...]]:
+    def _source_names(self) -> Iterator[tuple[str, ...] | str]:
         for start in range(0, len(self), 8192):
-            yield from map(tuple, self._kept["sources"].slice(start, 8192).to_pylist())
+            for row in self._kept.slice(start, 8192).select(["sources", "misnamed"]).to_pylist():
+                yield row["misnamed"] or tuple(row["sources"])
 
     def _source_fault(self, name: str) -> str | None:
         return self._images.fault(name)

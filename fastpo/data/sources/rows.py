@@ -46,6 +46,7 @@ class Row:
         loser: Names the other.
         weight: The pair's weight, if one is given.
         sources: Of an edit, names the images that the prompt says how to change.
+        misnamed: Why there are none though something stands there.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     loser: str
     weight: float | None = None
     sources: tuple[str, ...] = ()
+    misnamed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +130,25 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row | NoPair
     weight = pair_weight(row.get(WEIGHT))  # of JSON lines the first may lack it
     if isinstance(weight, str):
         return NoPair(BAD, weight)
-    sources = named(values.get("source"))
-    return Row(str(name), str(values["prompt"]), winner_path, loser_path, weight, sources)
+    source = values.get("source")
+    about = (weight, named(source), misnamed(source))
+    return Row(str(name), str(values["prompt"]), winner_path, loser_path, *about)
 
 
 def named(value: Any) -> tuple[str, ...]:
     """Returns the source images that a value names: text, or a list of it; else there are none."""
     names = value if isinstance(value, list) else [value]
     return tuple(names) if all(name and plain_text(name) for name in names) else ()
+
+
+def misnamed(value: Any) -> str:
+    """Says why a value that is there names no source image; empty where it does, or is not there.
+
+    It matters where images are edited: of other data such a column may hold anything.
+    """
+    if value is None or value in ("", []) or named(value):
+        return ""
+    return f"source is {shown(value)}; expected the image's path, or a list of paths"
 
 
 def pair_weight(value: Any) -> float | str | None:
