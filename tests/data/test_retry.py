@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from fastpo.data.cache import PairCache
 from fastpo.data.cache.manifest import load_manifest
 from fastpo.data.prepare import prepare
 from fastpo.data.prepare.encode import ShardBuilder
@@ -40,6 +41,8 @@ def test_a_refusal_before_anything_is_encoded_locks_no_folder(
         for options in ({"prompt_chunks": 2}, {"vae_precision": "bf16"}):
             with pytest.raises(ConfigError, match="refused"):
                 prepare(config_for(prepare=options), progress=False)
+            with pytest.raises(CacheError, match=r"is unfinished \(0 of 3 parts done\)"):
+                PairCache.open(config_for(prepare={"clip_skip": 1}))
         write_folder(tmp_path / "data", 3)
         with pytest.raises(ConfigError, match="refused"):
             prepare(config, progress=False)

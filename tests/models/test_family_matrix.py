@@ -149,11 +149,9 @@ def test_cached_errors_give_the_losses_of_a_live_reference(world):
 def test_in_bf16_the_reference_is_the_policy_before_training(world, method):
     """To the last bit, whatever layers autocast leaves: a rounded norm moves logits by order 1.
 
-    A UNet's linear layers on a CPU round by how their weights lie in memory, and their tests are in
+    A UNet's linear layers on a CPU round by how their weights lie in memory, by a bit of bf16; see
     `test_denoisers.py`.
     """
-    if world.case.name in ("sd15", "sdxl"):
-        pytest.skip("a UNet")
     config = world.config("unused", method, objective={"name": "dpo"}, precision="bf16")
     model = ModelFolder.resolve(config.model)
     denoiser = model.family.load_denoiser(model)
@@ -162,7 +160,9 @@ def test_in_bf16_the_reference_is_the_policy_before_training(world, method):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         policy = denoisers.predict(denoisers.policy, noised, batch.conditions)
         with denoisers.reference() as reference:
-            assert torch.equal(denoisers.predict(reference, noised, batch.conditions), policy)
+            found = denoisers.predict(reference, noised, batch.conditions)
+    rounding = 0.03 if world.case.name in ("sd15", "sdxl") else 0.0
+    torch.testing.assert_close(found, policy, atol=rounding, rtol=rounding)
 
 
 def test_evaluation_samples_each_prompt_at_the_guidance_asked_for(world):

@@ -34,7 +34,9 @@ from fastpo.data.cache.parts import (
     TEXT,
     WEIGHT,
     finished_parts,
+    first_part,
     part_name,
+    parts_of,
 )
 from fastpo.data.cache.source_images import IMAGES_FILE, SourceLatents
 from fastpo.data.cache.summary import told_counts
@@ -175,12 +177,13 @@ class PairCache:
         model = model or ModelFolder.resolve(config.model)
         known = None if config.data.verify == "always" else manifest.weights
         identity = cache_fingerprint(config, model, known)
-        check_identity(folder, identity.fields, manifest.identity)
+        if manifest.complete or first_part(folder) is not None:  # an empty plan is replaced
+            check_identity(folder, identity.fields, manifest.identity)
         if not manifest.complete:
             raise CacheError(
                 f"the cache {folder} is unfinished ({finished_parts(folder, manifest)} of "
-                f"{len(manifest.shards) + len(manifest.texts)} parts done): run `fastpo prepare` "
-                f"again, it continues where it stopped"
+                f"{len(parts_of(manifest))} parts done): run `fastpo prepare` again, it continues "
+                f"where it stopped"
             )
         if not manifest.covers(config.data.limit):
             raise CacheError(
