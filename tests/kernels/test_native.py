@@ -170,3 +170,24 @@ print(len(found), "were not built" in str(found[0].message), float(out.loss))
     x = torch.arange(8.0).view(2, 4)
     assert (count, said) == ("1", "True")
     assert float(loss) == pytest.approx(float(fl.dpo(x, x + 1, x[:1], beta=1.0).loss))
+
+
+FIRST_CALL = """
+import time
+import torch
+from fastpo import loss
+
+policy, reference, target = (torch.full((4, 4, 64, 64), x, dtype=torch.bfloat16) for x in (1, 2, 3))
+policy.requires_grad_()
+started = time.process_time()
+loss.dpo(policy, reference, target, beta=100.0).loss.backward()
+print(time.process_time() - started)
+"""
+
+
+def test_the_first_call_of_a_process_takes_a_moment():
+    """Nothing is compiled for it: under 50 ms of the processor, with the gradient."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert float(done.stdout) < 0.05
