@@ -5,6 +5,7 @@ import torch
 
 from fastpo.models.edits import source_condition
 from fastpo.testing.edits import small_sources
+from fastpo.types import NoisedPair
 from tests.models.family_cases import CASES, EDITING, PROMPTS, Stock, source_image
 
 
@@ -76,6 +77,53 @@ def test_prompts_matter_each_for_its_own_pair(stock, answers):
     with torch.no_grad():
         swapped = stock.family.predict(stock.denoiser, noised, stock.conditions(PROMPTS[::-1]))
     assert (swapped - expected).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+
+
+def leaves(tensors):
+    """Copies of what is real among them that ask for gradients."""
+    real = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: tensor.clone().requires_grad_() for name, tensor in real.items()}
+
+
+def test_no_operation_mixes_rows(stock):
+    """The winner's and the loser's row of two pairs, at unlike places and with unlike prompts.
+
+    A row's prediction has a gradient of exactly zero for all other rows' latents and for the other
+    pair's conditions. A pair's gradient for the weights is that of the pair alone, each
+    parameter's to 1e-4 of its norm and 1e-6 of the norm of all: a key's bias has none but rounding.
+    """
+    denoiser = stock.denoiser.train().requires_grad_(True)
+    weights, conditions = list(denoiser.parameters()), stock.conditions()
+    place = torch.tensor([300, 900])
+
+    def predicted(latents, pairs, conditions):
+        times = stock.schedule.timesteps[place[pairs]]
+        noised = NoisedPair(latents, place[pairs], times, latents)
+        return stock.family.predict(denoiser, noised, conditions)
+
+    given = leaves({"latents": torch.cat((stock.draw(1), stock.draw(2)))} | conditions)
+    together = predicted(given["latents"], slice(0, 2), conditions | given)
+    weigh = torch.randn(together.shape, generator=torch.Generator().manual_seed(6))
+    rows = (together * weigh).flatten(1).sum(1)
+    for row in range(4):
+        found = torch.autograd.grad(rows[row], list(given.values()), retain_graph=True)
+        for (name, tensor), gradient in zip(given.items(), found, strict=True):
+            own = torch.arange(len(tensor)) == row % len(tensor)
+            assert gradient[own].any(), name
+            assert not gradient[~own].any(), name
+    for pair in range(2):
+        alone = {name: tensor[pair : pair + 1] for name, tensor in conditions.items()}
+        prediction = predicted(given["latents"].detach()[pair::2], slice(pair, pair + 1), alone)
+        close(together[pair::2], prediction)
+        found, expected = (
+            torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+            for value in (rows[pair::2].sum(), (prediction * weigh[pair::2]).sum())
+        )
+        assert [g is None for g in found] == [g is None for g in expected]
+        both = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
+        whole = torch.stack([e.norm() for _, e in both]).norm()
+        assert all((f - e).norm() <= 1e-4 * e.norm() + 1e-6 * whole for f, e in both)
+    denoiser.eval()
 
 
 @only(EDITING)

@@ -122,27 +122,6 @@ def predicted(prepared, denoiser):
         return prepared.model.family.predict(denoiser.eval(), noised, batch.conditions)
 
 
-def test_a_batch_of_pairs_answers_as_each_pair_alone(prepared):
-    """Texts of unequal length in one batch, winners and losers in one forward pass."""
-    model, family = prepared.model, prepared.model.family
-    denoiser = family.load_denoiser(model).eval()
-    config = PrepareConfig(cache_dir=prepared.root / "unused", text_precision="fp32")
-    encoders = family.load_encoders(model, config, torch.device("cpu"))
-    conditions = encoders.encode_prompts(["a cat", "a long prompt about nothing in particular"])
-    channels = encoders.encode_images(torch.zeros(1, 3, 16, 16))[0].shape[1]
-    latents = torch.randn(4, channels, 4, 6, generator=torch.Generator().manual_seed(0))
-    place = torch.tensor([300, 900])
-    told = family.schedule(model, 16).timesteps[place]
-    with torch.no_grad():
-        both = family.predict(denoiser, NoisedPair(latents, place, told, latents), conditions)
-        for row in (0, 1):
-            own = {name: tensor[row : row + 1] for name, tensor in conditions.items()}
-            pair = latents[row::2]
-            noised = NoisedPair(pair, place[row : row + 1], told[row : row + 1], pair)
-            alone = family.predict(denoiser, noised, own)
-            torch.testing.assert_close(both[row::2], alone, atol=1e-5, rtol=1e-5)
-
-
 def changed(folder, file, **values):
     """Changes a JSON file of a model; the family looks at it anew."""
     path = folder / file
