@@ -40,6 +40,7 @@ class Panel:
         smoothed: Whether a moving mean is drawn over the raw values.
         sparse: Few steps have a value; these are marked and joined.
         reference: Draw only runs with (True) or without (False) a reference model; None: all.
+        moving: Draw only runs in which the value changes.
     """
 
     title: str
@@ -49,11 +50,15 @@ class Panel:
     smoothed: bool = True
     sparse: bool = False
     reference: bool | None = None
+    moving: bool = False
 
     def column(self, run: Run, key: str) -> Array | None:
         """Returns the run's values of `key` as far as they belong into this panel."""
         values = run.metrics.get(key)
         if values is None or not np.isfinite(values).any():
+            return None
+        known = values[np.isfinite(values)]
+        if self.moving and (known == known[0]).all():
             return None
         return None if self.reference not in (None, run.has_reference) else values
 
@@ -119,7 +124,14 @@ PANELS = (
         ("minority/q50", "minority/q90"),
     ),
     Panel("Mean weight of a pair", "weight", ("weight/mean",)),
+    Panel("Saturated pairs (logit beyond 4)", "share", ("rewards/saturated",)),
+    Panel("Slope, where it moves", "beta", ("slope",), smoothed=False, moving=True),
     Panel("Pairs with a backward pass", "share", ("backward/share",)),
+    Panel(
+        "Equally strong pairs in a step's gradient",
+        "effective pairs",
+        ("backward/effective",),
+    ),
     Panel("Passes through the policy (forward 1, backward 2)", "a pair", ("backward/cost",)),
 )
 

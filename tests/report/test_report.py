@@ -353,6 +353,24 @@ def test_errors_without_a_reference_get_their_own_panel(tmp_path: Path) -> None:
     assert absolute not in curve_panels(runs[1:])
 
 
+def test_shares_of_pairs_and_a_slope_that_moves_get_their_panels(tmp_path: Path) -> None:
+    fixed, moving = (load_run(make_run(tmp_path / name)) for name in ("fixed", "moving"))
+    series = ("rewards/saturated", "slope", "backward/share", "backward/effective")
+    titles = [next(p.title for p in PANELS if p.series == (key,)) for key in series]
+    bare = {panel.title for panel in curve_panels([fixed, moving])}
+    assert not bare & set(titles)
+    for key in series:
+        fixed.metrics[key] = np.full(60, 0.25)
+        moving.metrics[key] = np.linspace(1000.0, 500.0, 60)
+    added = [panel for panel in curve_panels([fixed, moving]) if panel.title not in bare]
+    assert [panel.title for panel in added] == titles
+    drawn = [[panel.column(run, panel.series[0]) is not None for panel in added]
+        for run in (fixed, moving)]  # fmt: skip
+    assert drawn == [[True, False, True, True], [True, True, True, True]]
+    moving.metrics["slope"][1:] = np.nan  # a single value has not moved
+    assert titles[1] not in {panel.title for panel in curve_panels([fixed, moving])}
+
+
 def test_smoothing_keeps_a_line_and_skips_gaps() -> None:
     values = np.full(200, 2.0)
     values[50] = np.nan
