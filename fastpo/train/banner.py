@@ -76,9 +76,10 @@ def _backward(trainer: Trainer) -> dict[str, str]:
         return {}
     which = {
         "alive": "pairs whose gradient is not zero",
-        "sampled": f"all but part of the gradient scales below {config.backward_threshold:g}",
+        "sampled": f"gradient scales from {config.backward_threshold:g} on, and part of the others",
     }[config.backward]
-    return {"backward": f"{which}; {share.value:.0%} needed of late"}
+    late = f"; {share.value:.0%} needed one of late" if share.known else ""
+    return {"backward": which + late}
 
 
 def _pair_weight(data: TrainingData) -> str:

@@ -30,11 +30,12 @@ class LiveShare:
 
     Attributes:
         value: The share, 1 before the first step.
+        known: Whether a step, of this run or of the checkpoint's, has had a part in it.
         dense: What a pair costs that is differentiated at once.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.value = 1.0
+        self.value, self.known = 1.0, False
         self.dense = 4.0 if config.gradient_checkpointing else 3.0
         self._threshold = config.backward_threshold if config.backward == "sampled" else None
 
@@ -56,12 +57,13 @@ class LiveShare:
             # Sorted, so that the sum rounds alike however pairs are spread over processes.
             step = chance.sort().values.mean().item()
             self.value = FADING * self.value + (1.0 - FADING) * step
+            self.known = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the share, for a checkpoint."""
-        return {NAME: torch.tensor([self.value], dtype=torch.float64)}
+        """Returns the share, for a checkpoint; nothing before the first step."""
+        return {} if not self.known else {NAME: torch.tensor([self.value], dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores the share; entries of other names are left alone."""
         if NAME in state:
-            self.value = state[NAME].item()
+            self.value, self.known = state[NAME].item(), True
