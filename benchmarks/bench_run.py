@@ -68,13 +68,18 @@ class Kind:
 
 BEFORE = Kind("before", {}, looked_at=(EPOCHS,))
 LATE = tuple(range(4, LONGER + 1))
-SAMPLED = {"train.backward": "sampled"}
+SAMPLED = {"train.backward": "sampled", "train.backward_threshold": 0.5}
 OURS = (
     Kind("all", {}, looked_at=(EPOCHS,)),
     Kind("alive", {"train.backward": "alive"}, looked_at=LATE[: EPOCHS - 3]),
-    Kind("sampled", SAMPLED, LONGER, LATE),
+    Kind("sampled, threshold 0.5", SAMPLED, LONGER, LATE),
     Kind("sampled, threshold 0.25", {**SAMPLED, "train.backward_threshold": 0.25}, LONGER, LATE),
-    Kind("sampled, cached reference", {**SAMPLED, "train.reference": "cached"}, LONGER, LATE),
+    Kind(
+        "sampled, threshold 0.5, cached reference",
+        {**SAMPLED, "train.reference": "cached"},
+        LONGER,
+        LATE,
+    ),
 )
 
 

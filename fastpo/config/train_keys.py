@@ -105,7 +105,7 @@ class TrainKeys(Section):
     backward: Annotated[Literal["all", "alive", "sampled"], decides("run")] = "all"
     """Which pairs get a backward pass. `alive`: those whose gradient is not exactly zero;
     `sampled`: of small gradients a part, drawn at random and weighed up, so that the mean stays."""
-    backward_threshold: Annotated[Positive, decides("run")] = 0.5
+    backward_threshold: Annotated[Positive, decides("run")] = 0.2
     """Of `sampled`: a pair whose gradient scale c (1 where policy and reference agree) is below it
     is kept with probability c / threshold."""
     compile: Annotated[bool, decides("run")] = False

@@ -56,7 +56,6 @@ LEDGER = {
 ROUNDS = {
     **LEDGER,
     "backward": "sampled",  # of small gradients a part, too
-    "backward_threshold": 0.2,
     "rounds": 2,
     "round_epochs": 4,
     "rounds_turn": 0.5,

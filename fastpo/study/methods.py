@@ -201,7 +201,6 @@ METHODS: dict[str, Method] = {
         {
             **LEDGER,
             "backward": "sampled",
-            "backward_threshold": 0.2,
             "rounds": 3,
             "round_epochs": 4,
             "rounds_turn": 0.5,
