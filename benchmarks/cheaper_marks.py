@@ -1,28 +1,33 @@
 """What the tables say of the marks for sparse steps, the losses on a CPU, and starting.
 
     python benchmarks/cheaper_marks.py [--results benchmarks/results/cpu]
-        [--readme benchmarks/README.md]
+        [--readme benchmarks/README.md] [--page docs/sparse-steps.md]
 
 Reads `step_sparse.csv`, `run.csv`, `pair_loss.csv` and `start.csv`, and rewrites the text between
-`<!-- cheaper-marks:begin -->` and `<!-- cheaper-marks:end -->`.
+`<!-- cheaper-marks:begin -->` and `<!-- cheaper-marks:end -->`; on the page what whole runs gave,
+between `<!-- whole-runs:begin -->` and its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench_run import BEFORE, compared, spread
+from bench_run import BEFORE, EPOCHS, compared, spread
 from bench_start import HELP, LOSS, PLAN, TORCH, TRAIN
 
+from fastpo.bench.measure import ROOT
 from fastpo.bench.script import results_path
 from fastpo.bench.table import read_csv, with_section
 from fastpo.system.files import write_text
 
 README = Path(__file__).with_name("README.md")
+PAGE = ROOT / "docs" / "sparse-steps.md"
 LEDGER = "FastPO Adaptive-DPO, ledger, cached reference"
 HALVES = ("bf16", "fp16")
 Row = dict[str, str]
@@ -61,10 +66,7 @@ def of_steps(rows: Sequence[Row]) -> Iterator[Mark]:
 
 def of_runs(rows: Sequence[Row]) -> Iterator[Mark]:
     """Whole runs of the demo, over those of an earlier commit."""
-    made = [
-        {key: _number(value) if key not in ("run", "commit") else value for key, value in r.items()}
-        for r in rows
-    ]
+    made = numbered(rows)
     for name in dict.fromkeys(row["run"] for row in made):
         if name == BEFORE.name:
             continue
@@ -78,6 +80,36 @@ def of_runs(rows: Sequence[Row]) -> Iterator[Mark]:
             lacking = "" if len(values) == len(each) else f"; {len(values)} of {len(each)} seeds"
             met = len(values) == len(each) and meets(sum(values) / len(values))
             yield f"{what}, {name}", mark, f"{spread(values)}{lacking}" or "not reached", met
+
+
+def numbered(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of whole runs with numbers where there are some."""
+    words = ("run", "commit", "before", "device", "date")
+    return [{k: v if k in words else _number(v) for k, v in row.items()} for row in rows]
+
+
+def runs_table(rows: Sequence[Row]) -> str:
+    """What each way of training gave after the demo's epochs, and at its end, in Markdown."""
+    made = numbered(rows)
+    seeds = sorted({int(row["seed"]) for row in made})
+    lines = [
+        f"Seeds {', '.join(map(str, seeds))}: mean (least to most). Commits {rows[0]['before']} "
+        f"(before) and {rows[0]['commit']}, {rows[0]['date']}; {rows[0]['device']}, one thread.",
+        "",
+        "| `train.backward` | epochs | gain in reward | passes a pair | time, `before` = 1 |",
+        "|---|---|---|---|---|",
+    ]
+    spent = {row["seed"]: row["cpu_s"] for row in made if row["run"] == BEFORE.name}
+    for name in dict.fromkeys(row["run"] for row in made):
+        found = [row for row in made if row["run"] == name]
+        for epoch in dict.fromkeys((EPOCHS, int(max(row["epoch"] for row in found)))):
+            at = [row for row in found if row["epoch"] == epoch]
+            gains = [row["gain"] for row in at]
+            gain = f"{statistics.mean(gains):.4f} ({min(gains):.4f} to {max(gains):.4f})"
+            passes = f"{statistics.mean(row['passes'] for row in at):.1f}"
+            time = spread([row["cpu_s"] / spent[row["seed"]] for row in at])
+            lines.append(f"| {name} | {epoch} | {gain} | {passes} | {time} |")
+    return "\n".join(lines)
 
 
 RUNS: tuple[tuple[str, str, str, Callable[[float], bool]], ...] = (
@@ -165,15 +197,17 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=results_path("run").parent)
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     try:
-        text = with_section(
-            args.readme.read_text(encoding="utf-8"), "cheaper-marks", table(args.results)
-        )
+        text = with_section(args.readme.read_text("utf-8"), "cheaper-marks", table(args.results))
+        runs = runs_table(read(args.results / "run.csv"))
+        page = with_section(args.page.read_text("utf-8"), "whole-runs", runs)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error!r}", file=sys.stderr)
         return 2
     write_text(args.readme, text)
+    write_text(args.page, page)
     return 0
 
 
