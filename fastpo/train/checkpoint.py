@@ -171,14 +171,16 @@ def _own_weights(state: TrainingState) -> dict[str, dict[str, Tensor]]:
 
 
 def _history(state: TrainingState) -> dict[str, Tensor]:
-    """What the run has noted about its pairs: votes, last minority metric, running statistics."""
+    """What the run has noted about its pairs: votes, last minority metric, statistics, watches."""
     statistics = {} if state.statistics is None else state.statistics.state_dict()
     live = {} if state.live_share is None else state.live_share.state_dict()
     slope = {} if state.slope is None else state.slope.state_dict()
+    winners = {} if state.winners is None else state.winners.state_dict()
     ledger = state.ledger.state_dict()
     labels = {BEGAN: state.began, TURNED: state.turned}
     rounds = {} if state.round == Round() and not state.turned.any() else labels
-    return {**ledger, **rounds, "metric": state.last_minority, **statistics, **live, **slope}
+    own = statistics | live | slope | winners
+    return {**ledger, **rounds, "metric": state.last_minority, **own}
 
 
 def _load_history(file: Path, state: TrainingState) -> None:
@@ -198,6 +200,8 @@ def _load_history(file: Path, state: TrainingState) -> None:
         state.live_share.load_state_dict(history)
     if state.slope is not None:
         state.slope.load_state_dict(history)
+    if state.winners is not None:
+        state.winners.load_state_dict(history)
 
 
 def load_checkpoint(

@@ -14,6 +14,7 @@ adds the gradient scaler's own check.)
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -51,7 +52,6 @@ from fastpo.train.rounds import end_of, hand_over, next_round, take_verdicts
 from fastpo.train.run_folder import RunFolder, minority_table, step_progress
 from fastpo.train.samples import TrainingSamples
 from fastpo.train.trainer import StepLeftError, setup_trainer
-from fastpo.train.winner_watch import WinnerWatch
 
 
 @storage_errors()
@@ -245,6 +245,8 @@ def begin_round(run: Experiment) -> Experiment:
     trainer = setup_trainer(config, ModelFolder.resolve(config.model), data, processes)
     hand_over(trainer.state, old.ledger, config.train)
     trainer.state.best.copy_from(old.best)
+    if trainer.state.winners is not None and old.winners is not None:
+        trainer.state.winners.begin_round(old.winners)
     held_out = HeldOut(trainer, data.cache)
     return replace(run, data=data, trainer=trainer, held_out=held_out)
 
@@ -263,12 +265,11 @@ def run_steps(
         Interrupted: A signal has ended it; the last finished step is saved.
     """
     trainer, data, folder, config = run.trainer, run.data, run.folder, run.config.train
-    place = run.processes.progress
+    place, winners = run.processes.progress, trainer.state.winners
     for observer in observers:
         place.at("an observer's work")
         observer.on_start(trainer, start)
     loader = place.reading(data.loader(run.processes, start, workers=config.loader_workers))
-    winners = WinnerWatch(compared=config.needs_reference)
     bar = step_progress(data.total_steps, start, show=progress and folder.main)
     with TimedIterator(loader) as batches, bar as advance:
         for step in range(start, start if run.stopped else data.total_steps):
@@ -288,8 +289,8 @@ def run_steps(
                 waited=batches.taken(),
             ) | measure(run, step + 1)
             folder.log(metrics)
-            if (warning := winners.see(metrics)) and folder.main:
-                print(warning)
+            if winners and (warning := winners.see(step + 1, table)) and folder.main:
+                print(warning, file=sys.stderr)
             if step == 0:
                 folder.begun()
             run.processes.log(metrics, step + 1)

@@ -20,6 +20,7 @@ COLUMNS = (
     "margin",
     "error_winner",
     "error_loser",
+    "reference_winner",
     "minority",
     "weight",
     "scale",
@@ -27,9 +28,11 @@ COLUMNS = (
     "kept",
     "cost",
 )
-"""The last four are those of `train.backward`, NaN where it is `all`: a pair's gradient scale;
-whether the ledger had closed its gate before the forward pass; the weight of its backward pass, 0
-without one; and its passes through the policy, counted as in `Passes`."""
+"""`error_winner` and `error_loser` are the errors over the reference's, whose own on winners is
+`reference_winner`; without a reference they are the errors, and it is NaN. The last four are those
+of `train.backward`, NaN where it is `all`: a pair's gradient scale; whether the ledger had closed
+its gate before the forward pass; the weight of its backward pass, 0 without one; and its passes
+through the policy, counted as in `Passes`."""
 TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
@@ -198,9 +201,9 @@ def table_rows(
         sparse: With `train.backward`, gradient scales `(B,)`, and the backward passes.
     """
     pairs = len(batch)
-    error = out.policy_error.detach().double()
-    if out.reference_error is not None:
-        error = error - out.reference_error
+    error, known = out.policy_error.detach().double(), out.reference_error
+    if known is not None:
+        error = error - known
     nothing = torch.full((pairs,), math.nan, dtype=torch.float64, device=error.device)
     columns = {
         "index": batch.index,
@@ -209,6 +212,7 @@ def table_rows(
         "margin": out.margin.detach(),
         "error_winner": error[:pairs],
         "error_loser": error[pairs:],
+        "reference_winner": nothing if known is None else known[:pairs],
         "minority": nothing if out.minority is None else out.minority,
         "weight": nothing if out.weight is None else out.weight,
     }

@@ -18,6 +18,7 @@ from fastpo.train.best import BestHeldOut
 from fastpo.train.ema import MovingAverages
 from fastpo.train.live_share import LiveShare
 from fastpo.train.weights import PolicyWeights
+from fastpo.train.winner_watch import WinnerWatch
 
 
 class Round(BaseModel):
@@ -55,6 +56,7 @@ class TrainingState:
         statistics: Running batch statistics, where the run keeps any.
         slope: The slope that follows the margins, where it does.
         live_share: How many pairs of late had a gradient, where others get no backward pass.
+        winners: Tells when the policy gets worse at the winners, where there is a reference.
         best: The best measurement on held-out pairs.
         turned: `(num_pairs,)` bool, the cache's own: pairs that come with their label turned round.
         round: The round that is under way.
@@ -72,6 +74,7 @@ class TrainingState:
     statistics: RunningStatistics | None = None
     slope: AutoSlope | None = None
     live_share: LiveShare | None = None
+    winners: WinnerWatch | None = None
     best: BestHeldOut = field(default_factory=BestHeldOut)
     turned: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     round: Round = field(default_factory=Round)

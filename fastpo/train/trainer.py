@@ -32,6 +32,7 @@ from fastpo.train.optimizer import has_moved, setup_schedule
 from fastpo.train.sparse import SparseStep
 from fastpo.train.state import TrainingState
 from fastpo.train.step_parts import StepParts
+from fastpo.train.winner_watch import make_watch
 from fastpo.types import PairBatch, pair_key
 
 
@@ -178,6 +179,7 @@ def setup_trainer(
         statistics=reduce if isinstance(reduce, RunningStatistics) else None,
         slope=slope,
         live_share=None if train.backward == "all" else LiveShare(train),
+        winners=make_watch(train),
     )
     return Trainer(
         config=train,
