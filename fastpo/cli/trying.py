@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fastpo.cli.group import app
+from fastpo.study import shipped
 
 if TYPE_CHECKING:
     pass
@@ -86,7 +87,10 @@ def selftest(
 @app.command()
 def study(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="A study's YAML file, or `digits`.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help=f"A study's YAML file, or one of {', '.join(shipped())}."
+        ),
     ],
     work: Annotated[
         Path | None,

@@ -24,12 +24,10 @@ from fastpo.config.fields import Chance, Seed
 from fastpo.config.load import read_yaml
 from fastpo.config.messages import explain
 from fastpo.errors import ConfigError
+from fastpo.study import STUDIES
 from fastpo.study.methods import METHODS
 from fastpo.study.world import World
 from fastpo.study.worlds import build_world
-
-STUDIES = Path(__file__).parent / "configs"
-"""The studies that are shipped, one YAML each."""
 
 
 def _known(name: str) -> str:
@@ -119,9 +117,9 @@ def load_study(path: Path) -> StudyConfig:
     Raises:
         ConfigError: There is none, or a key is unknown or wrong.
     """
-    shipped = STUDIES / f"{path}.yaml"
-    if path.name == str(path) and not path.exists() and shipped.is_file():
-        path = shipped
+    ours = STUDIES / f"{path}.yaml"
+    if path.name == str(path) and not path.exists() and ours.is_file():
+        path = ours
     try:
         return StudyConfig.model_validate(_keyed(read_yaml(path)))
     except ValidationError as error:

@@ -9,9 +9,9 @@ import yaml
 
 from fastpo.cli import main
 from fastpo.errors import ConfigError, DataError, ForeignPathError
-from fastpo.study import run
+from fastpo.study import STUDIES, run, shipped
 from fastpo.study.command import check_choice, study_command
-from fastpo.study.config import STUDIES, StudyConfig, load_study
+from fastpo.study.config import StudyConfig, load_study
 from fastpo.study.methods import METHODS
 from fastpo.study.page import write_page
 from fastpo.study.rows import Table, read_rows, row_path
@@ -70,7 +70,7 @@ def no_runs(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
+@pytest.mark.parametrize("name", shipped())
 def test_every_run_of_a_shipped_study_has_a_configuration_of_its_own(name):
     trials = plan(load_study(Path(name)), short=False)
     assert len({tuple(t.labels.values()) for t in trials}) == len(trials)
@@ -82,6 +82,15 @@ def test_every_run_of_a_shipped_study_has_a_configuration_of_its_own(name):
         above = [t for t in later if t.method_name in PAPERS]
         runs = {t.digest for t in trials}
         assert len(runs) == len(trials) - len(shared) - len(as_released) - len(above)
+
+
+def test_the_help_names_every_study_that_is_shipped(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    names = sorted(path.stem for path in STUDIES.iterdir() if path.suffix == ".yaml")
+    assert {"digits", "emoji", "quick", "rounds"} <= set(names)
+    assert f"or one of {', '.join(names)}." in told
 
 
 def test_the_full_study_has_what_papers_compare():
