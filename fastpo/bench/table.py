@@ -16,7 +16,7 @@ from pathlib import Path
 from fastpo.bench.cases import count_of
 from fastpo.bench.measure import Timing
 from fastpo.errors import ForeignPathError
-from fastpo.system.files import make_folder, write_text
+from fastpo.system.files import check_folder, make_folder, write_text
 
 Number = float | str
 
@@ -120,7 +120,9 @@ def check_csv(path: Path) -> None:
 
     Raises:
         ForeignPathError: The path is there and is no such table.
+        StorageError: Its folder cannot be made or written in.
     """
+    check_folder(path.parent)
     if not os.path.lexists(path):
         return
     try:

@@ -17,7 +17,7 @@ from fastpo.convert.launch import Launch, read_launch, read_options, words_of
 from fastpo.convert.rules import Draft
 from fastpo.convert.scripts import SCRIPTS, Script, convert_script
 from fastpo.errors import ConfigError
-from fastpo.system.files import write_text
+from fastpo.system.files import make_folder, write_text
 from fastpo.system.ownership import check_new
 
 ORDER = ("seed", "model", "data", "prepare", "train", "evaluate")
@@ -63,6 +63,7 @@ def convert(
     draft.check(name)
     raw = with_keys({}, draft.keys)
     parse_config(raw, where=name)
+    make_folder(out.parent)
     write_text(out, _as_yaml(raw, f"From {name}: {command}", draft))
     return draft
 

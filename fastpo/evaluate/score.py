@@ -20,7 +20,8 @@ from fastpo.evaluate.image_folder import Picture, list_pictures, read_picture
 from fastpo.evaluate.prompt_sets import read_prompt_set
 from fastpo.evaluate.scorers import Scorer, Scores, needs_groups, reads_prompts
 from fastpo.evaluate.win_rate import bootstrap_mean
-from fastpo.system.files import write_text
+from fastpo.system.files import make_folder, write_text
+from fastpo.system.json_text import finite
 from fastpo.system.ownership import check_new
 from fastpo.system.progress import progress_bar
 from fastpo.system.storage import storage_errors
@@ -77,12 +78,13 @@ def score_pictures(
         scorers: What rates them.
         prompts: A prompt set by name and place instead (`hpdv2:...`, `lines:prompts.txt`): the
             images of a folder, sorted by path, are of its prompts in order, equally many of each.
-        out: `.json` and `.csv` files to write; they must not exist.
+        out: `.json` and `.csv` files to write; they must not exist, missing folders are made.
         progress: Whether to show a progress bar.
 
     Raises:
         ConfigError: No scorer is given, or a file to write exists or has another ending.
         DataError: A folder holds no images, an image is broken, or a prompt is missing.
+        StorageError: A file cannot be written where it shall be; told before anything is rated.
     """
     if not scorers:
         raise ConfigError("nothing to score by: name a scorer (--scorer pickscore)")
@@ -97,15 +99,17 @@ def score_pictures(
         for folder, pictures in zip(folders, listed, strict=True)
     ]
     for file in out:
+        make_folder(file.parent)
         write_text(file, as_json(results) if file.suffix == ".json" else as_csv(results))
     return results
 
 
 def check_new_file(file: Path, suffixes: Sequence[str]) -> None:
-    """Refuses to write a file that exists, or that has none of the endings.
+    """Refuses to write a file that exists, that has none of the endings, or where none can be.
 
     Raises:
         ConfigError: It is so.
+        StorageError: Its folder cannot be made or written in.
     """
     if file.suffix not in suffixes:
         raise ConfigError(f"{file}: the file's name must end with {' or '.join(suffixes)}")
@@ -197,7 +201,8 @@ def as_json(results: Sequence[FolderScores]) -> str:
         }
         for result in results
     ]
-    return json.dumps({"folders": content}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(finite({"folders": content}), indent=2, ensure_ascii=False, allow_nan=False)
+    return text + "\n"
 
 
 def as_csv(results: Sequence[FolderScores]) -> str:

@@ -22,7 +22,7 @@ from fastpo.evaluate.sampling import ImageSampler, Sample
 from fastpo.evaluate.scorers import Scores
 from fastpo.pairs.choose import Pick, choose_pairs
 from fastpo.system.files import write_text
-from fastpo.system.json_text import parse_json
+from fastpo.system.json_text import finite, parse_json
 from fastpo.system.ownership import Kind
 from fastpo.system.process import Rank
 from fastpo.system.storage import storage_errors
@@ -96,7 +96,7 @@ def pairs_from_model(
             for row, agreed in _pairs(cell, out, scores, firsts, pick, gap):
                 opposed += not agreed
                 if agreed:
-                    lines.append(json.dumps(row, ensure_ascii=False))
+                    lines.append(json.dumps(finite(row), ensure_ascii=False, allow_nan=False))
             prompts += len(cell.prompts.prompts)
     if not lines:
         raise DataError(f"{counted(prompts, 'prompt')}, but no pair with a gap of {gap:g}")

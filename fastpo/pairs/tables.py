@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from fastpo.data.sources.folder import json_lines
 from fastpo.errors import DataError, one_line
 from fastpo.pairs.choose import Pick, choose_pairs
-from fastpo.system.files import write_text
+from fastpo.system.files import make_folder, write_text
 from fastpo.system.json_text import parse_json, read_json
 from fastpo.system.ownership import check_new
 from fastpo.system.storage import storage_errors
@@ -59,8 +60,8 @@ def pairs_from_table(table: Path, out: Path, *, pick: Pick = "all", gap: float =
 
     Args:
         table: `.jsonl`, `.json` (a list), `.csv` or `.parquet`: see `EXPECTED` and the docs.
-        out: The `.jsonl` file to write, which must not exist; image paths are made relative to its
-            folder.
+        out: The `.jsonl` file to write, which must not exist, missing folders are made; image paths
+            are made relative to its folder.
         pick: See `choose_pairs`.
         gap: See `choose_pairs`; in ranks, scores, or 1 between a like and a dislike.
 
@@ -70,6 +71,7 @@ def pairs_from_table(table: Path, out: Path, *, pick: Pick = "all", gap: float =
     Raises:
         DataError: The table cannot be read, has none of these columns, a row is wrong, or no pair
             comes of it; or `out` exists.
+        StorageError: `out` cannot be written where it shall be; told before the table is read.
     """
     if out.suffix != ".jsonl":
         raise DataError(f"{out}: the pairs' file must end with .jsonl")
@@ -88,9 +90,10 @@ def pairs_from_table(table: Path, out: Path, *, pick: Pick = "all", gap: float =
                 "loser": loser,
                 "gap": choice.gap,
             }
-            lines.append(json.dumps(row, ensure_ascii=False))
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
     if not lines:
         raise DataError(f"{table}: {counted(len(compared), 'prompt')}, but no pair with this gap")
+    make_folder(out.parent)
     write_text(out, "\n".join(lines) + "\n")
     note = f"; {counted(outside, 'pair')} outside of its folder: data.allow_outside" * bool(outside)
     return f"{counted(len(lines), 'pair')} of {counted(len(compared), 'prompt')} in {out}{note}"
@@ -148,15 +151,26 @@ def _listed(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...]]
     if images is None:
         return None
     ranking, scores = _sequence(_first(row, RANKING)), _sequence(_first(row, SCORES))
-    values = [-float(rank) for rank in ranking] if ranking is not None else scores
+    values = [-_number(rank) for rank in ranking] if ranking is not None else scores
     if values is None:
         raise ValueError(f"images without ranking or scores; expected {EXPECTED}")
     if len(values) != len(images):
         raise ValueError(f"{len(images)} images and {len(values)} ranks or scores")
-    numbers = tuple(map(float, values))
-    if any(number != number for number in numbers):
-        raise ValueError("a rank or score is no number")
+    numbers = tuple(map(_number, values))
+    if numbers and not math.isfinite(max(numbers) - min(numbers)):
+        raise ValueError("scores differ by more than a number can hold")
     return tuple(map(str, images)), numbers
+
+
+def _number(value: Any) -> float:
+    """A rank or score, of which JSON's `1e999` and Python's `NaN` are none."""
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"a rank or score is {value!r:.40}, expected a finite number")
+    return number
 
 
 def _liked(row: Mapping[str, Any]) -> tuple[str, float | None]:

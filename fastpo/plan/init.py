@@ -22,7 +22,7 @@ from fastpo.plan.architecture import resolve_architecture
 from fastpo.plan.choose import ROOM, Choice, choose
 from fastpo.plan.dataset import count_source
 from fastpo.plan.gpus import Gpu, find_gpu
-from fastpo.system.files import write_text
+from fastpo.system.files import check_folder, make_folder, write_text
 
 FIRST = re.compile(r"# Written by `fastpo init`, version \S+; ([0-9a-f]{16})\n")
 PROMPTS = [
@@ -111,6 +111,7 @@ def write_config(
     }
     if slope:
         why["train.auto_slope"] = "Flow models differ in the size of their margins by far."
+    make_folder(out.parent)
     write_text(out, _signed(_text(out, raw, why, wanted)))
     return config
 
@@ -124,11 +125,13 @@ def _slope(objective: Objective) -> dict[str, Any]:
 
 
 def _check_free(out: Path) -> None:
-    """Refuses a file that holds anybody's work.
+    """Refuses a file that holds anybody's work, or that cannot be written where it shall be.
 
     Raises:
         ForeignPathError: It does.
+        StorageError: Its folder cannot be made or written in.
     """
+    check_folder(out.parent)
     if not (out.exists() or out.is_symlink()):
         return
     text = out.read_text(errors="replace") if out.is_file() and not out.is_symlink() else ""

@@ -25,7 +25,7 @@ from fastpo.report.figures import (
 from fastpo.report.grids import build_grids, build_training_grids, data_url, grid_figure
 from fastpo.report.runs import MINORITY_NAMES, Run, load_runs
 from fastpo.system.files import write_bytes, write_text
-from fastpo.system.ownership import Kind, claim
+from fastpo.system.ownership import Kind, check_claim, claim
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 
@@ -75,6 +75,7 @@ def write_report(
         DataError: A folder is no run, or one of its files is damaged.
         ForeignPathError: `out` holds other things, and no report.
     """
+    check_claim(out, REPORT)
     loaded = load_runs(runs)
     pictures = _pictures(loaded)
     environment = Environment(

@@ -28,7 +28,8 @@ from fastpo.review.known import (
 )
 from fastpo.review.pictures import MOST_PAGE, Thumbnail, find_pairs, thumbnail
 from fastpo.system.files import write_json, write_text
-from fastpo.system.ownership import Kind, claim, is_ours
+from fastpo.system.json_text import finite
+from fastpo.system.ownership import Kind, check_claim, claim, is_ours
 from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 from fastpo.types import PreferencePair
@@ -56,6 +57,7 @@ def write_gallery(run: Path, out: Path, *, pairs: int = 100, side: int = 320) ->
         DataError: The run is not finished, or one of its files is damaged.
         ForeignPathError: `out` holds other things.
     """
+    check_claim(out, GALLERY)
     evidence = load_evidence(run)
     curve = curves(evidence.probability, evidence.flipped) if evidence.knows_flips else None
     summary = summarize(evidence, curve)
@@ -200,7 +202,7 @@ def _page(
         summary=summary,
         note=note,
         pictures=[(title, data_url(png)) for title, png in pictures],
-        data={"id": digest.hexdigest(), "run": name, "pairs": cards},
+        data=finite({"id": digest.hexdigest(), "run": name, "pairs": cards}),
         words=words(summary),
     )
 

@@ -16,7 +16,7 @@ from fastpo.study.figures import bins_figure, gain_figure
 from fastpo.study.rows import read_rows
 from fastpo.study.tables import methods_table, part_table, state_line
 from fastpo.study.trials import plan
-from fastpo.system.files import write_bytes, write_text
+from fastpo.system.files import check_folder, make_folder, write_bytes, write_text
 
 FIGURES = {
     "gain": (gain_figure, "Gain over the share of flipped labels"),
@@ -29,7 +29,9 @@ def check_page(page: Path) -> None:
 
     Raises:
         ForeignPathError: It is one.
+        StorageError: Its folder cannot be made or written in.
     """
+    check_folder(page.parent)
     if not page.exists():
         return
     try:
@@ -56,6 +58,7 @@ def write_page(page: Path, study: StudyConfig, table: Path, *, short: bool = Fal
         ForeignPathError: The page or the table is something else.
     """
     check_page(page)
+    make_folder(page.parent)
     trials = plan(study, short=short)
     known = {tuple(trial.labels.values()) for trial in trials}
     rows = [row for row in read_rows(table) if tuple(row[k] for k in trials[0].labels) in known]

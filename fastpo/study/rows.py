@@ -109,6 +109,7 @@ class Table:
         elif trial.method_name != "dpo" and trial.digest in self._earlier:
             row["win_dpo"] = self._earlier[trial.digest]["win_dpo"]
         text = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+        text |= {k: "" for k, v in row.items() if v is None}  # it was not finite
         return {**text, **trial.labels}
 
     def write(self, path: Path) -> None:

@@ -24,6 +24,7 @@ from fastpo.study.config import StudyConfig
 from fastpo.study.jobs import build_bases, make_data, make_run
 from fastpo.study.rows import Row, Table, read_rows
 from fastpo.study.trials import Choice, Trial, plan
+from fastpo.system.files import check_folder
 from fastpo.system.ownership import Kind, claim
 from fastpo.system.pool import Workers, workers
 from fastpo.system.storage import storage_errors
@@ -80,6 +81,7 @@ def run_study(study: StudyConfig, options: Options) -> list[Row]:
     # Runs name their data by path, and one that was killed must find the same names.
     options = replace(options, work=options.work.resolve())
     trials = plan(study, short=options.short)
+    check_folder(options.table.parent)
     earlier = read_rows(options.table)
     claim(options.work, STUDY)
     with sole_writer(options.work):

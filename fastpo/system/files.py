@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpo.errors import StorageError
+from fastpo.system.json_text import finite
 from fastpo.system.storage import explain
 
 Step = Literal["make", "flush", "rename", "remove", "append"]
@@ -58,6 +59,9 @@ def _naming(target: Path, temporary: Path | None = None) -> Iterator[None]:
     except Exception as error:
         told = error if isinstance(error, StorageError) else explain(error, target, anything=False)
         if told is None:
+            if temporary is not None and isinstance(error, OSError) and error.filename:
+                named = os.fsdecode(error.filename)
+                error.filename = named.replace(str(temporary), str(target))
             raise
         text = str(told) if temporary is None else str(told).replace(str(temporary), str(target))
         if text == str(error):
@@ -157,8 +161,8 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Writes a JSON file, indented by one blank."""
-    write_text(target, json.dumps(value, indent=1) + "\n")
+    """Writes a JSON file, indented by one blank; null where a number is not finite."""
+    write_text(target, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def append_text(path: Path, text: str) -> None:
@@ -197,6 +201,27 @@ def make_folder(path: Path) -> None:
         _commit("make", path)
         path.mkdir(exist_ok=True)
         flush(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Refuses, before any work, a folder that cannot be made or written in; makes nothing.
+
+    Raises:
+        StorageError: A part of its path is no folder, or this user may not write there.
+    """
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        number, named = errno.ENOTDIR, path
+    elif not os.access(place, os.W_OK | os.X_OK):
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        number, named = errno.EROFS if read_only else errno.EACCES, place
+    else:
+        return
+    told = explain(OSError(number, os.strerror(number)), named)
+    assert told is not None
+    raise told
 
 
 def move(old: Path, new: Path) -> None:

@@ -7,6 +7,7 @@ where it gives valid JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -74,6 +75,15 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     if size > most_bytes:
         raise ValueError(f"it has {size:,} bytes, at most {most_bytes:,} are read")
     return content
+
+
+def finite(value: Any) -> Any:
+    """Returns lists and mappings with None for NaN and the infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def seal(value: Mapping[str, Any]) -> str:

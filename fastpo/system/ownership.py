@@ -148,7 +148,9 @@ def check_replaceable(target: Path, kind: Kind) -> None:
 
 
 def check_new(target: Path, error: type[FastPOError]) -> None:
-    """Refuses a file's name that is taken, by a link that leads nowhere too.
+    """Refuses a file's name that is taken, by a link that leads nowhere too, or cannot be used.
+
+    It is for the time before the work; whoever writes the file then makes its missing folders.
 
     Args:
         target: The file to write.
@@ -156,9 +158,26 @@ def check_new(target: Path, error: type[FastPOError]) -> None:
 
     Raises:
         FastPOError: Of that class; the text names the file.
+        StorageError: Its folder cannot be made or written in.
     """
     if os.path.lexists(target):
         raise error(f"{target} exists and is not replaced: name another file")
+    files.check_folder(target.parent)
+
+
+def check_claim(folder: Path, kind: Kind) -> None:
+    """Refuses, before any work, what `claim` would refuse after it; makes nothing.
+
+    Raises:
+        ForeignPathError: It is a file, or a folder of something else.
+        StorageError: It cannot be made or written in.
+    """
+    if os.path.lexists(folder):
+        # a link to a folder of ours is fine: in it, names alone are replaced
+        ours = folder.is_dir() and is_ours(folder.resolve(), kind)
+        if not ours and not _may_become_ours(folder):
+            raise _foreign(folder, kind)
+    files.check_folder(folder)
 
 
 def claim(folder: Path, kind: Kind) -> None:
@@ -168,15 +187,9 @@ def claim(folder: Path, kind: Kind) -> None:
         ForeignPathError: It is a file, or a folder of something else.
         OSError: It cannot be made, or its marker cannot be written.
     """
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise _foreign(folder, kind)
-    if folder.is_dir():
-        # a link to a folder of ours is fine: in it, names alone are replaced
-        ours = is_ours(folder.resolve(), kind)
-        if not ours and not _may_become_ours(folder):
-            raise _foreign(folder, kind)
-        if ours and os.path.lexists(folder / MARKER):
-            return
+    check_claim(folder, kind)
+    if os.path.lexists(folder / MARKER) and is_ours(folder.resolve(), kind):
+        return
     files.make_folder(folder)
     write_marker(folder, kind)
 

@@ -24,7 +24,7 @@ from fastpo.models.denoisers import Denoisers, add_lora
 from fastpo.models.export import LORA_FILE, export_policy
 from fastpo.models.folder import ModelFolder
 from fastpo.models.lora_formats import LoraFormat, write_lora
-from fastpo.system.files import make_folder, whole_file
+from fastpo.system.files import check_folder, make_folder, whole_file
 from fastpo.system.storage import storage_errors
 from fastpo.train.checkpoint_folders import (
     FOLDER,
@@ -91,6 +91,7 @@ def export_lora(source: Path, target: Path, form: LoraFormat, *, average: bool =
     taken = os.path.lexists(target) and not target.is_dir()
     if file != target and (taken or target.suffix.lower() in OTHER_FILES):
         raise CheckpointError(f"{target} is no folder: give a name that ends in .safetensors")
+    check_folder(file.parent)
     config, weights = _trained(source, average=average)
     if config.train.method != "lora":
         raise CheckpointError(
@@ -178,6 +179,7 @@ def _check_free(target: Path) -> None:
         raise CheckpointError(
             f"{target} is there and is not an empty folder: give a new one, nothing is replaced"
         )
+    check_folder(target.parent)
 
 
 def _find(source: Path) -> Path:

@@ -14,6 +14,7 @@ from fastpo.config import Config, parse_config, with_keys
 from fastpo.errors import CheckpointError, ConfigError, DifferingRunError
 from fastpo.models.export import export_damage
 from fastpo.system.checksums import checksum
+from fastpo.system.files import check_folder
 from fastpo.system.process import Rank
 from fastpo.system.words import counted
 from fastpo.train.changes import Change, done_before
@@ -61,13 +62,14 @@ def rerun(run: Path, out: Path | None = None, *, check: bool = False, progress: 
         ConfigError: There are not as many processes as trained the run.
         DifferingRunError: With `check`: the first difference.
     """
+    target = out or run.with_name(f"{run.name}-rerun")
+    check_folder(target.parent)
     _check_finished(run)
     checkpoint = newest_whole(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no checkpoint, which says how it was trained")
     about = read_about(checkpoint)
     _check_processes(run)
-    target = out or run.with_name(f"{run.name}-rerun")
     config = _original(about.config, about.changes, target, where=str(checkpoint / STATE))
     changes: list[str] = []
     for step, together in groupby(about.changes, key=lambda change: change.step):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from fastpo.config import Config, dump_config
 from fastpo.errors import CheckpointError, FastPOError
 from fastpo.system.files import append_text, flush, make_folder, sweep, write_bytes, write_text
+from fastpo.system.json_text import finite
 from fastpo.system.ownership import MARKER, claim, remove_file, write_marker
 from fastpo.system.progress import progress_bar
 from fastpo.system.writer_lock import WriterLock, sole_writer
@@ -137,8 +137,7 @@ class RunFolder:
         """Appends one line to `metrics.jsonl`."""
         if self.main:
             # JSON has no infinity; an fp16 gradient norm may be one.
-            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            append_text(self.path / METRICS, json.dumps(finite) + "\n")
+            append_text(self.path / METRICS, json.dumps(finite(metrics), allow_nan=False) + "\n")
 
     def log_votes(self, step: int, table: StepTable, state: TrainingState) -> None:
         """Notes a step's margins, as the ledger counts them, for `votes.csv`."""

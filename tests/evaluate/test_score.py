@@ -95,6 +95,9 @@ def test_scores_are_in_the_files_and_the_table(
     assert rows[1]["prompt"] == "a" and rows[1]["file"] == "1.png"
     with pytest.raises(ConfigError, match="exists and is not replaced"):
         score_pictures([images], [Red()], out=out, progress=False)
+    deep = tmp_path / "no" / "such" / "scores.json"
+    score_pictures([images], [Red()], out=[deep], progress=False)
+    assert json.loads(deep.read_text())["folders"][0]["images"] == 5
     out[0].unlink()
     out[0].symlink_to("nowhere.json")  # a link that leads nowhere is somebody's as well
     with pytest.raises(ConfigError, match="exists and is not replaced"):

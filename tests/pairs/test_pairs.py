@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,8 @@ def test_scores_likes_and_lists_best_first(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     said = pairs_from_table(table, tmp_path / "deep" / "out.jsonl")
     assert said.endswith("8 pairs outside of its folder: data.allow_outside")
+    pairs_from_table(table, tmp_path / "no" / "such" / "out.jsonl", gap=0.25)
+    assert rows_of(tmp_path / "no" / "such" / "out.jsonl")[0]["winner"] == "../../y"
 
 
 def test_tables_that_make_no_pairs_are_one_line(
@@ -224,6 +227,12 @@ def test_tables_that_make_no_pairs_are_one_line(
         ({"images": ["a"], "ranking": [1]}, "line 1: no prompt"),
         ({"prompt": "a", "images": ["a", "b"], "ranking": [1]}, "2 images and 1 ranks"),
         ({"prompt": "a", "images": ["a", "b"]}, "images without ranking or scores"),
+        ({"prompt": "a", "images": ["a", "b"], "scores": [1, math.inf]}, "a rank or score is inf"),
+        ({"prompt": "a", "images": ["a", "b"], "scores": [1, math.nan]}, "a rank or score is nan"),
+        ({"prompt": "a", "images": ["a", "b"], "scores": [1, 10**400]}, "a rank or score is 1000"),
+        ({"prompt": "a", "images": ["a", "b"], "ranking": [1, None]}, "a rank or score is None"),
+        ({"prompt": "a", "images": ["a", "b"], "ranking": ["1", "x"]}, "a rank or score is 'x'"),
+        ({"prompt": "a", "images": ["a", "b"], "scores": [1e308, -1e308]}, "scores differ by more"),
         ({"prompt": "a", "image": "x", "liked": "perhaps"}, "liked is 'perhaps'"),
         ({"prompt": "a", "image": "x", "liked": 1}, "1 prompt, but no pair"),
     ):

@@ -1,6 +1,8 @@
 """Files and folders are whole or not there, and what killed processes leave is swept up."""
 
 import ast
+import json
+import math
 import os
 import socket
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpo.errors import StorageError
 from fastpo.system import files
 
 PACKAGE = Path(files.__file__).parents[1]
@@ -217,3 +220,33 @@ def test_every_durable_write_goes_through_one_module():
     }
     assert found <= set(ALLOWED), sorted(found - set(ALLOWED))
     assert found == set(ALLOWED), "an exception that nothing needs any more"
+
+
+def test_a_missing_folder_is_told_by_the_name_that_the_user_knows(tmp_path):
+    with pytest.raises(FileNotFoundError) as told:
+        files.write_text(tmp_path / "none" / "a.txt", "a")
+    assert told.value.filename == str(tmp_path / "none" / "a.txt")
+
+
+def test_json_is_strict_where_numbers_are_not_finite(tmp_path):
+    value = {"a": [math.nan, 1.5, {"b": -math.inf}], "c": (math.inf, 2), "d": "NaN"}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": [None, 1.5, {"b": None}], "c": [None, 2], "d": "NaN"}
+
+
+def test_a_folder_is_looked_at_and_not_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    files.check_folder(tmp_path)
+    files.check_folder(tmp_path / "deep" / "er")
+    files.check_folder(Path("."))
+    with pytest.raises(StorageError, match=r"file/deep.*a part of its path is a file"):
+        files.check_folder(tmp_path / "file" / "deep")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(StorageError, match=r"link.*a part of its path is a file"):
+        files.check_folder(tmp_path / "link")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(StorageError, match="permission denied"):
+        files.check_folder(tmp_path / "deep")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
