@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fastpo.cli.group import ConfigPath, Overrides, app, configured
+from fastpo.system.ownership import check_claim
 from fastpo.system.signals import catch_signals
 from fastpo.system.words import counted
 
@@ -74,10 +75,11 @@ def named_weights(text: str) -> tuple[str, Path]:
 def _evaluate_many(
     config: Config, named: Sequence[tuple[str, Path]], out: Path, *, average: bool
 ) -> None:
-    from fastpo.evaluate.many import Candidate, evaluate_many
+    from fastpo.evaluate.many import TABLE, Candidate, evaluate_many
     from fastpo.evaluate.table_files import show
     from fastpo.train.consolidate import exported
 
+    check_claim(out, TABLE)
     with ExitStack() as stack:
         candidates = []
         for name, path in named:
@@ -124,9 +126,10 @@ def pairs(
         return
     with configured(source, overrides) as resolved:
         from fastpo.evaluate.many import Candidate
-        from fastpo.pairs.sample import pairs_from_model
+        from fastpo.pairs.sample import PAIRS, pairs_from_model
         from fastpo.train.consolidate import exported
 
+        check_claim(out, PAIRS)
         with exported(resolved.train.output_dir, weights) as (folder, _):
             model = None if folder is None else Candidate(named_weights(str(weights))[0], folder)
             made = pairs_from_model(resolved, out, model=model, pick=pick or "extremes", gap=gap)
@@ -152,9 +155,11 @@ def score(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
 ) -> None:
     """Rate images that are there already; prompts from metadata.jsonl or text files beside."""
-    from fastpo.evaluate.score import score_pictures, show
+    from fastpo.evaluate.score import WRITERS, check_new_file, score_pictures, show
     from fastpo.evaluate.scorers import build_scorers
 
+    for file in out or ():  # building scorers may mean to download them
+        check_new_file(file, WRITERS)
     built = build_scorers(scorers, batch_size=batch_size, precision=precision)
     with catch_signals():
         show(score_pictures(folders, built, prompts=prompts, out=out or ()), Console())
@@ -206,13 +211,22 @@ def relabel(
         bool,
         typer.Option(help="With --by: pair_weight, from how far apart the images' scores are."),
     ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --by: images rated at once [evaluate.score_batch_size]"),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="With --by [evaluate.score_precision]"),
+    ] = None,
 ) -> None:
     """Write a cleaned copy of a run's data set, and what changed and why."""
     from fastpo.review.relabel import Rules, relabel
 
     scorers = [] if by is None else [name.strip() for name in by.split(",")]
     with catch_signals():
-        done = relabel(run, out, Rules(threshold, marks, scorers, action, weigh))
+        rules = Rules(threshold, marks, scorers, action, weigh, batch_size, precision)
+        done = relabel(run, out, rules)
     told = ", ".join(f"{done[name]:,} {name}" for name in ("kept", "dropped", "tied", "turned"))
     print(f"{told} of {counted(done['pairs'], 'pair')}: {out} (data: {{source: folder}})")
     print("A label that most others speak against may be a taste that few share, and no error.")

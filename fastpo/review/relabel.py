@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -37,7 +37,7 @@ from fastpo.review.decide import (
     read_marks,
 )
 from fastpo.review.evidence import CONFIG, Evidence, load_evidence
-from fastpo.system.files import write_json
+from fastpo.system.files import check_folder, write_json
 from fastpo.system.ownership import Kind, owned_folder, protecting
 from fastpo.system.progress import progress_bar
 from fastpo.system.retry import retrying
@@ -66,6 +66,8 @@ class Rules:
         action: What becomes of a label that is found wrong. None: it is dropped by the threshold,
             turned round by a reviewer and by scorers.
         weigh: Give each pair a weight, from how far apart the scorers rate its images.
+        batch_size: Images that the scorers rate at once. None: `evaluate.score_batch_size`.
+        precision: What they compute in. None: `evaluate.score_precision`.
     """
 
     threshold: float | None = None
@@ -73,6 +75,8 @@ class Rules:
     by: Sequence[str] = ()
     action: Action | None = None
     weigh: bool = False
+    batch_size: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
 
     def check(self) -> None:
         """Refuses rules that decide nothing, or twice.
@@ -84,6 +88,10 @@ class Rules:
             raise ConfigError("--by decides alone; leave --threshold and --marks out")
         if self.weigh and not self.by:
             raise ConfigError("--weigh takes weights from scorers; name them with --by SCORER")
+        if not self.by and (self.batch_size is not None or self.precision is not None):
+            raise ConfigError(
+                "--batch-size and --precision are the scorers'; name them with --by SCORER"
+            )
         if not self.by and self.threshold is None and self.marks is None:
             raise ConfigError(
                 "nothing says which labels to change: give --threshold 0.9, --marks FILE (which "
@@ -114,6 +122,7 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
         ForeignPathError: `out` holds other things, or what the data are read from.
     """
     rules.check()
+    check_folder(out.parent)
     evidence = None if rules.by else load_evidence(source)
     if evidence is not None:
         config = evidence.config
@@ -121,7 +130,7 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
         config = load_config(source / CONFIG if source.is_dir() else source)
     reads = [source, *input_paths(config), *(() if rules.marks is None else (rules.marks,))]
     with protecting(reads), owned_folder(out, RELABELED) as folder:
-        jury = _jury(rules) if rules.by else None
+        jury = _jury(rules, config) if rules.by else None
         pairs = given_pairs(config)
         if evidence is not None:
             decided = _by_evidence(pairs, evidence, rules)
@@ -164,14 +173,19 @@ def given_pairs(config: Config) -> Iterator[PreferencePair]:
             yield pair
 
 
-def _jury(rules: Rules) -> Jury:
-    """The scorers that decide.
+def _jury(rules: Rules, config: Config) -> Jury:
+    """The scorers that decide, run as the configuration's section `evaluate` says.
 
     Raises:
         ConfigError: One is unknown, or rates sets of images.
         ModelError: One's model is not available.
     """
-    scorers = build_scorers(rules.by)
+    options = config.evaluate
+    scorers = build_scorers(
+        rules.by,
+        batch_size=rules.batch_size or options.score_batch_size,
+        precision=rules.precision or options.score_precision,
+    )
     for scorer in scorers:
         if needs_groups(scorer):
             raise ConfigError(f"--by {scorer.name} rates sets of images, and prefers no single one")

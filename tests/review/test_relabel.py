@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fastpo.cli import main
 from fastpo.config import dump_config, load_config, parse_config
 from fastpo.data.cache.flips import is_flipped
 from fastpo.data.sources import open_source
@@ -108,9 +109,21 @@ class Light:
         return {self.name: np.array([self.sign * np.asarray(i).mean() for i in images])}
 
 
+def stub_scorers(monkeypatch, scorers):
+    """Puts scorers in the place of those that are named; returns the options of each call."""
+    asked = []
+
+    def build(names, *, batch_size, precision):
+        asked.append({"batch_size": batch_size, "precision": precision})
+        return scorers[: len(names)]
+
+    monkeypatch.setattr(module, "build_scorers", build)
+    return asked
+
+
 def test_scorers_decide_by_majority_and_their_agreement_is_told(run, tmp_path, monkeypatch):
     jury = [Light("one"), Light("two"), Light("dark", -1.0)]
-    monkeypatch.setattr(module, "build_scorers", lambda names: jury[: len(names)])
+    asked = stub_scorers(monkeypatch, jury)
     config = run / "config.yaml"
     out = tmp_path / "out"
     summary = relabel(config, out, Rules(by=["one", "two", "dark"]), progress=False)
@@ -122,6 +135,24 @@ def test_scorers_decide_by_majority_and_their_agreement_is_told(run, tmp_path, m
     agreement = summary["agreement"]
     assert agreement["label"]["one"] == pytest.approx(share)
     assert agreement["one"]["two"] == 1.0 and agreement["dark"]["one"] == 0.0
+    assert asked == [{"batch_size": 16, "precision": "fp32"}]
+
+
+def test_scorers_run_as_the_configuration_or_the_call_says(run, tmp_path, monkeypatch):
+    asked = stub_scorers(monkeypatch, [Light("one")])
+    raw = load_config(run / "config.yaml").model_dump(mode="json")
+    raw["evaluate"] |= {"score_batch_size": 3, "score_precision": "bf16"}
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "config.yaml").write_text(dump_config(parse_config(raw)))
+    for source in (tmp_path / "finished", tmp_path / "finished" / "config.yaml"):
+        relabel(source, tmp_path / "out", Rules(by=["one"]), progress=False)
+        assert asked.pop() == {"batch_size": 3, "precision": "bf16"}
+    options = ["--by", "one", "--batch-size", "5", "--precision", "fp16"]
+    with pytest.raises(SystemExit) as ended:
+        main(["relabel", str(tmp_path / "finished"), str(tmp_path / "other"), *options])
+    assert ended.value.code == 0 and asked == [{"batch_size": 5, "precision": "fp16"}]
+    with pytest.raises(ConfigError, match="--batch-size and --precision are the scorers'"):
+        Rules(threshold=0.5, precision="bf16").check()
 
 
 class Known:
@@ -155,7 +186,7 @@ def test_weights_come_from_the_gaps_of_the_scores(run, tmp_path, monkeypatch):
 
 
 def test_a_copy_holds_the_weights_of_gaps_or_those_of_the_data(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "build_scorers", lambda names: [Light("one")])
+    stub_scorers(monkeypatch, [Light("one")])
     config, out, again = run / "config.yaml", tmp_path / "out", tmp_path / "again"
     summary = relabel(config, out, Rules(by=["one"], weigh=True), progress=False)
     assert summary["weigh"] and summary["turned"] > 0
