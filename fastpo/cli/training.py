@@ -72,6 +72,14 @@ def plan(
     utilization: Annotated[float, typer.Option(help="Share of the GPU's dense peak.")] = 0.4,
     world_size: Annotated[int, typer.Option(help="Processes, one GPU each.")] = 1,
     pairs: Annotated[int | None, typer.Option(help="Pairs in the data.")] = None,
+    live_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="For train.backward: share of pairs that need a backward pass, above 0 and up to "
+            "1; default: that of a run in train.output_dir.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
     """Say what a run will cost: FLOPs, memory, disk, hours. Needs no weights, data or GPU."""
@@ -85,6 +93,7 @@ def plan(
             utilization=utilization,
             world_size=world_size,
             pairs=pairs,
+            live_share=live_share,
             status=spinner.update,
         )
     if as_json:

@@ -11,6 +11,7 @@ from fastpo.config import Config, Precision, TrainConfig
 from fastpo.errors import ConfigError
 from fastpo.models.geometry import make_geometry
 from fastpo.plan.architecture import Architecture, resolve_architecture
+from fastpo.plan.backward import check_share, plan_backward
 from fastpo.plan.dataset import DataSize, cache_size, count_visits, find_size
 from fastpo.plan.fit import find_largest
 from fastpo.plan.gpus import Gpu, find_gpu
@@ -75,6 +76,7 @@ def make_plan(
     utilization: float = 0.4,
     world_size: int = 1,
     pairs: int | None = None,
+    live_share: float | None = None,
     status: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Plans a run: FLOPs, memory, disk and hours, beside the released recipes'.
@@ -85,14 +87,18 @@ def make_plan(
         utilization: Share of the GPU's dense peak that is reached.
         world_size: Processes, one GPU each.
         pairs: Pairs in the data; None takes them from the cache, the folder or the publication.
+        live_share: With `train.backward: alive` or `sampled` the share of pairs that need a
+            backward pass, in (0, 1]; None takes it from a run in `train.output_dir`, if any.
         status: Called with what is being counted.
 
     Raises:
         ConfigError: An unknown GPU, a number out of range, a resolution that the model cannot
-            have, or DeepSpeed settings that cannot be read.
+            have, DeepSpeed settings that cannot be read, or a share that nothing asks for.
+        DataError: Data on this disk, or the metrics of a run there, cannot be read.
         ModelError: The model is neither here nor packaged.
     """
     _check(utilization, world_size, pairs)
+    check_share(live_share, config.train)
     hardware = Hardware(find_gpu(gpu), utilization, world_size)
     sharding = read_sharding(config.train, world_size)
     architecture = resolve_architecture(config)
@@ -107,6 +113,7 @@ def make_plan(
     base = costs[0].seconds_per_pair
     costs = [c.model_copy(update={"slower": c.seconds_per_pair / base}) for c in costs]
     costs[0] = costs[0].model_copy(update={"what": describe_own(config.train, own)})
+    backward = plan_backward(config, costs[0], live_share, world_size)
     assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
     preparing = _preparing(config, measured, hardware, shapes)
     hours = _prepare_hours(preparing, hardware, size, visits)
@@ -126,9 +133,10 @@ def make_plan(
         objective=config.train.objective.name,
         assumptions=assumptions,
         costs=tuple(costs),
+        backward=backward,
         cache=cache,
         largest=largest,
-        verdict=make_verdict(tuple(costs), assumptions, preparing, largest),
+        verdict=make_verdict(tuple(costs), backward, assumptions, preparing, largest),
         notes=make_notes(config, assumptions, cache, size),
     )
 

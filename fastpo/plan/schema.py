@@ -203,6 +203,44 @@ class Assumptions(_Record):
     parameters: int
 
 
+class LiveCost(_Record):
+    """What a pair costs on average where some have no backward pass, by `train.backward`.
+
+    Attributes:
+        live: The share of pairs that need a backward pass, if the plan was made for one.
+        share: The share of pairs that get one.
+        passes: Passes through the policy a pair, as in `backward/cost` of a run's metrics.
+        tflop: TFLOP a pair, all parts.
+        seconds_per_pair: Of one process.
+        pairs_per_second: Of all processes.
+        hours: Hours of the whole run; None where its number of visits is not known.
+    """
+
+    live: float | None
+    share: float
+    passes: float
+    tflop: float
+    seconds_per_pair: float
+    pairs_per_second: float
+    hours: float | None
+
+
+class Backward(_Record):
+    """A run with `train.backward: alive` or `sampled`, beside the cost of every backward pass.
+
+    Attributes:
+        mode: `alive` or `sampled`.
+        source: Where the share comes from: a run's metrics, or an option; None: it is not known.
+        steps: How many steps of a run it is the mean of, if of one.
+        costs: One, of that share; where it is not known one for each quarter of live pairs.
+    """
+
+    mode: Literal["alive", "sampled"]
+    source: str | None
+    steps: int | None
+    costs: tuple[LiveCost, ...]
+
+
 class Largest(_Record):
     """The largest sizes that fit on the card, everything else as configured; 0: none does.
 
@@ -225,7 +263,9 @@ class Plan(_Record):
         method: `lora` or `full`.
         objective: Its name.
         assumptions: What the numbers rest on.
-        costs: This configuration first, then plain fine-tuning, then the released recipes.
+        costs: This configuration first, then plain fine-tuning, then the released recipes; all with
+            a backward pass for every pair.
+        backward: This configuration's cost where some pairs have none; None: `train.backward: all`.
         cache: On disk.
         largest: What fits at most.
         verdict: The answer in sentences.
@@ -239,6 +279,7 @@ class Plan(_Record):
     objective: str
     assumptions: Assumptions
     costs: tuple[Cost, ...]
+    backward: Backward | None = None
     cache: CacheSize
     largest: Largest
     verdict: tuple[str, ...]

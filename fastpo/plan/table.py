@@ -90,6 +90,13 @@ def _costs_table(plan: Plan) -> Table:
     table.add_row("[bold]pairs/s[/]", *(f"{c.pairs_per_second:.3g}" for c in plan.costs))
     table.add_row("[bold]hours[/]", *(hours(c.hours) for c in plan.costs))
     table.add_row("[bold]time, ours = 1[/]", *(f"{c.slower:.2f}x" for c in plan.costs))
+    if plan.backward is not None and plan.backward.source is not None:
+        (cost,) = plan.backward.costs
+        table.add_section()
+        table.add_row(f"[bold]{cost.share:.0%} of backward passes[/]")
+        table.add_row("  TFLOP per pair", tflop(cost.tflop))
+        table.add_row("  pairs/s", f"{cost.pairs_per_second:.3g}")
+        table.add_row("  hours", hours(cost.hours))
     return table
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fastpo.config import Config
+from fastpo.plan.backward import tell_backward
 from fastpo.plan.dataset import DataSize
-from fastpo.plan.schema import Assumptions, CacheSize, Cost, Largest, Preparing
+from fastpo.plan.schema import Assumptions, Backward, CacheSize, Cost, Largest, Preparing
 
 PARTS = {
     "policy_forward": "the policy's forward pass",
@@ -18,12 +19,17 @@ PARTS = {
 
 
 def make_verdict(
-    costs: tuple[Cost, ...], assumed: Assumptions, preparing: Preparing, most: Largest
+    costs: tuple[Cost, ...],
+    backward: Backward | None,
+    assumed: Assumptions,
+    preparing: Preparing,
+    most: Largest,
 ) -> tuple[str, ...]:
     """Fit, the largest that fits, rate, ratios, when preparing pays, and the part that dominates.
 
     Args:
         costs: This configuration, plain fine-tuning, the released recipes.
+        backward: What leaving out backward passes saves, where that is asked for.
         assumed: The GPU and its memory.
         preparing: What comes before training.
         most: What fits at most.
@@ -42,6 +48,7 @@ def make_verdict(
         f"{own.pairs_per_second:.3g} pairs/s on {assumed.world_size} GPU(s) at "
         f"{assumed.utilization:.0%} of the peak"
         + ("" if own.hours is None else f", {own.hours:.3g} h for {assumed.visits:,} visits"),
+        *(() if backward is None else (tell_backward(backward, own),)),
         f"{own.seconds_per_pair / bare.seconds_per_pair:.2f}x the bare policy's forward and "
         f"backward; the released recipes: "
         + ", ".join(f"{c.name.split(',')[0]} {c.slower:.2f}x ours" for c in released),
@@ -148,11 +155,12 @@ def make_notes(
 
 
 def _sparse(checkpointing: bool) -> str:
-    """What `train.backward` may save: how many pairs have a gradient only the run can tell."""
+    """What the table's first column holds, and what `train.backward` may save beside it."""
     dense = 4 if checkpointing else 3
     return (
-        f"train.backward: counted as if every pair had a backward pass ({dense} passes through the "
-        "policy, with its forward pass as one). Behind a gate that the ledger has closed a pair "
-        f"takes 1; where a share s below {(dense - 1) / dense:.2f} of the others needs one, these "
-        f"take 1 + {dense} s. metrics.jsonl tells what it was."
+        "train.backward: the table's columns are counted as if every pair had a backward pass "
+        f"({dense} passes through the policy, with its forward pass as one). Where a share s below "
+        f"{(dense - 1) / dense:.2f} of the pairs is live, they take 1 + {dense} s; behind a gate "
+        "that the ledger has closed a pair takes 1 in any case. A run counts a backward pass as "
+        "two; TFLOP and hours are those of the modules."
     )

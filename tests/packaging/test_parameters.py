@@ -16,6 +16,7 @@ FREE = {
     "fastpo.loss.reference_free",
     "fastpo.data.loader.make_loader",  # public, all but two by name
     "fastpo.noise.pair_noise.make_noise",
+    "fastpo.plan.planner.make_plan",
     "fastpo.plan.modes._attention",  # the signature of torch's scaled_dot_product_attention
 }
 
