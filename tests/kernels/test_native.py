@@ -172,6 +172,77 @@ print(len(found), "were not built" in str(found[0].message), float(out.loss))
     assert float(loss) == pytest.approx(float(fl.dpo(x, x + 1, x[:1], beta=1.0).loss))
 
 
+@pytest.fixture
+def anew():
+    """The module is looked for again, in the test and after it."""
+    module.loaded.cache_clear()
+    yield
+    module.loaded.cache_clear()
+    assert module.loaded() is not None
+
+
+@pytest.fixture
+def threads():
+    """`threads(n)` until the test's end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def warned():
+    """The losses of two calls, which are alike, and what was said, by those of this package."""
+    x = pair_inputs(3, (4, 97, 101), torch.float32)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        first, second = (fl.dpo(x.policy, x.reference, x.target, beta=20).loss for _ in range(2))
+    assert torch.equal(first, second)
+    return first, [str(w.message) for w in found if "fastpo's C++" in str(w.message)]
+
+
+def test_torchs_loop_is_found_by_macos_name_too(anew, monkeypatch, tmp_path):
+    expected = module._parallel_loop()
+    library = next(path for name in module._LIBRARIES if (path := module._folder() / name).exists())
+    (tmp_path / "libtorch_cpu.dylib").symlink_to(library)
+    monkeypatch.setattr(module, "_folder", lambda: tmp_path)
+    assert module._parallel_loop() == expected != 0
+    assert warned()[1] == []
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_without_torchs_loop_one_warning_of_the_one_thread(
+    anew, monkeypatch, threads, tmp_path, count, compiled
+):
+    """And the same bits."""
+    threads(count)
+    expected, said = warned()
+    assert said == []
+    module.loaded.cache_clear()
+    monkeypatch.setattr(module, "_folder", lambda: tmp_path)
+    loss, said = warned()
+    assert torch.equal(loss, expected)
+    assert all(compiled)
+    if count == 1:
+        assert said == []
+    else:
+        (text,) = said
+        assert f"run on one thread, not on torch's 3: torch {torch.__version__} has no " in text
+        assert f"{tmp_path}/libtorch_cpu.so or libtorch_cpu.dylib" in text
+
+
+def test_a_module_that_cannot_be_loaded_is_told_from_one_that_was_not_built(
+    anew, monkeypatch, tmp_path
+):
+    (tmp_path / "no_such_native.abi3.so").write_text("of another machine")
+    monkeypatch.setattr(module, "_NAME", "no_such_native")
+    (text,) = warned()[1]
+    assert "were not built when it was installed (No module named 'no_such_native'; a C++" in text
+    module.loaded.cache_clear()
+    monkeypatch.syspath_prepend(tmp_path)
+    (text,) = warned()[1]
+    assert f"cannot be loaded ({tmp_path}/no_such_native.abi3.so: " in text
+    assert "not built" not in text and "\n" not in text
+
+
 FIRST_CALL = """
 import time
 import torch

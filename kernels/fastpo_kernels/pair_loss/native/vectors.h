@@ -6,12 +6,15 @@
 #include <cstdint>
 #include <cstring>
 
-// The best of three builds of a loop is taken when the module is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+// The best of three builds of a loop is taken when the module is loaded. GCC before 12 chooses among
+// features, not among levels of them.
+#if !defined(__x86_64__) || !defined(__GLIBC__) || !defined(__GNUC__) || defined(__clang__)
+#define FASTPO_CLONES
+#elif __GNUC__ < 12
+#define FASTPO_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
 #define FASTPO_CLONES \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define FASTPO_CLONES
 #endif
 
 namespace fastpo {
