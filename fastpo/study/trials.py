@@ -21,8 +21,8 @@ from fastpo.study.methods import METHODS, Method
 from fastpo.study.world import Places, World
 
 LAYOUT = 1  # raised when the numbers of a row come to mean something else
-# A digest leaves out keys at their defaults, so that a new key keeps the rows that are known. Where a
-# default changes, rows of runs that had the former one are to be taken out of the tables.
+# A digest leaves out keys at their defaults, so that a new key keeps the rows that are known. Where
+# a default changes, rows of runs that had the former one are to be taken out of the tables.
 FOLDERS = ("model.path", "data.path", "prepare.cache_dir", "train.output_dir")
 DECIDED = ("cache", "run", "images")
 LENGTH = 12  # of a digest, in a folder's name and in the table
