@@ -128,15 +128,14 @@ class Processes:
         with nullcontext() if last else self._accelerator.no_sync(policy):
             yield
 
-    def must_differentiate(self, *, last: bool) -> bool:
-        """Whether a step's pass needs a backward pass though this process has no gradient for it.
+    @property
+    def must_differentiate(self) -> bool:
+        """Whether a step needs a backward pass though no process has a gradient for it.
 
-        The others would wait in a collective; and DeepSpeed, like the gradient scaler, moves the
-        weights only behind one.
+        DeepSpeed, like the gradient scaler, moves the weights only behind one.
         """
-        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return True
-        return last and (self.count > 1 or self.scaler is not None)
+        deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+        return deepspeed or self.scaler is not None
 
     @property
     def shares_weights(self) -> bool:
@@ -144,12 +143,16 @@ class Processes:
         plugin = self._accelerator.state.deepspeed_plugin
         return plugin is not None and plugin.zero_stage == 3
 
-    def most(self, number: int) -> int:
-        """Returns the greatest of all processes' numbers (collective)."""
+    def longest(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the greatest of all processes' numbers, place by place (collective).
+
+        Args:
+            numbers: As many on every process.
+        """
         if self.count == 1:
-            return number
-        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
-        return int(self.gather(mine).max())
+            return list(numbers)
+        mine = torch.tensor([numbers], dtype=torch.int64, device=self.device)
+        return self.gather(mine).amax(dim=0).tolist()
 
     def backward(self, loss: Tensor) -> None:
         """Differentiates the loss, divided by the micro-batches of a step on this process."""

@@ -1,4 +1,4 @@
-"""How many pairs of late had a gradient worth a backward pass: decides how a step goes about it."""
+"""How many rows a second pass has had of late: decides how `train.backward` makes its steps."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ NAME = "live_share"
 
 
 class LiveShare:
-    """Running share of backward passes that are needed, of pairs whose gate is not known closed.
+    """Running share s of a step's pairs in its second pass, where all are looked at first.
 
     A forward pass costs 1 a pair, a backward pass 2. To differentiate all of them costs 3; to look
     first, without gradients, and then to differentiate a share s in a second pass costs 1 + 3 s.
     With gradient checkpointing, whose backward pass repeats the forward pass, these are 4 and
     1 + 4 s. So looking first pays below s = 2/3 and 3/4.
 
-    The share is that of all processes' pairs and is saved, so all of them, and a resumed run,
-    decide alike.
+    The share is that of the process with the most rows, for which the others wait (see `StepCost`):
+    above the mean over processes, and near 1 where a step has one pair a process. It is counted in
+    steps that do not look first too, from what they draw. It is saved, so all processes, and a
+    resumed run, decide alike.
 
     Args:
         config: The run.
@@ -40,9 +42,9 @@ class LiveShare:
         self._threshold = config.backward_threshold if config.backward == "sampled" else None
 
     @property
-    def probes(self) -> bool:
-        """Whether to look first is cheaper."""
-        return 1.0 + self.dense * self.value < self.dense
+    def looking(self) -> float:
+        """What a step that looks first is expected to cost a pair."""
+        return 1.0 + self.dense * self.value
 
     def chance(self, scale: Tensor) -> Tensor:
         """The probability of a pair's backward pass, from its gradient scale; 1 where it is NaN."""
@@ -52,12 +54,9 @@ class LiveShare:
 
     def update(self, table: StepTable) -> None:
         """Moves the share on by one step."""
-        chance = self.chance(table["scale"])[table["closed"] == 0]
-        if len(chance):
-            # Sorted, so that the sum rounds alike however pairs are spread over processes.
-            step = chance.sort().values.mean().item()
-            self.value = FADING * self.value + (1.0 - FADING) * step
-            self.known = True
+        assert table.cost is not None, "a step with train.backward counts its passes"
+        self.value = FADING * self.value + (1.0 - FADING) * table.cost.share
+        self.known = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the share, for a checkpoint; nothing before the first step."""

@@ -26,18 +26,32 @@ COLUMNS = (
     "scale",
     "closed",
     "kept",
-    "cost",
 )
 """`error_winner` and `error_loser` are the errors over the reference's, whose own on winners is
-`reference_winner`; without a reference they are the errors, and it is NaN. The last four are those
-of `train.backward`, NaN where it is `all`: a pair's gradient scale; whether the ledger had closed
-its gate before the forward pass; the weight of its backward pass, 0 without one; and its passes
-through the policy, counted as in `Passes`."""
+`reference_winner`; without a reference they are the errors, and it is NaN. The last three are those
+of `train.backward`, NaN where it is `all`; see `SparseColumns`."""
 TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
 ENDING = -2.0
 SATURATED = 4.0  # logit from which on a pair's gradient is below 4 % of a fresh one's
+
+
+class StepCost(NamedTuple):
+    """What a step with `train.backward` took, and would have taken; alike on all processes.
+
+    Rows are counted as the processes wait for one another: of each pass, those of the process with
+    the most, rows that only keep it in step included; then divided by the window's pairs, counted
+    likewise.
+
+    Attributes:
+        passes: Passes through the policy a pair: 1 forward, 2 backward (3 with gradient
+            checkpointing).
+        share: The share of the pairs in a second pass, where all are looked at first.
+    """
+
+    passes: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class StepTable:
         moved: Whether an earlier update has changed the weights.
         ending: Whether a signal has asked one of several processes to end.
         slope: The beta of the logit z = beta d, or None where the loss has no logit.
+        cost: The passes of `train.backward`, None where it is `all`.
     """
 
     rows: Tensor
@@ -59,6 +74,7 @@ class StepTable:
     moved: bool
     ending: bool = False
     slope: Slope | None = None
+    cost: StepCost | None = None
 
     def __getitem__(self, column: str) -> Tensor:
         """Returns one column, `(N,)` float64."""
@@ -123,7 +139,7 @@ class StepTable:
     def _passes(self) -> dict[str, float]:
         """What `train.backward` has saved; nothing where it is `all`."""
         kept = self["kept"]
-        if kept.isnan().any():
+        if self.cost is None:
             return {}
         weights = (self["scale"] * kept).nan_to_num()
         power = weights.square().sum()
@@ -131,7 +147,7 @@ class StepTable:
             "backward/share": (kept > 0).double().mean().item(),
             "backward/closed": self["closed"].mean().item(),
             "backward/effective": (weights.sum().square() / power).item() if power > 0 else 0.0,
-            "backward/cost": self["cost"].mean().item(),
+            "backward/cost": self.cost.passes,
         }
 
 
@@ -146,6 +162,7 @@ class StepResult:
         learning_rate: The rate this step used.
         moved: Whether an earlier update has changed the weights.
         slope: The beta of the logit, or None.
+        cost: The passes of `train.backward`, or None.
     """
 
     rows: Tensor
@@ -153,6 +170,7 @@ class StepResult:
     learning_rate: float
     moved: bool
     slope: Slope | None = None
+    cost: StepCost | None = None
 
     def read(self) -> StepTable:
         """Brings the rows and the gradient norm to the host."""
@@ -162,7 +180,8 @@ class StepResult:
         rows, norm = host[:-1], host[-1, 0]
         ending = bool((rows[:, 0].numpy() == ENDING).any())
         pairs = rows[rows[:, 0] >= 0]
-        return StepTable(pairs, norm.item(), self.learning_rate, self.moved, ending, self.slope)
+        about = (self.learning_rate, self.moved, ending, self.slope, self.cost)
+        return StepTable(pairs, norm.item(), *about)
 
 
 def with_ending(rows: Tensor, ending: bool) -> Tensor:
@@ -170,18 +189,18 @@ def with_ending(rows: Tensor, ending: bool) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, 1), value=ENDING if ending else -1.0)
 
 
-class Passes(NamedTuple):
+class SparseColumns(NamedTuple):
     """What became of B pairs' backward passes, each `(B,)`.
 
     Attributes:
+        scale: Gradient scale.
         closed: Whether the ledger had closed the pair's gate before the forward pass.
         kept: Weight of the backward pass, 0 where there was none.
-        cost: Passes through the policy: 1 forward, 2 backward.
     """
 
+    scale: Tensor
     closed: Tensor
     kept: Tensor
-    cost: Tensor
 
 
 def table_rows(
@@ -189,7 +208,7 @@ def table_rows(
     timesteps: Tensor,
     out: PairLoss,
     size: int,
-    sparse: tuple[Tensor, Passes] | None = None,
+    sparse: SparseColumns | None = None,
 ) -> Tensor:
     """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device.
 
@@ -198,7 +217,7 @@ def table_rows(
         timesteps: `(B,)`, their places in the noise schedule.
         out: Their loss.
         size: Rows of the result.
-        sparse: With `train.backward`, gradient scales `(B,)`, and the backward passes.
+        sparse: With `train.backward`, its columns.
     """
     pairs = len(batch)
     error, known = out.policy_error.detach().double(), out.reference_error
@@ -217,8 +236,7 @@ def table_rows(
         "weight": nothing if out.weight is None else out.weight,
     }
     if sparse is not None:
-        scale, passes = sparse
-        columns |= {"scale": scale, **passes._asdict()}
+        columns |= sparse._asdict()
     stay = [columns.get(name, nothing).to(error.device).double() for name in COLUMNS]
     rows = torch.stack(stay, dim=1)
     return torch.nn.functional.pad(rows, (0, 0, 0, size - pairs), value=-1.0)

@@ -6,22 +6,25 @@ for both sides of a pair, the pair moves no weight. For the others the scalar `<
 held constant, has the same gradient by the weights as the loss. So a step has two parts: all pairs'
 g, and a backward pass through the network for those that need one.
 
-A step goes about it in one of two ways, whichever is cheaper (see `LiveShare`):
+A step goes about it in one of three ways, whichever is cheapest (see `LiveShare` and `StepCost`):
 
+* as `all` does: every pair is differentiated in its one forward pass. Cost: 3 a pair.
 * at once: pairs whose gate the ledger has closed get a forward pass without gradients; the others
   one with, and their backward pass. Cost: 3 for an open pair, 1 for a closed one.
-* probed: all pairs get a forward pass without gradients; those that need it, packed into as few
-  micro-batches as they fill, a forward and a backward pass. Cost: 1, and 3 for each of these.
+* looking first: all pairs get a forward pass without gradients; those that need it a forward and a
+  backward pass more. Cost: 1, and 3 for each of these.
 
-Statistics over the batch are those of all pairs in both, and so are margins, losses and votes. All
-processes make equally many passes of each kind, as collectives demand; who has no pair left repeats
-one with g = 0.
+In the last two, pairs are packed over all micro-batches of the step into as few passes as they
+fill. Statistics over the batch are those of all pairs always, and so are margins, losses and votes.
+All processes make equally many passes of each kind, as collectives demand; who has no pair left
+repeats one with g = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,9 +32,10 @@ from torch import Tensor
 from fastpo.config import AdaptiveOptions, LedgerAnnotators
 from fastpo.loss import PairLoss
 from fastpo.train.live_share import LiveShare
-from fastpo.train.metrics import Passes, table_rows
+from fastpo.train.metrics import SparseColumns, StepCost, table_rows
+from fastpo.train.passes import Passes, longest_passes, sparse_passes, whole_passes
 from fastpo.train.step_parts import JudgedBatch, StepParts
-from fastpo.train.window import Place, Window, both_sides, some_noised
+from fastpo.train.window import Place, Window
 from fastpo.types import PairBatch
 from fastpo_kernels.pair_noise import Stream, pair_uniform
 
@@ -100,21 +104,27 @@ class SparseStep:
     step: int
     check: Callable[[], None]
 
-    def run(self, batches: Iterator[PairBatch]) -> tuple[list[Tensor], Norm]:
+    def run(self, batches: Iterator[PairBatch]) -> tuple[list[Tensor], Norm, StepCost]:
         """Makes the step's passes and moves the weights.
 
         Args:
             batches: This process's micro-batches, in host memory.
 
         Returns:
-            The micro-batches' rows of `COLUMNS`, and the gradient's norm before clipping.
+            The micro-batches' rows of `COLUMNS`, the gradient's norm before clipping, and what the
+            passes were.
         """
         config = self.trainer.config
         window = Window(
             [next(batches) for _ in range(config.accumulation_steps)], config.micro_batch_size
         )
         closed = [self._closed(batch) for batch in window.batches]
-        return (self._probed if self._share.probes else self._at_once)(window, closed)
+        passes, cost = self._cheapest(window, closed)
+        if passes is None:
+            return self._looking_first(window, closed)
+        tables, norm, drawn = self._at_once(window, closed, passes)
+        _, _, share = self._second_passes(window, drawn)
+        return tables, norm, StepCost(cost, share)
 
     @property
     def _share(self) -> LiveShare:
@@ -122,78 +132,130 @@ class SparseStep:
         assert share is not None, "a run with train.backward keeps it"
         return share
 
+    @property
+    def _gated(self) -> bool:
+        """Whether the ledger's verdict alone may make a pair's weight zero."""
+        objective = self.trainer.config.objective
+        gated = isinstance(objective, AdaptiveOptions) and objective.weight_kind == "gate"
+        return gated and isinstance(self.trainer.config.annotators, LedgerAnnotators)
+
     def _closed(self, batch: PairBatch) -> Tensor:
         """Which pairs' weight is zero by the ledger's verdict alone, `(B,)` bool on the host."""
-        config, ledger = self.trainer.config, self.trainer.state.ledger
-        objective = config.objective
-        gated = isinstance(objective, AdaptiveOptions) and objective.weight_kind == "gate"
-        if not gated or not isinstance(config.annotators, LedgerAnnotators):
+        if not self._gated:
             return torch.zeros(len(batch), dtype=torch.bool)
-        return ledger.minority(batch.index) >= 0.5
+        return self.trainer.state.ledger.minority(batch.index) >= 0.5
 
-    def _at_once(self, window: Window, closed: list[Tensor]) -> tuple[list[Tensor], Norm]:
-        """A micro-batch's open pairs are differentiated in their one forward pass."""
-        trainer, tables = self.trainer, []
-        answers = self._answers_of(window, closed)
+    def _cheapest(self, window: Window, closed: list[Tensor]) -> tuple[Passes | None, float]:
+        """The passes of the cheapest way, None for looking first, and their cost a pair."""
+        processes, dense = self.trainer.processes, self._share.dense
+        best, cost = whole_passes(window), dense
+        if self._gated:
+            aligned = processes.count > 1 and self.trainer.config.statistics == "processes"
+            passes, pairs = sparse_passes(window, closed, processes, aligned=aligned)
+            rows = sum(passes.longest_looks) + dense * sum(passes.longest)
+            if rows / pairs < cost:
+                best, cost = passes, rows / pairs
+        return (None if self._share.looking < cost else best), cost
+
+    def _second_passes(
+        self, window: Window, drawn: Sequence[Tensor]
+    ) -> tuple[list[list[Place]], int, float]:
+        """Packs the drawn pairs; collective.
+
+        Args:
+            window: The step's micro-batches.
+            drawn: `(B,)` bool for each of them, on the device.
+
+        Returns:
+            The packs, how many the process with most of them has, and the share of its pairs.
+        """
+        processes = self.trainer.processes
+        packs = window.packed(torch.cat(list(drawn)).cpu().split(window.sizes))
+        longest, sizes = longest_passes(processes, window, packs)
+        if not any(longest) and processes.must_differentiate:
+            longest[0] = 1
+        return packs, sum(rows > 0 for rows in longest), sum(longest) / sum(sizes)
+
+    def _at_once(
+        self, window: Window, closed: list[Tensor], passes: Passes
+    ) -> tuple[list[Tensor], Norm, list[Tensor]]:
+        """Pairs are differentiated in their one forward pass; tells what looking would draw."""
+        trainer, tables, drawn = self.trainer, {}, {}
         norm: Norm = None
-        differentiated = False
-        for k, batch in enumerate(window.batches):
+        found = self._answers_of(window, passes)
+        known: dict[int, JudgedBatch] = {}
+        if not passes.aligned:  # with the reference's passes, of which all processes make as many
+            for k, batch in enumerate(window.batches):
+                self.check()
+                known[k] = _without_inputs(trainer.judged(batch, self.step))
+        kept = passes.kept(window)
+        for number, places in enumerate(passes.places):
             self.check()
-            last = k + 1 == len(window.batches)
-            with trainer.processes.pass_of_step(trainer.policy, last=last):
-                judged = trainer.judged(batch, self.step)
-                rows, policy = (~closed[k]).nonzero().flatten(), None
-                if not len(rows) and trainer.processes.must_differentiate(last=last):
-                    rows = torch.zeros(1, dtype=torch.int64)  # its gradient is zero
-                if len(rows):
-                    policy = self._predict_open(judged, rows)
-                answer = self._judge(judged, _whole(policy, rows, answers[k], len(batch)))
-                tables.append(self._rows(judged, answer, self._costs(closed[k])))
+            if passes.aligned:
+                known[number] = trainer.judged(window.batches[number], self.step)
+            made, policy, slopes = passes.longest[number] > 0, None, {}
+            with self._pass(last=number == passes.last) if made else nullcontext():
+                if made:
+                    here = known[number] if passes.aligned else None
+                    policy = self._differentiable(window, places, here)
+                    _enter(found, places, policy)
+                for k in passes.judged[number]:
+                    judged, answers, found[k] = known.pop(k), found[k], {}
+                    whole = torch.stack([answers[row] for row in range(len(answers))], dim=1)
+                    answer = self._judge(judged, whole.flatten(0, 1))
+                    tables[k] = self._rows(judged, answer, closed[k], kept[k])
+                    drawn[k] = self._weight(answer, judged.batch) > 0
+                    slopes[k] = answer.slopes
                 if policy is not None:
-                    sides = both_sides(rows, len(batch)).to(policy.device)
-                    _backward(trainer, policy, answer.slopes[sides])
-                    differentiated = True
-                elif last and not differentiated:
-                    _zero_gradients(trainer)
-                norm = trainer.update()
-        return tables, norm
+                    _backward(trainer, policy, slopes, places)
+                    norm = trainer.update()
+        if passes.last < 0:
+            norm = self._no_gradient()
+        order = range(len(window.batches))
+        return [tables[k] for k in order], norm, [drawn[k] for k in order]
 
-    def _answers_of(self, window: Window, wanted: list[Tensor]) -> list[dict[int, Tensor]]:
-        """Predictions without gradients of the wanted pairs, `(2, C, h, w)` each, by their row."""
-        processes, packs = self.trainer.processes, window.packed(wanted)
+    def _pass(self, *, last: bool) -> AbstractContextManager[None]:
+        return self.trainer.processes.pass_of_step(self.trainer.policy, last=last)
+
+    def _answers_of(self, window: Window, passes: Passes) -> list[dict[int, Tensor]]:
+        """Predictions of the pairs that are only looked at, `(2, C, h, w)` each, by their row."""
+        processes, looks = self.trainer.processes, passes.looks
         found: list[dict[int, Tensor]] = [{} for _ in window.batches]
-        passes = processes.most(len(packs)) if processes.shares_weights else len(packs)
-        for number in range(passes):
+        all_of_them = sum(rows > 0 for rows in passes.longest_looks)
+        for number in range(all_of_them if processes.shares_weights else len(looks)):
             self.check()
-            places = packs[number] if number < len(packs) else [(0, 0)]
-            batch, noised = self.trainer.noised(window.pairs(places))
+            places = looks[number] if number < len(looks) else []
+            batch, noised = self.trainer.noised(window.pairs(places or [(0, 0)]))
             with torch.no_grad(), processes.autocast():
                 model = self.trainer.denoisers.policy
                 policy = self.trainer.denoisers.predict(model, noised, batch.conditions)
-            if number < len(packs):
-                sides = policy.float().unflatten(0, (2, -1)).unbind(1)
-                for (k, row), answer in zip(places, sides, strict=True):
-                    found[k][row] = answer
+            _enter(found, places, policy)
         return found
 
-    def _predict_open(self, judged: JudgedBatch, rows: Tensor) -> Tensor:
-        """The policy's predictions of some of a micro-batch's pairs, with their graph."""
-        trainer, noised, conditions = self.trainer, judged.noised, judged.batch.conditions
-        if len(rows) < len(judged.batch):
-            here = rows.to(noised.index.device)
-            noised = some_noised(noised, here)
-            conditions = {name: tensor[here] for name, tensor in conditions.items()}
+    def _differentiable(
+        self, window: Window, places: Sequence[Place], judged: JudgedBatch | None = None
+    ) -> Tensor:
+        """The policy's predictions of these pairs, with their graph; without any, of some pair.
+
+        Args:
+            window: The step's micro-batches.
+            places: The pairs.
+            judged: Their micro-batch, if all of them are of one that is on the device.
+        """
+        trainer = self.trainer
+        if judged is not None and len(places) == len(judged.batch):
+            batch, noised = judged.batch, judged.noised
+        else:
+            batch, noised = trainer.noised(window.pairs(places or [(0, 0)]))
         with trainer.processes.autocast():
-            return trainer.denoisers.predict(trainer.policy, noised, conditions)
+            return trainer.denoisers.predict(trainer.policy, noised, batch.conditions)
 
-    def _costs(self, closed: Tensor) -> Passes:
-        """What pairs cost that are differentiated at once, or only looked at if closed."""
-        kept = (~closed).double()
-        return Passes(closed=closed, kept=kept, cost=1.0 + (self._share.dense - 1.0) * kept)
-
-    def _probed(self, window: Window, closed: list[Tensor]) -> tuple[list[Tensor], Norm]:
+    def _looking_first(
+        self, window: Window, closed: list[Tensor]
+    ) -> tuple[list[Tensor], Norm, StepCost]:
         """All pairs are looked at; those that need a backward pass are packed."""
-        trainer, tables, slopes, kept = self.trainer, [], [], []
+        trainer, tables, drawn = self.trainer, [], []
+        slopes: dict[int, Tensor] = {}
         for k, batch in enumerate(window.batches):
             self.check()
             judged = trainer.judged(batch, self.step)
@@ -202,41 +264,31 @@ class SparseStep:
                     trainer.denoisers.policy, judged.noised, judged.batch.conditions
                 )
             answer = self._judge(judged, policy.float())
-            chance = self._share.chance(answer.scale)
-            weight = backward_weights(chance, judged.batch, seed=trainer.seed)
-            cost = 1.0 + self._share.dense * (weight > 0)
-            tables.append(self._rows(judged, answer, Passes(closed[k], weight, cost)))
+            weight = self._weight(answer, judged.batch)
+            tables.append(self._rows(judged, answer, closed[k], weight))
             sides = torch.cat([weight, weight]).float().view(-1, *[1] * (policy.ndim - 1))
-            slopes.append(answer.slopes * sides)
-            kept.append(weight > 0)
-        wanted = torch.cat(kept).cpu().split([len(batch) for batch in window.batches])
-        return tables, self._pull_back(window, window.packed(wanted), slopes)
-
-    def _pull_back(
-        self, window: Window, packs: list[list[Place]], slopes: Sequence[Tensor]
-    ) -> Norm:
-        """Backward passes over packed pairs, from the loss's gradient at their predictions."""
-        trainer, norm = self.trainer, None
-        processes = trainer.processes
-        passes = processes.most(len(packs))
-        if not passes and not processes.must_differentiate(last=True):
-            with processes.pass_of_step(trainer.policy, last=True):
-                _zero_gradients(trainer)
-                return trainer.update()
-        passes = max(passes, 1)
-        for number in range(passes):
+            slopes[k] = answer.slopes * sides
+            drawn.append(weight > 0)
+        packs, count, share = self._second_passes(window, drawn)
+        norm = None if count else self._no_gradient()
+        for number in range(count):
             self.check()
-            places = packs[number] if number < len(packs) else [(0, 0)]
-            pulls = torch.stack([slopes[k].unflatten(0, (2, -1))[:, row] for k, row in places], 1)
-            if number >= len(packs):
-                pulls = torch.zeros_like(pulls)
-            with processes.pass_of_step(trainer.policy, last=number + 1 == passes):
-                batch, noised = trainer.noised(window.pairs(places))
-                with processes.autocast():
-                    policy = trainer.denoisers.predict(trainer.policy, noised, batch.conditions)
-                _backward(trainer, policy, pulls.flatten(0, 1))
+            places = packs[number] if number < len(packs) else []
+            with self._pass(last=number + 1 == count):
+                _backward(trainer, self._differentiable(window, places), slopes, places)
                 norm = trainer.update()
-        return norm
+        return tables, norm, StepCost(1.0 + self._share.dense * share, share)
+
+    def _no_gradient(self) -> Norm:
+        """The update of a step in which no pair has a gradient, and none is needed."""
+        with self._pass(last=True):
+            for parameter in self.trainer.state.trainable.values():
+                parameter.grad = torch.zeros_like(parameter)  # which is not none
+            return self.trainer.update()
+
+    def _weight(self, answer: Answer, batch: PairBatch) -> Tensor:
+        """The weights of the pairs' backward passes, where all are looked at first."""
+        return backward_weights(self._share.chance(answer.scale), batch, seed=self.trainer.seed)
 
     def _judge(self, judged: JudgedBatch, policy: Tensor) -> Answer:
         """The loss and its gradient at the predictions `(2B, C, h, w)` float32."""
@@ -249,31 +301,38 @@ class SparseStep:
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return Answer(out, slopes * (len(judged.batch) / config.micro_batch_size), scale)
 
-    def _rows(self, judged: JudgedBatch, answer: Answer, passes: Passes) -> Tensor:
+    def _rows(self, judged: JudgedBatch, answer: Answer, closed: Tensor, kept: Tensor) -> Tensor:
         size = self.trainer.config.micro_batch_size
-        sparse = (answer.scale, passes)
+        sparse = SparseColumns(answer.scale, closed, kept)
         return table_rows(judged.batch, judged.noised.index, answer.out, size, sparse)
 
 
-def _whole(policy: Tensor | None, rows: Tensor, answers: dict[int, Tensor], pairs: int) -> Tensor:
-    """All pairs' predictions, `(2B, C, h, w)` float32, from those at `rows` and the others."""
-    if policy is not None and len(rows) == pairs:
-        return policy.detach().float()
-    one = next(iter(answers.values()))
-    whole = one.new_empty(2, pairs, *one.shape[1:])
-    for row, answer in answers.items():
-        whole[:, row] = answer
-    if policy is not None:
-        whole[:, rows.to(whole.device)] = policy.detach().float().unflatten(0, (2, -1))
-    return whole.flatten(0, 1)
+def _without_inputs(judged: JudgedBatch) -> JudgedBatch:
+    """What the loss of a micro-batch needs; what the policy sees may leave the device."""
+    batch, noised = judged.batch, judged.noised
+    nothing = noised.noisy_latents.new_empty(0)
+    batch = replace(batch, latent_mean=nothing, latent_logvar=nothing, conditions={})
+    return replace(judged, batch=batch, noised=replace(noised, noisy_latents=nothing))
 
 
-def _backward(trainer: StepParts, policy: Tensor, slopes: Tensor) -> None:
-    """Differentiates `<policy, slopes>`, whose gradient by the weights is the loss's."""
-    trainer.processes.backward((policy.float() * slopes).sum())
+def _enter(found: list[dict[int, Tensor]], places: Sequence[Place], policy: Tensor) -> None:
+    """Enters predictions `(2B, C, h, w)` of the pairs at these places, if there are any."""
+    sides = policy.detach().float().unflatten(0, (2, -1)).unbind(dim=1)
+    for (k, row), answer in zip(places, sides, strict=False):  # of no place is the one repeated
+        found[k][row] = answer
 
 
-def _zero_gradients(trainer: StepParts) -> None:
-    """Gives every weight the gradient that no pair has one leaves: zero, which is not none."""
-    for parameter in trainer.state.trainable.values():
-        parameter.grad = torch.zeros_like(parameter)
+def _backward(
+    trainer: StepParts, policy: Tensor, slopes: Mapping[int, Tensor], places: Sequence[Place]
+) -> None:
+    """Differentiates `<policy, g>`, whose gradient by the weights is the loss's; zero of no place.
+
+    Args:
+        trainer: What a step uses.
+        policy: `(2B, C, h, w)`, predictions of the pairs at these places.
+        slopes: g of whole micro-batches, `(2B, C, h, w)` each.
+        places: The pairs.
+    """
+    pulls = [slopes[k].unflatten(0, (2, -1))[:, row] for k, row in places]
+    g = torch.stack(pulls, dim=1).flatten(0, 1) if pulls else torch.zeros_like(policy)
+    trainer.processes.backward((policy.float() * g).sum())

@@ -55,7 +55,7 @@ class TrainingState:
         scaler: The gradient scaler (fp16), or None.
         statistics: Running batch statistics, where the run keeps any.
         slope: The slope that follows the margins, where it does.
-        live_share: How many pairs of late had a gradient, where others get no backward pass.
+        live_share: How many rows of late a second pass would have, with `train.backward`.
         winners: Tells when the policy gets worse at the winners, where there is a reference.
         best: The best measurement on held-out pairs.
         turned: `(num_pairs,)` bool, the cache's own: pairs that come with their label turned round.

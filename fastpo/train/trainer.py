@@ -82,7 +82,7 @@ class Trainer(StepParts):
                 Several processes tell one another in the result instead.
         """
         processes, config, state = self.processes, self.config, self.state
-        moved, slope = has_moved(state.schedule), self.slope()
+        moved, slope, cost = has_moved(state.schedule), self.slope(), None
 
         def check() -> None:
             if processes.count == 1 and must_end():
@@ -91,7 +91,7 @@ class Trainer(StepParts):
         if config.backward == "all":
             tables, norm = self._dense_step(batches, step, check)
         else:
-            tables, norm = SparseStep(self, step, check).run(batches)
+            tables, norm, cost = SparseStep(self, step, check).run(batches)
         assert norm is not None, "accelerate exchanges gradients in a step's last micro-batch"
         if state.statistics is not None:
             state.statistics.finish_step(processes.sum)
@@ -103,7 +103,7 @@ class Trainer(StepParts):
         rows = torch.cat(tables)
         if processes.count > 1:
             rows = processes.gather(with_ending(rows, must_end()))
-        return StepResult(rows, norm, rate, moved, slope)
+        return StepResult(rows, norm, rate, moved, slope, cost)
 
     def _dense_step(
         self, batches: Iterator[PairBatch], step: int, check: Callable[[], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpo.types import NoisedPair, PairBatch
+from fastpo.types import PairBatch
 
 Place = tuple[int, int]
 """A pair's micro-batch in the window, and its row there."""
@@ -31,20 +31,6 @@ def some_pairs(batch: PairBatch, rows: Tensor) -> PairBatch:
         latent_logvar=batch.latent_logvar[sides],
         conditions={name: tensor[rows] for name, tensor in batch.conditions.items()},
         pair_weight=None if batch.pair_weight is None else batch.pair_weight[rows],
-    )
-
-
-def some_noised(noised: NoisedPair, rows: Tensor) -> NoisedPair:
-    """Returns the noisy pairs at `rows`."""
-    pairs = len(noised.index)
-    sides = both_sides(rows, pairs)
-    shared = len(noised.target) == pairs
-    return NoisedPair(
-        noisy_latents=noised.noisy_latents[sides],
-        index=noised.index[rows],
-        timesteps=noised.timesteps[rows],
-        target=noised.target[rows if shared else sides],
-        guidance=noised.guidance,
     )
 
 
@@ -85,27 +71,47 @@ class Window:
     batches: Sequence[PairBatch]
     size: int
 
-    def packed(self, wanted: Sequence[Tensor]) -> list[list[Place]]:
-        """Packs pairs into as few micro-batches as their shapes allow, in the window's order.
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs in each micro-batch."""
+        return [len(batch) for batch in self.batches]
+
+    def packed(self, wanted: Sequence[Tensor], *, together: bool = False) -> list[list[Place]]:
+        """Packs pairs into as few micro-batches as their shapes allow; no more than there are.
 
         Args:
             wanted: `(B,)` bool for each micro-batch, in host memory: which of its pairs.
+            together: Whether a micro-batch's pairs stay in one pack (the largest are placed first,
+                each in the first pack with room); else they are taken in the window's order.
         """
-        by_shape: dict[tuple, list[Place]] = {}
+        by_shape: dict[tuple, list[list[Place]]] = {}
         for k, (batch, which) in enumerate(zip(self.batches, wanted, strict=True)):
             shapes = [t.shape[1:] for t in (batch.latent_mean, *batch.conditions.values())]
             places = [(k, row) for row in which.nonzero().flatten().tolist()]
-            by_shape.setdefault(tuple(shapes), []).extend(places)
-        return [
-            places[start : start + self.size]
-            for places in by_shape.values()
-            for start in range(0, len(places), self.size)
-        ]
+            if places:
+                by_shape.setdefault(tuple(shapes), []).append(places)
+        pack = self._first_fit if together else self._filled
+        return [places for groups in by_shape.values() for places in pack(groups)]
+
+    def _filled(self, groups: Sequence[list[Place]]) -> list[list[Place]]:
+        flat = [place for places in groups for place in places]
+        return [flat[start : start + self.size] for start in range(0, len(flat), self.size)]
+
+    def _first_fit(self, groups: Sequence[list[Place]]) -> list[list[Place]]:
+        packs: list[list[Place]] = []
+        for places in sorted(groups, key=len, reverse=True):
+            room = (pack for pack in packs if len(pack) + len(places) <= self.size)
+            pack = next(room, None)
+            if pack is None:
+                packs.append(list(places))
+            else:
+                pack.extend(places)
+        return packs
 
     def pairs(self, places: Sequence[Place]) -> PairBatch:
         """Returns the pairs at these places, of one shape, as a batch in host memory."""
         rows: dict[int, list[int]] = {}
-        for k, row in places:  # sorted by micro-batch, as `packed` gives them
+        for k, row in places:  # a micro-batch's next to one another, as `packed` gives them
             rows.setdefault(k, []).append(row)
         return joined_pairs(
             [some_pairs(self.batches[k], torch.tensor(which)) for k, which in rows.items()]

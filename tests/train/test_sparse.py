@@ -10,13 +10,15 @@ from fastpo.config import load_config
 from fastpo.config.objectives import OBJECTIVES, ObjectiveConfig
 from fastpo.errors import ConfigError
 from fastpo.loss import dpo
+from fastpo.models.denoisers import Denoisers
 from fastpo.train import train
-from fastpo.train.distributed import joined
+from fastpo.train.distributed import Processes, joined
 from fastpo.train.live_share import LiveShare
 from fastpo.train.loop import setup
 from fastpo.train.objective import LOSSES
 from fastpo.train.run_folder import RunFolder
 from fastpo.train.sparse import backward_weights, gradient_scale
+from fastpo.train.window import Window
 from fastpo.types import PairBatch
 
 ADAPTIVE = {"name": "adaptive_dpo", "beta": 500.0, "weight_kind": "gate"}
@@ -100,9 +102,10 @@ def test_a_step_without_needless_backward_passes_has_the_same_gradient(one_step,
         )
     assert table["kept"].bool().equal(table["scale"] != 0)
     needed = 4.0 if options.get("gradient_checkpointing") else 3.0
-    first = 1.0 if share == PROBED else 0.0
-    kept = first + needed * table["kept"]
-    assert table["cost"].equal(torch.where(table["kept"] > 0, kept, 1.0))
+    kept = table["kept"].bool().double().mean().item()
+    expected = 1.0 + needed * kept if share == PROBED else needed * kept + 1.0 - kept
+    assert table.cost.passes == pytest.approx(expected)
+    assert table.cost.share == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("share", [AT_ONCE, PROBED])
@@ -139,11 +142,91 @@ def test_a_step_of_closed_pairs_alone_moves_nothing_but_the_optimizer(
     one_step, share, accumulation
 ):
     options = {"accumulation_steps": accumulation, "backward": "alive", **GATE}
-    gradients, table = one_step(share, torch.full((11,), -1.0), **options)
+    gradients, table = one_step(share, ALL_CLOSED, **options)
     assert gradients
     assert not any(g.any() for g in gradients.values())
     assert table.grad_norm == 0.0
     assert table.metrics(step=1, epoch=1.0, seconds=1.0)["backward/effective"] == 0.0
+
+
+@pytest.fixture
+def policy_passes(monkeypatch):
+    """The policy's passes of a full fine-tuning: pairs, and whether with gradients, of each."""
+    seen, predict = [], Denoisers.predict
+
+    def watched(self, model, noised, conditions):
+        if model is not self.frozen:
+            seen.append((len(noised.index), torch.is_grad_enabled()))
+        return predict(self, model, noised, conditions)
+
+    monkeypatch.setattr(Denoisers, "predict", watched)
+    return seen
+
+
+ALL_CLOSED = torch.full((11,), -1.0)
+ONE_OPEN = torch.where(torch.arange(11) == 4, 1.0, -1.0)
+WINDOWS = [(1, 4), (4, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("share", [AT_ONCE, PROBED])
+@pytest.mark.parametrize("verdicts", [VERDICTS, ONE_OPEN, ALL_CLOSED], ids=["some", "one", "all"])
+@pytest.mark.parametrize(("size", "micro_batches"), WINDOWS)
+def test_the_cost_is_that_of_every_pass(
+    one_step, policy_passes, monkeypatch, share, verdicts, size, micro_batches
+):
+    """As under DeepSpeed, where a step needs one backward pass though no pair has a gradient."""
+    monkeypatch.setattr(Processes, "must_differentiate", True)
+    options = {"micro_batch_size": size, "accumulation_steps": micro_batches, "method": "full"}
+    _, table = one_step(share, verdicts, backward="alive", **options, **GATE)
+    pairs = len(table["index"])
+    closed = int(table["closed"].sum())
+    rows = sum(rows * (3 if with_gradient else 1) for rows, with_gradient in policy_passes)
+    assert table.cost.passes == pytest.approx(rows / pairs)
+    forced = closed == pairs
+    looked_at = pairs if share == PROBED else closed
+    assert rows == looked_at + 3 * (pairs - closed + forced)
+    assert table.cost.share == pytest.approx((pairs - closed + forced) / pairs)
+
+
+def test_a_step_waits_for_the_process_with_the_most_pairs(one_step, policy_passes, monkeypatch):
+    """Another process draws all of its pairs: looking first costs 4, the next step won't."""
+    alone = Processes.longest
+
+    def beside_a_full_one(self, numbers):
+        mine = alone(self, numbers)
+        return [max(mine) for _ in mine]  # the last of the lists is that of the pairs themselves
+
+    monkeypatch.setattr(Processes, "longest", beside_a_full_one)
+    options = {"micro_batch_size": 1, "accumulation_steps": 4, "method": "full", **GATE}
+    _, table = one_step(PROBED, backward="alive", **options)
+    assert table.cost == (4.0, 1.0)
+    assert policy_passes == [(1, False)] * 4 + [(1, True)] * 4
+    policy_passes.clear()
+    _, table = one_step(AT_ONCE, backward="alive", **options)
+    assert table["closed"].any()
+    assert table.cost == (3.0, 1.0)  # that of `all`: looking at closed pairs would only add to it
+    assert policy_passes == [(1, True)] * 4
+
+
+def test_packs_hold_whole_micro_batches_where_asked():
+    def batch(pairs, size):
+        sides = torch.zeros(2 * pairs, 4, size, size)
+        key = torch.arange(pairs)
+        return PairBatch(key, key, key, key > 0, sides, sides, {})
+
+    window = Window([batch(4, 8), batch(2, 8), batch(2, 4), batch(4, 8)], size=4)
+    wanted = [torch.tensor(w).bool() for w in ([1, 0, 1, 1], [1, 1], [0, 1], [1, 0, 0, 0])]
+    assert window.packed(wanted) == [
+        [(0, 0), (0, 2), (0, 3), (1, 0)],
+        [(1, 1), (3, 0)],
+        [(2, 1)],
+    ]
+    assert window.packed(wanted, together=True) == [
+        [(0, 0), (0, 2), (0, 3), (3, 0)],
+        [(1, 0), (1, 1)],
+        [(2, 1)],
+    ]
+    assert window.pairs([(0, 3), (3, 0)]).index.tolist() == [3, 0]
 
 
 def test_sampled_pairs_weigh_what_they_stand_for(one_step):
@@ -244,16 +327,16 @@ def test_a_pair_without_gradient_or_error_has_scale_zero():
     assert scale[1] > 0  # its square is no float32
 
 
-def test_looking_first_is_chosen_where_it_is_cheaper(experiment):
+def test_looking_first_is_cheaper_below_two_thirds(experiment):
     config = load_config(experiment(backward="sampled", backward_threshold=0.5)).train
     share = LiveShare(config)
-    for value, probes in ((1.0, False), (0.67, False), (0.66, True)):
+    for value, cheaper in ((1.0, False), (0.67, False), (0.66, True)):
         share.value = value
-        assert share.probes is probes
+        assert (share.looking < share.dense) is cheaper
     checkpointed = LiveShare(config.model_copy(update={"gradient_checkpointing": True}))
-    for value, probes in ((0.76, False), (0.74, True)):
+    for value, cheaper in ((0.76, False), (0.74, True)):
         checkpointed.value = value
-        assert checkpointed.probes is probes
+        assert (checkpointed.looking < checkpointed.dense) is cheaper
     chance = share.chance(torch.tensor([0.0, 0.1, 0.7, math.nan], dtype=torch.float64))
     torch.testing.assert_close(chance, torch.tensor([0.0, 0.2, 1.0, 1.0], dtype=torch.float64))
 
