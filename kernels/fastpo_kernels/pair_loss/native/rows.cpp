@@ -10,7 +10,7 @@ namespace {
 
 // Elements of a sample whose sums are one number: it does not depend on the number of threads, so
 // neither do the bits of a sum.
-constexpr int64_t kBlock = kPiece;
+constexpr int64_t kBlock = 16384;
 constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
 
 ParallelFor parallel = nullptr;
