@@ -51,13 +51,10 @@ def convert_args(
     data: Annotated[str | None, typer.Option(help="Data instead of the command's.")] = None,
 ) -> None:
     """Write a configuration from another trainer's launch command or configuration."""
-    from fastpo.convert.command import convert
+    from fastpo.convert.command import convert, read_source
 
-    file = Path(command)
-    text, name = command, ""
-    if len(command) < 4096 and "\n" not in command and file.is_file():
-        text, name = file.read_text(encoding="utf-8"), file.name
     with storage_errors():
+        text, name = read_source(command)
         draft = convert(text, out, trainer=trainer, processes=processes, data=data, file=name)
     for note in draft.notes:
         tell("[bold yellow]note:[/]", note)

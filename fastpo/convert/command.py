@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import Reader
 
 from fastpo.config import parse_config
 from fastpo.config.load import with_keys
@@ -18,8 +20,12 @@ from fastpo.convert.rules import Draft
 from fastpo.convert.scripts import SCRIPTS, Script, convert_script
 from fastpo.errors import ConfigError
 from fastpo.system.files import make_folder, write_text
+from fastpo.system.json_text import read_bounded
 from fastpo.system.ownership import check_new
 
+MOST_BYTES = 1 << 20
+"""Of a file."""
+EXPECTED = "expected a shell script with a launch, SimpleTuner's or Flow-Factory's configuration"
 ORDER = ("seed", "model", "data", "prepare", "train", "evaluate")
 COMMAND = re.compile(r"^\s*(\S+/)?simpletuner\s+train\b", re.MULTILINE)
 NAMES = (*(script.name for script in SCRIPTS), simpletuner_options.NAME, flow_factory.NAME)
@@ -53,6 +59,8 @@ def convert(
             cannot be carried over; or `out` exists.
     """
     check_new(out, ConfigError)
+    if Reader.NON_PRINTABLE.search(text):  # which no YAML file can hold
+        raise ConfigError(f"{file or 'the launch command'}: it is no text; {EXPECTED}")
     draft = Draft()
     name = trainer or recognize(text, file)
     if name in (simpletuner_options.NAME, flow_factory.NAME):
@@ -66,6 +74,26 @@ def convert(
     make_folder(out.parent)
     write_text(out, _as_yaml(raw, f"From {name}: {command}", draft))
     return draft
+
+
+def read_source(command: str) -> tuple[str, str]:
+    """Returns the text that a user names, and the name of the file that it is from, else "".
+
+    Args:
+        command: A launch command, of any length, or a file's path.
+
+    Raises:
+        ConfigError: The file is large, or no text.
+        OSError: It cannot be read.
+    """
+    if not os.path.isfile(command):  # a `Path` says of a long command that no name is as long
+        return command, ""
+    file = Path(command)
+    try:
+        return read_bounded(file, MOST_BYTES).decode("utf-8-sig"), file.name
+    except ValueError as error:
+        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error
+        raise ConfigError(f"{file} cannot be read: {why}; {EXPECTED}") from None
 
 
 def recognize(text: str, file: str) -> str | None:

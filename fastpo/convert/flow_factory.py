@@ -7,7 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastpo.config.load import parse_yaml
-from fastpo.convert.rules import NO, Draft, Rule, apply_rules, read_data, truth
+from fastpo.convert.rules import (
+    NO,
+    Draft,
+    Rule,
+    apply_rules,
+    names,
+    number,
+    numbers,
+    positive,
+    read_data,
+    read_key,
+    read_value,
+    truth,
+    whole,
+)
 from fastpo.convert.scripts import PRECISIONS
 from fastpo.errors import ConfigError, one_line
 
@@ -26,50 +40,90 @@ DEFAULT_TARGETS = {
 }
 """Layers that `model.target_modules: default` means."""
 NOTHING = (
-    *("launcher", "main_process_port", "num_processes", "config_file", "data.datasets"),
+    *("launcher", "main_process_port", "model.model_type", "train.trainer_type"),
     *("data.force_reprocess", "data.enable_preprocess", "data.cache_dir", "data.sampler_type"),
-    *("data.sampler_subgroup_size", "model.model_type", "model.lora_alpha", "model.resume_type"),
-    *("model.target_components", "model.master_weight_dtype", "model.attn_backend", "log.project"),
-    *("log.run_name", "log.save_dir", "log.save_freq", "log.save_model_only", "log.verbose"),
-    *("train.trainer_type", "train.guidance_scale", "train.num_inference_steps", "train.beta"),
-    *("train.weighting_scheme", "train.timestep_range", "train.time_shift", "train.logit_mean"),
-    *("train.logit_std", "train.ref_param_device", "train.ema_device", "train.ema_update_interval"),
-    *("train.ema_decay", "train.ema_decay_schedule", "train.latent_storage_dtype"),
-    *("train.resolution", "train.height", "train.width", "model.target_modules"),
+    *("data.sampler_subgroup_size", "model.resume_type", "model.target_components"),
+    *("model.master_weight_dtype", "model.attn_backend", "log.project", "log.save_freq"),
+    *("log.save_model_only", "log.verbose", "train.guidance_scale", "train.num_inference_steps"),
+    *("train.ref_param_device", "train.ema_device", "train.ema_update_interval"),
+    *("train.ema_decay_schedule", "train.latent_storage_dtype", "optimizers.name"),
     *("train.offload_samples_to_cpu", "train.shuffle_samples", "train.gradient_step_per_epoch"),
 )
-"""Keys that are read together, or that change no result of an offline run."""
+"""Keys that change no result of an offline run, or that only say which trainer it is."""
+
+
+def _fractions(text: str) -> tuple[float, float]:
+    """Reads a share of the way, from 0 on, or two: `0.99` or `[0.1, 0.9]`."""
+    low, high = [0.0, *numbers(text)][-2:]
+    if not 0.0 <= low < high <= 1.0 or text.count(",") > 1:
+        raise ValueError("no part of the way")
+    return low, high
+
+
+def _sides(text: str) -> list[int]:
+    """Reads a side's pixels, or height and width: `512` or `[512, 768]`."""
+    sides = [whole(part) for part in text.strip("[] ").split(",")]
+    if len(sides) > 2:
+        raise ValueError("more than two sides")
+    return [sides[0], sides[-1]]
+
+
+SIDES = ("height", "width")
+_SIZE = ("prepare.resolution",)
+_SPREAD = ("train.timesteps",)
+TOGETHER = {
+    "num_processes": Rule(read=whole),
+    "config_file": Rule(sets=("train.deepspeed",)),
+    "data.datasets": Rule(sets=("data.sources",)),
+    "model.lora_alpha": Rule(read=number, sets=("train.lora.alpha",)),
+    "model.target_modules": Rule(read=names, sets=("train.lora.target_modules",)),
+    "log.run_name": Rule(sets=("train.output_dir", "prepare.cache_dir")),
+    "log.save_dir": Rule(sets=("train.output_dir",)),
+    "train.beta": Rule(read=number, sets=("train.objective.beta",)),
+    "train.weighting_scheme": Rule(sets=_SPREAD),
+    "train.logit_mean": Rule(read=number, sets=_SPREAD),
+    "train.logit_std": Rule(read=number, sets=_SPREAD),
+    "train.timestep_range": Rule(
+        read=_fractions, sets=("train.min_timestep", "train.max_timestep")
+    ),
+    "train.time_shift": Rule(read=positive, sets=("train.flow_shift",)),
+    "train.ema_decay": Rule(read=number, sets=("train.ema_decay",)),
+    "train.resolution": Rule(read=_sides, sets=_SIZE),
+    **{f"train.{side}": Rule(read=whole, sets=_SIZE) for side in SIDES},
+}
+"""Keys that are read together."""
 RULES = {
     **dict.fromkeys(NOTHING, Rule()),
+    **TOGETHER,
     "mixed_precision": Rule("train.precision", PRECISIONS.__getitem__),
-    "data.preprocessing_batch_size": Rule("prepare.batch_size", int),
-    "data.dataloader_num_workers": Rule("train.loader_workers", int),
+    "data.preprocessing_batch_size": Rule("prepare.batch_size", whole),
+    "data.dataloader_num_workers": Rule("train.loader_workers", whole),
     "model.model_name_or_path": Rule("model.path"),
     "model.finetune_type": Rule("train.method"),
-    "model.lora_rank": Rule("train.lora.rank", int),
+    "model.lora_rank": Rule("train.lora.rank", whole),
     "model.resume_path": Rule(refuse="start from earlier adapters by model.lora"),
     "log.logging_backend": Rule(
-        "train.trackers", {"none": [], "wandb": ["wandb"], "tensorboard": ["tensorboard"]}.get
+        "train.trackers",
+        {"none": [], "wandb": ["wandb"], "tensorboard": ["tensorboard"]}.__getitem__,
     ),
-    "train.max_epochs": Rule("train.epochs", int),
-    "train.per_device_batch_size": Rule("train.micro_batch_size", int),
-    "train.gradient_accumulation_steps": Rule("train.accumulation_steps", int),
+    "train.max_epochs": Rule("train.epochs", whole),
+    "train.per_device_batch_size": Rule("train.micro_batch_size", whole),
+    "train.gradient_accumulation_steps": Rule("train.accumulation_steps", whole),
     "train.num_train_timesteps": Rule(
         harmless=("1",), refuse="a visit of a pair has one timestep; give more epochs"
     ),
     "train.enable_gradient_checkpointing": Rule("train.gradient_checkpointing", switch=True),
-    "train.seed": Rule("seed", int),
-    "train.learning_rate": Rule("train.optim.lr", float),
-    "train.adam_weight_decay": Rule("train.optim.weight_decay", float),
-    "train.adam_epsilon": Rule("train.optim.eps", float),
-    "train.adam_betas": Rule("train.optim.betas", lambda text: parse_yaml(text)),
-    "train.max_grad_norm": Rule("train.optim.max_grad_norm", float),
-    "optimizers.learning_rate": Rule("train.optim.lr", float),
-    "optimizers.weight_decay": Rule("train.optim.weight_decay", float),
-    "optimizers.eps": Rule("train.optim.eps", float),
-    "optimizers.betas": Rule("train.optim.betas", lambda text: parse_yaml(text)),
-    "optimizers.max_grad_norm": Rule("train.optim.max_grad_norm", float),
-    "optimizers.name": Rule(),
+    "train.seed": Rule("seed", whole),
+    "train.learning_rate": Rule("train.optim.lr", number),
+    "train.adam_weight_decay": Rule("train.optim.weight_decay", number),
+    "train.adam_epsilon": Rule("train.optim.eps", number),
+    "train.adam_betas": Rule("train.optim.betas", numbers),
+    "train.max_grad_norm": Rule("train.optim.max_grad_norm", number),
+    "optimizers.learning_rate": Rule("train.optim.lr", number),
+    "optimizers.weight_decay": Rule("train.optim.weight_decay", number),
+    "optimizers.eps": Rule("train.optim.eps", number),
+    "optimizers.betas": Rule("train.optim.betas", numbers),
+    "optimizers.max_grad_norm": Rule("train.optim.max_grad_norm", number),
     "optimizers.type": Rule(harmless=("adamw",), refuse="the optimizer is AdamW there"),
 }
 DEFAULTS = {
@@ -117,7 +171,7 @@ def convert_factory(
     apply_rules(RULES, given, draft, dashes="")
     _model(given, draft)
     _data(raw, data, draft)
-    _size(_section(raw, "train"), draft)
+    _size(given, draft)
     _timesteps(given, draft)
     _rest(given, draft, processes)
 
@@ -162,14 +216,13 @@ def _model(given: Mapping[str, str | None], draft: Draft) -> None:
     if keys["train.method"] != "lora":
         keys.pop("train.lora.rank", None)
         return
-    alpha = given.get("model.lora_alpha")
-    keys["train.lora.alpha"] = float(alpha or 2 * keys["train.lora.rank"])
+    twice = 2.0 * keys["train.lora.rank"]
+    keys["train.lora.alpha"] = read_key(given, "model.lora_alpha", twice, number)
     targets = given.get("model.target_modules") or "all"
     if targets == "all":
         draft.refused.append("model.target_modules all (list the layers)")
     elif targets != "default":
-        listed = parse_yaml(targets)
-        keys["train.lora.target_modules"] = [listed] if isinstance(listed, str) else listed
+        keys["train.lora.target_modules"] = read_key(given, "model.target_modules", [], names)
     elif kind in DEFAULT_TARGETS:
         keys["train.lora.target_modules"] = list(DEFAULT_TARGETS[kind])
     else:
@@ -189,18 +242,19 @@ def _data(raw: Mapping[str, Any], data: str | None, draft: Draft) -> None:
         draft.refused.append("data.datasets (none is listed; name the pairs' folder by --data)")
         return
     sources = []
-    for number, one in enumerate(listed):
+    for place, one in enumerate(listed):
         folder = one.get("dataset_dir") if isinstance(one, Mapping) else None
         if not isinstance(folder, str):
-            draft.refused.append(f"data.datasets.{number} (it has no dataset_dir)")
+            draft.refused.append(f"data.datasets.{place} (it has no dataset_dir)")
             continue
         source: dict[str, Any] = {"source": "folder", "path": folder}
         train = one.get("train") or {}
         limit = train.get("max_dataset_size") if isinstance(train, Mapping) else None
         if limit is not None:
-            source["limit"] = int(limit)
+            shown = f"data.datasets.{place}.train.max_dataset_size"
+            source["limit"] = read_value(whole, str(limit), shown)
         if len(listed) > 1:
-            source["name"] = str(one.get("name") or f"data-{number}")
+            source["name"] = str(one.get("name") or f"data-{place}")
         sources.append(source)
         draft.notes.append(
             f"`fastpo pairs {folder}/train.jsonl {folder}/pairs.jsonl` writes the listing that "
@@ -212,34 +266,31 @@ def _data(raw: Mapping[str, Any], data: str | None, draft: Draft) -> None:
         keys["data.sources"] = sources
 
 
-def _size(train: Mapping[str, Any], draft: Draft) -> None:
+def _size(given: Mapping[str, str | None], draft: Draft) -> None:
     """Height and width must be equal: `prepare.resolution` is a side."""
-    size = train.get("resolution", [512, 512])
-    sides = list(size) if isinstance(size, list) else [size]
-    sides = [*sides, *sides][:2]
-    sides = [train.get("height") or sides[0], train.get("width") or sides[1]]
+    sides = read_key(given, "train.resolution", [512, 512], _sides)
+    sides = [read_key(given, f"train.{n}", s, whole) for n, s in zip(SIDES, sides, strict=True)]
     if sides[0] != sides[1]:
         draft.refused.append(
             f"train.resolution {sides} (prepare.resolution is the side of a square)"
         )
-    draft.keys |= {"prepare.resolution": int(sides[0]), "prepare.buckets": False}
+    draft.keys |= {"prepare.resolution": sides[0], "prepare.buckets": False}
 
 
 def _timesteps(given: Mapping[str, str | None], draft: Draft) -> None:
     """Its fraction runs from noise alone (0) to the image (1), against the noise's factor here."""
     keys = draft.keys
-    bounds = parse_yaml(given.get("train.timestep_range") or "0.99")
-    low, high = bounds if isinstance(bounds, list) else (0.0, bounds)
-    least, most = round(1000 * (1.0 - float(high))), round(1000 * (1.0 - float(low)))
+    low, high = read_key(given, "train.timestep_range", (0.0, 0.99), _fractions)
+    least, most = round(1000 * (1.0 - high)), round(1000 * (1.0 - low))
     if least > 0:
         keys["train.min_timestep"] = least
     if most < 1000:
         keys["train.max_timestep"] = most
-    keys["train.flow_shift"] = 1.0 / float(given.get("train.time_shift") or 1.0)
+    keys["train.flow_shift"] = 1.0 / read_key(given, "train.time_shift", 1.0, positive)
     scheme = given.get("train.weighting_scheme") or "logit_normal"
     if scheme == "logit_normal":
-        mean = -float(given.get("train.logit_mean") or 0.0) or 0.0
-        std = float(given.get("train.logit_std") or 1.0)
+        mean = -read_key(given, "train.logit_mean", 0.0, number) or 0.0
+        std = read_key(given, "train.logit_std", 1.0, number)
         keys["train.timesteps"] = {"kind": "logit_normal", "mean": mean, "std": std}
     elif scheme != "uniform":
         draft.refused.append(f"train.weighting_scheme {scheme} (logit_normal or uniform)")
@@ -248,9 +299,9 @@ def _timesteps(given: Mapping[str, str | None], draft: Draft) -> None:
 def _rest(given: Mapping[str, str | None], draft: Draft, processes: int | None) -> None:
     keys = draft.keys
     keys["train.objective.name"] = "dpo"
-    keys["train.objective.beta"] = 0.5 * float(given.get("train.beta") or 2000.0)
+    keys["train.objective.beta"] = 0.5 * read_key(given, "train.beta", 2000.0, number)
     keys |= {"train.optim.schedule": "constant", "train.optim.warmup_steps": 0}
-    decay = float(given.get("train.ema_decay") or 0.995)
+    decay = read_key(given, "train.ema_decay", 0.995, number)
     if decay > 0.0:
         keys["train.ema_decay"] = decay
         draft.notes.append("train.ema_decay: the average follows every step here")
@@ -265,7 +316,7 @@ def _rest(given: Mapping[str, str | None], draft: Draft, processes: int | None) 
         keys["train.deepspeed"] = f"zero{stage[1]}"
     elif launcher and launcher not in NO:
         draft.notes.append(f"config_file {launcher}: of accelerate, not read")
-    count = processes or int(given.get("num_processes") or 1)
+    count = processes or read_key(given, "num_processes", 1, whole)
     if count > 1:
         draft.notes.append(f"launch: torchrun --nproc_per_node {count} -m fastpo.train CONFIG")
     checkpointing = given.get("train.enable_gradient_checkpointing")

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from fastpo.convert.rules import read_value, whole
 from fastpo.errors import ConfigError
 
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "python", "python3", "simpletuner")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _COUNTS = ("num_processes", "nproc_per_node", "num_gpus", "n")
+_AS_MANY_AS_GPUS = ("auto", "gpu", "cpu", "-1")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,18 @@ class Launch:
 
     @property
     def processes(self) -> int | None:
-        """How many processes the launcher starts; None if it does not say."""
+        """How many processes the launcher starts; None if it does not say.
+
+        Raises:
+            ConfigError: It says what is no number, nor that the machine decides.
+        """
         for name in _COUNTS:
-            value = self.options.get(name)
-            if value is not None and value.isdecimal():
-                return int(value)
+            if name not in self.options or self.options[name] in _AS_MANY_AS_GPUS:
+                continue
+            count = read_value(whole, self.options[name], f"--{name}")
+            if count < 1:
+                raise ConfigError(f"--{name}: {count} processes train nothing")
+            return count
         return None
 
 

@@ -6,12 +6,62 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fastpo.config.load import parse_yaml
 from fastpo.errors import ConfigError
 
+Value = TypeVar("Value")
+MOST = 1e30
+"""Sizes of numbers, none of which means anything beyond; their products are finite."""
 YES = ("true", "1", "yes")
 NO = ("false", "0", "no", "", "none", "null")
+
+
+def number(text: str) -> float:
+    """Reads a finite number of a size that a configuration may hold.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = float(text)
+    if not abs(value) <= MOST:  # NaN is not either
+        raise ValueError("not finite, or too large")
+    return value
+
+
+def positive(text: str) -> float:
+    """Reads a number that may be divided by; errors as `number`."""
+    value = number(text)
+    if value < 1.0 / MOST:
+        raise ValueError("not positive")
+    return value
+
+
+def whole(text: str) -> int:
+    """Reads a whole number, `512` or `512.0`; errors as `number`."""
+    value = number(text)
+    if not value.is_integer():
+        raise ValueError("not whole")
+    return int(value)
+
+
+def numbers(text: str) -> list[float]:
+    """Reads a list such as `0.9,0.999` or `[0.9, 0.999]`; errors as `number`."""
+    return [number(part) for part in text.strip().strip("[]()").split(",")]
+
+
+def names(text: str) -> list[str]:
+    """Reads a name, or a list of names in YAML, which JSON is.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = parse_yaml(text)
+    listed = found if isinstance(found, list) else [found]
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise ValueError("no names")
+    return listed
 
 
 @dataclass(frozen=True)
@@ -20,11 +70,12 @@ class Rule:
 
     Attributes:
         key: The key that takes its value; None if none does.
-        read: Makes the key's value of the option's text.
+        read: Makes the key's value of the option's text; reads what goes into `sets`, too.
         switch: Whether the option has no value, and means true.
         note: What to say of it in the file, if it is not as harmless as it looks.
         refuse: Why it cannot be carried over.
         harmless: Texts of its value that change nothing, so that nothing is said or refused.
+        sets: Keys that it decides together with other options, which the trainer's module does.
     """
 
     key: str | None = None
@@ -33,6 +84,7 @@ class Rule:
     note: str | None = None
     refuse: str | None = None
     harmless: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,6 +129,8 @@ def apply_rules(
             draft.notes.append(f"{shown}: {rule.note}")
         if rule.key is not None:
             draft.keys[rule.key] = _value(rule, text, shown)
+        elif rule.read is not str:
+            read_value(rule.read, text, shown)  # so that it is refused by this name
 
 
 def _value(rule: Rule, text: str | None, shown: str) -> Any:
@@ -84,12 +138,40 @@ def _value(rule: Rule, text: str | None, shown: str) -> Any:
         if text is None or text.strip().lower() in YES:
             return True
         return False
+    return read_value(rule.read, text, shown)
+
+
+def read_value(read: Callable[[str], Value], text: str | None, shown: str) -> Value:
+    """Reads an option's text; all that another trainer's options hold is read here.
+
+    Args:
+        read: Makes the value, or raises a `ValueError` or `KeyError`.
+        text: The text; None if the option has no value.
+        shown: What messages call the option.
+
+    Raises:
+        ConfigError: It has no value, or none that can be read.
+    """
     if text is None:
         raise ConfigError(f"{shown} has no value")
     try:
-        return rule.read(text)
+        return read(text)
     except (ValueError, KeyError):
-        raise ConfigError(f"{shown}: {text!r} is no value of it") from None
+        raise ConfigError(f"{shown}: {text!r:.80} is no value of it") from None
+
+
+def read_option(
+    given: Mapping[str, str | None], name: str, default: Value, read: Callable[[str], Value]
+) -> Value:
+    """Reads one of a command's options, its default where it is not given; as `read_value`."""
+    return read_value(read, given[name], f"--{name}") if name in given else default
+
+
+def read_key(
+    given: Mapping[str, str | None], name: str, default: Value, read: Callable[[str], Value]
+) -> Value:
+    """Reads one of a file's options, as `read_option` those of a command."""
+    return read_value(read, given[name], name) if name in given else default
 
 
 def read_data(path: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fastpo.convert.launch import Launch
-from fastpo.convert.rules import Draft, Rule, apply_rules, truth
+from fastpo.convert.rules import Draft, Rule, apply_rules, number, read_option, truth, whole
 
 Given = Mapping[str, str | None]
 
@@ -28,31 +28,31 @@ COMMON = {
     "revision": Rule("model.revision"),
     "variant": Rule("model.variant"),
     "dataset_name": Rule("data.path"),
-    "max_train_samples": Rule("data.limit", int, note="data.limit takes the first, not a draw"),
+    "max_train_samples": Rule("data.limit", whole, note="data.limit takes the first, not a draw"),
     "output_dir": Rule("train.output_dir"),
     "cache_dir": Rule(note="the hub's own cache is chosen by HF_HOME"),
-    "seed": Rule("seed", int),
-    "resolution": Rule("prepare.resolution", int),
+    "seed": Rule("seed", whole),
+    "resolution": Rule("prepare.resolution", whole),
     "random_crop": Rule(refuse="images are encoded once, cut in the center", switch=True),
     "no_hflip": Rule(switch=True),
-    "train_batch_size": Rule("train.micro_batch_size", int),
-    "num_train_epochs": Rule("train.epochs", int),
-    "max_train_steps": Rule("train.max_steps", int),
-    "gradient_accumulation_steps": Rule("train.accumulation_steps", int),
+    "train_batch_size": Rule("train.micro_batch_size", whole),
+    "num_train_epochs": Rule("train.epochs", whole),
+    "max_train_steps": Rule("train.max_steps", whole),
+    "gradient_accumulation_steps": Rule("train.accumulation_steps", whole),
     "gradient_checkpointing": Rule("train.gradient_checkpointing", switch=True),
-    "learning_rate": Rule("train.optim.lr", float),
-    "scale_lr": Rule(switch=True),
+    "learning_rate": Rule("train.optim.lr", number),
+    "scale_lr": Rule(switch=True, sets=("train.optim.lr",)),
     "lr_scheduler": Rule("train.optim.schedule"),
-    "lr_warmup_steps": Rule("train.optim.warmup_steps", int),
-    "dataloader_num_workers": Rule("train.loader_workers", int),
-    "adam_weight_decay": Rule("train.optim.weight_decay", float),
-    "adam_epsilon": Rule("train.optim.eps", float),
-    "adam_beta1": Rule(),
-    "adam_beta2": Rule(),
-    "max_grad_norm": Rule("train.optim.max_grad_norm", float),
+    "lr_warmup_steps": Rule("train.optim.warmup_steps", whole),
+    "dataloader_num_workers": Rule("train.loader_workers", whole),
+    "adam_weight_decay": Rule("train.optim.weight_decay", number),
+    "adam_epsilon": Rule("train.optim.eps", number),
+    "adam_beta1": Rule(read=number, sets=("train.optim.betas",)),
+    "adam_beta2": Rule(read=number, sets=("train.optim.betas",)),
+    "max_grad_norm": Rule("train.optim.max_grad_norm", number),
     "mixed_precision": Rule("train.precision", PRECISIONS.__getitem__),
     "report_to": Rule("train.trackers", TRACKERS.__getitem__),
-    "checkpointing_steps": Rule("train.checkpoint_every", int),
+    "checkpointing_steps": Rule("train.checkpoint_every", whole),
     "resume_from_checkpoint": Rule(note="`fastpo train CONFIG --resume` goes on"),
     "allow_tf32": Rule(note="torch.backends is left as it is", switch=True),
     "logging_dir": Rule(),
@@ -62,46 +62,49 @@ COMMON = {
 _LATER = {
     "dataset_split_name": Rule("data.split"),
     "run_validation": Rule(switch=True, note=_IMAGES),
-    "validation_steps": Rule(),
-    "checkpoints_total_limit": Rule("train.keep_checkpoints", int),
+    "validation_steps": Rule(read=whole, note=_IMAGES),
+    "checkpoints_total_limit": Rule("train.keep_checkpoints", whole),
     "lr_num_cycles": Rule(refuse="only one cycle is made", harmless=("1",)),
     "lr_power": Rule(refuse="only power 1 is made", harmless=("1", "1.0")),
-    "use_8bit_adam": Rule(switch=True),
+    "use_8bit_adam": Rule(switch=True, sets=("train.optim.name",)),
     "push_to_hub": Rule(switch=True, note=_HUB),
-    "enable_xformers_memory_efficient_attention": Rule(switch=True),
+    "enable_xformers_memory_efficient_attention": Rule(switch=True, sets=("train.attention",)),
     "tracker_name": Rule(),
 }
 _DIFFUSERS = {
     **COMMON,
     **_LATER,
-    "beta_dpo": Rule(),
+    "beta_dpo": Rule(read=number, sets=("train.objective.beta",)),
     "hub_token": Rule(note=_HUB),
-    "vae_encode_batch_size": Rule("prepare.batch_size", int),
+    "vae_encode_batch_size": Rule("prepare.batch_size", whole),
     "prior_generation_precision": Rule(),
-    "rank": Rule("train.lora.rank", int),
+    "rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",)),
 }
-SD15_RULES = {**_DIFFUSERS, "loss_type": Rule()}
-SDXL_RULES = {**_DIFFUSERS, "is_turbo": Rule(switch=True)}
+SD15_RULES = {**_DIFFUSERS, "loss_type": Rule(sets=("train.objective.name",))}
+SDXL_RULES = {**_DIFFUSERS, "is_turbo": Rule(switch=True, sets=("train.timesteps",))}
 MAPO_RULES = {
     **COMMON,
     **_LATER,
-    "vae_encode_batch_size": Rule("prepare.batch_size", int),
-    "beta_mapo": Rule("train.objective.beta", float),
-    "snr_value": Rule("train.objective.snr", float),
+    "vae_encode_batch_size": Rule("prepare.batch_size", whole),
+    "beta_mapo": Rule("train.objective.beta", number),
+    "snr_value": Rule("train.objective.snr", number),
     "label_noise_prob": Rule(
-        "data.flip_rate", float, note="the same pairs stay flipped; there they are drawn each time"
+        "data.flip_rate", number, note="the same pairs stay flipped; there they are drawn each time"
     ),
     "remove_ties": Rule(harmless=("true", "1"), refuse="ties are always left out"),
-    "lora_rank": Rule("train.lora.rank", int),
+    "lora_rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",)),
 }
 SALESFORCE_RULES = {
     **COMMON,
     "split": Rule("data.split"),
-    "beta_dpo": Rule(),
-    "sdxl": Rule(switch=True),
-    "sft": Rule(switch=True),
-    "use_adafactor": Rule(switch=True),
-    "proportion_empty_prompts": Rule("train.empty_prompt_rate", float),
+    "beta_dpo": Rule(read=number, sets=("train.objective.beta",)),
+    "sdxl": Rule(
+        switch=True,
+        sets=("train.optim.name", "train.gradient_checkpointing", "prepare.resolution"),
+    ),
+    "sft": Rule(switch=True, sets=("train.objective.name",)),
+    "use_adafactor": Rule(switch=True, sets=("train.optim.name",)),
+    "proportion_empty_prompts": Rule("train.empty_prompt_rate", number),
     "tracker_project_name": Rule(),
     "hard_skip_resume": Rule(switch=True),
     "caption_column": Rule(harmless=("caption",), refuse="the column is caption"),
@@ -183,7 +186,10 @@ def _common(given: Given, processes: int, draft: Draft) -> None:
             f"--scale_lr: the rate is times {each} pairs and {processes} process(es); give "
             "--processes if others train"
         )
-    betas = [float(given.get(f"adam_beta{i}") or default) for i, default in ((1, 0.9), (2, 0.999))]
+    betas = [
+        read_option(given, f"adam_beta{i}", default, number)
+        for i, default in ((1, 0.9), (2, 0.999))
+    ]
     if betas != [0.9, 0.999]:
         keys["train.optim.betas"] = betas
     if "use_8bit_adam" in given and truth(given["use_8bit_adam"]):
@@ -202,7 +208,7 @@ def _launcher(launch: Launch, processes: int, draft: Draft) -> None:
         draft.refused.append("--use_fsdp (processes share weights by train.deepspeed: zero3)")
     if "use_deepspeed" in options or "zero_stage" in options:
         stage = options.get("zero_stage") or "2"
-        draft.keys["train.deepspeed"] = f"zero{stage}" if stage in "123" else stage
+        draft.keys["train.deepspeed"] = f"zero{stage}" if stage in ("1", "2", "3") else stage
     if options.get("deepspeed_config_file"):
         draft.keys["train.deepspeed"] = options["deepspeed_config_file"]
     if "config_file" in options:
@@ -218,7 +224,7 @@ def _launcher(launch: Launch, processes: int, draft: Draft) -> None:
 
 
 def _lora(given: Given, draft: Draft, rank: str, default: int) -> None:
-    value = int(given.get(rank) or default)
+    value = read_option(given, rank, default, whole)
     draft.keys |= {
         "train.method": "lora",
         "train.lora.rank": value,
@@ -240,7 +246,7 @@ def _diffusers(factor: float, default: float) -> Callable[[Given, Draft], None]:
         elif loss not in ("sigmoid", "hinge"):
             draft.refused.append(f"--loss_type {loss} (unknown)")
         draft.keys["train.objective.name"] = "hinge" if loss == "hinge" else "dpo"
-        beta = float(given.get("beta_dpo") or default)
+        beta = read_option(given, "beta_dpo", default, number)
         draft.keys["train.objective.beta"] = factor * beta
         if "is_turbo" in given and truth(given["is_turbo"]):
             draft.keys["train.timesteps"] = {"kind": "list", "values": TURBO_STEPS}
@@ -257,7 +263,7 @@ def _salesforce(given: Given, draft: Draft) -> None:
         keys["train.objective.name"] = "sft"
     else:
         keys["train.objective.name"] = "dpo"
-        keys["train.objective.beta"] = 0.5 * float(given.get("beta_dpo") or 5000.0)
+        keys["train.objective.beta"] = 0.5 * read_option(given, "beta_dpo", 5000.0, number)
     if sdxl or ("use_adafactor" in given and truth(given["use_adafactor"])):
         keys["train.optim.name"] = "adafactor"
     if sdxl:

@@ -10,8 +10,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastpo.config.load import parse_yaml
-from fastpo.convert.rules import NO, Draft, apply_rules, read_data, truth
+from fastpo.convert.rules import (
+    NO,
+    Draft,
+    apply_rules,
+    number,
+    numbers,
+    positive,
+    read_data,
+    read_key,
+    read_value,
+    truth,
+    whole,
+)
 from fastpo.convert.simpletuner_options import (
     ASIDE,
     BITS,
@@ -21,12 +32,11 @@ from fastpo.convert.simpletuner_options import (
     FAMILIES,
     FLUX2_TARGETS,
     LATENTS,
-    NAME,
     OPTIMIZERS,
     RULES,
     SCHEDULES,
+    read_mapping,
 )
-from fastpo.errors import ConfigError
 
 
 def convert_simpletuner(
@@ -57,7 +67,7 @@ def convert_simpletuner(
     _timesteps(family, given, draft)
     _objective(family, given, draft)
     _samples(given, draft)
-    count = processes or int(given.get("num_processes") or 1)
+    count = processes or read_key(given, "num_processes", 1, whole)
     if count > 1:
         draft.notes.append(f"launch: torchrun --nproc_per_node {count} -m fastpo.train CONFIG")
 
@@ -78,8 +88,8 @@ def _model(family: str, given: Mapping[str, str | None], draft: Draft) -> None:
         for name in ("rank", "dropout", "use_dora", "target_modules"):
             keys.pop(f"train.lora.{name}", None)
     elif keys["train.method"] == "lora":
-        alpha = given.get("lora_alpha")
-        keys["train.lora.alpha"] = float(alpha or keys["train.lora.rank"])
+        rank = float(keys["train.lora.rank"])
+        keys["train.lora.alpha"] = read_key(given, "lora_alpha", rank, number)
         if family == "flux2":
             keys.setdefault("train.lora.target_modules", list(FLUX2_TARGETS))
     else:
@@ -106,10 +116,9 @@ def _data(given: Mapping[str, str | None], data: str | None, draft: Draft) -> No
         )
     else:
         draft.keys |= read_data(data)
-    text = given.get("resolution")
-    if text is None:
+    if "resolution" not in given:
         draft.notes.append("resolution: 1024, unless the data backend's own says otherwise")
-    size = float(text or 1024)
+    size = read_key(given, "resolution", 1024.0, positive)
     if (given.get("resolution_type") or "pixel_area") == "area":
         size = 64 * round(math.sqrt(size * 1e6) / 64)
     draft.keys["prepare.resolution"] = int(size)
@@ -117,7 +126,7 @@ def _data(given: Mapping[str, str | None], data: str | None, draft: Draft) -> No
 
 def _length_and_rate(given: Mapping[str, str | None], draft: Draft) -> None:
     keys = draft.keys
-    steps, epochs = (int(given.get(n) or 0) for n in ("max_train_steps", "num_train_epochs"))
+    steps, epochs = (read_key(given, n, 0, whole) for n in ("max_train_steps", "num_train_epochs"))
     if steps:
         keys["train.max_steps"] = steps
     else:
@@ -125,7 +134,7 @@ def _length_and_rate(given: Mapping[str, str | None], draft: Draft) -> None:
     schedule = given["lr_scheduler"]
     if schedule not in SCHEDULES:
         draft.refused.append(f"lr_scheduler {schedule} (one of {', '.join(SCHEDULES)})")
-    elif schedule == "polynomial" and float(given.get("lr_power") or 0.8) != 1.0:
+    elif schedule == "polynomial" and read_key(given, "lr_power", 0.8, number) != 1.0:
         draft.refused.append("lr_power, 0.8 by default (only power 1 is made)")
     keys["train.optim.schedule"] = schedule
     if schedule == "constant":
@@ -138,39 +147,41 @@ def _length_and_rate(given: Mapping[str, str | None], draft: Draft) -> None:
         keys.setdefault("train.optim.eps", 1e-6)
         draft.notes.append("optimizer adamw_bf16: trained weights are float32 here")
     betas = [
-        float(given.get(f"optimizer_beta{i}") or given.get(f"adam_beta{i}") or default)
-        for i, default in ((1, 0.9), (2, 0.999))
+        read_key(
+            given, f"optimizer_beta{i}", read_key(given, f"adam_beta{i}", beta, number), number
+        )
+        for i, beta in ((1, 0.9), (2, 0.999))
     ]
     if betas != [0.9, 0.999]:
         keys["train.optim.betas"] = betas
     for part in filter(None, (given.get("optimizer_config") or "").split(",")):
         name, _, value = part.partition("=")
         if name.strip() == "weight_decay":
-            keys["train.optim.weight_decay"] = float(value)
+            shown = "optimizer_config weight_decay"
+            keys["train.optim.weight_decay"] = read_value(number, value, shown)
         else:
             draft.refused.append(f"optimizer_config {name.strip()} (only weight_decay is read)")
     if truth(given.get("use_ema", "false")):
-        keys["train.ema_decay"] = float(given.get("ema_decay") or 0.995)
+        keys["train.ema_decay"] = read_key(given, "ema_decay", 0.995, number)
 
 
 def _timesteps(family: str, given: Mapping[str, str | None], draft: Draft) -> None:
     keys = draft.keys
     if family in ("sd1x", "sdxl"):
-        if given.get("snr_gamma"):
-            keys["train.snr_gamma"] = float(given["snr_gamma"] or 5.0)
+        if "snr_gamma" in given:
+            keys["train.snr_gamma"] = read_key(given, "snr_gamma", 5.0, number)
         return
-    listed = given.get("flow_custom_timesteps")
-    if listed:
-        values = [float(value) for value in listed.strip("[]").split(",")]
+    values = read_key(given, "flow_custom_timesteps", [], numbers)
+    if values:
         scale = 1.0 if max(values) <= 1.0 else 1000.0
         keys["train.timesteps"] = {"kind": "sigmas", "values": [v / scale for v in values]}
         draft.notes.append("flow_custom_timesteps: drawn at random, each as often, not in turn")
         return
     if not truth(given.get("flow_use_uniform_schedule", "false")):
-        std = float(given.get("flow_sigmoid_scale") or 1.0)
+        std = read_key(given, "flow_sigmoid_scale", 1.0, number)
         keys["train.timesteps"] = {"kind": "logit_normal", "std": std}
     if not truth(given.get("flow_schedule_auto_shift", "false")):
-        shift = float(given.get("flow_schedule_shift") or 3.0)
+        shift = read_key(given, "flow_schedule_shift", 3.0, number)
         keys["train.flow_shift"] = shift if shift > 0 else 1.0
 
 
@@ -185,23 +196,25 @@ def _objective(family: str, given: Mapping[str, str | None], draft: Draft) -> No
         return
     if family in ("sd1x", "sdxl") or keys["train.method"] != "lora":
         draft.refused.append("distillation_method flow_dpo (it is of LoRA on flow-matching models)")
-    given_here = parse_yaml(given.get("distillation_config") or "{}")
-    if isinstance(given_here, dict) and isinstance(given_here.get("flow_dpo"), dict):
-        given_here = given_here["flow_dpo"]
-    if not isinstance(given_here, dict):
-        raise ConfigError(f"{NAME}: distillation_config is no mapping")
-    _flow_dpo(family, {**DPO_DEFAULTS, **given_here}, draft)
+    here = read_key(given, "distillation_config", {}, read_mapping)
+    own = here.get("flow_dpo")
+    _flow_dpo(family, {**DPO_DEFAULTS, **(own if isinstance(own, dict) else here)}, draft)
 
 
 def _flow_dpo(family: str, config: Mapping[str, Any], draft: Draft) -> None:
     """Its slope, `beta / 2` of errors summed over a latent's N elements, as that of their mean."""
     keys = draft.keys
+    values = {
+        name: read_value(number, str(config[name] or 0), f"flow_dpo.{name}")
+        for name, default in DPO_DEFAULTS.items()
+        if isinstance(default, int | float) and not isinstance(default, bool)
+    }
     for name, harmless, why in (
         ("anchor_alpha", 0, "nothing holds the policy to the reference but the objective"),
         ("sft_loss_weight", 0, "no term on the winner is added in a configuration"),
         ("loss_weight", 1, "the loss has no factor"),
     ):
-        if float(config[name] or 0) != harmless:
+        if values[name] != harmless:
             draft.refused.append(f"flow_dpo.{name} ({why})")
     strange = [name for name in config if name not in DPO_DEFAULTS]
     draft.refused += [f"flow_dpo.{name} (unknown)" for name in strange]
@@ -211,13 +224,13 @@ def _flow_dpo(family: str, config: Mapping[str, Any], draft: Draft) -> None:
     channels, factor = LATENTS.get(family, (16, 8))
     size = channels * (int(keys["prepare.resolution"]) / factor) ** 2 if kind == "sum" else 1.0
     keys["train.objective.name"] = "dpo"
-    share = float(config["auto_beta_target_gf"] or 0.0)
+    share = values["auto_beta_target_gf"]
     if not truth(str(config["auto_beta"])) or share <= 0.0:
-        keys["train.objective.beta"] = 0.5 * float(config["beta"]) * size
+        keys["train.objective.beta"] = 0.5 * values["beta"] * size
     elif share >= 0.5:
         draft.refused.append("flow_dpo.auto_beta_target_gf (it must be below 0.5)")
     else:
-        keys["train.objective.beta"] = 0.5 * float(config["auto_beta_max"]) * size
+        keys["train.objective.beta"] = 0.5 * values["auto_beta_max"] * size
         wanted = math.log((1.0 - share) / share)
         keys["train.auto_slope"] = round(math.exp(-4.0 / wanted), 6)
         draft.notes.append(
@@ -235,13 +248,14 @@ def _flow_dpo(family: str, config: Mapping[str, Any], draft: Draft) -> None:
 def _samples(given: Mapping[str, str | None], draft: Draft) -> None:
     """Images while training, where there is a prompt."""
     prompt = given.get("validation_prompt")
-    every = given.get("validation_step_interval") or given.get("validation_steps")
+    every = read_key(given, "validation_steps", 0, whole)
+    every = read_key(given, "validation_step_interval", every, whole)
     if not prompt or not every:
         return
-    draft.keys |= {"train.sample_prompts": [prompt], "train.sample_every": int(every)}
-    for name, key, read in (
-        ("validation_num_inference_steps", "evaluate.num_inference_steps", int),
-        ("validation_guidance", "evaluate.guidance_scale", float),
-    ):
-        if given.get(name):
-            draft.keys[key] = read(str(given[name]))
+    keys = draft.keys
+    keys |= {"train.sample_prompts": [prompt], "train.sample_every": every}
+    if "validation_num_inference_steps" in given:
+        steps = read_key(given, "validation_num_inference_steps", 0, whole)
+        keys["evaluate.num_inference_steps"] = steps
+    if "validation_guidance" in given:
+        keys["evaluate.guidance_scale"] = read_key(given, "validation_guidance", 0.0, number)

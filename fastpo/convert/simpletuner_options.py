@@ -8,7 +8,7 @@ from typing import Any
 
 from fastpo.config.load import parse_yaml
 from fastpo.convert.launch import read_options
-from fastpo.convert.rules import Rule
+from fastpo.convert.rules import Rule, names, number, numbers, positive, read_value, whole
 from fastpo.convert.scripts import PRECISIONS
 from fastpo.errors import ConfigError, one_line
 
@@ -90,24 +90,59 @@ ASIDE = (
 )
 """Beginnings of options for what happens beside the training: memory, disk, hub, validation."""
 NOTHING = (
-    *("data_backend_config", "model_family", "model_flavour", "distillation_method"),
-    *("distillation_config", "flow_custom_timesteps", "flow_timesteps_mode", "lora_alpha"),
-    *("resolution", "resolution_type", "num_train_epochs", "max_train_steps", "optimizer"),
-    *("optimizer_config", "lr_scheduler", "lr_power", "adam_beta1", "adam_beta2", "use_ema"),
-    *("optimizer_beta1", "optimizer_beta2", "base_model_precision", "snr_gamma", "ema_decay"),
-    *("flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "num_processes"),
-    *("flow_use_uniform_schedule", "prediction_type", "accelerate_config", "tracker_run_name"),
-    *("allow_tf32", "ema_device", "ema_update_interval", "logging_dir", "lycoris_config"),
-    *("compress_disk_cache", "minimum_image_size", "aspect_bucket_rounding", "num_machines"),
-    *(
-        "strict_epoch_limit",
-        "text_encoder_batch_size",
-        "base_model_default_dtype",
-        "dynamo_backend",
-    ),
-    *("fuse_qkv_projections", "accelerator_cache_clear_interval", "torch_num_threads", "lr_end"),
+    *("data_backend_config", "model_family", "flow_timesteps_mode", "prediction_type"),
+    *("accelerate_config", "tracker_run_name", "allow_tf32", "ema_device", "ema_update_interval"),
+    *("logging_dir", "lycoris_config", "compress_disk_cache", "minimum_image_size"),
+    *("aspect_bucket_rounding", "num_machines", "strict_epoch_limit", "text_encoder_batch_size"),
+    *("base_model_default_dtype", "dynamo_backend", "fuse_qkv_projections", "lr_end"),
+    *("accelerator_cache_clear_interval", "torch_num_threads"),
 )
-"""Options that are read together, or that change no result."""
+"""Options that change no result, or that only say which model it is."""
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """Reads a mapping in YAML, which JSON is."""
+    found = parse_yaml(text)
+    if not isinstance(found, dict):
+        raise ValueError("no mapping")
+    return found
+
+
+_BETAS = Rule(read=number, sets=("train.optim.betas",))
+_LENGTH = Rule(read=whole, sets=("train.max_steps", "train.epochs"))
+_EVERY = Rule(read=whole, sets=("train.sample_every",))
+_SPREAD, _SHIFT = ("train.timesteps",), ("train.flow_shift",)
+TOGETHER = {
+    "num_processes": Rule(read=whole),
+    "model_flavour": Rule(sets=("model.path",)),
+    "distillation_method": Rule(sets=("train.objective.name",)),
+    "distillation_config": Rule(
+        read=read_mapping, sets=("train.objective.beta", "train.auto_slope")
+    ),
+    "flow_custom_timesteps": Rule(read=numbers, sets=_SPREAD),
+    "flow_use_uniform_schedule": Rule(switch=True, sets=_SPREAD),
+    "flow_sigmoid_scale": Rule(read=number, sets=_SPREAD),
+    "flow_schedule_shift": Rule(read=number, sets=_SHIFT),
+    "flow_schedule_auto_shift": Rule(switch=True, sets=_SHIFT),
+    "snr_gamma": Rule(read=number, sets=("train.snr_gamma",)),
+    "lora_alpha": Rule(read=number, sets=("train.lora.alpha",)),
+    "base_model_precision": Rule(sets=("train.quantize_base",)),
+    "resolution": Rule(read=positive, sets=("prepare.resolution",)),
+    "resolution_type": Rule(sets=("prepare.resolution",)),
+    **{"num_train_epochs": _LENGTH, "max_train_steps": _LENGTH},
+    "optimizer": Rule(sets=("train.optim.name",)),
+    "optimizer_config": Rule(sets=("train.optim.weight_decay",)),
+    **{f"{name}_beta{i}": _BETAS for name in ("optimizer", "adam") for i in (1, 2)},
+    "lr_scheduler": Rule(sets=("train.optim.schedule",)),
+    "lr_power": Rule(read=number),
+    "use_ema": Rule(switch=True, sets=("train.ema_decay",)),
+    "ema_decay": Rule(read=number, sets=("train.ema_decay",)),
+    "validation_prompt": Rule(sets=("train.sample_prompts",)),
+    **{"validation_step_interval": _EVERY, "validation_steps": _EVERY},
+    "validation_num_inference_steps": Rule(read=whole, sets=("evaluate.num_inference_steps",)),
+    "validation_guidance": Rule(read=number, sets=("evaluate.guidance_scale",)),
+}
+"""Options that are read together."""
 TRACKERS = {
     **{"tensorboard": ["tensorboard"], "wandb": ["wandb"], "none": []},
     "all": ["tensorboard", "wandb"],
@@ -115,22 +150,23 @@ TRACKERS = {
 _OFF = ("false", "0", "no")
 RULES = {
     **dict.fromkeys(NOTHING, Rule()),
+    **TOGETHER,
     "pretrained_model_name_or_path": Rule("model.path"),
     "pretrained_vae_model_name_or_path": Rule("model.vae"),
     "revision": Rule("model.revision"),
     "variant": Rule("model.variant"),
     "output_dir": Rule("train.output_dir"),
-    "seed": Rule("seed", int),
+    "seed": Rule("seed", whole),
     "model_type": Rule("train.method"),
     "lora_type": Rule(harmless=("standard",), refuse="adapters are LoRA, not LyCORIS"),
-    "lora_rank": Rule("train.lora.rank", int),
-    "lora_dropout": Rule("train.lora.dropout", float),
+    "lora_rank": Rule("train.lora.rank", whole),
+    "lora_dropout": Rule("train.lora.dropout", number),
     "lora_init_type": Rule(harmless=("default", "true"), refuse="adapters begin as peft's do"),
     "use_dora": Rule("train.lora.use_dora", switch=True),
     "init_lora": Rule("model.lora"),
-    "peft_lora_target_modules": Rule("train.lora.target_modules", json.loads),
+    "peft_lora_target_modules": Rule("train.lora.target_modules", names),
     "flux_lora_target": Rule(note="which layers adapters go to is train.lora.target_modules here"),
-    "flux_guidance_value": Rule("train.guidance", float),
+    "flux_guidance_value": Rule("train.guidance", number),
     "flux_guidance_mode": Rule(harmless=("constant",), refuse="train.guidance is one number"),
     "flux_attention_masked_training": Rule(
         harmless=_OFF, refuse="FLUX.1 reads the padding of prompts, as its pipeline does"
@@ -138,25 +174,25 @@ RULES = {
     "controlnet": Rule(harmless=_OFF, refuse="control networks are not trained"),
     "control": Rule(harmless=_OFF, refuse="control inputs are not trained"),
     "train_text_encoder": Rule(harmless=_OFF, refuse="prompts are encoded once"),
-    "train_batch_size": Rule("train.micro_batch_size", int),
-    "gradient_accumulation_steps": Rule("train.accumulation_steps", int),
+    "train_batch_size": Rule("train.micro_batch_size", whole),
+    "gradient_accumulation_steps": Rule("train.accumulation_steps", whole),
     "gradient_checkpointing": Rule("train.gradient_checkpointing", switch=True),
-    "learning_rate": Rule("train.optim.lr", float),
-    "lr_warmup_steps": Rule("train.optim.warmup_steps", int),
+    "learning_rate": Rule("train.optim.lr", number),
+    "lr_warmup_steps": Rule("train.optim.warmup_steps", whole),
     "lr_num_cycles": Rule(harmless=("1",), refuse="only one cycle is made"),
-    "adam_weight_decay": Rule("train.optim.weight_decay", float),
-    "adam_epsilon": Rule("train.optim.eps", float),
-    "max_grad_norm": Rule("train.optim.max_grad_norm", float),
+    "adam_weight_decay": Rule("train.optim.weight_decay", number),
+    "adam_epsilon": Rule("train.optim.eps", number),
+    "max_grad_norm": Rule("train.optim.max_grad_norm", number),
     "grad_clip_method": Rule(
         harmless=("norm",), note="gradients are clipped by their norm here, not value by value"
     ),
     "mixed_precision": Rule("train.precision", PRECISIONS.__getitem__),
     "report_to": Rule("train.trackers", TRACKERS.__getitem__),
-    "checkpoint_step_interval": Rule("train.checkpoint_every", int),
-    "checkpointing_steps": Rule("train.checkpoint_every", int),
-    "checkpoints_total_limit": Rule("train.keep_checkpoints", int),
+    "checkpoint_step_interval": Rule("train.checkpoint_every", whole),
+    "checkpointing_steps": Rule("train.checkpoint_every", whole),
+    "checkpoints_total_limit": Rule("train.keep_checkpoints", whole),
     "resume_from_checkpoint": Rule(note="`fastpo train CONFIG --resume` goes on"),
-    "caption_dropout_probability": Rule("train.empty_prompt_rate", float),
+    "caption_dropout_probability": Rule("train.empty_prompt_rate", number),
     "loss_type": Rule(harmless=("l2",), refuse="errors are squared"),
     "use_soft_min_snr": Rule(harmless=_OFF, refuse="the weight is min-SNR's"),
     "flow_use_beta_schedule": Rule(harmless=_OFF, refuse="timesteps follow no beta distribution"),
@@ -218,7 +254,7 @@ def read_env_options(text: str) -> dict[str, str | None]:
             if not equals:
                 raise ConfigError(f"{NAME}: config.env: {word!r:.80} is no NAME=VALUE")
             if name.rstrip("+") == "TRAINER_EXTRA_ARGS":
-                found |= read_options(shlex.split(value))
+                found |= read_options(read_value(shlex.split, value, name))
             elif value:
                 found[ENVIRONMENT.get(name, name.lower())] = value
     return found
