@@ -28,7 +28,7 @@ from fastpo.config import Config, parse_config, with_keys
 from fastpo.models.folder import ModelFolder
 from fastpo.study.own_steps import train_with
 from fastpo.train.experiment import Experiment
-from fastpo.train.metrics import StepResult, table_rows
+from fastpo.train.metrics import StepResult
 from fastpo.train.step_parts import JudgedBatch
 from fastpo.train.trainer import Trainer, setup_trainer
 from fastpo.types import PairBatch
@@ -90,10 +90,10 @@ class Pupil(Trainer):
 
     def training_step(self, batch: PairBatch, step: int) -> tuple[Tensor, Tensor]:
         """The loss of a batch that was heard, and its rows; see `Trainer`."""
-        heard, size = self.lessons.pop(0), self.config.micro_batch_size
+        heard = self.lessons.pop(0)
         out = self.pair_loss(heard.judged, heard.policy)
-        rows = table_rows(heard.judged.batch, heard.judged.noised.index, out, size)
-        return out.loss * (len(batch) / size), rows
+        share = len(batch) / self.config.micro_batch_size
+        return out.loss * share, self.rows(heard.judged, out)
 
 
 @dataclass(frozen=True)

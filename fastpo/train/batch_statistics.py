@@ -26,7 +26,37 @@ PREFIX = "statistics."
 Reduce = Callable[[Tensor], Tensor]
 
 
-class RunningStatistics:
+class Statistics:
+    """Sums of all processes at that moment, for `reduce=` of `fastpo.loss`.
+
+    Args:
+        all_reduce: Sums a vector over all processes.
+
+    Attributes:
+        latest: The sums `(K,)` that a loss got last, or None.
+    """
+
+    def __init__(self, all_reduce: Reduce) -> None:
+        self.latest: Tensor | None = None
+        self._all_reduce = all_reduce
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Returns what takes the place of one micro-batch's sums `(K,)`."""
+        self.latest = self._all_reduce(sums)
+        return self.latest
+
+    def finish_step(self, all_reduce: Reduce) -> None:
+        """Ends an optimizer step."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint must hold: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Restores that; entries of other names are left alone."""
+
+
+class RunningStatistics(Statistics):
     """Sums of earlier optimizer steps, for `reduce=` of `fastpo.loss`.
 
     With S the sums over all pairs of a step, the estimate afterwards is `0.9 estimate + S`; losses
@@ -44,11 +74,12 @@ class RunningStatistics:
     """
 
     def __init__(self) -> None:
+        super().__init__(self._estimate)
         self._totals: dict[int, Tensor] = {}
         self._step: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, sums: Tensor) -> Tensor:
+    def _estimate(self, sums: Tensor) -> Tensor:
         """Notes one micro-batch's sums `(K,)`, and returns the estimate in their place."""
         size = len(sums)
         noted = sums.detach().double()
@@ -90,8 +121,8 @@ class RunningStatistics:
         }
 
 
-def make_statistics(config: TrainConfig, all_reduce: Reduce | None) -> Reduce | None:
-    """Returns what the configured objective's `reduce=` shall be.
+def make_statistics(config: TrainConfig, all_reduce: Reduce | None) -> Statistics | None:
+    """Returns what the configured objective's `reduce=` shall be; None: the batch's own sums.
 
     Args:
         config: The run.
@@ -99,8 +130,7 @@ def make_statistics(config: TrainConfig, all_reduce: Reduce | None) -> Reduce | 
     """
     if not config.objective.has_batch_statistics:
         return None
-    return {
-        "micro_batch": lambda: None,
-        "processes": lambda: all_reduce,
-        "running": RunningStatistics,
-    }[config.statistics]()
+    if config.statistics == "running":
+        return RunningStatistics()
+    shared = config.statistics == "processes" and all_reduce is not None
+    return Statistics(all_reduce) if shared else None

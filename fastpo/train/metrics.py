@@ -23,13 +23,15 @@ COLUMNS = (
     "reference_winner",
     "minority",
     "weight",
+    "logit",
     "scale",
     "closed",
     "kept",
 )
 """`error_winner` and `error_loser` are the errors over the reference's, whose own on winners is
-`reference_winner`; without a reference they are the errors, and it is NaN. The last three are those
-of `train.backward`, NaN where it is `all`; see `SparseColumns`."""
+`reference_winner`; without a reference they are the errors, and it is NaN. `logit` is the size of a
+logit other than beta d, NaN elsewhere; see `fastpo.train.logits`. The last three are those of
+`train.backward`, NaN where it is `all`; see `SparseColumns`."""
 TIMES = ("pairs_per_second", "data/wait")
 """Metrics that differ between equal runs."""
 
@@ -124,10 +126,12 @@ class StepTable:
             "pairs_per_second": len(margin) / seconds,
             "data/wait": waited / seconds,
         }
+        logit = self["logit"]
         if self.slope is not None:
-            settled = self.slope.at(self["timestep"]) * margin.abs() > SATURATED
             metrics["slope"] = self.slope.value
-            metrics["rewards/saturated"] = settled.double().mean().item()
+            logit = self.slope.at(self["timestep"]) * margin.abs()
+        if self.slope is not None or not logit.isnan().all():
+            metrics["rewards/saturated"] = (logit > SATURATED).double().mean().item()
         minority, weight = self["minority"], self["weight"]
         if not minority.isnan().any():
             for q in (0.1, 0.5, 0.9):
@@ -208,6 +212,7 @@ def table_rows(
     timesteps: Tensor,
     out: PairLoss,
     size: int,
+    logits: Tensor | None = None,
     sparse: SparseColumns | None = None,
 ) -> Tensor:
     """One row of `COLUMNS` per pair, padded with index -1 to `size` rows; stays on the device.
@@ -217,6 +222,7 @@ def table_rows(
         timesteps: `(B,)`, their places in the noise schedule.
         out: Their loss.
         size: Rows of the result.
+        logits: `(B,)`, sizes of logits other than beta d, or None.
         sparse: With `train.backward`, its columns.
     """
     pairs = len(batch)
@@ -234,6 +240,7 @@ def table_rows(
         "reference_winner": nothing if known is None else known[:pairs],
         "minority": nothing if out.minority is None else out.minority,
         "weight": nothing if out.weight is None else out.weight,
+        "logit": nothing if logits is None else logits,
     }
     if sparse is not None:
         columns |= sparse._asdict()

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastpo.config import AdaptiveOptions, LedgerAnnotators
 from fastpo.loss import PairLoss
 from fastpo.train.live_share import LiveShare
-from fastpo.train.metrics import SparseColumns, StepCost, table_rows
+from fastpo.train.metrics import SparseColumns, StepCost
 from fastpo.train.passes import Passes, longest_passes, sparse_passes, whole_passes
 from fastpo.train.step_parts import JudgedBatch, StepParts
 from fastpo.train.window import Place, Window
@@ -302,9 +302,7 @@ class SparseStep:
         return Answer(out, slopes * (len(judged.batch) / config.micro_batch_size), scale)
 
     def _rows(self, judged: JudgedBatch, answer: Answer, closed: Tensor, kept: Tensor) -> Tensor:
-        size = self.trainer.config.micro_batch_size
-        sparse = SparseColumns(answer.scale, closed, kept)
-        return table_rows(judged.batch, judged.noised.index, answer.out, size, sparse)
+        return self.trainer.rows(judged, answer.out, SparseColumns(answer.scale, closed, kept))
 
 
 def _without_inputs(judged: JudgedBatch) -> JudgedBatch:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastpo.ledger import PairLedger
 from fastpo.train.auto_slope import AutoSlope
-from fastpo.train.batch_statistics import RunningStatistics
+from fastpo.train.batch_statistics import Statistics
 from fastpo.train.best import BestHeldOut
 from fastpo.train.ema import MovingAverages
 from fastpo.train.live_share import LiveShare
@@ -71,7 +71,7 @@ class TrainingState:
     last_minority: Tensor
     averages: dict[str, MovingAverages]
     scaler: Any = None
-    statistics: RunningStatistics | None = None
+    statistics: Statistics | None = None
     slope: AutoSlope | None = None
     live_share: LiveShare | None = None
     winners: WinnerWatch | None = None

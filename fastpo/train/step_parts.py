@@ -13,6 +13,8 @@ from fastpo.models.denoisers import Denoisers
 from fastpo.noise import PairNoise
 from fastpo.train.annotators import Annotators
 from fastpo.train.distributed import Processes
+from fastpo.train.logits import logit_sizes
+from fastpo.train.metrics import SparseColumns, table_rows
 from fastpo.train.objective import LossFunction
 from fastpo.train.slope import Slope
 from fastpo.train.state import TrainingState
@@ -118,6 +120,16 @@ class StepParts:
         predictions = PairPredictions(policy, judged.reference, judged.annotators)
         target, beta = judged.noised.target, self._beta(judged.noised.index)
         return self.loss(predictions, target, judged.minority, judged.weight, beta)
+
+    def rows(
+        self, judged: JudgedBatch, out: PairLoss, sparse: SparseColumns | None = None
+    ) -> Tensor:
+        """The micro-batch's rows of the step's table, from the loss just made; see `table_rows`."""
+        statistics = self.state.statistics
+        totals = None if statistics is None else statistics.latest
+        logits = logit_sizes(self.config.objective, out, totals)
+        size = self.config.micro_batch_size
+        return table_rows(judged.batch, judged.noised.index, out, size, logits, sparse)
 
     def slope(self) -> Slope | None:
         """The slope of this step's logits, None where there is no logit."""

@@ -21,12 +21,12 @@ from fastpo.noise import dropped_conditions, setup_noise
 from fastpo.reference_cache.open import open_for_run
 from fastpo.train.annotators import Annotators
 from fastpo.train.auto_slope import make_slope
-from fastpo.train.batch_statistics import RunningStatistics, make_statistics
+from fastpo.train.batch_statistics import make_statistics
 from fastpo.train.data import TrainingData
 from fastpo.train.distributed import Processes
 from fastpo.train.ema import setup_averages
 from fastpo.train.live_share import LiveShare
-from fastpo.train.metrics import StepResult, StepTable, table_rows, with_ending
+from fastpo.train.metrics import StepResult, StepTable, with_ending
 from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import has_moved, setup_schedule
 from fastpo.train.sparse import SparseStep
@@ -59,10 +59,8 @@ class Trainer(StepParts):
         with self.processes.autocast():
             policy = self.denoisers.predict(self.policy, judged.noised, judged.batch.conditions)
         out = self.pair_loss(judged, policy)
-        size = self.config.micro_batch_size
-        rows = table_rows(judged.batch, judged.noised.index, out, size)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
-        return out.loss * (len(batch) / size), rows
+        return out.loss * (len(batch) / self.config.micro_batch_size), self.rows(judged, out)
 
     def optimizer_step(
         self,
@@ -176,7 +174,7 @@ def setup_trainer(
         began=torch.zeros(num_pairs, dtype=torch.bool),
         averages=setup_averages(train, weights),
         scaler=processes.scaler,
-        statistics=reduce if isinstance(reduce, RunningStatistics) else None,
+        statistics=reduce,
         slope=slope,
         live_share=None if train.backward == "all" else LiveShare(train),
         winners=make_watch(train),
