@@ -11,6 +11,9 @@ namespace {
 // Elements of a sample whose sums are one number: it does not depend on the number of threads, so
 // neither do the bits of a sum.
 constexpr int64_t kBlock = 16384;
+// Predictions whose rows are read in turns: more at the same distance would crowd one another out of
+// the same lines of a cache.
+constexpr size_t kTogether = 2;
 constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
 
 ParallelFor parallel = nullptr;
@@ -178,22 +181,31 @@ struct Reduction {
     const int64_t end = std::min(start + kBlock, shape.n_elements);
     double* into = sums.data() + unit * n_sums;
     Buffer* buffers = scratch() + 4;
-    for (int64_t first = start; first < end; first += kPiece) {
-      const int64_t n = std::min<int64_t>(kPiece, end - first);
-      const Shared shared(shape, target, mask, pair, first, n);
-      for (size_t s = 0; s < sources.size(); ++s) {
-        if (sources[s].kind == Kind::ready) continue;
-        for (int side = 0; side < 2; ++side) {
-          into[2 * s + side] += square(sources[s], shared, side, pair, first, n, buffers[side]);
-        }
+    for (size_t s = 0; s < sources.size(); s += kTogether) {
+      const size_t last = std::min(s + kTogether, sources.size());
+      for (int64_t first = start; first < end; first += kPiece) {
+        some(into, s, last, pair, first, std::min<int64_t>(kPiece, end - first), buffers);
       }
-      if (!with_dots) continue;
-      const float* x[2];
-      for (int side = 0; side < 2; ++side) {
-        x[side] = fetch(shape, sources[0], side, pair, first, n, buffers[side]);
-      }
-      into[n_sums - 1] += products(x[0], shared.target[0], x[1], shared.target[1], n);
     }
+  }
+
+  // Of a piece the errors of some sources, and with the first of them the product.
+  void some(double* into, size_t s, size_t last, int64_t pair, int64_t first, int64_t n,
+      Buffer* buffers) const {
+    const bool dots = with_dots && s == 0;
+    const Shared shared(shape, target, mask, pair, first, n);
+    for (; s < last; ++s) {
+      if (sources[s].kind == Kind::ready) continue;
+      for (int side = 0; side < 2; ++side) {
+        into[2 * s + side] += square(sources[s], shared, side, pair, first, n, buffers[side]);
+      }
+    }
+    if (!dots) return;
+    const float* x[2];
+    for (int side = 0; side < 2; ++side) {
+      x[side] = fetch(shape, sources[0], side, pair, first, n, buffers[side]);
+    }
+    into[n_sums - 1] += products(x[0], shared.target[0], x[1], shared.target[1], n);
   }
 };
 
