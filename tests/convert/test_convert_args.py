@@ -133,23 +133,29 @@ def test_the_planner_knows_their_models(converted: dict[str, Config]) -> None:
     }
 
 
-def test_plan_accepts_them(converted: dict[str, Config], tmp_path: Path) -> None:
-    """With tiny models in the place of SD1.5 and SDXL, whose passes take minutes to count."""
-    tiny = {
-        "sd15": tiny_sd15_folder(tmp_path / "sd15"),
-        "sdxl": tiny_sdxl_folder(tmp_path / "sdxl"),
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models to put in the place of SD1.5 and SDXL, whose passes take minutes to count."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "sd15": tiny_sd15_folder(folder / "sd15"),
+        "sdxl": tiny_sdxl_folder(folder / "sdxl"),
     }
-    for name in ("salesforce-sd15", "mapo-lora"):
-        config = converted[name]
-        model = {"path": str(tiny[resolve_architecture(config).family]), "vae": None}
-        small = config.model_copy(
-            update={
-                "model": config.model.model_copy(update=model),
-                "prepare": config.prepare.model_copy(update={"resolution": 32}),
-            }
-        )
-        planned = make_plan(small, gpu="h100", world_size=8, pairs=100_000)
-        assert planned.method == config.train.method and planned.verdict
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_plan_accepts_it(converted: dict[str, Config], tiny: dict[str, Path], name: str) -> None:
+    config = converted[name]
+    model = {"path": str(tiny[resolve_architecture(config).family]), "vae": None}
+    small = config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "prepare": config.prepare.model_copy(update={"resolution": 32}),
+        }
+    )
+    planned = make_plan(small, gpu="h100", world_size=8, pairs=100_000)
+    assert planned.method == config.train.method and planned.verdict
+    assert planned.objective == config.train.objective.name
 
 
 def test_what_cannot_be_carried_over_is_named_at_once(tmp_path: Path) -> None:

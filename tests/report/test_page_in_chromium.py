@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -14,14 +13,9 @@ from fastpo.report import write_report
 from fastpo.testing import tiny_clip_folder
 from fastpo.train import train
 from tests.conftest import raw_config
+from tests.review.browser import chromium, needs_chromium
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (apt install chromium)"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 PROBE = """<script>
 const errors = [];
 const note = e => errors.push(String(e.message || e.target.outerHTML.slice(0, 200)));
@@ -77,9 +71,10 @@ def look(page, width, tmp_path):
     copy, frame = tmp_path / "page.html", tmp_path / "frame.html"
     copy.write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
     frame.write_text(FRAME.format(page=copy.name, width=width))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    options.append("--virtual-time-budget=20000")
     done = subprocess.run(
-        [str(CHROMIUM), *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", str(frame)],
+        [chromium(), *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", str(frame)],
         capture_output=True,
         text=True,
         timeout=180,

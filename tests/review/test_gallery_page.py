@@ -5,13 +5,10 @@ import json
 import pytest
 
 from fastpo.review.gallery import write_gallery
-from tests.review.browser import CHROMIUM, Browser
+from tests.review.browser import Browser, needs_chromium
 from tests.review.world import make_data, make_run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (apt install chromium)"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 VISIBLE = "[...document.querySelectorAll('article')].filter(x => x.style.display != 'none').length"
 
 
