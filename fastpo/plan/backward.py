@@ -24,12 +24,15 @@ class Passes:
     Attributes:
         forward: Forward passes: one, and one more for each pair that is looked at first and then
             differentiated in a second pass.
-        backward: Backward passes, with what checkpointing repeats: the share of the pairs.
+        backward: Backward passes, with what checkpointing repeats. Of a run on several processes
+            both count as these wait for the one with the most.
+        share: The share of the pairs that have one.
         live: The share of pairs that need one, where that is where the numbers come from.
     """
 
     forward: float
     backward: float
+    share: float
     live: float | None = None
 
 
@@ -54,8 +57,9 @@ def plan_backward(config: Config, own: Cost, share: float | None, world: int) ->
     """What a pair costs where some have no backward pass; None with `train.backward: all`.
 
     With s the share of live pairs and D = 3 (4 with gradient checkpointing) a pair takes
-    `min(D, 1 + D s)` passes, a forward pass being 1; the run chooses by these. TFLOP and hours are
-    those of the passes that it then makes, as counted.
+    `min(D, 1 + D s)` passes, a forward pass being 1; the run chooses by these, and where processes
+    wait for one another takes more. TFLOP and hours are those of the passes that it then makes, as
+    counted.
 
     Args:
         config: The experiment. Without `share`, what a run in its `train.output_dir` has noted of
@@ -90,8 +94,8 @@ def _passes(train: TrainConfig, live: float) -> Passes:
     """Passes at a share of live pairs: the run looks first where that is cheaper."""
     dense = _dense(train)
     if 1.0 + dense * live < dense:
-        return Passes(forward=1.0 + live, backward=live, live=live)
-    return Passes(forward=1.0, backward=1.0, live=live)
+        return Passes(forward=1.0 + live, backward=live, share=live, live=live)
+    return Passes(forward=1.0, backward=1.0, share=1.0, live=live)
 
 
 def _noted(train: TrainConfig) -> tuple[Passes, int] | None:
@@ -113,9 +117,14 @@ def _noted(train: TrainConfig) -> tuple[Passes, int] | None:
     known = np.isfinite(share) & np.isfinite(cost)
     if not known.any():
         return None
-    backward, passes = float(share[known].mean()), float(cost[known].mean())
-    beside = 3.0 if then.get("gradient_checkpointing") else 2.0  # a backward pass, as it counted
-    return Passes(max(1.0, passes - beside * backward), backward), int(known.sum())
+    share, cost = share[known], cost[known]
+    dense = 4.0 if then.get("gradient_checkpointing") else 3.0  # as that run has counted
+    # A step that looks first takes 1 + D s, more where processes wait; another way takes less.
+    looked = cost >= 1.0 + dense * share - 1e-9
+    backward = (cost - 1.0) / np.where(looked, dense, dense - 1.0)
+    forward = 1.0 + looked * backward
+    passes = Passes(float(forward.mean()), float(backward.mean()), float(share.mean()))
+    return passes, int(known.sum())
 
 
 def _cost(passes: Passes, own: Cost, dense: float, world: int) -> LiveCost:
@@ -128,7 +137,7 @@ def _cost(passes: Passes, own: Cost, dense: float, world: int) -> LiveCost:
     seconds = own.seconds_per_pair * part
     return LiveCost(
         live=passes.live,
-        share=passes.backward,
+        share=passes.share,
         passes=passes.forward + (dense - 1.0) * passes.backward,
         tflop=tflop,
         seconds_per_pair=seconds,

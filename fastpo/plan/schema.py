@@ -209,8 +209,9 @@ class LiveCost(_Record):
     Attributes:
         live: The share of pairs that need a backward pass, if the plan was made for one.
         share: The share of pairs that get one.
-        passes: Passes through the policy a pair, as in `backward/cost` of a run's metrics.
-        tflop: TFLOP a pair, all parts.
+        passes: Passes through the policy a pair, as in `backward/cost` of a run's metrics: as long
+            as processes wait for the one with the most.
+        tflop: TFLOP a pair, all parts, of these passes.
         seconds_per_pair: Of one process.
         pairs_per_second: Of all processes.
         hours: Hours of the whole run; None where its number of visits is not known.

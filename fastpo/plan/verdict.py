@@ -160,7 +160,8 @@ def _sparse(checkpointing: bool) -> str:
     return (
         "train.backward: the table's columns are counted as if every pair had a backward pass "
         f"({dense} passes through the policy, with its forward pass as one). Where a share s below "
-        f"{(dense - 1) / dense:.2f} of the pairs is live, they take 1 + {dense} s; behind a gate "
-        "that the ledger has closed a pair takes 1 in any case. A run counts a backward pass as "
-        "two; TFLOP and hours are those of the modules."
+        f"{(dense - 1) / dense:.2f} of the pairs is live, they take 1 + {dense} s, and more on "
+        "several processes, which wait for the one with the most; behind a gate that the ledger "
+        "has closed a pair takes 1 in any case. A run counts a backward pass as two; TFLOP and "
+        "hours are those of the modules."
     )

@@ -125,6 +125,16 @@ def test_closed_gates_of_a_run_are_no_second_forward_pass(plan, tmp_path, checkp
     assert found.tflop == pytest.approx(flops.total - flops.policy + policy)
 
 
+def test_processes_that_wait_cost_what_they_wait_for(plan, tmp_path):
+    """Looking first takes 1.75 of a quarter of the pairs; 2.2 where one process has 0.4."""
+    note(tmp_path / "run", [(0.25, 2.2), (1.0, 3.0)])
+    planned = plan()
+    (found,), flops = planned.backward.costs, planned.costs[0].flops
+    assert (found.share, found.passes) == (0.625, pytest.approx(2.6))
+    policy = (1.4 + 1.0) / 2 * flops.policy_forward + (0.4 + 1.0) / 2 * flops.policy_backward
+    assert found.tflop == pytest.approx(flops.total - flops.policy + policy)
+
+
 def test_the_user_s_share_comes_before_the_run_s(plan, tmp_path):
     note(tmp_path / "run", [(0.5, 2.5)])
     assert plan().backward.costs[0].share == 0.5
