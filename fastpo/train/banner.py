@@ -79,6 +79,8 @@ def _backward(trainer: Trainer) -> dict[str, str]:
         "sampled": f"gradient scales from {config.backward_threshold:g} on, and part of the others",
     }[config.backward]
     late = f"; {share.value:.0%} needed one of late" if share.known else ""
+    if late and trainer.processes.count > 1:
+        late += " on the process with the most"
     return {"backward": which + late}
 
 
