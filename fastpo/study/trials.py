@@ -24,6 +24,7 @@ LAYOUT = 1  # raised when the numbers of a row come to mean something else
 # A digest leaves out keys at their defaults, so that a new key keeps the rows that are known. Where
 # a default changes, rows of runs that had the former one are to be taken out of the tables.
 FOLDERS = ("model.path", "data.path", "prepare.cache_dir", "train.output_dir")
+LENGTHS = ("train.epochs", "train.max_steps", "train.round_epochs")
 DECIDED = ("cache", "run", "images")
 LENGTH = 12  # of a digest, in a folder's name and in the table
 
@@ -131,7 +132,7 @@ class Trial:
         keys = self.keys
         if self.short:  # the world says how few steps
             raw = with_keys(raw, {"train.round_epochs": None})
-            keys = {k: v for k, v in keys.items() if k not in ("train.epochs", "train.max_steps")}
+            keys = {k: v for k, v in keys.items() if k not in LENGTHS}
         return parse_config(with_keys(raw, keys, where=str(self)), where=str(self))
 
     @cached_property
