@@ -40,7 +40,7 @@ DEFAULT_TARGETS = {
 }
 """Layers that `model.target_modules: default` means."""
 NOTHING = (
-    *("launcher", "main_process_port", "model.model_type", "train.trainer_type"),
+    *("launcher", "main_process_port"),
     *("data.force_reprocess", "data.enable_preprocess", "data.cache_dir", "data.sampler_type"),
     *("data.sampler_subgroup_size", "model.resume_type", "model.target_components"),
     *("model.master_weight_dtype", "model.attn_backend", "log.project", "log.save_freq"),
@@ -49,7 +49,7 @@ NOTHING = (
     *("train.ema_decay_schedule", "train.latent_storage_dtype", "optimizers.name"),
     *("train.offload_samples_to_cpu", "train.shuffle_samples", "train.gradient_step_per_epoch"),
 )
-"""Keys that change no result of an offline run, or that only say which trainer it is."""
+"""Keys that change no result of an offline run."""
 
 
 def _fractions(text: str) -> tuple[float, float]:
@@ -72,21 +72,25 @@ SIDES = ("height", "width")
 _SIZE = ("prepare.resolution",)
 _SPREAD = ("train.timesteps",)
 TOGETHER = {
-    "num_processes": Rule(read=whole),
-    "config_file": Rule(sets=("train.deepspeed",)),
-    "data.datasets": Rule(sets=("data.sources",)),
-    "model.lora_alpha": Rule(read=number, sets=("train.lora.alpha",)),
+    "num_processes": Rule(read=whole, about="how the run is launched"),
+    "train.trainer_type": Rule(about=f"`{TRAINER}` alone"),
+    "model.model_type": Rule(about=f"one of {', '.join(MODELS)}"),
+    "config_file": Rule(sets=("train.deepspeed",), about="of accelerate, told by its name"),
+    "data.datasets": Rule(sets=("data.path", "data.sources"), about="or `--data`"),
+    "model.lora_alpha": Rule(read=number, sets=("train.lora.alpha",), about="else twice the rank"),
     "model.target_modules": Rule(read=names, sets=("train.lora.target_modules",)),
     "log.run_name": Rule(sets=("train.output_dir", "prepare.cache_dir")),
     "log.save_dir": Rule(sets=("train.output_dir",)),
-    "train.beta": Rule(read=number, sets=("train.objective.beta",)),
+    "train.beta": Rule(read=number, sets=("train.objective.beta",), about="half of it"),
     "train.weighting_scheme": Rule(sets=_SPREAD),
-    "train.logit_mean": Rule(read=number, sets=_SPREAD),
+    "train.logit_mean": Rule(read=number, sets=_SPREAD, about="with the other sign"),
     "train.logit_std": Rule(read=number, sets=_SPREAD),
     "train.timestep_range": Rule(
-        read=_fractions, sets=("train.min_timestep", "train.max_timestep")
+        read=_fractions,
+        sets=("train.min_timestep", "train.max_timestep"),
+        about="from the other end, in thousandths",
     ),
-    "train.time_shift": Rule(read=positive, sets=("train.flow_shift",)),
+    "train.time_shift": Rule(read=positive, sets=("train.flow_shift",), about="its inverse"),
     "train.ema_decay": Rule(read=number, sets=("train.ema_decay",)),
     "train.resolution": Rule(read=_sides, sets=_SIZE),
     **{f"train.{side}": Rule(read=whole, sets=_SIZE) for side in SIDES},
@@ -100,7 +104,7 @@ RULES = {
     "data.dataloader_num_workers": Rule("train.loader_workers", whole),
     "model.model_name_or_path": Rule("model.path"),
     "model.finetune_type": Rule("train.method"),
-    "model.lora_rank": Rule("train.lora.rank", whole),
+    "model.lora_rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",)),
     "model.resume_path": Rule(refuse="start from earlier adapters by model.lora"),
     "log.logging_backend": Rule(
         "train.trackers",

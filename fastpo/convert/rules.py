@@ -76,6 +76,7 @@ class Rule:
         refuse: Why it cannot be carried over.
         harmless: Texts of its value that change nothing, so that nothing is said or refused.
         sets: Keys that it decides together with other options, which the trainer's module does.
+        about: What the documentation's table adds to that.
     """
 
     key: str | None = None
@@ -85,6 +86,7 @@ class Rule:
     refuse: str | None = None
     harmless: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
+    about: str | None = None
 
 
 @dataclass

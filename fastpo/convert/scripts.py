@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from fastpo.convert.launch import Launch
 from fastpo.convert.rules import Draft, Rule, apply_rules, number, read_option, truth, whole
@@ -27,9 +26,9 @@ COMMON = {
     "pretrained_vae_model_name_or_path": Rule("model.vae"),
     "revision": Rule("model.revision"),
     "variant": Rule("model.variant"),
-    "dataset_name": Rule("data.path"),
+    "dataset_name": Rule("data.path", sets=("data.source",), about="or `--data`"),
     "max_train_samples": Rule("data.limit", whole, note="data.limit takes the first, not a draw"),
-    "output_dir": Rule("train.output_dir"),
+    "output_dir": Rule("train.output_dir", sets=("prepare.cache_dir",)),
     "cache_dir": Rule(note="the hub's own cache is chosen by HF_HOME"),
     "seed": Rule("seed", whole),
     "resolution": Rule("prepare.resolution", whole),
@@ -37,12 +36,20 @@ COMMON = {
     "no_hflip": Rule(switch=True),
     "train_batch_size": Rule("train.micro_batch_size", whole),
     "num_train_epochs": Rule("train.epochs", whole),
-    "max_train_steps": Rule("train.max_steps", whole),
+    "max_train_steps": Rule(
+        "train.max_steps", whole, sets=("train.epochs",), about="goes before epochs"
+    ),
     "gradient_accumulation_steps": Rule("train.accumulation_steps", whole),
     "gradient_checkpointing": Rule("train.gradient_checkpointing", switch=True),
     "learning_rate": Rule("train.optim.lr", number),
-    "scale_lr": Rule(switch=True, sets=("train.optim.lr",)),
-    "lr_scheduler": Rule("train.optim.schedule"),
+    "scale_lr": Rule(
+        switch=True, sets=("train.optim.lr",), about="times the pairs of a step of all processes"
+    ),
+    "lr_scheduler": Rule(
+        "train.optim.schedule",
+        sets=("train.optim.warmup_steps",),
+        about="`constant` warms nothing up",
+    ),
     "lr_warmup_steps": Rule("train.optim.warmup_steps", whole),
     "dataloader_num_workers": Rule("train.loader_workers", whole),
     "adam_weight_decay": Rule("train.optim.weight_decay", number),
@@ -62,26 +69,32 @@ COMMON = {
 _LATER = {
     "dataset_split_name": Rule("data.split"),
     "run_validation": Rule(switch=True, note=_IMAGES),
-    "validation_steps": Rule(read=whole, note=_IMAGES),
+    "validation_steps": Rule(read=whole),
     "checkpoints_total_limit": Rule("train.keep_checkpoints", whole),
     "lr_num_cycles": Rule(refuse="only one cycle is made", harmless=("1",)),
     "lr_power": Rule(refuse="only power 1 is made", harmless=("1", "1.0")),
-    "use_8bit_adam": Rule(switch=True, sets=("train.optim.name",)),
+    "use_8bit_adam": Rule(switch=True, sets=("train.optim.name",), about="`adamw_8bit`"),
     "push_to_hub": Rule(switch=True, note=_HUB),
-    "enable_xformers_memory_efficient_attention": Rule(switch=True, sets=("train.attention",)),
+    "enable_xformers_memory_efficient_attention": Rule(
+        switch=True, sets=("train.attention",), about="`xformers`"
+    ),
     "tracker_name": Rule(),
 }
 _DIFFUSERS = {
     **COMMON,
     **_LATER,
-    "beta_dpo": Rule(read=number, sets=("train.objective.beta",)),
+    "beta_dpo": Rule(
+        read=number, sets=("train.objective.beta",), about="as it is of SD1.5, half of SDXL"
+    ),
     "hub_token": Rule(note=_HUB),
     "vae_encode_batch_size": Rule("prepare.batch_size", whole),
     "prior_generation_precision": Rule(),
-    "rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",)),
+    "rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",), about="alpha is equal"),
 }
-SD15_RULES = {**_DIFFUSERS, "loss_type": Rule(sets=("train.objective.name",))}
-SDXL_RULES = {**_DIFFUSERS, "is_turbo": Rule(switch=True, sets=("train.timesteps",))}
+_LOSS = Rule(sets=("train.objective.name",), about="`sigmoid` is `dpo`; `hinge`; not `ipo`")
+SD15_RULES = {**_DIFFUSERS, "loss_type": _LOSS}
+_TURBO = Rule(switch=True, sets=("train.timesteps",), about="249, 499, 749, 999 alone")
+SDXL_RULES = {**_DIFFUSERS, "is_turbo": _TURBO}
 MAPO_RULES = {
     **COMMON,
     **_LATER,
@@ -92,18 +105,19 @@ MAPO_RULES = {
         "data.flip_rate", number, note="the same pairs stay flipped; there they are drawn each time"
     ),
     "remove_ties": Rule(harmless=("true", "1"), refuse="ties are always left out"),
-    "lora_rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",)),
+    "lora_rank": Rule("train.lora.rank", whole, sets=("train.lora.alpha",), about="alpha is equal"),
 }
 SALESFORCE_RULES = {
     **COMMON,
     "split": Rule("data.split"),
-    "beta_dpo": Rule(read=number, sets=("train.objective.beta",)),
+    "beta_dpo": Rule(read=number, sets=("train.objective.beta",), about="half of it"),
     "sdxl": Rule(
         switch=True,
         sets=("train.optim.name", "train.gradient_checkpointing", "prepare.resolution"),
+        about="`adafactor`, `true`, 1024 (else 512)",
     ),
-    "sft": Rule(switch=True, sets=("train.objective.name",)),
-    "use_adafactor": Rule(switch=True, sets=("train.optim.name",)),
+    "sft": Rule(switch=True, sets=("train.objective.name", "train.objective.beta"), about="`sft`"),
+    "use_adafactor": Rule(switch=True, sets=("train.optim.name",), about="`adafactor`"),
     "proportion_empty_prompts": Rule("train.empty_prompt_rate", number),
     "tracker_project_name": Rule(),
     "hard_skip_resume": Rule(switch=True),
@@ -136,7 +150,6 @@ class Script:
     rules: Mapping[str, Rule]
     defaults: Mapping[str, str]
     finish: Callable[[Given, Draft], None]
-    always: Mapping[str, Any] = field(default_factory=dict)
 
 
 _LATER_DEFAULTS = {
@@ -162,7 +175,6 @@ def convert_script(script: Script, launch: Launch, *, processes: int | None, dra
     given.setdefault("mixed_precision", "no")
     count = processes or launch.processes or 1
     apply_rules(script.rules, given, draft)
-    draft.keys |= script.always
     _common(given, count, draft)
     _launcher(launch, count, draft)
     script.finish(given, draft)

@@ -90,14 +90,21 @@ ASIDE = (
 )
 """Beginnings of options for what happens beside the training: memory, disk, hub, validation."""
 NOTHING = (
-    *("data_backend_config", "model_family", "flow_timesteps_mode", "prediction_type"),
-    *("accelerate_config", "tracker_run_name", "allow_tf32", "ema_device", "ema_update_interval"),
+    *(
+        "flow_timesteps_mode",
+        "prediction_type",
+        "accelerate_config",
+        "tracker_run_name",
+        "allow_tf32",
+        "ema_device",
+        "ema_update_interval",
+    ),
     *("logging_dir", "lycoris_config", "compress_disk_cache", "minimum_image_size"),
     *("aspect_bucket_rounding", "num_machines", "strict_epoch_limit", "text_encoder_batch_size"),
     *("base_model_default_dtype", "dynamo_backend", "fuse_qkv_projections", "lr_end"),
     *("accelerator_cache_clear_interval", "torch_num_threads"),
 )
-"""Options that change no result, or that only say which model it is."""
+"""Options that change no result."""
 
 
 def read_mapping(text: str) -> dict[str, Any]:
@@ -108,33 +115,50 @@ def read_mapping(text: str) -> dict[str, Any]:
     return found
 
 
+_SLOPE = ("train.objective.beta", "train.auto_slope")
 _BETAS = Rule(read=number, sets=("train.optim.betas",))
 _LENGTH = Rule(read=whole, sets=("train.max_steps", "train.epochs"))
+_SIZE = Rule(
+    read=positive,
+    sets=("prepare.resolution", "train.objective.beta"),
+    about="beta by the elements of a latent",
+)
 _EVERY = Rule(read=whole, sets=("train.sample_every",))
 _SPREAD, _SHIFT = ("train.timesteps",), ("train.flow_shift",)
 TOGETHER = {
-    "num_processes": Rule(read=whole),
-    "model_flavour": Rule(sets=("model.path",)),
-    "distillation_method": Rule(sets=("train.objective.name",)),
-    "distillation_config": Rule(
-        read=read_mapping, sets=("train.objective.beta", "train.auto_slope")
+    "data_backend_config": Rule(about="refused without `--data`, which names the pairs"),
+    "num_processes": Rule(read=whole, about="how the run is launched"),
+    "model_family": Rule(sets=("model.path",), about=f"one of {', '.join(FAMILIES)}"),
+    "model_flavour": Rule(sets=("model.path",), about="with `model_family`"),
+    "distillation_method": Rule(
+        sets=("train.objective.name", *_SLOPE), about="`flow_dpo` is `dpo`; none is `sft`"
     ),
-    "flow_custom_timesteps": Rule(read=numbers, sets=_SPREAD),
+    "distillation_config": Rule(
+        read=read_mapping,
+        sets=_SLOPE,
+        about="half of beta, times a latent's elements with `norm_type: sum`",
+    ),
+    "flow_custom_timesteps": Rule(read=numbers, sets=(*_SPREAD, *_SHIFT), about="no shift then"),
     "flow_use_uniform_schedule": Rule(switch=True, sets=_SPREAD),
     "flow_sigmoid_scale": Rule(read=number, sets=_SPREAD),
     "flow_schedule_shift": Rule(read=number, sets=_SHIFT),
-    "flow_schedule_auto_shift": Rule(switch=True, sets=_SHIFT),
+    "flow_schedule_auto_shift": Rule(switch=True, sets=_SHIFT, about="the model's own"),
     "snr_gamma": Rule(read=number, sets=("train.snr_gamma",)),
     "lora_alpha": Rule(read=number, sets=("train.lora.alpha",)),
     "base_model_precision": Rule(sets=("train.quantize_base",)),
-    "resolution": Rule(read=positive, sets=("prepare.resolution",)),
-    "resolution_type": Rule(sets=("prepare.resolution",)),
+    "resolution": _SIZE,
+    "resolution_type": Rule(sets=_SIZE.sets, about="`area`: of so many megapixels"),
     **{"num_train_epochs": _LENGTH, "max_train_steps": _LENGTH},
-    "optimizer": Rule(sets=("train.optim.name",)),
-    "optimizer_config": Rule(sets=("train.optim.weight_decay",)),
+    "optimizer": Rule(
+        sets=("train.optim.name", "train.optim.eps"), about="eps 1e-6 of `adamw_bf16`"
+    ),
+    "optimizer_config": Rule(sets=("train.optim.weight_decay",), about="`weight_decay` alone"),
     **{f"{name}_beta{i}": _BETAS for name in ("optimizer", "adam") for i in (1, 2)},
-    "lr_scheduler": Rule(sets=("train.optim.schedule",)),
-    "lr_power": Rule(read=number),
+    "lr_scheduler": Rule(
+        sets=("train.optim.schedule", "train.optim.warmup_steps"),
+        about="`constant` warms nothing up",
+    ),
+    "lr_power": Rule(read=number, about="of `polynomial`, 1 alone"),
     "use_ema": Rule(switch=True, sets=("train.ema_decay",)),
     "ema_decay": Rule(read=number, sets=("train.ema_decay",)),
     "validation_prompt": Rule(sets=("train.sample_prompts",)),
@@ -155,11 +179,16 @@ RULES = {
     "pretrained_vae_model_name_or_path": Rule("model.vae"),
     "revision": Rule("model.revision"),
     "variant": Rule("model.variant"),
-    "output_dir": Rule("train.output_dir"),
+    "output_dir": Rule("train.output_dir", sets=("prepare.cache_dir",)),
     "seed": Rule("seed", whole),
     "model_type": Rule("train.method"),
     "lora_type": Rule(harmless=("standard",), refuse="adapters are LoRA, not LyCORIS"),
-    "lora_rank": Rule("train.lora.rank", whole),
+    "lora_rank": Rule(
+        "train.lora.rank",
+        whole,
+        sets=("train.lora.alpha",),
+        about="alpha is equal unless `lora_alpha` is given",
+    ),
     "lora_dropout": Rule("train.lora.dropout", number),
     "lora_init_type": Rule(harmless=("default", "true"), refuse="adapters begin as peft's do"),
     "use_dora": Rule("train.lora.use_dora", switch=True),
