@@ -132,5 +132,6 @@ def make_statistics(config: TrainConfig, all_reduce: Reduce | None) -> Statistic
         return None
     if config.statistics == "running":
         return RunningStatistics()
-    shared = config.statistics == "processes" and all_reduce is not None
-    return Statistics(all_reduce) if shared else None
+    if config.statistics == "micro_batch" or all_reduce is None:
+        return None
+    return Statistics(all_reduce)
