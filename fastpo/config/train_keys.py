@@ -55,7 +55,8 @@ class TrainKeys(Section):
     begins, and follows the running mean of the margins' sizes. None: the slope stays."""
     slope_by_timestep: Annotated[bool, decides("run")] = False
     """Divides the slope by how large margins are at the pair's timestep, relative to all: a running
-    mean by tenths of the schedule. So no timestep saturates before others (arXiv 2505.18736)."""
+    geometric mean of their sizes by tenths of the schedule, over that of all tenths. So no timestep
+    saturates before others (arXiv 2505.18736)."""
     optim: OptimConfig = OptimConfig()
     epochs: Annotated[Positive | None, decides("run")] = None
     """How often each pair is visited; may be a fraction. This or max_steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastpo.config import Objective, TrainConfig
@@ -137,6 +138,22 @@ class StepParts:
         if beta is None or not self.config.slope_by_timestep:
             return None if beta is None else Slope(beta)
         return Slope(beta, ledger.bin_sizes(), ledger.bins)
+
+    def fresh_slope(self, timesteps: Tensor) -> Tensor | float:
+        """The unit of gradient scales: `|dloss/de|` where policy and reference agree.
+
+        With `train.slope_by_timestep` each pair's own, as its beta is: `(B,)` float64.
+
+        Args:
+            timesteps: `(B,)`, the pairs' places in the noise schedule.
+        """
+        objective, slope = self.objective, self.slope()
+        if slope is None or slope.sizes is None:
+            return objective.fresh_slope()
+        sizes = slope.sizes.double().tolist()
+        units = [objective.with_slope(slope.value / size).fresh_slope() for size in sizes]
+        of_bins = torch.tensor(units, dtype=torch.float64).to(timesteps.device, non_blocking=True)
+        return of_bins[slope.bins(timesteps)]
 
     def _beta(self, timesteps: Tensor) -> Tensor | float | None:
         """What takes the objective's beta's place; None where that is what holds."""
