@@ -27,10 +27,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from fastpo.config import AdaptiveOptions, LedgerAnnotators
+from fastpo.config import AdaptiveOptions, LedgerAnnotators, TrainConfig
+from fastpo.errors import ConfigError
 from fastpo.loss import PairLoss
+from fastpo.system.words import counted
 from fastpo.train.live_share import LiveShare
 from fastpo.train.metrics import SparseColumns, StepCost
 from fastpo.train.passes import Passes, longest_passes, sparse_passes, whole_passes
@@ -57,7 +60,7 @@ class Answer:
     scale: Tensor
 
 
-def gradient_scale(slopes: Tensor, errors: Tensor, unit: float) -> Tensor:
+def gradient_scale(slopes: Tensor, errors: Tensor, unit: Tensor | float) -> Tensor:
     """How strongly a pair pulls: `B max_side |dloss/de| / unit`, `(B,)` float64.
 
     With N elements a side, `g = dloss/de 2 (prediction - target) / N`, hence
@@ -66,7 +69,8 @@ def gradient_scale(slopes: Tensor, errors: Tensor, unit: float) -> Tensor:
     Args:
         slopes: `(2B, ...)`, g.
         errors: `(2B,)` the policy's errors e.
-        unit: `|dloss/de|` of a pair of weight 1 on which policy and reference agree.
+        unit: `|dloss/de|` of a pair of weight 1 on which policy and reference agree; one number, or
+            one for each pair `(B,)`.
     """
     flat = slopes.double().flatten(1)
     slope = flat.norm(dim=1) * (flat.shape[1] / errors.double()).sqrt() / 2.0
@@ -88,6 +92,28 @@ def backward_weights(chance: Tensor, batch: PairBatch, *, seed: int) -> Tensor:
     chance = torch.ceil(chance * 2.0**24) * 2.0**-24
     draw = pair_uniform(batch.pair_key, batch.visit, seed=seed, stream=Stream.BACKWARD)
     return torch.where(draw < chance, 1.0 / chance, 0.0)
+
+
+def check_dropout(policy: nn.Module, config: TrainConfig) -> None:
+    """Refuses a model with dropout of its own: a second forward pass would have another mask.
+
+    Raises:
+        ConfigError: `train.backward` is not `all`, and a module drops; the text names the first.
+    """
+    dropping = [
+        (name, module.p)
+        for name, module in policy.named_modules()
+        if isinstance(module, _DropoutNd) and module.p > 0.0
+    ]
+    if config.backward == "all" or not dropping:
+        return
+    (name, p), more = dropping[0], len(dropping) - 1
+    others = f" and {counted(more, 'other module')}" if more else ""
+    raise ConfigError(
+        f"train.backward: {config.backward} decides by one forward pass and differentiates "
+        f"another, whose dropout would differ; the model drops {p:g} in {name}{others}: set its "
+        "dropout to 0 in its config.json, or use train.backward: all"
+    )
 
 
 @dataclass(frozen=True)
@@ -295,9 +321,8 @@ class SparseStep:
         config, leaf = self.trainer.config, policy.detach().requires_grad_()
         out = self.trainer.pair_loss(judged, leaf)
         (slopes,) = torch.autograd.grad(out.loss, leaf)
-        scale = gradient_scale(
-            slopes, out.policy_error.detach(), self.trainer.objective.fresh_slope()
-        )
+        unit = self.trainer.fresh_slope(judged.noised.index)
+        scale = gradient_scale(slopes, out.policy_error.detach(), unit)
         # A short micro-batch weighs by its pairs, so that every pair weighs the same.
         return Answer(out, slopes * (len(judged.batch) / config.micro_batch_size), scale)
 

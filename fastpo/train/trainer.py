@@ -29,7 +29,7 @@ from fastpo.train.live_share import LiveShare
 from fastpo.train.metrics import StepResult, StepTable, with_ending
 from fastpo.train.objective import build_loss
 from fastpo.train.optimizer import has_moved, setup_schedule
-from fastpo.train.sparse import SparseStep
+from fastpo.train.sparse import SparseStep, check_dropout
 from fastpo.train.state import TrainingState
 from fastpo.train.step_parts import StepParts
 from fastpo.train.winner_watch import make_watch
@@ -150,6 +150,7 @@ def setup_trainer(
     torch.manual_seed(config.seed)  # the adapters' first values
     denoiser = model.family.load_denoiser(model, dtype=loading_dtype(train))
     denoisers = setup_denoisers(model.family, denoiser, train, needs_reference=train.runs_reference)
+    check_dropout(denoisers.policy, train)
     if config.model.lora is not None:
         start_from_lora(model.family, denoisers.policy, config.model.lora)
     if denoisers.frozen is not None:

@@ -43,6 +43,27 @@ def run_jobs(words):
     run_all(Path(words[0]))
 
 
+@pytest.fixture(scope="session")
+def steps_on_two():
+    """Makes the steps of `sparse_steps.py` on two processes: `steps_on_two(folder, jobs)`."""
+
+    def launch(folder, jobs):
+        listed = folder / "steps.json"
+        listed.write_text(json.dumps(jobs))
+        env = {"DS_ACCELERATOR": "cpu"}
+        with two_ranks(folder / "out", lambda _: [listed], act=make_steps, env=env) as ranks:
+            codes = ranks.exit_codes(timeout=3600)
+            assert codes == [0, 0], ranks.text(0)[-6000:] + ranks.text(1)[-6000:]
+
+    return launch
+
+
+def make_steps(words):
+    from tests.end_to_end.sparse_steps import run_all as make_all  # needs DeepSpeed
+
+    make_all(Path(words[0]))
+
+
 @pytest.fixture
 def run(experiment, read_metrics):
     """Trains a small experiment: `run(**options)` gives its metrics."""
