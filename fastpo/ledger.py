@@ -238,9 +238,12 @@ class PairLedger:
         The moments are forgotten: the new model's margins begin small.
 
         Args:
-            keep: Factor of the sums of votes, in [0, 1]; at 0 every pair is open again.
+            keep: Factor of the sums of votes, in [0, 1]; at 0 every pair is open again, as one
+                that was never judged.
         """
         self.total.mul_(keep)
+        if keep == 0.0:  # votes that sum to 0 are a doubt of one half, which closes a gate
+            self.visits.zero_()
         self.moments.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:

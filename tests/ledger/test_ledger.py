@@ -363,3 +363,16 @@ def test_the_readmes_example_runs_and_finds_the_wrong_labels():
     ledger = scope["judge"]
     assert ledger.visits.max() > 4
     assert auroc(ledger, flipped) > 0.9
+
+
+def test_a_round_that_keeps_no_votes_closes_no_pair():
+    index, margin, timestep, flipped = stream(60, 6)
+    ledger = fed(index, margin, timestep, step=20)
+    before = ledger.minority()
+    assert 0 < int((before >= 0.5).sum()) < 60
+    ledger.begin_round(0.5)
+    assert torch.equal(ledger.minority() >= 0.5, before >= 0.5)
+    ledger.begin_round(0.0)
+    assert not bool(ledger.minority().any())
+    ledger.update(index[:20], margin[:20], timestep[:20])
+    assert bool((ledger.minority() >= 0.5).any()) or ledger.min_visits > 1
