@@ -366,7 +366,7 @@ def test_the_readmes_example_runs_and_finds_the_wrong_labels():
 
 
 def test_a_round_that_keeps_no_votes_closes_no_pair():
-    index, margin, timestep, flipped = stream(60, 6)
+    index, margin, timestep, _ = stream(60, 6)
     ledger = fed(index, margin, timestep, step=20)
     before = ledger.minority()
     assert 0 < int((before >= 0.5).sum()) < 60
