@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -20,6 +19,7 @@ from fastpo.config.fields import (
     SomeShare,
     decides,
 )
+from fastpo.system.files import user_path
 
 Verify = Literal["always", "first", "never"]
 SourceKind = Literal["pickapic", "hpdv2", "pickstyle", "picksafety", "folder"]
@@ -158,7 +158,7 @@ class DataConfig(Section):
 
 def _free_name(path: Any, taken: set[Any]) -> str:
     """The last part of a path as a name that is not taken."""
-    plain = re.sub(r"[^\w.-]+", "-", Path(str(path)).expanduser().name)[:90] or "data"
+    plain = re.sub(r"[^\w.-]+", "-", user_path(str(path)).name)[:90] or "data"
     if plain not in taken:
         return plain
     return next(f"{plain}-{n}" for n in range(2, 1 << 20) if f"{plain}-{n}" not in taken)

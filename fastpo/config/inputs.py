@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastpo.config.load import Config
+from fastpo.system.files import user_path
 
 
 def input_paths(config: Config) -> list[Path]:
@@ -21,4 +22,4 @@ def input_paths(config: Config) -> list[Path]:
         config.evaluate.prompts_file,
         *(text.partition(":")[2] for text in config.evaluate.prompt_sets if ":" in text),
     )
-    return [Path(path).expanduser() for path in named if path is not None]
+    return [user_path(path) for path in named if path is not None]

@@ -38,7 +38,7 @@ from fastpo.evaluate.sampling import (
 from fastpo.evaluate.scorers import Scorer, Scores, build_scorer
 from fastpo.evaluate.table import Comparison, compare_models
 from fastpo.evaluate.table_files import write_table
-from fastpo.system.files import make_folder, write_json
+from fastpo.system.files import make_folder, user_path, write_json
 from fastpo.system.json_text import read_json
 from fastpo.system.locks import FolderLocks
 from fastpo.system.ownership import Kind, claim
@@ -317,7 +317,7 @@ class CellScores:
 
 def _stamps(text: str) -> list[list[Any]]:
     """Sizes and times of a scorer's local files, which tell when its weights were replaced."""
-    place = Path(text.partition(":")[2] or ".").expanduser()
+    place = user_path(text.partition(":")[2] or ".")
     if ":" not in text or not place.exists():
         return []
     files = sorted(f for f in place.iterdir() if f.is_file()) if place.is_dir() else [place]

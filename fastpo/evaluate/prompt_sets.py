@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastpo.config import Config
 from fastpo.errors import ConfigError, one_line
+from fastpo.system.files import user_path
 from fastpo.system.json_text import parse_json, read_bounded, read_json
 from fastpo.types import MOST_PROMPT
 
@@ -92,7 +93,7 @@ def read_prompt_set(text: str, *, most: int | None = None) -> PromptSet:
     if not colon or not place:
         raise ConfigError(f"evaluate.prompt_sets: {name} needs its file or folder: {name}:PATH")
     source = SETS[name]
-    files = _files(name, source, Path(place).expanduser())
+    files = _files(name, source, user_path(place))
     rows: dict[str, str] = {}
     for file in files if source.together else [files[0]]:
         fresh = dict(row for row in _rows(name, source, file) if row[0] not in rows)

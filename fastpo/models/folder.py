@@ -27,7 +27,7 @@ from fastpo.models.quiet import without_bars
 from fastpo.models.registry import detect
 from fastpo.models.trained import base_of, holds_an_export
 from fastpo.system import json_text
-from fastpo.system.files import listing
+from fastpo.system.files import listing, user_path
 
 if TYPE_CHECKING:
     from fastpo.models.family import ModelFamily
@@ -76,7 +76,7 @@ class ModelFolder:
         Raises:
             ModelError: As `resolve_model_folder`.
         """
-        file = Path(config.path).expanduser()
+        file = user_path(config.path)
         if file.is_file():
             check_single_file(file)
             path = resolve_config_folder(config.config, file, config.revision)
@@ -119,7 +119,7 @@ class ModelFolder:
     def weights_file(self, name: str) -> Path | None:
         """Returns the single file with a component's weights, or None: they lie in its folder."""
         if name == "vae" and self.other_vae is not None:
-            file = Path(self.other_vae).expanduser()
+            file = user_path(self.other_vae)
             return file if file.is_file() else None
         if self.place(name) != self.path:
             return None
@@ -171,7 +171,7 @@ def resolve_model_folder(
     Raises:
         ModelError: Neither a folder nor a reachable repository, or without `model_index.json`.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     folder = local if local.is_dir() else download_pipeline(path, revision, variant)
     if not (folder / "model_index.json").is_file():
         raise ModelError(
@@ -201,7 +201,7 @@ def resolve_config_folder(config: str | None, file: Path, revision: str | None) 
             f"hub id, of the model that it was made from (by its names {usual}): its "
             "configurations, tokenizers and scheduler are read, no weights"
         )
-    folder = Path(config).expanduser()
+    folder = user_path(config)
     if not folder.is_dir():
         folder = download_configurations(config, revision)
     if not (folder / "model_index.json").is_file():
@@ -219,7 +219,7 @@ def resolve_vae_folder(path: str, *, variant: str | None = None) -> Path:
     Raises:
         ModelError: Neither a folder nor a reachable repository, or it holds no VAE.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     folder = local if local.is_dir() else download_vae(path, variant)
     for candidate in (folder / "vae", folder):
         config = candidate / "config.json"

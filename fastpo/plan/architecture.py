@@ -20,6 +20,7 @@ from fastpo.models.hub import is_hub_id
 from fastpo.models.registry import detect, load_family
 from fastpo.models.trained import holds_an_export
 from fastpo.plan import transformers
+from fastpo.system.files import user_path
 
 PACKAGED: dict[str, str] = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -134,7 +135,7 @@ def resolve_architecture(config: Config) -> Architecture:
             local cache nor packaged.
     """
     model = config.model
-    folder, cached = Path(model.path).expanduser(), False
+    folder, cached = user_path(model.path), False
     known = folder.is_file() or holds_an_export(folder)
     whole = ModelFolder.resolve(model) if known else ModelFolder(folder)
     folder = whole.path
@@ -210,9 +211,9 @@ def _vae_config(model: ModelConfig, own: Path | None, family: str) -> dict[str, 
             if own is None
             else read_json(resolve_vae_folder(str(own)) / "config.json")
         )
-    if own is not None and Path(model.vae).expanduser().is_file():
+    if own is not None and user_path(model.vae).is_file():
         return read_json(resolve_vae_folder(str(own)) / "config.json")
-    if Path(model.vae).expanduser().is_dir():
+    if user_path(model.vae).is_dir():
         return read_json(resolve_vae_folder(model.vae) / "config.json")
     for name in ("vae/config.json", "config.json"):
         found = _cached(model.vae, name, None)

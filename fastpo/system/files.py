@@ -203,6 +203,11 @@ def make_folder(path: Path) -> None:
         flush(path.parent)
 
 
+def user_path(text: str | Path) -> Path:
+    """Returns the path that a user names; `~` is the home, and of an unknown user a mere name."""
+    return Path(os.path.expanduser(text))  # `Path.expanduser` raises a RuntimeError for that user
+
+
 def check_folder(path: Path) -> None:
     """Refuses, before any work, a folder that cannot be made or written in; makes nothing.
 

@@ -54,9 +54,10 @@ def test_a_cache_of_another_resolution_is_refused_by_name(capsys, experiment):
     assert "resolution" in text
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "/nowhere"])
-def test_a_missing_model_is_named(capsys, experiment, path):
-    assert path in complaint(capsys, "prepare", experiment(), "--set", f"model.path={path}")
+@pytest.mark.parametrize("path", ["no/such/folder", "/nowhere", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+def test_a_missing_model_or_data_set_is_named(capsys, experiment, key, path):
+    assert path in complaint(capsys, "prepare", experiment(), "--set", f"{key}={path}")
 
 
 def data_folder(tmp_path, text):

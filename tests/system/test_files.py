@@ -250,3 +250,10 @@ def test_a_folder_is_looked_at_and_not_made(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="permission denied"):
         files.check_folder(tmp_path / "deep")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_the_home_of_nobody_is_a_mere_name():
+    assert files.user_path("~/x") == Path.home() / "x" and files.user_path("x") == Path("x")
+    assert files.user_path("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    raises = [p for p in PACKAGE.rglob("*.py") if ".expanduser()" in p.read_text()]
+    assert raises == []  # it ends in a RuntimeError for such a user

@@ -26,6 +26,7 @@ from fastpo.data.sources.several import SeveralSources
 from fastpo.data.sources.tars import TarSource, find_tars
 from fastpo.errors import DataError, one_line
 from fastpo.models.hub import is_hub_id
+from fastpo.system.files import user_path
 
 __all__ = [
     "PairSource",
@@ -85,7 +86,7 @@ def recognize(path: str) -> SourceKind:
     Raises:
         DataError: There is nothing that any source reads.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.exists():
         if not is_hub_id(path):
             raise DataError(f"no such file or folder: {path} (and no hub id either)")
@@ -129,7 +130,7 @@ def _first_columns(path: Path) -> list[str]:
 def _kind(config: SourceConfig) -> type[ScannedSource]:
     """Of a folder, what is read is told by the listing that there is."""
     kind = _KINDS[config.source]
-    if kind is not FolderSource or (Path(config.path).expanduser() / "pairs.jsonl").is_file():
+    if kind is not FolderSource or (user_path(config.path) / "pairs.jsonl").is_file():
         return kind
     if find_listing(config) is not None:
         return ListingSource
@@ -177,7 +178,7 @@ def _stamps(config: SourceConfig) -> tuple[str, str] | None:
     files = _kind(config).files(config)
     if files is None:
         return None
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     inside = f"{path.parent if path.is_file() else path}{os.sep}"
     stamp, former = hashlib.sha256(), hashlib.sha256()
     for file in files:

@@ -25,6 +25,7 @@ from fastpo.data.sources.base import (
 from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.data.sources.rows import misnamed, name_of, named, pair_weight
 from fastpo.errors import DataError
+from fastpo.system.files import user_path
 from fastpo.system.json_text import parse_json
 from fastpo.types import PreferencePair
 
@@ -49,10 +50,10 @@ class FolderSource(ScannedSource):
     """
 
     def _where(self) -> str:
-        return str(Path(self.config.path).expanduser() / "pairs.jsonl")
+        return str(user_path(self.config.path) / "pairs.jsonl")
 
     def _scan(self) -> None:
-        folder = Path(self.config.path).expanduser()
+        folder = user_path(self.config.path)
         self._file = folder / "pairs.jsonl"
         if not self._file.is_file():
             raise DataError(
@@ -114,12 +115,12 @@ class FolderSource(ScannedSource):
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
-        return digest_file(Path(config.path).expanduser() / "pairs.jsonl")
+        return digest_file(user_path(config.path) / "pairs.jsonl")
 
     @classmethod
     def files(cls, config: SourceConfig) -> Iterator[str] | None:
         """See the base class."""
-        listing = Path(config.path).expanduser() / "pairs.jsonl"
+        listing = user_path(config.path) / "pairs.jsonl"
         return cls._named_in(listing) if listing.is_file() else None
 
     @classmethod

@@ -26,6 +26,7 @@ from fastpo.data.sources.base import (
 )
 from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.errors import DataError
+from fastpo.system.files import user_path
 from fastpo.system.json_text import read_json
 from fastpo.types import PreferencePair
 
@@ -123,12 +124,12 @@ class HPDv2Source(ScannedSource):
     @classmethod
     def digest(cls, config: SourceConfig) -> str | None:
         """See `source_digest`."""
-        return digest_file(Path(config.path).expanduser() / f"{config.split}.json")
+        return digest_file(user_path(config.path) / f"{config.split}.json")
 
     @classmethod
     def files(cls, config: SourceConfig) -> Iterator[str] | None:
         """See the base class; an image may lie in either of two folders."""
-        listing = Path(config.path).expanduser() / f"{config.split}.json"
+        listing = user_path(config.path) / f"{config.split}.json"
         known = config.split in _KEYS and listing.is_file()
         return cls._named_in(listing, config.split) if known else None
 
@@ -145,7 +146,7 @@ class HPDv2Source(ScannedSource):
 def _listing(config: SourceConfig) -> Path:
     if config.split not in _KEYS:
         raise DataError(f"data.split: HPDv2 has the splits train and test, got {config.split!r}")
-    folder = Path(config.path).expanduser()
+    folder = user_path(config.path)
     path = folder / f"{config.split}.json"
     if not path.is_file():
         raise DataError(

@@ -20,6 +20,7 @@ from fastpo.data.sources.files import DataFolder, is_file
 from fastpo.data.sources.folder import OTHERS, json_lines
 from fastpo.data.sources.rows import NoPair, Row, find_columns, read_row
 from fastpo.errors import DataError, one_line
+from fastpo.system.files import user_path
 from fastpo.types import PreferencePair
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
@@ -27,7 +28,7 @@ SUFFIXES = (".csv", ".parquet", ".jsonl")
 
 def find_listing(config: SourceConfig) -> Path | None:
     """Returns the listing in `data.path` or its folder of the split's name, or the file itself."""
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if path.is_file():
         return path if path.suffix in SUFFIXES else None
     for folder in (path, path / config.split):

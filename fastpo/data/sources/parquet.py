@@ -38,6 +38,7 @@ from fastpo.data.sources.files import DataFolder
 from fastpo.data.sources.rows import pair_weight
 from fastpo.errors import DataError, one_line
 from fastpo.models.folder import is_hub_id
+from fastpo.system.files import user_path
 from fastpo.system.retry import is_transient, retrying
 from fastpo.types import PreferencePair
 
@@ -268,7 +269,7 @@ class ParquetSource(ScannedSource):
     @classmethod
     def files(cls, config: SourceConfig) -> list[str] | None:
         """See the base class."""
-        path = Path(config.path).expanduser()
+        path = user_path(config.path)
         return [str(f) for f in _local_files(path, config.split)] if path.exists() else None
 
 
@@ -337,7 +338,7 @@ def _read_in_batches(
 
 def _files(config: SourceConfig) -> Iterator[Path]:
     """Yields the split's files, from the disk or from the hub."""
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if path.exists():
         yield from _local_files(path, config.split)
         return

@@ -24,6 +24,7 @@ from fastpo.data.sources.files import MOST_IMAGE_BYTES
 from fastpo.data.sources.folder import MOST_LINE
 from fastpo.data.sources.rows import FILE_NAME, NoPair, Row, find_columns, read_row
 from fastpo.errors import DataError, one_line
+from fastpo.system.files import user_path
 from fastpo.system.json_text import parse_json
 from fastpo.system.retry import is_transient
 from fastpo.types import PreferencePair
@@ -35,7 +36,7 @@ NUMBERS = {"0": "image_0", "1": "image_1"}
 
 def find_tars(config: SourceConfig) -> list[Path]:
     """Returns the tar files of `data.path`: those of the split if any is named so, or all."""
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     found = sorted(path.glob("*.tar")) or sorted((path / config.split).glob("*.tar"))

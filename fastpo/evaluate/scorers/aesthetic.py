@@ -14,6 +14,7 @@ from fastpo.errors import ConfigError, ModelError
 from fastpo.evaluate.scorers.base import Scores, WeightedScorer
 from fastpo.evaluate.scorers.head import Layers, apply_layers, linear_layers
 from fastpo.evaluate.scorers.loading import CLIP, load_clip, load_processor, read_weights
+from fastpo.system.files import user_path
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -42,7 +43,7 @@ class AestheticScorer(WeightedScorer):
                 "evaluate.scorers: aesthetic needs the head's weights: "
                 "aesthetic:/path/to/sac+logos+ava1-l14-linearMSE.pth"
             )
-        place = Path(head).expanduser()
+        place = user_path(head)
         file = place / HEAD if place.is_dir() else place
         if not file.is_file():
             raise ModelError(

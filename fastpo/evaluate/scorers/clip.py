@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from fastpo.errors import ConfigError, ModelError
 from fastpo.evaluate.scorers.base import Scores, WeightedScorer
 from fastpo.evaluate.scorers.loading import CLIP, CLIP_H, PICKSCORE, load_clip, load_processor
+from fastpo.system.files import user_path
 
 PUBLIC_CLIPS = ("openai/clip-", "laion/CLIP-")
 
@@ -91,7 +91,7 @@ class PickScorer(ClipScorer):
             ModelError: It is the CLIP that PickScore was tuned from, or another one, by its hub id,
                 its folder in the hub's cache or OpenCLIP's configuration beside the weights.
         """
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         names = [path, *(p.removeprefix("models--").replace("--", "/") for p in folder.parts)]
         known = any(name.startswith(PUBLIC_CLIPS) for name in names)
         if known or (folder / "open_clip_config.json").is_file():
@@ -103,7 +103,7 @@ class PickScorer(ClipScorer):
     def processor_path(self, path: str) -> str:
         """The folder itself if it has a processor, else that of the CLIP it was tuned from."""
         files = ("processor_config.json", "preprocessor_config.json")
-        own = any((Path(path).expanduser() / name).is_file() for name in files)
+        own = any((user_path(path) / name).is_file() for name in files)
         return path if own else CLIP_H
 
     def scale(self) -> float:

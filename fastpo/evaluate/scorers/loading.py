@@ -14,6 +14,7 @@ from fastpo.models.folder import is_hub_id
 from fastpo.models.headers import check_weights_file
 from fastpo.models.reports import complain
 from fastpo.models.weights import without_reports
+from fastpo.system.files import user_path
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -58,9 +59,9 @@ def load_processor(scorer: str, path: str, model: Any, weights: str) -> Any:
     """
     from transformers import AutoProcessor
 
-    folder = Path(weights).expanduser()
+    folder = user_path(weights)
     beside = str(folder) if folder.is_dir() else "DIR"
-    source = path if is_hub_id(path) and not Path(path).expanduser().is_dir() else None
+    source = path if is_hub_id(path) and not user_path(path).is_dir() else None
     advice = (
         f"It is the processor that is missing, not the weights. Fetch its files where there is a "
         f"network (`hf download {source or _published(scorer, path)} {PROCESSOR_FILES} --local-dir "
@@ -96,13 +97,13 @@ def _misfit(processor: Any, config: Any) -> str | None:
 
 def _published(scorer: str, path: str) -> str:
     """The hub id to name where `path` cannot be loaded."""
-    if is_hub_id(path) and not Path(path).expanduser().exists():
+    if is_hub_id(path) and not user_path(path).exists():
         return path
     return PICKSCORE if scorer == "pickscore" else CLIP
 
 
 def load(scorer: str, path: str, loader: Callable[..., Any], advice: str) -> Any:
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     try:
         # Without the choice transformers asks on the terminal about code that comes with a model.
         return loader(str(folder) if folder.is_dir() else path, trust_remote_code=False)
@@ -121,7 +122,7 @@ def find_file(scorer: str, path: str, name: str) -> Path:
     Raises:
         ModelError: It is not there, or cannot be fetched.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     if place.is_file():
         return place
     if place.is_dir():
