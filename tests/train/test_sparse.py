@@ -162,7 +162,7 @@ def test_of_compiled_blocks_too(one_step, share):
     whole, _ = one_step(**options)
     sparse, table = one_step(share, backward="alive", **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert_same_gradient(whole, sparse)
+    assert_same_gradient(whole, sparse, tolerance=1e-4)  # code for another size rounds otherwise
     assert table["kept"].sum() == 1
 
 
