@@ -110,3 +110,22 @@ def test_the_cost_is_that_of_the_passes_which_processes_wait_for(steps, mode, ki
             assert len(mine) == len(other)
     assert step["cost"][0] == pytest.approx((rows[False] + 3 * rows[True]) / 6)
     assert "looking" in kind or kind == DRAWN or step["cost"][0] < 3.0
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_both_goes_on_as_if_never_ended(base, train_on_two, read_metrics):
+    """With its draws, and the running share by which both go over to looking first."""
+    keys = ["train.deepspeed=zero3", "train.method=full"]
+    keys += ["train.backward=sampled", "train.backward_threshold=16.0"]
+    keys += ["train.accumulation_steps=3", "train.max_steps=8"]
+    whole, parts = (base.parent / f"sampled-{name}" for name in ("whole", "parts"))
+    jobs = [
+        {"name": "whole", "config": str(base), "set": [*keys, f"train.output_dir={whole}"]},
+        {"name": "parts", "config": str(base), "set": [*keys, f"train.output_dir={parts}"]},
+    ]
+    jobs[1]["after"] = [str(whole), 6]
+    assert train_on_two(base.parent, jobs) == {"whole": "ok", "parts": "ok"}
+    steps = read_metrics(whole)
+    assert len(steps) == 8
+    assert steps[0]["backward/share"] == 1.0 > steps[-1]["backward/share"]
+    assert read_metrics(parts) == steps
