@@ -1,5 +1,6 @@
 """Steps without backward passes that bring nothing: `train.backward`."""
 
+import copy
 import json
 import math
 import shutil
@@ -33,8 +34,22 @@ VERDICTS = torch.tensor([1.0, -1.0] * 5 + [1.0])  # right, wrong, right, ...
 PROBED, AT_ONCE = 0.1, 1.0
 
 
+class Forced(Processes):
+    """As under DeepSpeed, where a step needs one backward pass though no pair has a gradient."""
+
+    must_differentiate = True
+
+
+class BesideFullOne(Processes):
+    """Another process draws all of its pairs."""
+
+    def longest(self, numbers):
+        mine = super().longest(numbers)
+        return [max(mine) for _ in mine]  # the last of the lists is that of the pairs themselves
+
+
 @contextmanager
-def moved(config, share=AT_ONCE, verdicts=VERDICTS, pair_weight=None, sizes=None):
+def moved(config, share=AT_ONCE, verdicts=VERDICTS, pair_weight=None, sizes=None, kind=Processes):
     """A trainer whose weights have moved, its first step's batches, and what its optimizer gets.
 
     Args:
@@ -43,8 +58,11 @@ def moved(config, share=AT_ONCE, verdicts=VERDICTS, pair_weight=None, sizes=None
         verdicts: The pairs' sums of votes.
         pair_weight: Weights of the data.
         sizes: Of the margins in the timesteps' bins.
+        kind: What the processes are taken for.
     """
     with joined(config.train) as processes:
+        processes = copy.copy(processes)
+        processes.__class__ = kind
         made = setup(config, processes, RunFolder(config.train.output_dir, main=True))
         trainer, state = made.trainer, made.trainer.state
         made.data.cache.pair_weight = pair_weight
@@ -75,11 +93,18 @@ def one_step(experiment):
     """Gradients and rows of one step: `one_step(share, verdicts, **options)`; see `moved`."""
 
     def run(
-        share=AT_ONCE, verdicts=VERDICTS, *, overrides=(), pair_weight=None, sizes=None, **keys
+        share=AT_ONCE,
+        verdicts=VERDICTS,
+        *,
+        overrides=(),
+        pair_weight=None,
+        sizes=None,
+        kind=Processes,
+        **keys,
     ):
         keys = {"accumulation_steps": 2, "micro_batch_size": 4, **keys}
         config = load_config(experiment(**keys), overrides)
-        with moved(config, share, verdicts, pair_weight, sizes) as (trainer, batches, given):
+        with moved(config, share, verdicts, pair_weight, sizes, kind) as (trainer, batches, given):
             table = trainer.optimizer_step(iter(batches), 0).read()
         return given, table
 
@@ -230,12 +255,10 @@ WINDOWS = [(1, 4), (4, 2), (2, 3)]
 @pytest.mark.parametrize("verdicts", [VERDICTS, ONE_OPEN, ALL_CLOSED], ids=["some", "one", "all"])
 @pytest.mark.parametrize(("size", "micro_batches"), WINDOWS)
 def test_the_cost_is_that_of_every_pass(
-    one_step, policy_passes, monkeypatch, share, verdicts, size, micro_batches
+    one_step, policy_passes, share, verdicts, size, micro_batches
 ):
-    """As under DeepSpeed, where a step needs one backward pass though no pair has a gradient."""
-    monkeypatch.setattr(Processes, "must_differentiate", True)
     options = {"micro_batch_size": size, "accumulation_steps": micro_batches, "method": "full"}
-    _, table = one_step(share, verdicts, backward="alive", **options, **GATE)
+    _, table = one_step(share, verdicts, backward="alive", kind=Forced, **options, **GATE)
     pairs = len(table["index"])
     closed = int(table["closed"].sum())
     rows = sum(rows * (3 if with_gradient else 1) for rows, with_gradient in policy_passes)
@@ -246,16 +269,10 @@ def test_the_cost_is_that_of_every_pass(
     assert table.cost.share == pytest.approx((pairs - closed + forced) / pairs)
 
 
-def test_a_step_waits_for_the_process_with_the_most_pairs(one_step, policy_passes, monkeypatch):
-    """Another process draws all of its pairs: looking first costs 4, the next step won't."""
-    alone = Processes.longest
-
-    def beside_a_full_one(self, numbers):
-        mine = alone(self, numbers)
-        return [max(mine) for _ in mine]  # the last of the lists is that of the pairs themselves
-
-    monkeypatch.setattr(Processes, "longest", beside_a_full_one)
+def test_a_step_waits_for_the_process_with_the_most_pairs(one_step, policy_passes):
+    """Beside one that draws all of its pairs looking first costs 4, and the next step won't."""
     options = {"micro_batch_size": 1, "accumulation_steps": 4, "method": "full", **GATE}
+    options["kind"] = BesideFullOne
     _, table = one_step(PROBED, backward="alive", **options)
     assert table.cost == (4.0, 1.0)
     assert policy_passes == [(1, False)] * 4 + [(1, True)] * 4
