@@ -170,6 +170,7 @@ class Bench:
 
     def __init__(self, case: Case, names: tuple[str, ...]) -> None:
         self.case, self.size, self.parts = case, SIZES[case.size], Parts()
+        self._looks = False  # whether the step that runs may look before it differentiates
         config = case.config()
         accelerator = setup_accelerator(config.train)
         self.processes = Processes(accelerator, config.train)
@@ -215,7 +216,8 @@ class Bench:
 
     # One module may be policy, reference and annotator in turn. A forward with gradients is the
     # policy's, one of the frozen copy or with the adapters off the reference's; one of more rows
-    # than the batch has is the averages', with which the reference may travel.
+    # than the batch has is the averages', with which the reference may travel. A step that looks
+    # before it differentiates runs the policy without gradients too.
     def _enter_model(self, *_: Any) -> None:
         if self.parts.on:
             self._began = self.parts.now()
@@ -232,6 +234,8 @@ class Bench:
             part = "policy forward"
         elif module is self.denoisers.frozen or (_adapters_off(module) and not together):
             part = "reference"
+        elif self._looks:
+            part = "policy forward"
         self.parts.seconds[part] += self.parts.now() - self._began
 
     def _step(self, name: str) -> Step:
@@ -288,7 +292,9 @@ class Bench:
         batches, count = endless(self.inputs.batch), iter(range(1_000_000))
 
         def step() -> None:
+            self._looks = trainer.config.backward != "all"
             table = trainer.optimizer_step(batches, next(count)).read()
+            self._looks = False
             with self.parts("ledger"):
                 trainer.record(table)
 

@@ -43,8 +43,10 @@ class QuantizedLinear(nn.Linear):
         if bits == "4bit":
             from bitsandbytes.functional import quantize_4bit
 
+            # As one row: where blocks cross the ends of rows, bitsandbytes 0.50.2 decodes them with
+            # the scales of others on processors with AVX-512.
             codes, self.state = quantize_4bit(
-                weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
+                weight.flatten(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
             )
             scales = None
         else:
@@ -62,7 +64,8 @@ class QuantizedLinear(nn.Linear):
         if self.state is not None:
             from bitsandbytes.functional import dequantize_4bit
 
-            return dequantize_4bit(self.weight, self.state).to(dtype)
+            shape = self.out_features, self.in_features
+            return dequantize_4bit(self.weight, self.state).view(shape).to(dtype)
         assert isinstance(self.scales, Tensor)
         return (self.weight.float() * (self.scales / 127.0)[:, None]).to(dtype)
 

@@ -41,7 +41,8 @@ def test_every_step_is_timed_part_by_part_and_drawn(tmp_path, script):
         assert (row["faster_p20"] != "") == name.startswith("FastPO")
         live = "live reference" in name or name in ("recipe Diffusion-DPO", "recipe Adaptive-DPO")
         assert (shares["reference"] > 0 or shares["annotators"] > 0) == live, name
-        assert shares["backward"] > 0 < shares["policy_forward"]
+        assert shares["policy_forward"] > 0
+        assert shares["backward"] > 0 or "sampled" in name  # of one pair perhaps no draw
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- step:begin -->\nold\n<!-- step:end -->\nafter\n")
     script("benchmarks/plot_step.py", file, "--readme", readme)

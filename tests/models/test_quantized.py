@@ -34,8 +34,10 @@ def layer_of(bits, bias=True, sizes=(96, 40), dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("bits", "error"), [("4bit", 0.12), ("8bit", 0.01)])
-def test_the_codes_stand_for_weights_near_the_layers_own(bits, error):
-    plain, layer = layer_of(bits)
+@pytest.mark.parametrize("sizes", [(96, 40), (64, 40), (50, 7), (33, 5), (128, 64)])
+def test_the_codes_stand_for_weights_near_the_layers_own(bits, error, sizes):
+    """Also where blocks of 64 cross the ends of rows, or the last one is short."""
+    plain, layer = layer_of(bits, sizes=sizes)
     difference = (layer.dense(torch.float32) - plain.weight).norm() / plain.weight.norm()
     assert 0.0 < difference < error
 
