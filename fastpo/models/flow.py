@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -25,9 +25,6 @@ from fastpo.models.folder import ModelFolder, loading, read_json
 from fastpo.models.schedule import NoiseSchedule, flow_schedule, vae_number
 from fastpo.models.weights import load_part
 from fastpo.precision import DTYPES
-
-if TYPE_CHECKING:
-    pass
 
 JOINT_ATTENTION = (
     *("to_k", "to_q", "to_v", "to_out.0"),

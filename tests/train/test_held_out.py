@@ -20,6 +20,7 @@ from fastpo.train.best import BestHeldOut
 from fastpo.train.checkpoint_folders import list_checkpoints
 from fastpo.train.held_out import summarize
 from tests.conftest import raw_config, read_metrics
+from tests.train.ending import EndAt
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -54,17 +55,6 @@ def same_weights(one, two):
 
 def steps_kept(folder):
     return [int(path.name[-8:]) for path in list_checkpoints(folder)]
-
-
-class EndAt(Observer):
-    """Ends a run after a step, as a kill would."""
-
-    def __init__(self, step):
-        self.last = step
-
-    def on_step(self, step, table, metrics):
-        if step == self.last:
-            raise KeyboardInterrupt
 
 
 def test_the_share_is_kept_and_a_larger_one_holds_out_the_same_pairs():

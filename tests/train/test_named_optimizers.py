@@ -10,10 +10,11 @@ from torch import nn
 
 from fastpo.config import OptimConfig, load_config
 from fastpo.errors import ConfigError
-from fastpo.train import Observer, train
+from fastpo.train import train
 from fastpo.train.consolidate import consolidate
 from fastpo.train.optimizer import averaged, optimizer_bytes, setup_optimizer
 from tests.conftest import raw_config, read_metrics
+from tests.train.ending import EndAt
 
 LIBRARIES = {"prodigy": "prodigyopt", "lion": "lion_pytorch", "schedule_free": "schedulefree"}
 RATES = {"prodigy": 1.0, "lion": 1e-3, "schedule_free": 1e-2}
@@ -33,15 +34,6 @@ def settings(tiny_data, light_pipelines, tiny_caches, tmp_path_factory):
         return load_config(path, [optim, f"train.output_dir={base / run}", *overrides])
 
     return make
-
-
-class EndAt(Observer):
-    def __init__(self, step):
-        self.last = step
-
-    def on_step(self, step, table, metrics):
-        if step == self.last:
-            raise KeyboardInterrupt
 
 
 def weights(folder):

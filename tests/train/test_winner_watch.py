@@ -6,8 +6,8 @@ import torch
 from fastpo.config import load_config
 from fastpo.train import train
 from fastpo.train.metrics import COLUMNS, StepTable
-from fastpo.train.observers import Observer
 from fastpo.train.winner_watch import STEPS, WinnerWatch
+from tests.train.ending import EndAt
 
 
 def table(winner, loser, reference):
@@ -87,17 +87,6 @@ def test_a_round_begins_with_what_was_told_and_without_steps():
     assert any(second.see(i, bad) for i in range(STEPS))
     third.begin_round(second)
     assert not any(third.see(i, bad) for i in range(2 * STEPS))
-
-
-class EndAt(Observer):
-    """Ends a run after a step, as a kill would."""
-
-    def __init__(self, step):
-        self.last = step
-
-    def on_step(self, step, table, metrics):
-        if step == self.last:
-            raise KeyboardInterrupt
 
 
 def warnings_of(capsys):

@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 MOST_BYTES = 1 << 28
 """Of a manifest or record; that of a million pairs has a few megabytes."""
 REMAKE = "`fastpo prepare CONFIG --set data.verify=always` makes what is damaged again"
+TRY_AGAIN = "`fastpo prepare CONFIG --retry-quarantined`"
+"""The command that tries again what was left out."""
 # A manifest.json that is none of ours has been refused where it was read.
 CACHE = Kind("a cache", "", lambda folder: load_manifest(folder) is not None)
 

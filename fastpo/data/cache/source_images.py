@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpo.data.cache.arrow import column, open_arrow
-from fastpo.data.cache.manifest import Manifest
+from fastpo.data.cache.manifest import TRY_AGAIN, Manifest
 from fastpo.data.cache.parts import INDEX, LATENTS, CachePart, part_name
 from fastpo.data.cache.tensors import TensorFiles, bytes_of
 from fastpo.errors import CacheError
@@ -54,7 +54,7 @@ def shapes_of(images: pa.RecordBatch, numbers: np.ndarray) -> np.ndarray:
     if not height[some].all():
         raise CacheError(
             "a usable pair begins from an image that could not be read before; "
-            "`fastpo prepare CONFIG --retry-quarantined` tries it again"
+            f"{TRY_AGAIN} tries it again"
         )
     return np.where(some, height.astype(np.int64) << 16 | width, 0)
 

@@ -27,6 +27,7 @@ from fastpo.data.cache.fingerprint import CacheFingerprint, cache_fingerprint
 from fastpo.data.cache.index import QUARANTINE, merge
 from fastpo.data.cache.manifest import (
     CACHE,
+    TRY_AGAIN,
     Manifest,
     Quarantined,
     check_files,
@@ -71,8 +72,6 @@ from fastpo.system.storage import storage_errors
 from fastpo.system.words import counted
 from fastpo.system.work import share_work
 from fastpo.types import PreferencePair
-
-TRY_AGAIN = "`fastpo prepare CONFIG --retry-quarantined`"
 
 
 @storage_errors()
