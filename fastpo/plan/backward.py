@@ -11,6 +11,7 @@ from fastpo.config.load import read_yaml
 from fastpo.errors import ConfigError
 from fastpo.plan.schema import Backward, Cost, LiveCost
 from fastpo.report import load_metrics
+from fastpo.train.live_share import passes_at_once
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 """Shares that are told where none is known."""
@@ -81,18 +82,14 @@ def plan_backward(config: Config, own: Cost, share: float | None, world: int) ->
         source = str(config.train.output_dir / "metrics.jsonl")
     else:
         ways = tuple(_passes(config.train, quarter) for quarter in QUARTERS)
-    costs = tuple(_cost(passes, own, _dense(config.train), world) for passes in ways)
+    dense = passes_at_once(config.train.gradient_checkpointing)
+    costs = tuple(_cost(passes, own, dense, world) for passes in ways)
     return Backward(mode=config.train.backward, source=source, steps=steps, costs=costs)
-
-
-def _dense(train: TrainConfig) -> float:
-    """Passes of a pair that is differentiated at once, as `fastpo.train.live_share` has them."""
-    return 4.0 if train.gradient_checkpointing else 3.0
 
 
 def _passes(train: TrainConfig, live: float) -> Passes:
     """Passes at a share of live pairs: the run looks first where that is cheaper."""
-    dense = _dense(train)
+    dense = passes_at_once(train.gradient_checkpointing)
     if 1.0 + dense * live < dense:
         return Passes(forward=1.0 + live, backward=live, share=live, live=live)
     return Passes(forward=1.0, backward=1.0, share=1.0, live=live)
@@ -118,7 +115,7 @@ def _noted(train: TrainConfig) -> tuple[Passes, int] | None:
     if not known.any():
         return None
     share, cost = share[known], cost[known]
-    dense = 4.0 if then.get("gradient_checkpointing") else 3.0  # as that run has counted
+    dense = passes_at_once(then.get("gradient_checkpointing"))  # as that run has counted
     # A step that looks first takes 1 + D s, more where processes wait; another way takes less.
     looked = cost >= 1.0 + dense * share - 1e-9
     backward = (cost - 1.0) / np.where(looked, dense, dense - 1.0)

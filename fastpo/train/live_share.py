@@ -14,6 +14,15 @@ FADING = 0.9  # weight of the older share after each step: about ten steps count
 NAME = "live_share"
 
 
+def passes_at_once(checkpointing: object) -> float:
+    """What a pair costs that is differentiated in its one forward pass.
+
+    Args:
+        checkpointing: `train.gradient_checkpointing`; anything but false repeats the forward pass.
+    """
+    return 4.0 if checkpointing else 3.0
+
+
 class LiveShare:
     """Running share s of a step's pairs in its second pass, where all are looked at first.
 
@@ -38,7 +47,7 @@ class LiveShare:
 
     def __init__(self, config: TrainConfig) -> None:
         self.value, self.known = 1.0, False
-        self.dense = 4.0 if config.gradient_checkpointing else 3.0
+        self.dense = passes_at_once(config.gradient_checkpointing)
         self._threshold = config.backward_threshold if config.backward == "sampled" else None
 
     @property
