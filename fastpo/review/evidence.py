@@ -48,12 +48,10 @@ class Votes:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """All that a finished run says of its N labels.
+class Verdicts:
+    """What a run's table of pairs says of its N labels.
 
     Attributes:
-        run: Its folder.
-        config: Its configuration.
         pair_ids: The pairs' names.
         flipped: `(N,)` labels exchanged on purpose.
         visits: `(N,)` votes.
@@ -62,11 +60,8 @@ class Evidence:
         moving: `(N,)` the metric of moving averages, NaN where there is none.
         probability: `(N,)` calibrated probability that the label is wrong.
         calibration: What it was learned as; None: there were too few pairs, and it is u.
-        votes: Each vote.
     """
 
-    run: Path
-    config: Config
     pair_ids: list[str]
     flipped: NDArray[np.bool_]
     visits: Array
@@ -75,6 +70,20 @@ class Evidence:
     moving: Array
     probability: Array
     calibration: Calibration | None
+
+
+@dataclass(frozen=True)
+class Evidence(Verdicts):
+    """All that a finished run says of its labels.
+
+    Attributes:
+        run: Its folder.
+        config: Its configuration.
+        votes: Each vote.
+    """
+
+    run: Path
+    config: Config
     votes: Votes
 
     @property
@@ -118,16 +127,25 @@ def load_evidence(run: Path) -> Evidence:
         DataError: It is no finished run, or one of its files is damaged.
         ConfigError: `config.yaml` is not one.
     """
-    table = _read_minority(run / MINORITY)
+    verdicts = load_verdicts(run)
     if not (run / CONFIG).is_file():
         raise DataError(f"{run} is no run of FastPO: it has no {CONFIG}")
     config = load_config(run / CONFIG)
+    votes = _replayed(run / VOTES, len(verdicts.pair_ids), config.train.rounds_carry)
+    return Evidence(**vars(verdicts), run=run, config=config, votes=votes)
+
+
+def load_verdicts(run: Path) -> Verdicts:
+    """Reads a finished run's table of pairs, and learns the calibration.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    table = _read_minority(run / MINORITY)
     visits, total = table["visits"], table["visits"] * table["ledger_mean"]
     found = calibrate(total, visits)
     u = np.where(visits > 0, table["ledger_minority"], 0.5)
-    return Evidence(
-        run=run,
-        config=config,
+    return Verdicts(
         pair_ids=table["pair_id"],
         flipped=table["flipped"] > 0,
         visits=visits,
@@ -136,7 +154,6 @@ def load_evidence(run: Path) -> Evidence:
         moving=table["metric_minority"],
         probability=u if found is None else found.probability(total, visits),
         calibration=found,
-        votes=_replayed(run / VOTES, len(u), config.train.rounds_carry),
     )
 
 

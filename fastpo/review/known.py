@@ -177,6 +177,13 @@ def reliability_figure(parts: list[tuple[str, list[ReliabilityBin]]]) -> bytes:
     """Returns what is found over what is expected, a line for each named metric, as a PNG."""
     figure = Figure(figsize=(4.4, 3.6), layout="constrained")
     axes = figure.subplots()
+    draw_reliability(axes, parts)
+    axes.set_title("Reliability: of pairs near 0.9 nine in ten", loc="left", fontsize=9.5)
+    return to_png(figure)
+
+
+def draw_reliability(axes: Axes, parts: list[tuple[str, list[ReliabilityBin]]]) -> None:
+    """Draws a line for each named metric, with 95 % intervals, and the diagonal."""
     axes.plot([0, 1], [0, 1], color="#b6bbc2", linewidth=0.8)
     for (name, bins), shade in zip(parts, (KEPT_COLOR, FLIPPED_COLOR), strict=False):
         x, y = [b.expected for b in bins], [b.found for b in bins]
@@ -184,9 +191,7 @@ def reliability_figure(parts: list[tuple[str, list[ReliabilityBin]]]) -> bytes:
         axes.errorbar(x, y, yerr=np.abs(off), color=shade, marker="o", markersize=4, label=name)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.set(xlabel="probability", ylabel="share that is wrong", xlim=(-0.02, 1.02))
-    axes.set_title("Reliability: of pairs near 0.9 nine in ten", loc="left", fontsize=9.5)
     style_axes(axes)
-    return to_png(figure)
 
 
 def probability_figure(probability: Array, wrong: NDArray[np.bool_] | None) -> bytes:

@@ -99,6 +99,9 @@ class StudyConfig(Section):
     """Keys of the trainer's configuration, for all runs."""
     parts: Annotated[tuple[Part, ...], Field(min_length=1)]
     """What is compared; a seed's runs are made part by part."""
+    calibration: Annotated[tuple[MethodName, ...], decides("nothing")] = ()
+    """Methods of which the page's section `calibration` says whether their probabilities of a wrong
+    label are true ones."""
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:

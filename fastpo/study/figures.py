@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastpo.report.figures import COLORS, style_axes, to_png
-from fastpo.study.config import Part
+from fastpo.review.known import draw_reliability
+from fastpo.study.config import Part, StudyConfig
 from fastpo.study.measure import BINS
-from fastpo.study.summary import Row, bins, chosen, column
+from fastpo.study.summary import Row, bins, chosen, column, reliability_bins
+from fastpo.study.tables import judged
 
 MARKS = ("o", "s", "^")  # with the colors' number, more methods than any study has
 LEAST = 5  # pairs of a bin, to draw a share of them
@@ -77,6 +79,25 @@ def bins_figure(part: Part, rows: Sequence[Row]) -> bytes | None:
     handles = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
     handles = {label: line for label, line in handles.items() if label in part.methods}
     figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=7.5)
+    return to_png(figure)
+
+
+def calibration_figure(study: StudyConfig, rows: Sequence[Row]) -> bytes | None:
+    """The reliability curve of each method of `StudyConfig.calibration`: probability, and u alone.
+
+    All seeds and shares of flipped labels together. None where there is nothing to draw.
+    """
+    found = judged(study, rows)
+    if not found:
+        return None
+    figure = Figure(figsize=(3.6 * len(found), 3.4), layout="constrained")
+    for axes, (part, method) in zip(
+        figure.subplots(1, len(found), squeeze=False, sharey=True)[0], found, strict=True
+    ):
+        own = chosen(rows, part=part.name, method=method, case="")
+        named = (("calibrated probability", "reliability"), ("u", "reliability_u"))
+        draw_reliability(axes, [(name, reliability_bins(own, key)) for name, key in named])
+        axes.set_title(method, loc="left", fontsize=9.5)
     return to_png(figure)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 from fastpo.config import Config, EmaAnnotators
 from fastpo.evaluate import Evaluation
+from fastpo.review.calibration import ReliabilityBin, reliability
+from fastpo.review.evidence import load_verdicts
 
 BINS = 10  # of the minority metric, equally wide
 ANNOTATORS = ("ledger", "ema")
@@ -54,7 +56,8 @@ def verdict_row(run: Path, config: Config, looked_for: frozenset[str]) -> dict[s
     Returns:
         `pairs`; `wrong`, their share; `auroc`; `right`, the share of pairs on the right side of
         u = 1/2; and `bin_pairs`, `bin_wrong`: how many pairs, and how many of those looked for,
-        have a metric in each tenth of [0, 1]. Without a metric the last four are empty.
+        have a metric in each tenth of [0, 1]. Without a metric the last four are empty. Of a run
+        whose ledger has votes enough also what `calibration_row` says.
     """
     names, flipped, metrics = minority_columns(run)
     wrong = flipped | np.isin(names, list(looked_for))
@@ -71,7 +74,37 @@ def verdict_row(run: Path, config: Config, looked_for: frozenset[str]) -> dict[s
         "right": float(((metric >= 0.5) == wrong).mean()),
         "bin_pairs": " ".join(map(str, counts[0])),
         "bin_wrong": " ".join(map(str, counts[1])),
+        **calibration_row(run, looked_for),
     }
+
+
+def calibration_row(run: Path, looked_for: frozenset[str]) -> dict[str, Any]:
+    """Whether a run's probabilities of a wrong label are true ones (`fastpo.review.calibration`).
+
+    Args:
+        run: The run that judged.
+        looked_for: As in `verdict_row`.
+
+    Returns:
+        `learned_wrong`, the share of wrong labels that the calibration learned; and
+        `reliability`, `reliability_u`: of the calibrated probability and of the ledger's own metric
+        u, as `reliability_text` writes it. Nothing where the ledger judged too few pairs.
+    """
+    verdicts = load_verdicts(run)
+    if verdicts.calibration is None:
+        return {}
+    wrong = verdicts.flipped | np.isin(verdicts.pair_ids, list(looked_for))
+    seen = verdicts.visits > 0
+    return {
+        "learned_wrong": verdicts.calibration.share,
+        "reliability": reliability_text(reliability(verdicts.probability[seen], wrong[seen])),
+        "reliability_u": reliability_text(reliability(verdicts.minority[seen], wrong[seen])),
+    }
+
+
+def reliability_text(bins: Sequence[ReliabilityBin]) -> str:
+    """A word for each bin with a pair: pairs, wrong ones among them, and their mean expectation."""
+    return " ".join(f"{b.pairs}:{round(b.found * b.pairs)}:{b.expected:.4g}" for b in bins)
 
 
 def score_row(evaluation: Evaluation, columns: Mapping[str, str]) -> dict[str, Any]:

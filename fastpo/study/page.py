@@ -2,7 +2,7 @@
 
 A section between the marks `<!-- study-NAME:begin -->` and `<!-- study-NAME:end -->` is written
 anew each time; text outside of them is the author's and stays. NAME is `state` (how much is done),
-`methods`, or a part. A page that is not there yet is made with all sections.
+`methods`, `calibration`, or a part. A page that is not there yet is made with all sections.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from fastpo.bench.table import marks, with_section
 from fastpo.errors import ForeignPathError
 from fastpo.study.config import Part, StudyConfig
-from fastpo.study.figures import bins_figure, gain_figure
+from fastpo.study.figures import bins_figure, calibration_figure, gain_figure
 from fastpo.study.rows import read_rows
-from fastpo.study.tables import methods_table, part_table, state_line
+from fastpo.study.tables import calibration_table, methods_table, part_table, state_line
 from fastpo.study.trials import plan
 from fastpo.system.files import check_folder, make_folder, write_bytes, write_text
 
@@ -67,6 +67,10 @@ def write_page(page: Path, study: StudyConfig, table: Path, *, short: bool = Fal
         figures = [_figure(page, part, kind, rows) for kind in FIGURES]
         texts = [part_table(part, rows), *(text for text in figures if text)]
         sections[part.name] = "\n\n".join(texts)
+    if study.calibration:
+        image = calibration_figure(study, rows)
+        drawn = _shown(page, "calibration", "Reliability curves", image)
+        sections["calibration"] = "\n\n".join(filter(None, [calibration_table(study, rows), drawn]))
     text = page.read_text(encoding="utf-8") if page.exists() else skeleton(study)
     for name, body in sections.items():
         if marks(f"study-{name}")[0] in text:
@@ -77,10 +81,14 @@ def write_page(page: Path, study: StudyConfig, table: Path, *, short: bool = Fal
 def _figure(page: Path, part: Part, kind: str, rows: list[dict[str, str]]) -> str:
     """Draws one figure beside the page; returns the line that shows it, empty without one."""
     draw, title = FIGURES[kind]
-    image = draw(part, rows)
+    return _shown(page, f"{part.name}-{kind}", title, draw(part, rows))
+
+
+def _shown(page: Path, name: str, title: str, image: bytes | None) -> str:
+    """Writes a figure beside the page; returns the line that shows it, empty without one."""
     if image is None:
         return ""
-    path = page.with_name(f"{page.stem}-{part.name}-{kind}.png")
+    path = page.with_name(f"{page.stem}-{name}.png")
     write_bytes(path, image)
     return f"![{title}]({path.name})"
 
@@ -88,6 +96,8 @@ def _figure(page: Path, part: Part, kind: str, rows: list[dict[str, str]]) -> st
 def skeleton(study: StudyConfig) -> str:
     """A page with every section of a study, each empty."""
     parts = [(part.title or part.name, part.name) for part in study.parts]
+    if study.calibration:
+        parts.append(("Are the probabilities true?", "calibration"))
     lines = ["# A study", ""]
     for title, name in [("What is done", "state"), ("Methods", "methods"), *parts]:
         lines += [f"## {title}", "", "".join(marks(f"study-{name}")), ""]

@@ -20,6 +20,7 @@ MEASURED = (
     "pairs", "wrong", "reward", "base_reward", "gain", "win_base", "win_dpo", "legible",
     "base_legible", "auroc", "right", "bin_pairs", "bin_wrong", "passes", "cpu_s",
 )  # fmt: skip
+CALIBRATED = ("learned_wrong", "reliability", "reliability_u")  # tables of old versions lack them
 ABOUT = ("device", "threads", "torch", "commit", "date")
 MOST_BYTES = 1 << 22  # of a run's file; one holds a few hundred scores
 Row = dict[str, str]
@@ -90,9 +91,9 @@ class Table:
     def rows(self) -> list[Row]:
         """The rows of all runs that are known, in the study's order, all with the same columns."""
         rows = [self.row(trial) for trial in self.trials if self.holds(trial)]
-        known = (*LABELS, *MEASURED, *ABOUT)
+        known = (*LABELS, *MEASURED, *CALIBRATED, *ABOUT)
         more = sorted({key for row in rows for key in row} - set(known))
-        columns = (*LABELS, *MEASURED, *more, *ABOUT)
+        columns = (*LABELS, *MEASURED, *CALIBRATED, *more, *ABOUT)
         return [{key: row.get(key, "") for key in columns} for row in rows]
 
     def row(self, trial: Trial) -> Row:
@@ -115,7 +116,7 @@ class Table:
     def write(self, path: Path) -> None:
         """Writes the CSV whole; columns of some worlds alone stand behind the measured ones."""
         rows = self.rows()
-        columns = list(rows[0]) if rows else [*LABELS, *MEASURED, *ABOUT]
+        columns = list(rows[0]) if rows else [*LABELS, *MEASURED, *CALIBRATED, *ABOUT]
         write_records(rows, columns, path)
 
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from fastpo.evaluate.win_rate import wilson_interval
+from fastpo.review.calibration import EDGES, ReliabilityBin
+
 Row = Mapping[str, str]
 CONFIDENCE = 0.95
 ENOUGH = 3  # seeds for an interval
@@ -101,3 +104,24 @@ def bins(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray] | None:
         for name in ("bin_pairs", "bin_wrong")
     )
     return pairs, wrong
+
+
+def reliability_bins(rows: Iterable[Row], name: str) -> list[ReliabilityBin]:
+    """The bins of a reliability curve over the pairs of several runs together.
+
+    Args:
+        rows: The runs; those without the column are left out.
+        name: `reliability` of the calibrated probability, `reliability_u` of the ledger's metric.
+    """
+    counts = np.zeros((len(EDGES) - 1, 3))  # pairs, wrong ones, sum of their expectations
+    for row in rows:
+        for word in row.get(name, "").split():
+            pairs, wrong, expected = map(float, word.split(":"))
+            number = int(np.digitize(expected, EDGES[1:-1]))
+            counts[number] += pairs, wrong, pairs * expected
+    bins_ = []
+    for pairs, wrong, sums in counts[counts[:, 0] > 0]:
+        found = float(wrong / pairs)
+        interval = wilson_interval(found, int(pairs))
+        bins_.append(ReliabilityBin(float(sums / pairs), found, interval, int(pairs)))
+    return bins_

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastpo.review.calibration import calibration_error
 from fastpo.study.config import Part, StudyConfig
 from fastpo.study.methods import METHODS
-from fastpo.study.summary import Row, chosen, column, cost, kept
+from fastpo.study.summary import Row, chosen, column, cost, kept, mean_of, reliability_bins
 from fastpo.system.words import counted
 
 NONE = ""
@@ -78,6 +79,44 @@ def methods_table(study: StudyConfig) -> str:
     names = dict.fromkeys(name for part in study.parts for name in part.methods)
     lines = [f"| `{name}` | {METHODS[name].about} |" for name in names]
     return "\n".join(["| method | what it is |", "|---|---|", *lines])
+
+
+def calibration_table(study: StudyConfig, rows: Sequence[Row]) -> str:
+    """What the methods of `StudyConfig.calibration` make of the share of wrong labels, and how far.
+
+    The errors are those of each run's bins, as means over seeds.
+    """
+    head = ["labels wrong", "method", "seeds", "learned share", "error of u", "of the probability"]
+    lines = []
+    for part, method in judged(study, rows):
+        for flip_rate in sorted(part.flips):
+            own = chosen(rows, part=part.name, method=method, case="", flip_rate=str(flip_rate))
+            own = [row for row in own if row.get("reliability")]
+            learned = column(own, "learned_wrong")
+            if learned is None:
+                continue
+            errors = [
+                mean_of(calibration_error(reliability_bins([row], name)) for row in own)
+                for name in ("reliability_u", "reliability")
+            ]
+            cells = [_text(column(own, "wrong"), ".1%", plain=True), method, str(learned.seeds)]
+            cells += [_text(learned, ".1%"), *(_text(error, ".3f") for error in errors)]
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return "No run whose probabilities are checked is made yet."
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def judged(study: StudyConfig, rows: Sequence[Row]) -> list[tuple[Part, str]]:
+    """Each method of `StudyConfig.calibration`, with the first part that has runs of it."""
+    found = []
+    for method in study.calibration:
+        for part in study.parts:
+            own = chosen(rows, part=part.name, method=method, case="")
+            if any(row.get("reliability") for row in own):
+                found.append((part, method))
+                break
+    return found
 
 
 def state_line(rows: Sequence[Row], total: int) -> str:

@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,12 +13,14 @@ from fastpo.errors import ConfigError, DataError, ForeignPathError
 from fastpo.study import STUDIES, run, shipped
 from fastpo.study.command import check_choice, study_command
 from fastpo.study.config import StudyConfig, load_study
+from fastpo.study.figures import calibration_figure
+from fastpo.study.measure import calibration_row
 from fastpo.study.methods import METHODS
 from fastpo.study.page import write_page
 from fastpo.study.rows import Table, read_rows, row_path
 from fastpo.study.run import Options, run_study
-from fastpo.study.summary import kept, mean_of
-from fastpo.study.tables import part_table
+from fastpo.study.summary import kept, mean_of, reliability_bins
+from fastpo.study.tables import calibration_table, part_table
 from fastpo.study.trials import Choice, plan
 from fastpo.study.world import Places
 from fastpo.system.pool import told, workers
@@ -261,6 +264,7 @@ def test_the_page_is_made_from_the_table_alone(made, tmp_path):
     assert "![Gain over the share of flipped labels](study-flips-gain.png)" in text
     for kind in ("gain", "bins"):
         assert (tmp_path / f"study-flips-{kind}.png").read_bytes().startswith(b"\x89PNG")
+    assert "No run whose probabilities are checked is made yet." in text, "so few have no votes"
     page.write_text(text.replace("# A study", "# Mine\n\nWhat I think of it."))
     few = tmp_path / "few.csv"
     few.write_text("".join((work / "study.csv").read_text().splitlines(keepends=True)[:2]))
@@ -300,6 +304,49 @@ def test_the_share_of_the_gain_that_is_kept_is_taken_seed_by_seed():
 def test_rows_are_read_as_they_were_written(made, tmp_path):
     _, work, rows = made
     assert read_rows(work / "study.csv") == rows and read_rows(tmp_path / "none.csv") == []
+
+
+def test_probabilities_are_held_against_the_labels_that_are_wrong(tmp_path):
+    """Of 2,000 pairs a fifth are wrong: the share is learned, u errs, the probability does not."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(2000) < 0.2
+    total = np.where(wrong, -1.25, 1.25) + rng.normal(0.0, 1.0, 2000)
+    lines = ["pair_id,flipped,visits,ledger_mean,ledger_minority,metric_minority"]
+    for k, (flip, votes) in enumerate(zip(wrong, total, strict=True)):
+        u = 1.0 / (1.0 + np.exp(2.0 * votes))
+        lines.append(f"p{k},{int(flip and k % 2)},4,{votes / 4},{u},")
+    (tmp_path / "minority.csv").write_text("\n".join(lines) + "\n")
+    others = frozenset(f"p{k}" for k in range(0, 2000, 2) if wrong[k])  # wrong before any flip
+    found = calibration_row(tmp_path, others)
+    assert found["learned_wrong"] == pytest.approx(0.2, abs=0.04)
+    rows = [row("dpo", "0.2", str(seed), 0.1) | {k: str(v) for k, v in found.items()}
+            for seed in (0, 1)]  # fmt: skip
+    bins = reliability_bins(rows, "reliability")
+    assert sum(b.pairs for b in bins) == 4000
+    assert sum(b.found * b.pairs for b in bins) == pytest.approx(2 * wrong.sum())
+    assert all(b.interval[0] <= b.found <= b.interval[1] for b in bins)
+    assert sum(b.expected * b.pairs for b in bins) == pytest.approx(2 * wrong.sum(), rel=0.1)
+    checked = study(calibration=["dpo"], parts=[{**QUICK["parts"][0], "flips": [0.2]}])
+    cells = calibration_table(checked, rows).splitlines()[-1].split("|")
+    share, of_u, of_p = (float(cell.split()[0].rstrip("%")) for cell in cells[4:7])
+    assert abs(share - 20.0) < 4.0 and of_p < 0.03 < of_u
+    assert calibration_figure(checked, rows).startswith(b"\x89PNG")
+    none = study(calibration=["sft"])
+    assert "is made yet" in calibration_table(none, rows) and not calibration_figure(none, rows)
+
+
+def test_too_few_votes_have_no_calibration_and_old_tables_no_column(made, tmp_path):
+    head = "pair_id,flipped,visits,ledger_mean,ledger_minority,metric_minority"
+    (tmp_path / "minority.csv").write_text(f"{head}\np0,0,1,0.1,0.4,\n")
+    assert calibration_row(tmp_path, frozenset()) == {}
+    rows = made[2]
+    new = ("learned_wrong", "reliability", "reliability_u")
+    old = [{k: v for k, v in line.items() if k not in new} for line in rows]
+    with (tmp_path / "old.csv").open("w") as file:
+        writer = csv.DictWriter(file, old[0])
+        writer.writeheader()
+        writer.writerows(old)
+    assert read_rows(tmp_path / "old.csv") == old
 
 
 def test_processes_have_one_thread_each_and_tell_what_failed():
