@@ -10,6 +10,11 @@ by the EM algorithm, which finds f, a, b and s without knowing any label. The pr
 is its share of the second, `1 / (1 + exp(...))` of an expression linear in T. With b at least a / 2
 (a model that learns some wrong labels by heart pulls their sums towards zero, never that far) clean
 labels give f = 0 instead of a cut through the middle of the right ones.
+
+Where the model learns wrong labels by heart, as plain DPO does when many are wrong, the heaps run
+into each other: nearly any share then fits the sums as well as any other. Two normal distributions
+nearer than twice their spread have one peak together (equal shares), so from there on nothing is
+learned, and u, which assumes no share, remains the probability.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ ROUNDS = 500
 FEWEST = 20
 """Pairs below which there is nothing to fit, and u itself is the probability."""
 LEAST_WRONG = 0.5  # b over a
+APART = 2.0
+"""Least distance of the two distributions of a pair's sum, in units of its spread."""
 EDGES = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1.0)
 """Of the reliability curve's bins: finer where a decision is made."""
 
@@ -69,7 +76,8 @@ def calibrate(total: Array, visits: Array) -> Calibration | None:
         visits: `(N,)` how many votes that are; pairs without one are left out.
 
     Returns:
-        None where fewer than `FEWEST` pairs have votes, or all sums are alike.
+        None where fewer than `FEWEST` pairs have votes, all sums are alike, or the distributions
+        are less than `APART` from each other.
     """
     seen = visits > 0
     total, visits = total[seen], visits[seen]
@@ -78,6 +86,8 @@ def calibrate(total: Array, visits: Array) -> Calibration | None:
     scale, weight = float(np.std(total)) or 1.0, visits / visits.mean()
     found = [_fit(total / scale, weight, start) for start in STARTS]
     _, share, right, wrong, variance = max(found)
+    if right + wrong < APART * math.sqrt(variance):
+        return None
     unit = scale / visits.mean()  # from the scaled sums of a mean number of votes to one vote
     return Calibration(
         share, right * unit, wrong * unit, variance * scale**2 / visits.mean(), len(total)

@@ -59,7 +59,7 @@ class Verdicts:
         minority: `(N,)` the ledger's metric u.
         moving: `(N,)` the metric of moving averages, NaN where there is none.
         probability: `(N,)` calibrated probability that the label is wrong.
-        calibration: What it was learned as; None: there were too few pairs, and it is u.
+        calibration: What it was learned as; None: it could not be learned, and it is u.
     """
 
     pair_ids: list[str]

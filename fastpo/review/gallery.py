@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from fastpo._version import __version__
 from fastpo.errors import DataError, one_line
 from fastpo.report.grids import data_url
-from fastpo.review.calibration import calibration_error, reliability
+from fastpo.review.calibration import FEWEST, calibration_error, reliability
 from fastpo.review.evidence import Evidence, load_evidence, write_table
 from fastpo.review.known import (
     Curves,
@@ -211,8 +211,13 @@ def words(summary: dict[str, Any]) -> str:
     """Says in a sentence or two what was found."""
     judged = counted(summary["judged"], "pair", of=summary["pairs"])
     share = summary["wrong_share"]
-    if share is None:
+    if share is None and summary["judged"] < FEWEST:
         return f"{judged} judged: too few to learn how many labels are wrong; u is shown as it is."
+    if share is None:
+        return (
+            f"{judged} judged. How many labels are wrong cannot be learned: the votes of right and "
+            "of wrong ones run into each other. The metric u is shown as it is."
+        )
     text = (
         f"{judged} judged. About {share:.1%} of the labels look wrong to this run; "
         f"{summary['above_half']:,} pairs are more likely wrong than right."

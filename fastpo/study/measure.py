@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from fastpo.config import Config, EmaAnnotators
 from fastpo.evaluate import Evaluation
-from fastpo.review.calibration import ReliabilityBin, reliability
+from fastpo.review.calibration import FEWEST, ReliabilityBin, reliability
 from fastpo.review.evidence import load_verdicts
 
 BINS = 10  # of the minority metric, equally wide
@@ -86,17 +86,17 @@ def calibration_row(run: Path, looked_for: frozenset[str]) -> dict[str, Any]:
         looked_for: As in `verdict_row`.
 
     Returns:
-        `learned_wrong`, the share of wrong labels that the calibration learned; and
-        `reliability`, `reliability_u`: of the calibrated probability and of the ledger's own metric
-        u, as `reliability_text` writes it. Nothing where the ledger judged too few pairs.
+        `learned_wrong`, the share of wrong labels that the calibration learned, empty where it
+        could not; and `reliability`, `reliability_u`: of the probability and of the ledger's own
+        metric u, as `reliability_text` writes it. Nothing where the ledger judged too few pairs.
     """
     verdicts = load_verdicts(run)
-    if verdicts.calibration is None:
-        return {}
     wrong = verdicts.flipped | np.isin(verdicts.pair_ids, list(looked_for))
-    seen = verdicts.visits > 0
+    seen, found = verdicts.visits > 0, verdicts.calibration
+    if seen.sum() < FEWEST:
+        return {}
     return {
-        "learned_wrong": verdicts.calibration.share,
+        "learned_wrong": "" if found is None else found.share,
         "reliability": reliability_text(reliability(verdicts.probability[seen], wrong[seen])),
         "reliability_u": reliability_text(reliability(verdicts.minority[seen], wrong[seen])),
     }

@@ -84,22 +84,25 @@ def methods_table(study: StudyConfig) -> str:
 def calibration_table(study: StudyConfig, rows: Sequence[Row]) -> str:
     """What the methods of `StudyConfig.calibration` make of the share of wrong labels, and how far.
 
-    The errors are those of each run's bins, as means over seeds.
+    `learned in` says in how many of the seeds' runs the share could be learned. The errors are
+    those of each run's bins, as means over seeds.
     """
-    head = ["labels wrong", "method", "seeds", "learned share", "error of u", "of the probability"]
+    head = ["labels wrong", "method", "learned in", "learned share", "error of u"]
+    head += ["of the probability"]
     lines = []
     for part, method in judged(study, rows):
         for flip_rate in sorted(part.flips):
             own = chosen(rows, part=part.name, method=method, case="", flip_rate=str(flip_rate))
             own = [row for row in own if row.get("reliability")]
-            learned = column(own, "learned_wrong")
-            if learned is None:
+            if not own:
                 continue
+            learned = column(own, "learned_wrong")
             errors = [
                 mean_of(calibration_error(reliability_bins([row], name)) for row in own)
                 for name in ("reliability_u", "reliability")
             ]
-            cells = [_text(column(own, "wrong"), ".1%", plain=True), method, str(learned.seeds)]
+            seeds = f"{0 if learned is None else learned.seeds} of {len(own)}"
+            cells = [_text(column(own, "wrong"), ".1%", plain=True), method, seeds]
             cells += [_text(learned, ".1%"), *(_text(error, ".3f") for error in errors)]
             lines.append("| " + " | ".join(cells) + " |")
     if not lines:

@@ -9,7 +9,7 @@ from fastpo.errors import DataError, ForeignPathError
 from fastpo.ledger import BINS
 from fastpo.review.calibration import calibrate, calibration_error, reliability
 from fastpo.review.evidence import load_evidence
-from fastpo.review.gallery import choose, summarize, write_gallery
+from fastpo.review.gallery import choose, summarize, words, write_gallery
 from fastpo.review.known import at_thresholds, curves
 from tests.review.world import make_data, make_run
 
@@ -42,7 +42,7 @@ def test_the_share_of_wrong_labels_is_learned_and_probabilities_are_kept(share):
 
 
 def test_clean_labels_are_not_cut_in_two():
-    total, visits, _ = sums(0.0, 2_000)
+    total, visits, _ = sums(0.0, 2_000, right=1.0)
     found = calibrate(total, visits)
     assert found.share < 0.005 and found.probability(total, visits).mean() < 0.005
 
@@ -57,6 +57,17 @@ def test_too_few_pairs_or_no_votes_teach_nothing():
     assert calibrate(*sums(0.2, 19)[:2]) is None
     assert calibrate(np.zeros(100), np.zeros(100)) is None
     assert calibrate(np.ones(100), np.ones(100)) is None
+
+
+def test_where_right_and_wrong_run_into_each_other_no_share_is_made_up():
+    """Wrong labels learned by heart have votes near zero: any share would fit."""
+    near, visits, _ = sums(0.4, 2_000, right=0.35, wrong=0.0)
+    assert calibrate(near, visits) is None
+    apart, visits, bad = sums(0.4, 2_000, right=0.9, wrong=0.6)
+    assert calibrate(apart, visits).share == pytest.approx(bad.mean(), abs=0.05)
+    summary = {"judged": 2_000, "pairs": 2_000, "wrong_share": None, "above_half": 10}
+    assert "run into each other" in words(summary)
+    assert "too few" in words({**summary, "judged": 19})
 
 
 def test_the_table_holds_each_pair_with_its_history(run, tmp_path):
