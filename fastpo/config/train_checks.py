@@ -115,6 +115,10 @@ def check_rounds(config: TrainKeys) -> None:
         raise ValueError("train.round_epochs is about the rounds before the last; set train.rounds")
     if config.round_epochs is not None and config.epochs is None:
         raise ValueError("train.round_epochs goes with train.epochs, not with train.max_steps")
+    if config.rounds_draws == "same" and config.rounds == 1:
+        raise ValueError(
+            "train.rounds_draws is about the rounds behind the first; set train.rounds"
+        )
     if config.rounds_turn is not None and (config.rounds_turn < 0.5 or not any(asked.values())):
         raise ValueError(
             f"train.rounds_turn: {config.rounds_turn:g} turns labels round that a round before has "

@@ -74,6 +74,9 @@ class TrainKeys(Section):
     rounds_turn: Annotated[SomeShare | None, decides("run")] = None
     """Metric u from which on a round takes the pair with its label turned round instead of leaving
     it closed; at least 0.5; none: no label is ever turned. Needs rounds or verdicts."""
+    rounds_draws: Annotated[Literal["new", "same"], decides("run")] = "new"
+    """`same`: each round takes the first one's batches, timesteps and noise again, so that cached
+    reference errors of one round serve all of them; `new`: each has its own."""
     rounds_settled: Annotated[Share, decides("run")] = 0.01
     """The next round is the last once fewer than this share of the verdicts has changed in one;
     0: only held-out accuracy, where it is measured, ends them earlier."""

@@ -139,16 +139,29 @@ def count_source(one: SourceConfig) -> DataSize:
     return DataSize(pairs, min(prompts or pairs, pairs), where)
 
 
-def count_visits(config: Config, size: DataSize, processes: int) -> int | None:
-    """Pairs drawn in the whole run, repeats and all rounds included."""
+def count_visits(
+    config: Config, size: DataSize, processes: int, *, distinct: bool = False
+) -> int | None:
+    """Pairs drawn in the whole run, repeats and all rounds included.
+
+    Args:
+        config: The run's configuration.
+        size: Its data set's.
+        processes: How many train.
+        distinct: Count draws that later rounds take again (`train.rounds_draws`) once.
+    """
     train = config.train
+    once = distinct and train.rounds_draws == "same"
     if train.max_steps is not None:
         step = processes * train.accumulation_steps * train.micro_batch_size
-        return train.rounds * train.max_steps * step
+        return (1 if once else train.rounds) * train.max_steps * step
     assert train.epochs is not None
     if size.pairs is None:
         return None
-    epochs = train.epochs + (train.rounds - 1) * (train.round_epochs or train.epochs)
+    judging = train.round_epochs or train.epochs
+    epochs = train.epochs + (train.rounds - 1) * judging
+    if once:
+        epochs = max(train.epochs, judging)
     return round(epochs * size.pairs * size.repeats * (1.0 - config.data.held_out))
 
 

@@ -116,7 +116,8 @@ def make_plan(
     backward = plan_backward(config, costs[0], live_share, world_size)
     assumptions = _assumptions(config, hardware, sharding, measured, size, visits)
     preparing = _preparing(config, measured, hardware, shapes)
-    hours = _prepare_hours(preparing, hardware, size, visits)
+    drawn = count_visits(config, size, world_size, distinct=True)
+    hours = _prepare_hours(preparing, hardware, size, drawn)
     largest = find_largest(
         measured,
         own,
@@ -125,7 +126,7 @@ def make_plan(
         shapes=shapes,
         step=shapes.vae_factor * architecture.denoiser_factor,
     )
-    cache = cache_size(config, architecture, shapes, size=size, visits=visits, hours=hours)
+    cache = cache_size(config, architecture, shapes, size=size, visits=drawn, hours=hours)
     return Plan(
         family=architecture.family,
         architecture=architecture.source,

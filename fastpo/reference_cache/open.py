@@ -50,9 +50,15 @@ def read_visits(text: str | None) -> int | None:
 
 
 def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int) -> int:
-    """Optimizer steps of the configuration's run, at most: rounds may settle earlier."""
-    judging, last = round_steps(config.train, sampler, micro_batches_per_step)
-    return (config.train.rounds - 1) * judging + last
+    """Optimizer steps with draws of their own in the configuration's run, at most.
+
+    Rounds may settle earlier; those that draw the same (`train.rounds_draws`) count as the longest.
+    """
+    train = config.train
+    judging, last = round_steps(train, sampler, micro_batches_per_step)
+    if train.rounds > 1 and train.rounds_draws == "same":
+        return max(judging, last)
+    return (train.rounds - 1) * judging + last
 
 
 def open_for_run(

@@ -26,6 +26,7 @@ class TrainingData:
         total_steps: Finished optimizer steps at the end of the round, of the last one and of a run
             without others at the end of the run.
         round: Which round that is.
+        repeats: Whether each round draws from the stream's beginning on; see `train.rounds_draws`.
     """
 
     cache: PairCache
@@ -33,6 +34,7 @@ class TrainingData:
     micro_batches_per_step: int
     total_steps: int
     round: Round
+    repeats: bool = False
 
     def epoch(self, step: int) -> float:
         """Epochs that are finished after `step` optimizer steps."""
@@ -46,14 +48,15 @@ class TrainingData:
             start: Finished optimizer steps.
             workers: Threads that read ahead; 0 reads when the step asks.
         """
+        before = self.round.start if self.repeats else 0
         return make_loader(
             self.cache,
             self.sampler,
             rank=processes.rank,
             world_size=processes.count,
             accumulation_steps=self.micro_batches_per_step // processes.count,
-            start_step=start,
-            total_steps=self.total_steps,
+            start_step=start - before,
+            total_steps=self.total_steps - before,
             workers=workers,
             pin_memory=processes.device.type == "cuda",
         )
@@ -73,4 +76,11 @@ def setup_data(
     micro_batches_per_step = processes.count * train.accumulation_steps
     current = current or first_round(train)
     total_steps = end_of(current, train, sampler, micro_batches_per_step)
-    return TrainingData(cache, sampler, micro_batches_per_step, total_steps, current)
+    return TrainingData(
+        cache,
+        sampler,
+        micro_batches_per_step,
+        total_steps,
+        current,
+        repeats=train.rounds_draws == "same",
+    )

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from fastpo.config import load_config, parse_config
 from fastpo.data.cache import PairCache
 from fastpo.data.cache.flips import is_flipped
-from fastpo.errors import ConfigError
+from fastpo.errors import CacheError, ConfigError
 from fastpo.ledger import PairLedger
 from fastpo.plan.dataset import DataSize, count_visits
+from fastpo.reference_cache import prepare_reference
 from fastpo.review.evidence import load_evidence
 from fastpo.train import Observer, train
 from fastpo.train.rounds import about_labels, hand_over, next_round, verdicts
@@ -113,6 +114,40 @@ def test_a_run_that_was_killed_anywhere_goes_on_to_the_same_end(whole, experimen
             load_file(next((f / "final").glob("*.safetensors"))) for f in (target, folder)
         )
         assert all(torch.equal(mine[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("draws", ["new", "same"])
+def test_rounds_draw_the_same_again_where_they_are_asked_to(experiment, draws):
+    """The same pairs at the same timesteps in the same order; the last round goes on from there."""
+    folder = train(load_config(experiment(**ROUNDS, rounds_draws=draws)), progress=False)
+    drawn = {"1": [], "2": []}
+    for row in rows(folder):
+        drawn[row["round"]].append((row["pair"], row["timestep"]))
+    first, last = drawn["1"], drawn["2"]
+    assert len(last) > len(first) and (last[: len(first)] == first) == (draws == "same")
+
+
+def test_rounds_with_the_same_draws_need_reference_errors_of_one(whole, experiment):
+    """Cached, killed within the second round and gone on with: all as in one go."""
+    del whole  # whose latents these runs use
+    options = {**ROUNDS, "rounds_draws": "same", "checkpoint_every": 3, "keep_checkpoints": 99}
+    config = load_config(experiment(**options, name="cached", reference="cached"))
+    errors = prepare_reference(config, progress=False)
+    assert errors.visits == 3, "2.5 epochs, the longest round's"
+    folder = train(config, progress=False)
+    killed = load_config(experiment(**options, name="killed", reference="cached"))
+    target = killed.train.output_dir
+    shutil.copytree(folder, target)
+    judging = max(int(row["step"]) for row in rows(folder) if row["round"] == "1")
+    for later in sorted((target / "checkpoints").iterdir()):
+        if int(later.name.removeprefix("step-")) > judging + 3:
+            shutil.rmtree(later)
+    shutil.rmtree(target / "final")
+    train(killed, resume=True, progress=False)
+    assert (target / "votes.csv").read_bytes() == (folder / "votes.csv").read_bytes()
+    other = load_config(experiment(**{**options, "rounds_draws": "new"}, reference="cached"))
+    with pytest.raises(CacheError, match="end before the run does"):
+        train(other, progress=False)
 
 
 def state_of(votes, began, best_step=0, start=0):
@@ -239,6 +274,10 @@ def train_path(words):
         ({"rounds": 1, "round_epochs": None}, "needs train.rounds or train.verdicts"),
         ({"epochs": None, "max_steps": 4}, "train.round_epochs goes with train.epochs"),
         ({"rounds_turn": 0.4}, "must be at least 0.5"),
+        (
+            {"rounds": 1, "round_epochs": None, "rounds_turn": None, "rounds_draws": "same"},
+            "train.rounds_draws is about the rounds behind",
+        ),
         ({"deepspeed": "zero2"}, "train.rounds does not begin anew within a run of DeepSpeed"),
         ({"early_stop": 2, "rounds": 2}, "train.early_stop would end the run in its first round"),
     ],
@@ -251,6 +290,8 @@ def test_what_rounds_cannot_do_is_refused(experiment, changes, message):
 def test_a_plan_counts_the_visits_of_all_rounds(experiment):
     size = DataSize(100, 100, "here")
     config = load_config(experiment(**{**ROUNDS, "rounds": 3}))
-    assert count_visits(config, size, 1) == 650
+    assert count_visits(config, size, 1) == 650 == count_visits(config, size, 1, distinct=True)
+    same = load_config(experiment(**{**ROUNDS, "rounds": 3, "rounds_draws": "same"}))
+    assert [count_visits(same, size, 1, distinct=d) for d in (False, True)] == [650, 250]
     steps = {"epochs": None, "round_epochs": None, "max_steps": 4}
     assert count_visits(load_config(experiment(**ROUNDS | steps)), size, 3) == 2 * 4 * 3 * 2
