@@ -32,6 +32,7 @@ class LibraryLog:
 
     Attributes:
         waiting: How many warnings are in no file yet.
+        shown: Whether this process prints them.
     """
 
     def __init__(self, *, shown: bool) -> None:
@@ -42,7 +43,7 @@ class LibraryLog:
         """
         self.waiting = 0
         self._rank = Rank.of_launch().rank
-        self._shown = shown and self._rank == 0
+        self.shown = shown and self._rank == 0
         self._lines: list[str] = []
         self._file: Path | None = None
         self._lock = threading.RLock()
@@ -53,12 +54,12 @@ class LibraryLog:
             return True
         if record.levelno >= logging.WARNING:
             self._keep(record.levelname, record.name, record.getMessage())
-        return self._shown or record.levelno >= logging.ERROR
+        return self.shown or record.levelno >= logging.ERROR
 
     def warn(self, category: type[Warning], message: object, place: str) -> bool:
         """As `filter`, of a Python warning."""
         self._keep(category.__name__, place, str(message))
-        return self._shown
+        return self.shown
 
     def told(self) -> str:
         """Says that warnings are in no file, in a line."""
@@ -131,6 +132,11 @@ def write_library_log(folder: Path) -> None:
     """Puts the messages of the command that runs, if one does, into a run's folder."""
     if _active is not None and folder.is_dir():
         _active.write_to(folder)
+
+
+def shows_messages() -> bool | None:
+    """Whether the command that runs shows other libraries' messages; None: none runs."""
+    return None if _active is None else _active.shown
 
 
 def is_of_use(record: logging.LogRecord) -> bool:

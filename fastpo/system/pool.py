@@ -6,15 +6,18 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
 from fastpo.errors import FastPOError
+from fastpo.system.library_log import kept_apart, shows_messages
 from fastpo.system.storage import storage_errors
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Job = Callable[..., str | None]
+whole_life = ExitStack()
+"""What a process that does jobs has entered and leaves when it ends."""
 
 
 class Workers(Protocol):
@@ -64,8 +67,8 @@ def workers(processes: int) -> Iterator[Workers]:
         pool = ProcessPoolExecutor(
             processes,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
+            initializer=_begin,
+            initargs=(shows_messages(),),
         )
 
         def there(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:
@@ -81,6 +84,15 @@ def workers(processes: int) -> Iterator[Workers]:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin(shown: bool | None) -> None:
+    """Starts a process: one thread, and other libraries' messages treated as in the caller."""
+    import torch
+
+    torch.set_num_threads(1)
+    if shown is not None:
+        whole_life.enter_context(kept_apart(shown=shown))
 
 
 def _here(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:

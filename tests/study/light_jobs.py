@@ -1,5 +1,7 @@
 """Jobs for processes of a study that import nothing but torch."""
 
+import logging
+
 import torch
 
 
@@ -9,3 +11,7 @@ def threads_of_a_process():
 
 def refuse(name):
     return f"{name}: refused"
+
+
+def warn(name):
+    logging.getLogger(name).warning("a library's warning of %s", name)

@@ -1,6 +1,7 @@
 """`fastpo study`: what is run, that nothing is run twice, and the page that comes from the CSV."""
 
 import csv
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fastpo.study.summary import kept, mean_of, reliability_bins
 from fastpo.study.tables import calibration_table, part_table
 from fastpo.study.trials import Choice, plan
 from fastpo.study.world import Places
+from fastpo.system.library_log import kept_apart
 from fastpo.system.pool import told, workers
 from tests.study import light_jobs
 
@@ -355,3 +357,13 @@ def test_processes_have_one_thread_each_and_tell_what_failed():
         threads = dict(work(light_jobs.threads_of_a_process, [()] * 2))
     assert failures == {0: "one: refused", 1: "two: refused"}
     assert set(threads.values()) == {"1"}
+
+
+@pytest.mark.parametrize("shown", [None, False, True])
+def test_processes_show_other_libraries_messages_as_the_command_does(capfd, shown):
+    """A logger that the job makes; without a command a program of one's own decides."""
+    with nullcontext() if shown is None else kept_apart(shown=shown), workers(2) as work:
+        assert dict(work(light_jobs.warn, [("bits",), ("fastpo.bits",)])) == {0: None, 1: None}
+    told_ = capfd.readouterr().err
+    assert ("warning of bits" in told_) == (shown is not False)
+    assert "warning of fastpo.bits" in told_
