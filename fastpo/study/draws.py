@@ -28,6 +28,7 @@ from fastpo.ledger import PairLedger
 from fastpo.study.ledger import ROWS, ROWS_SHORT, Place, Results
 from fastpo.study.measure import area, minority_columns
 from fastpo.study.own_steps import train_with
+from fastpo.system.words import counted
 from fastpo.train.metrics import StepResult, StepTable
 from fastpo.train.trainer import Trainer
 from fastpo.types import PairBatch
@@ -167,7 +168,8 @@ def draws_table(results: Results) -> str:
             lines.append("| " + " | ".join([f"{float(rate):.0%}", seed, str(draws), *cells]) + " |")
     if not lines:
         return ""
-    head = ["flipped", "seed", "draws a visit", *(f"AUROC after {case}" for case in cases)]
+    after = [counted(int(case.split()[0]), "visit") for case in cases]
+    head = ["flipped", "seed", "draws a visit", *(f"AUROC after {visits}" for visits in after)]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
 
 

@@ -149,7 +149,7 @@ class Trial:
         return _digest([LAYOUT, described(self.world), self.short, trained, keys])
 
     def folder(self, work: Path) -> Path:
-        """Where it is made; runs with the same numbers have the same folder."""
+        """Where it is made, if no run with the same numbers is."""
         return work / "runs" / f"{self.method_name}-{self.flip_rate:g}-{self.digest}"
 
     def __str__(self) -> str:

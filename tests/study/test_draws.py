@@ -44,7 +44,7 @@ def test_passes_and_table_by_hand(tmp_path):
         labels = {"part": "draws", "flip_rate": 0.2, "seed": 0, "method": "2 draws"}
         results.add(**labels, case=f"{visits} visits", auroc=auroc)
     table = draws_table(results).splitlines()
-    assert table[0].endswith("| AUROC after 1 visits | AUROC after 2 visits |")
+    assert table[0].endswith("| AUROC after 1 visit | AUROC after 2 visits |")
     assert table[2] == "| 20% | 0 | 2 | 0.750 (6, 4) | 0.900 (12, 8) |"
 
 
