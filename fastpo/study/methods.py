@@ -15,6 +15,7 @@ from typing import Any
 from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.run import LEDGER, RELEASED, passes_of_run
+from fastpo.errors import CheckpointError
 from fastpo.review.relabel import Rules, relabel
 from fastpo.study import co_teaching, rivals
 from fastpo.train import train
@@ -43,9 +44,16 @@ Train = Callable[[Config], Trained]
 
 
 def train_once(config: Config) -> Trained:
-    """Trains one run, or goes on with it."""
-    begun = config.train.output_dir.exists()
-    run = train(config, resume=begun, progress=False)
+    """Trains one run, or goes on with it.
+
+    Raises:
+        CheckpointError: A version with other defaults began it, or a file of it is damaged.
+    """
+    folder = config.train.output_dir
+    try:
+        run = train(config, resume=folder.exists(), progress=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove {folder}, and it is made anew") from None
     return Trained(run, run, passes_of_run(config))
 
 

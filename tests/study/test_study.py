@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from fastpo.cli import main
-from fastpo.errors import ConfigError, DataError, ForeignPathError
+from fastpo.config import load_config, parse_config, with_keys
+from fastpo.errors import CheckpointError, ConfigError, DataError, ForeignPathError
 from fastpo.study import STUDIES, run, shipped
 from fastpo.study.command import check_choice, study_command
 from fastpo.study.config import StudyConfig, load_study
 from fastpo.study.figures import calibration_figure
 from fastpo.study.measure import calibration_row
-from fastpo.study.methods import METHODS
+from fastpo.study.methods import METHODS, train_once
 from fastpo.study.page import write_page
 from fastpo.study.rows import Table, read_rows, row_path
 from fastpo.study.run import Options, run_study
@@ -212,6 +213,17 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(made, no_runs, monkey
     assert no_runs == [f"flips: {m}, 25% flipped, seed 0" for m in ("dpo", "conservative")]
     no_runs.clear()
     assert run_study(quick, replace(options, make=False)) == [] and not no_runs
+
+
+def test_a_run_that_another_version_began_is_told_with_the_way_out(experiment):
+    """Its configuration differs by a default, which the run's digest does not hold."""
+    config = load_config(experiment(max_steps=2, checkpoint_every=1))
+    train_once(config)
+    changes = {"train.max_steps": 4, "train.objective.beta": 7.0}
+    changed = with_keys(config.model_dump(mode="json"), changes)
+    folder = config.train.output_dir
+    with pytest.raises(CheckpointError, match=rf"objective.beta: .*; remove {folder}, and"):
+        train_once(parse_config(changed))
 
 
 def test_a_user_error_in_a_process_comes_back_as_its_text():
