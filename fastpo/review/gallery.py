@@ -211,17 +211,18 @@ def words(summary: dict[str, Any]) -> str:
     """Says in a sentence or two what was found."""
     judged = counted(summary["judged"], "pair", of=summary["pairs"])
     share = summary["wrong_share"]
-    if share is None and summary["judged"] < FEWEST:
-        return f"{judged} judged: too few to learn how many labels are wrong; u is shown as it is."
-    if share is None:
-        return (
+    if share is not None:
+        text = (
+            f"{judged} judged. About {share:.1%} of the labels look wrong to this run; "
+            f"{summary['above_half']:,} pairs are more likely wrong than right."
+        )
+    elif summary["judged"] < FEWEST:
+        text = f"{judged} judged: too few to learn how many labels are wrong; u is shown as it is."
+    else:
+        text = (
             f"{judged} judged. How many labels are wrong cannot be learned: the votes of right and "
             "of wrong ones run into each other. The metric u is shown as it is."
         )
-    text = (
-        f"{judged} judged. About {share:.1%} of the labels look wrong to this run; "
-        f"{summary['above_half']:,} pairs are more likely wrong than right."
-    )
     known = summary.get("known")
     if known is None:
         return text

@@ -68,6 +68,9 @@ def test_where_right_and_wrong_run_into_each_other_no_share_is_made_up():
     summary = {"judged": 2_000, "pairs": 2_000, "wrong_share": None, "above_half": 10}
     assert "run into each other" in words(summary)
     assert "too few" in words({**summary, "judged": 19})
+    known = {"flipped_share": 0.4, "auroc": (0.7, (0.6, 0.8))}
+    known |= {"calibration_error": 0.04, "calibration_error_of_u": 0.04}
+    assert "AUROC 0.7000" in words({**summary, "known": known})
 
 
 def test_the_table_holds_each_pair_with_its_history(run, tmp_path):
