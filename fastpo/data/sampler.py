@@ -2,7 +2,8 @@
 
 Micro-batches form one endless stream. Optimizer step s of W processes with A accumulated
 micro-batches takes number s·W·A to (s+1)·W·A - 1 of it; process r takes those whose number is r
-modulo W. The pairs of a step therefore do not depend on how they are spread.
+modulo W. The pairs of a step therefore do not depend on how they are spread. Steps are those of the
+run, or with `train.rounds_draws: same` those of its round.
 """
 
 from __future__ import annotations

@@ -118,6 +118,9 @@ def make_plan(
     preparing = _preparing(config, measured, hardware, shapes)
     drawn = count_visits(config, size, world_size, distinct=True)
     hours = _prepare_hours(preparing, hardware, size, drawn)
+    if visits and drawn:  # the reference's passes serve each visit that draws the same
+        each = preparing.visit * drawn / visits
+        preparing = preparing.model_copy(update={"visit": each})
     largest = find_largest(
         measured,
         own,

@@ -11,10 +11,14 @@ is its share of the second, `1 / (1 + exp(...))` of an expression linear in T. W
 (a model that learns some wrong labels by heart pulls their sums towards zero, never that far) clean
 labels give f = 0 instead of a cut through the middle of the right ones.
 
-Where the model learns wrong labels by heart, as plain DPO does when many are wrong, the heaps run
-into each other: nearly any share then fits the sums as well as any other. Two normal distributions
-nearer than twice their spread have one peak together (equal shares), so from there on nothing is
-learned, and u, which assumes no share, remains the probability.
+Where votes are weak, or the model learns wrong labels by heart, as plain DPO does when many are
+wrong, the heaps run into each other, and nearly any share fits the sums as well as any other. Then
+nothing is learned, and u, which assumes no share, is all there is. Learned is what has
+
+* heaps at least twice the spread apart (of equal sizes, nearer ones have one peak together), and
+* either right labels' votes so strong that wrong ones would stand apart (1.5 a at least twice the
+  spread: also where none are wrong), or sums to which two heaps fit better than one by what the
+  Bayesian information criterion asks of two further parameters, a log-likelihood ratio of log N.
 """
 
 from __future__ import annotations
@@ -77,16 +81,19 @@ def calibrate(total: Array, visits: Array) -> Calibration | None:
 
     Returns:
         None where fewer than `FEWEST` pairs have votes, all sums are alike, or the distributions
-        are less than `APART` from each other.
+        cannot be told apart (module docstring).
     """
     seen = visits > 0
     total, visits = total[seen], visits[seen]
-    if len(total) < FEWEST or not np.ptp(total / visits) > 0:
+    if len(total) < FEWEST or not np.ptp(total / visits) > 1e-6 * np.abs(total / visits).max():
         return None
     scale, weight = float(np.std(total)) or 1.0, visits / visits.mean()
     found = [_fit(total / scale, weight, start) for start in STARTS]
-    _, share, right, wrong, variance = max(found)
-    if right + wrong < APART * math.sqrt(variance):
+    likelihood, share, right, wrong, variance = max(found)
+    apart = APART * math.sqrt(variance)
+    gained = len(total) * (likelihood - _one_heap(total / scale, weight))
+    strong = (1.0 + LEAST_WRONG) * right >= apart
+    if right + wrong < apart or not (strong or gained >= math.log(len(total))):
         return None
     unit = scale / visits.mean()  # from the scaled sums of a mean number of votes to one vote
     return Calibration(
@@ -114,6 +121,12 @@ def _fit(x: Array, weight: Array, share: float) -> tuple[float, float, float, fl
             break
         before = likelihood
     return likelihood, share, right, wrong, variance
+
+
+def _one_heap(x: Array, weight: Array) -> float:
+    """Mean log-likelihood of one normal distribution, `x ~ N(a weight, s^2 weight)`."""
+    off = x - weight * x.sum() / weight.sum()
+    return float(_log_normal(off, weight * max(float((off**2 / weight).mean()), 1e-9)).mean())
 
 
 def _log_normal(off: Array, variance: Array) -> Array:

@@ -59,7 +59,8 @@ class Verdicts:
         minority: `(N,)` the ledger's metric u.
         moving: `(N,)` the metric of moving averages, NaN where there is none.
         probability: `(N,)` calibrated probability that the label is wrong.
-        calibration: What it was learned as; None: it could not be learned, and it is u.
+        calibration: What it was learned as; None: it could not be learned, and it is u, and one
+            half where there is no vote.
     """
 
     pair_ids: list[str]
@@ -70,6 +71,11 @@ class Verdicts:
     moving: Array
     probability: Array
     calibration: Calibration | None
+
+    @property
+    def judged(self) -> NDArray[np.bool_]:
+        """`(N,)` which pairs have votes; the others' probability is no verdict."""
+        return self.visits > 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,9 @@ class Evidence(Verdicts):
 
     @property
     def knows_flips(self) -> bool:
-        """Whether some labels, not all, were exchanged on purpose."""
-        return bool(self.flipped.any() and not self.flipped.all())
+        """Whether of the judged pairs some labels, not all, were exchanged on purpose."""
+        flipped = self.flipped[self.judged]
+        return bool(flipped.any() and not flipped.all())
 
     def margins(self) -> tuple[Array, NDArray[np.int64]]:
         """Returns each pair's mean margin by timestep bin, NaN without a visit, and the counts."""

@@ -59,7 +59,9 @@ def write_gallery(run: Path, out: Path, *, pairs: int = 100, side: int = 320) ->
     """
     check_claim(out, GALLERY)
     evidence = load_evidence(run)
-    curve = curves(evidence.probability, evidence.flipped) if evidence.knows_flips else None
+    seen = evidence.judged
+    known = evidence.knows_flips
+    curve = curves(evidence.probability[seen], evidence.flipped[seen]) if known else None
     summary = summarize(evidence, curve)
     chosen = choose(evidence, pairs)
     shown, note = _cards(evidence, chosen, side)
@@ -77,24 +79,28 @@ def is_gallery(folder: Path) -> bool:
 
 
 def summarize(evidence: Evidence, curve: Curves | None) -> dict[str, Any]:
-    """The run's evidence in numbers; what needs labels known to be wrong, only where some are."""
-    found = evidence.calibration
+    """The run's evidence in numbers; what needs labels known to be wrong, only where some are.
+
+    Pairs that the run has not judged are counted, and no more.
+    """
+    found, seen = evidence.calibration, evidence.judged
+    probability = evidence.probability[seen]
     summary: dict[str, Any] = {
         "run": str(evidence.run),
         "pairs": len(evidence.pair_ids),
-        "judged": int((evidence.visits > 0).sum()),
+        "judged": int(seen.sum()),
         "wrong_share": None if found is None else found.share,
-        "above_half": int((evidence.probability >= 0.5).sum()),
+        "above_half": int((probability >= 0.5).sum()),
         "calibration": None if found is None else asdict(found),
     }
     if curve is not None:
-        wrong, bins = evidence.flipped, reliability(evidence.probability, evidence.flipped)
-        raw = reliability(np.where(evidence.visits > 0, evidence.minority, 0.5), wrong)
+        wrong = evidence.flipped[seen]
+        bins, raw = reliability(probability, wrong), reliability(evidence.minority[seen], wrong)
         summary["known"] = {
             "flipped_share": float(wrong.mean()),
             "auroc": curve.auroc,
             "average_precision": curve.average_precision,
-            "thresholds": [asdict(row) for row in at_thresholds(evidence.probability, wrong)],
+            "thresholds": [asdict(row) for row in at_thresholds(probability, wrong)],
             "reliability": [asdict(one) for one in bins],
             "calibration_error": calibration_error(bins),
             "calibration_error_of_u": calibration_error(raw),
@@ -104,7 +110,7 @@ def summarize(evidence: Evidence, curve: Curves | None) -> dict[str, Any]:
 
 def choose(evidence: Evidence, pairs: int) -> list[tuple[int, str]]:
     """The pairs of the page: the most suspicious, then the most certain, each at most once."""
-    judged = np.flatnonzero(evidence.visits > 0)
+    judged = np.flatnonzero(evidence.judged)
     doubt = evidence.probability[judged]
     order = judged[np.lexsort((evidence.mean_vote[judged], -doubt))]
     first = order[: min(pairs, (len(order) + 1) // 2)]
@@ -168,14 +174,15 @@ def _number(value: float) -> float | None:
 
 
 def diagrams(evidence: Evidence, curve: Curves | None) -> list[tuple[str, bytes]]:
-    """PNGs of all pairs, by title."""
-    wrong = evidence.flipped if curve is not None else None
-    pictures = [("Probabilities", probability_figure(evidence.probability, wrong))]
+    """PNGs of all judged pairs, by title."""
+    seen = evidence.judged
+    probability, wrong = evidence.probability[seen], evidence.flipped[seen]
+    known = wrong if curve is not None else None
+    pictures = [("Probabilities", probability_figure(probability, known))]
     if curve is not None:
-        raw = np.where(evidence.visits > 0, evidence.minority, 0.5)
         parts = [
-            ("calibrated", reliability(evidence.probability, evidence.flipped)),
-            ("the ledger's u", reliability(raw, evidence.flipped)),
+            ("calibrated", reliability(probability, wrong)),
+            ("the ledger's u", reliability(evidence.minority[seen], wrong)),
         ]
         pictures.append(("Reliability", reliability_figure(parts)))
         pictures.append(("ROC", roc_figure(curve)))
@@ -220,8 +227,8 @@ def words(summary: dict[str, Any]) -> str:
         text = f"{judged} judged: too few to learn how many labels are wrong; u is shown as it is."
     else:
         text = (
-            f"{judged} judged. How many labels are wrong cannot be learned: the votes of right and "
-            "of wrong ones run into each other. The metric u is shown as it is."
+            f"{judged} judged. How many labels are wrong cannot be learned: the votes are too weak "
+            "to tell right labels from wrong ones. The metric u is shown as it is."
         )
     known = summary.get("known")
     if known is None:

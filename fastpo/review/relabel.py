@@ -117,8 +117,8 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
 
     Raises:
         ConfigError: The rules or the configuration cannot be followed.
-        DataError: The run is not finished, a file is damaged, the data set cannot be read, or no
-            pair would be left.
+        DataError: The run is not finished, a file is damaged, the data set cannot be read, no
+            probability could be learned for the threshold, or no pair would be left.
         ForeignPathError: `out` holds other things, or what the data are read from.
     """
     rules.check()
@@ -126,6 +126,13 @@ def relabel(source: Path, out: Path, rules: Rules, *, progress: bool = True) -> 
     evidence = None if rules.by else load_evidence(source)
     if evidence is not None:
         config = evidence.config
+        if rules.threshold is not None and evidence.calibration is None:
+            raise DataError(
+                f"--threshold cuts at the probability that a label is wrong, which {source} does "
+                "not tell: it judged too few pairs, or its votes are too weak (fastpo minority "
+                "shows them). Give --marks, or a run with train.annotators: {kind: ledger} and "
+                "weight_kind: gate, more epochs, or train.rounds"
+            )
     else:
         config = load_config(source / CONFIG if source.is_dir() else source)
     reads = [source, *input_paths(config), *(() if rules.marks is None else (rules.marks,))]

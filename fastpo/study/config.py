@@ -29,6 +29,9 @@ from fastpo.study.methods import METHODS
 from fastpo.study.world import World
 from fastpo.study.worlds import build_world
 
+SECTIONS = ("state", "methods", "calibration")
+"""Of a study's page, beside its parts."""
+
 
 def _known(name: str) -> str:
     """Refuses a method that is in no table."""
@@ -108,6 +111,8 @@ class StudyConfig(Section):
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise ValueError(f"parts: each needs a name of its own, got {', '.join(names)}")
+        for name in set(names) & set(SECTIONS):
+            raise ValueError(f"parts: {name} is the name of a section of every page; give another")
         return self
 
 

@@ -92,7 +92,7 @@ def calibration_row(run: Path, looked_for: frozenset[str]) -> dict[str, Any]:
     """
     verdicts = load_verdicts(run)
     wrong = verdicts.flipped | np.isin(verdicts.pair_ids, list(looked_for))
-    seen, found = verdicts.visits > 0, verdicts.calibration
+    seen, found = verdicts.judged, verdicts.calibration
     if seen.sum() < FEWEST:
         return {}
     return {
@@ -104,7 +104,7 @@ def calibration_row(run: Path, looked_for: frozenset[str]) -> dict[str, Any]:
 
 def reliability_text(bins: Sequence[ReliabilityBin]) -> str:
     """A word for each bin with a pair: pairs, wrong ones among them, and their mean expectation."""
-    return " ".join(f"{b.pairs}:{round(b.found * b.pairs)}:{b.expected:.4g}" for b in bins)
+    return " ".join(f"{b.pairs}:{round(b.found * b.pairs)}:{b.expected!r}" for b in bins)
 
 
 def score_row(evaluation: Evaluation, columns: Mapping[str, str]) -> dict[str, Any]:

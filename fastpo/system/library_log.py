@@ -139,6 +139,20 @@ def shows_messages() -> bool | None:
     return None if _active is None else _active.shown
 
 
+def take_waiting() -> int:
+    """How many warnings of this process are in no file and have not been asked for before."""
+    if _active is None:
+        return 0
+    waiting, _active.waiting = _active.waiting, 0
+    return waiting
+
+
+def add_waiting(warnings_: int) -> None:
+    """Counts those of another process, which did a part of the command's work."""
+    if _active is not None:
+        _active.waiting += warnings_
+
+
 def is_of_use(record: logging.LogRecord) -> bool:
     """transformers tells at every start of image processors that nothing here uses."""
     return "requires torchvision" not in record.getMessage()

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any, Protocol
 
 from fastpo.errors import FastPOError
-from fastpo.system.library_log import kept_apart, shows_messages
+from fastpo.system.library_log import add_waiting, kept_apart, shows_messages, take_waiting
 from fastpo.system.storage import storage_errors
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -72,9 +72,11 @@ def workers(processes: int) -> Iterator[Workers]:
         )
 
         def there(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:
-            numbers = {pool.submit(job, *item): number for number, item in enumerate(items)}
+            numbers = {pool.submit(_done, job, *item): n for n, item in enumerate(items)}
             for future in as_completed(numbers):
-                yield numbers[future], future.result()
+                failure, warnings_ = future.result()
+                add_waiting(warnings_)
+                yield numbers[future], failure
 
         try:
             yield there
@@ -93,6 +95,11 @@ def _begin(shown: bool | None) -> None:
     torch.set_num_threads(1)
     if shown is not None:
         whole_life.enter_context(kept_apart(shown=shown))
+
+
+def _done(job: Job, *item: object) -> tuple[str | None, int]:
+    """Does a job; returns what failed, and how many of other libraries' warnings no file has."""
+    return job(*item), take_waiting()
 
 
 def _here(job: Job, items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str | None]]:

@@ -7,9 +7,9 @@
     deepspeed --num_gpus 2 --module fastpo.train CONFIG
 
 An optimizer step s takes micro-batches `[s W A, (s + 1) W A)` of one endless stream (W processes,
-A accumulation steps); process r takes those whose number is r modulo W. The host reads the device
-once a step: one table with a row per pair, from which every metric and the ledger are made. (fp16
-adds the gradient scaler's own check.)
+A accumulation steps; with `rounds_draws: same`, s is the step of its round); process r takes those
+whose number is r modulo W. The host reads the device once a step: one table with a row per pair,
+from which every metric and the ledger are made. (fp16 adds the gradient scaler's own check.)
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ comes as soon as verdicts have settled: fewer than `rounds_settled` of them are 
 beginning of the round that ends, or, with held-out pairs, a round's best accuracy on them is no
 higher than that of the rounds before it.
 
-Steps, visits of pairs, noise and checkpoints are numbered on through all rounds. What decides is in
-the checkpoint, so a run that was killed anywhere goes on as it would have.
+Steps and checkpoints are numbered on through all rounds, and so are the pairs' visits, of which
+each has noise of its own; with `rounds_draws: same` each round takes the visits of the first again,
+with their batches, timesteps and noise. What decides is in the checkpoint, so a run that was killed
+anywhere goes on as it would have.
 """
 
 from __future__ import annotations

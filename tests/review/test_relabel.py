@@ -1,6 +1,7 @@
 """A cleaned copy of the data: what changed is listed, the images are the same bytes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -277,3 +278,19 @@ def test_the_last_verdict_of_a_pair_counts(tmp_path):
     rows = [{"pair_id": "a", "verdict": v, "extra": 1} for v in ("right", "wrong")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_marks(path) == {"a": "wrong"}
+
+
+def test_a_threshold_needs_a_probability(run, tmp_path):
+    """Of a run with too few judged pairs, or whose votes tell nothing, there is none."""
+    rows = (run / "minority.csv").read_text().splitlines()
+    weak = tmp_path / "weak"
+    shutil.copytree(run, weak)
+    (weak / "minority.csv").write_text("\n".join(rows[:16]) + "\n")
+    (weak / "votes.csv").unlink()
+    with pytest.raises(DataError, match=r"--threshold cuts at the probability .* Give --marks"):
+        relabel(weak, tmp_path / "out", Rules(threshold=0.9), progress=False)
+    assert not (tmp_path / "out").exists()
+    marks = tmp_path / "marks.jsonl"
+    name = rows[1].split(",")[0]
+    marks.write_text(json.dumps({"pair_id": name, "verdict": "wrong"}) + "\n")
+    assert relabel(weak, tmp_path / "out", Rules(marks=marks), progress=False)["turned"] == 1

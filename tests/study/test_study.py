@@ -133,6 +133,7 @@ def test_a_method_gets_the_true_share_and_keeps_the_slope():
         ({"seeds": [1, 1]}, "once, got"),
         ({"parts": [{"name": "a", "methods": ["ppo"]}]}, "methods: expected names of dpo"),
         ({"parts": [{"name": "a", "methods": ["dpo"]}] * 2}, "a name of its own"),
+        ({"parts": [{"name": "calibration", "methods": ["dpo"]}]}, "a section of every page"),
         ({"parts": [{"name": "a", "methods": ["dpo"], "flips": [1.0]}]}, "less than 1"),
     ],
 )
@@ -374,8 +375,10 @@ def test_processes_have_one_thread_each_and_tell_what_failed():
 @pytest.mark.parametrize("shown", [None, False, True])
 def test_processes_show_other_libraries_messages_as_the_command_does(capfd, shown):
     """A logger that the job makes; without a command a program of one's own decides."""
-    with nullcontext() if shown is None else kept_apart(shown=shown), workers(2) as work:
+    command = nullcontext() if shown is None else kept_apart(shown=shown)
+    with command as log, workers(2) as work:
         assert dict(work(light_jobs.warn, [("bits",), ("fastpo.bits",)])) == {0: None, 1: None}
     told_ = capfd.readouterr().err
     assert ("warning of bits" in told_) == (shown is not False)
     assert "warning of fastpo.bits" in told_
+    assert log is None or log.waiting == 1, "the other one's is ours"
