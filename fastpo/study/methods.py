@@ -7,6 +7,7 @@ function of its own, which gets the run's configuration and returns what it trai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from fastpo.config import Config, flatten, parse_config, with_keys
 from fastpo.data.prepare import prepare
 from fastpo.demo.run import LEDGER, RELEASED, passes_of_run
 from fastpo.errors import CheckpointError
+from fastpo.review.evidence import load_verdicts
 from fastpo.review.relabel import Rules, relabel
 from fastpo.study import co_teaching, rivals
+from fastpo.system.files import write_text
 from fastpo.train import train
 
 BETA = 100.0  # the demo's slope
@@ -60,15 +63,16 @@ def train_once(config: Config) -> Trained:
 def drop_and_restart(config: Config) -> Trained:
     """Trains with the ledger's gate, drops the pairs that it doubts, and begins anew with DPO.
 
-    The verdicts are the calibrated probabilities of `fastpo relabel`, at 1/2. The second run takes
-    the first one's objective without gate and ledger, on the copy of the data that is left.
+    The verdicts are the calibrated probabilities of `fastpo relabel`, at 1/2; where none could be
+    learned, the ledger's metric u, at 1/2. The second run takes the first one's objective without
+    gate and ledger, on the copy of the data that is left.
     """
     folder = config.train.output_dir
     first = _with(config, {"train.output_dir": str(folder / "first")})
     judged = train_once(first)
     cleaned = folder / "cleaned"
     if not (cleaned / "summary.json").is_file():
-        relabel(judged.run, cleaned, Rules(threshold=0.5), progress=False)
+        relabel(judged.run, cleaned, _doubted(judged.run), progress=False)
     second = _with(
         config,
         {
@@ -85,6 +89,19 @@ def drop_and_restart(config: Config) -> Trained:
     trained = train_once(second)
     kept = _pairs(trained.run) / _pairs(judged.run)
     return Trained(trained.run, judged.run, judged.passes + kept * trained.passes)
+
+
+def _doubted(run: Path) -> Rules:
+    """Drops the pairs whose label a run finds more likely wrong than right."""
+    verdicts = load_verdicts(run)
+    if verdicts.calibration is not None:
+        return Rules(threshold=0.5)
+    marks = run.parent / "doubted.jsonl"
+    wrong = verdicts.judged & (verdicts.minority >= 0.5)
+    names = (name for name, doubted in zip(verdicts.pair_ids, wrong, strict=True) if doubted)
+    lines = (json.dumps({"pair_id": name, "verdict": "wrong"}) + "\n" for name in names)
+    write_text(marks, "".join(lines))
+    return Rules(marks=marks, action="drop")
 
 
 def semi_dpo(config: Config) -> Trained:
