@@ -274,7 +274,8 @@ def test_the_picture_has_a_row_for_the_base_and_each_run_that_is_there(tmp_path)
     with pytest.raises(DataError, match="none of the study's runs is there"):
         grid(trials, tmp_path)
     heights = []
-    for trial in trials[:2]:
+    same = next(t for t in trials if t.seed == 1)
+    for trial in (*trials[:2], same):
         assert trial.part.name == trials[0].part.name
         folder = trial.folder(tmp_path) / "run" / "evaluation"
         folder.mkdir(parents=True)
@@ -287,3 +288,4 @@ def test_the_picture_has_a_row_for_the_base_and_each_run_that_is_there(tmp_path)
         (folder / "samples.json").write_text(json.dumps({"samples": samples}))
         heights.append(Image.open(io.BytesIO(grid(trials, tmp_path))).height)
     assert heights[1] == pytest.approx(1.5 * heights[0], abs=2)  # 3 rows, after 2
+    assert heights[2] == heights[1], "the same run with another seed has no row"

@@ -31,15 +31,22 @@ INCH = 0.55  # of a picture on the page
 def grid(trials: Sequence[Trial], work: Path) -> bytes:
     """Draws the first sample of some prompts of each run, as a PNG; the base's above each part.
 
+    Of runs that differ by their seed alone, the first is drawn.
+
     Raises:
         DataError: None of the runs is there.
     """
     rows: list[tuple[str, list[Path]]] = []
     parts: set[str] = set()
+    drawn: set[tuple[object, ...]] = set()
     for trial in trials:
+        run = (trial.part.name, trial.case, trial.method_name, trial.flip_rate)
+        if run in drawn:
+            continue
         folder = trial.folder(work) / "run" / "evaluation"
         if not (folder / SAMPLE_LIST).is_file():
             continue
+        drawn.add(run)
         samples = read_json(folder / SAMPLE_LIST, most_bytes=MOST_LIST)["samples"]
         first = {s["prompt"]: s for s in reversed(samples)}
         shown = list(first.values())[::-1][:: max(1, len(first) // COLUMNS)][:COLUMNS]
@@ -48,7 +55,8 @@ def grid(trials: Sequence[Trial], work: Path) -> bytes:
             parts.add(title)
             rows.append((f"{title}: base", [folder / s["base"] for s in shown]))
         flips = f", {trial.flip_rate:.0%} wrong" if trial.flip_rate else ""
-        name = f"{trial.method_name}{flips}"
+        case = f", {trial.case}" if trial.case else ""
+        name = f"{trial.method_name}{case}{flips}"
         rows.append((name, [folder / s["aligned"] for s in shown]))
     if not rows:
         raise DataError(f"{work}: none of the study's runs is there")
