@@ -159,9 +159,8 @@ def count_visits(
     if size.pairs is None:
         return None
     judging = train.round_epochs or train.epochs
-    epochs = train.epochs + (train.rounds - 1) * judging
-    if once:
-        epochs = max(train.epochs, judging)
+    several = train.epochs + (train.rounds - 1) * judging
+    epochs = max(train.epochs, judging) if once else several
     return round(epochs * size.pairs * size.repeats * (1.0 - config.data.held_out))
 
 

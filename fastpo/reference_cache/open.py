@@ -56,7 +56,7 @@ def run_steps(config: Config, sampler: PairSampler, micro_batches_per_step: int)
     """
     train = config.train
     judging, last = round_steps(train, sampler, micro_batches_per_step)
-    if train.rounds > 1 and train.rounds_draws == "same":
+    if train.rounds_draws == "same":
         return max(judging, last)
     return (train.rounds - 1) * judging + last
 

@@ -148,7 +148,7 @@ def load_verdicts(run: Path) -> Verdicts:
     Raises:
         DataError: There is none, or it is damaged.
     """
-    table = _read_minority(run / MINORITY)
+    table = read_minority(run / MINORITY)
     visits, total = table["visits"], table["visits"] * table["ledger_mean"]
     found = calibrate(total, visits)
     u = np.where(visits > 0, table["ledger_minority"], 0.5)
@@ -164,7 +164,12 @@ def load_verdicts(run: Path) -> Verdicts:
     )
 
 
-def _read_minority(path: Path) -> dict[str, Any]:
+def read_minority(path: Path) -> dict[str, Any]:
+    """Reads `minority.csv`: each numeric column as `(N,)` float64, and the pairs' names.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
     if not path.is_file():
         raise DataError(f"{path} does not exist; train first, to the end")
     names = ("flipped", "visits", "ledger_mean", "ledger_minority", "metric_minority")

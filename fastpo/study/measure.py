@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from fastpo.config import Config, EmaAnnotators
 from fastpo.evaluate import Evaluation
 from fastpo.review.calibration import FEWEST, ReliabilityBin, reliability
-from fastpo.review.evidence import load_verdicts
+from fastpo.review.evidence import MINORITY, load_verdicts, read_minority
 
 BINS = 10  # of the minority metric, equally wide
 ANNOTATORS = ("ledger", "ema")
@@ -29,14 +28,10 @@ def minority_columns(
         Pair ids, `(N,)` whether the label is flipped, and by annotator `(N,)` the minority metric,
         NaN where there is none.
     """
-    with (run / "minority.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    annotators = {
-        "ledger": [r["ledger_minority"] if r["visits"] != "0" else "" for r in rows],
-        "ema": [r["metric_minority"] for r in rows],
-    }
-    numbers = {k: np.array([float(v or "nan") for v in column]) for k, column in annotators.items()}
-    return [r["pair_id"] for r in rows], np.array([r["flipped"] == "1" for r in rows]), numbers
+    table = read_minority(run / MINORITY)
+    ledger = np.where(table["visits"] > 0, table["ledger_minority"], np.nan)
+    metrics = {"ledger": ledger, "ema": table["metric_minority"]}
+    return table["pair_id"], table["flipped"] > 0, metrics
 
 
 def area(wrong: NDArray[np.bool_], metric: NDArray[np.float64]) -> float:
